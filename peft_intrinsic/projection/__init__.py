@@ -1,0 +1,17 @@
+"""Fixed random projections of θ onto the weights of a model. Knows torch and numpy, nothing of PEFT."""
+
+from collections.abc import Callable
+
+from .base import Shapes as Shapes
+from .base import Spec as Spec
+from .base import TensorProjection as TensorProjection
+from .dense import build_dense
+from .fastfood import FastfoodTensor as FastfoodTensor
+from .fastfood import build_fastfood
+from .fastfood import choose_block_size as choose_block_size
+from .randomness import ALGORITHM_VERSION as ALGORITHM_VERSION
+
+PROJECTIONS: dict[str, Callable[[Spec, Shapes], dict[str, TensorProjection]]] = {
+    "fastfood": build_fastfood,
+    "dense": build_dense,
+}

@@ -1,0 +1,45 @@
+"""An explicit Gaussian P, for small models and as a reference."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Shapes, Spec, TensorProjection, natural_size
+from .randomness import normal_rows
+
+LIMIT = 2**28
+"""Entries that P may have in all: 1 GiB."""
+
+
+class DenseTensor(TensorProjection):
+    """The rows of P of one tensor, `float32[rows · cols, d]`, stored."""
+
+    def __init__(self, rows: int, cols: int, matrix: torch.Tensor) -> None:
+        self.rows, self.cols = rows, cols
+        self._state = {matrix.device: matrix}
+
+    def materialise(self, theta: torch.Tensor) -> torch.Tensor:
+        if theta.device not in self._state:
+            with torch.inference_mode(False):
+                self._state[theta.device] = next(iter(self._state.values())).to(theta.device)
+        with torch.autocast(theta.device.type, enabled=False):
+            return (self._state[theta.device] @ theta.float()).view(self.rows, self.cols)
+
+
+def build_dense(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
+    """Dense Gaussian projections (Li et al. 2018, section 2) for the tensors named in `shapes`.
+
+    Raises:
+        ValueError: P would have more than `LIMIT` entries.
+    """
+    total = sum(rows * cols for rows, cols in shapes.values())
+    if total * spec.d > LIMIT:
+        raise ValueError(
+            f"projection='dense' would store {total} x {spec.d} numbers, more than {LIMIT}. Use projection='fastfood'."
+        )
+    result: dict[str, TensorProjection] = {}
+    for name, (rows, cols) in shapes.items():
+        scale = total**-0.5 if spec.scale == "isometric" else natural_size(rows, cols) * spec.d**-0.5
+        matrix = torch.from_numpy(normal_rows(spec.seed, "dense", name, rows * cols, spec.d))
+        result[name] = DenseTensor(rows, cols, matrix * scale)
+    return result

@@ -1,0 +1,168 @@
+"""Fastfood, tile by tile, in a form that is low rank by construction: ΔW = G · A(θ)."""
+
+from __future__ import annotations
+
+import heapq
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .base import Shapes, Spec, TensorProjection, natural_size
+from .hadamard import fwht, hadamard
+from .randomness import normal_rows, signs_and_permutations
+
+ROWS = 16384
+"""R: tensors with more rows are cut into chunks of this height, each with its own signs and permutations."""
+
+DEFAULT_BLOCK_SIZE = 64
+
+
+@lru_cache(maxsize=8)
+def _gaussian(seed: int, n: int, rows: int) -> torch.Tensor:
+    return torch.from_numpy(normal_rows(seed, "gaussian", "", rows, n))
+
+
+class FastfoodTensor(TensorProjection):
+    """Tiles of one tensor: row chunk r and column block b give tile t = r · blocks + b.
+
+    Args:
+        rows, cols: of the tensor.
+        gaussian: G, `float32[≥ min(rows, R), n]`, shared by all tensors.
+        signs: B times the tile's scale, `float32[tiles, n]`.
+        permutation: Π, `int64[tiles, n]`.
+        slices: which slice of θ each tile mixes, `int64[tiles]`.
+        count, width: how many slices θ is cut into, and the coordinates in each.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        gaussian: torch.Tensor,
+        signs: torch.Tensor,
+        permutation: torch.Tensor,
+        slices: torch.Tensor,
+        count: int,
+        width: int,
+    ) -> None:
+        self.rows, self.cols, self.count, self.width = rows, cols, count, width
+        self.n = signs.shape[1]
+        self.chunks = -(-rows // ROWS)
+        self.blocks = -(-cols // self.n)
+        self._state: dict[torch.device, tuple[torch.Tensor, ...]] = {
+            signs.device: (gaussian, signs, permutation, slices)
+        }
+
+    def state(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """G, scaled B, Π and slices on `device`."""
+        if device not in self._state:
+            with torch.inference_mode(False):
+                self._state[device] = tuple(t.to(device) for t in self._state[next(iter(self._state))])
+        return self._state[device]
+
+    def mixed(self, theta: torch.Tensor) -> torch.Tensor:
+        """u = scale · Π (1/√n) H B θ of every tile: `[d] -> [chunks, blocks, n]`."""
+        _, signs, permutation, slices = self.state(theta.device)
+        with torch.autocast(theta.device.type, enabled=False):
+            theta = F.pad(theta.float(), (0, self.count * self.width - theta.shape[0]))
+            theta = F.pad(theta.view(self.count, self.width), (0, self.n - self.width))  # [count, n]
+            u = fwht(theta[slices] * signs).gather(-1, permutation)  # [tiles, n]
+        return u.view(self.chunks, self.blocks, self.n)
+
+    def factor(self, theta: torch.Tensor) -> torch.Tensor:
+        """A(θ), the low-rank factor of every row chunk: `[d] -> [chunks, n, cols]`."""
+        u = self.mixed(theta)
+        h = hadamard(self.n, min(self.n, self.cols), u)  # [n, ≤ n]
+        a = u.transpose(1, 2).unsqueeze(-1) * h.unsqueeze(1)  # [chunks, n, blocks, ≤ n]
+        return a.flatten(2)[..., : self.cols]
+
+    def basis(self, theta: torch.Tensor, chunk: int) -> torch.Tensor:
+        """The rows of G that a row chunk uses: `[height, n]`."""
+        return self.state(theta.device)[0][: min(ROWS, self.rows - chunk * ROWS)]
+
+    def materialise(self, theta: torch.Tensor) -> torch.Tensor:
+        a = self.factor(theta)
+        return torch.cat([self.basis(theta, r).to(a.dtype) @ a[r] for r in range(self.chunks)])
+
+    def linear(self, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+        a = self.factor(theta).to(x.dtype)
+        return torch.cat(
+            [F.linear(F.linear(x, a[r]), self.basis(theta, r).to(x.dtype)) for r in range(self.chunks)], -1
+        )
+
+    def gather(self, index: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+        u = self.mixed(theta)[index // ROWS]  # [..., blocks, n]
+        g = F.embedding(index % ROWS, self.state(theta.device)[0])  # [..., n]
+        return fwht(g.unsqueeze(-2) * u).flatten(-2)[..., : self.cols]
+
+
+def _tile_widths(cols: int, chunks: int, n: int) -> list[int]:
+    return [min(n, cols - start) for _ in range(chunks) for start in range(0, cols, n)]
+
+
+def _tiles(rows: int, cols: int, n: int) -> int:
+    return -(-rows // ROWS) * -(-cols // n)
+
+
+def choose_block_size(d: int, shapes: Shapes) -> int:
+    """`DEFAULT_BLOCK_SIZE`, doubled until every slice of θ has a tile."""
+    n = DEFAULT_BLOCK_SIZE
+    while sum(_tiles(rows, cols, n) for rows, cols in shapes.values()) < -(-d // n):
+        n *= 2
+    return n
+
+
+def build_fastfood(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
+    """Fastfood projections for the tensors named in `shapes`.
+
+    θ is cut into K = ⌈d/n⌉ slices of equal width. Tiles, in the order of the sorted names, go to the slice that has
+    got the fewest columns so far.
+
+    Raises:
+        ValueError: there are fewer tiles than slices, so that some coordinates would move nothing.
+    """
+    n, d = spec.block_size, spec.d
+    count = -(-d // n)
+    width = -(-d // count)
+    tiles = {name: _tiles(rows, cols, n) for name, (rows, cols) in shapes.items()}
+    if sum(tiles.values()) < count:
+        raise ValueError(
+            f"d={d} with block_size={n} needs {count} blocks, but the targeted tensors hold only "
+            f"{sum(tiles.values())}. Use a larger block_size, a smaller d, or target more tensors."
+        )
+
+    load = [(0, k) for k in range(count)]
+    weights = np.zeros(count)  # weights moved by each slice
+    slices: dict[str, list[int]] = {}
+    for name in sorted(shapes):
+        rows, cols = shapes[name]
+        chunks = -(-rows // ROWS)
+        slices[name] = []
+        for t, columns in enumerate(_tile_widths(cols, chunks, n)):
+            filled, k = heapq.heappop(load)
+            heapq.heappush(load, (filled + columns, k))
+            slices[name].append(k)
+            weights[k] += columns * min(ROWS, rows - t // (tiles[name] // chunks) * ROWS)
+
+    height = min(ROWS, max(rows for rows, _ in shapes.values()))
+    gaussian = _gaussian(spec.seed, n, height)
+    result: dict[str, TensorProjection] = {}
+    for name, (rows, cols) in shapes.items():
+        signs, permutation = signs_and_permutations(spec.seed, name, tiles[name], n)
+        if spec.scale == "isometric":
+            scale = weights[slices[name]] ** -0.5
+        else:
+            scale = np.full(tiles[name], natural_size(rows, cols) / np.sqrt(width))
+        result[name] = FastfoodTensor(
+            rows,
+            cols,
+            gaussian,
+            torch.from_numpy((signs * (scale / np.sqrt(n))[:, None]).astype(np.float32)),
+            torch.from_numpy(permutation),
+            torch.tensor(slices[name], device="cpu"),
+            count,
+            width,
+        )
+    return result

@@ -1,0 +1,5 @@
+"""The PEFT tuner."""
+
+from .config import IntrinsicConfig as IntrinsicConfig
+from .model import IntrinsicModel as IntrinsicModel
+from .plugin import register as register

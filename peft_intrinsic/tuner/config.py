@@ -1,0 +1,176 @@
+"""`IntrinsicConfig`: every option, documented once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import InitVar, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+from peft.utils import TaskType
+
+from ..projection import ALGORITHM_VERSION, PROJECTIONS
+from ..version import __version__
+from .plugin import add_peft_type
+
+HEAD_NAMES: dict[str, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""What task heads are called in transformers models."""
+
+CARD_NOTE = """
+## How to load this adapter
+
+It needs the package `peft_intrinsic` (`pip install peft_intrinsic`), imported before PEFT loads the adapter:
+
+```python
+import peft_intrinsic
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
+```
+
+Without the import PEFT raises `KeyError: 'INTRINSIC'`.
+"""
+
+
+@dataclass
+class IntrinsicConfig(PeftConfig):
+    """Configuration of an intrinsic-dimension adapter (Aghajanyan et al. 2020, arXiv 2012.13255).
+
+    Args:
+        d (`int`):
+            How many numbers are trained, λ included (section 3: "exactly d parameters").
+        said (`bool`):
+            `False` is DID, `W = W0 + P(θ)` (section 3.1). `True` is SAID, `W_l = W0_l + λ_l P_l(θ)` (section 3.2): one
+            learned scale per layer, taken out of d, so that θ has d − m entries.
+        lambda_granularity (`"layer"`, `"module"` or `"tensor"`):
+            What shares one λ. `"layer"`: each transformer block, what lies before the blocks, and what lies after.
+        seed (`int`):
+            Of the projection (0 to 2**63 − 1). Same seed and model, same P, on every device and platform.
+        projection (`"fastfood"` or `"dense"`):
+            How P is made. `"fastfood"` (section 3.1, Le et al. 2013) costs no memory; `"dense"` stores a Gaussian P
+            (Li et al. 2018, section 2) and is for small models.
+        block_size (`int`, *optional*):
+            Order n of the Fastfood blocks, a power of two. With n < d each block mixes one slice of θ; with n ≥ d all
+            of it. Larger blocks cost more time and memory. `None` chooses: see docs/defaults.md.
+        scale (`"fan_in"` or `"isometric"`):
+            `"fan_in"`: the size of an offset is relative to its tensor's fan-in, so that one learning rate serves every
+            d and model. `"isometric"`: P is an isometry of the whole model (Li et al. 2018, section 2), to replicate
+            papers; its learning rate depends on d and on the model.
+        target_modules (`str` or `list[str]`, *optional*):
+            Which modules are moved, as in LoRA: name suffixes, a regular expression, or `"all-linear"`. `None` is
+            every parameter of the model, as in the paper.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            Modules that stay as they are: name suffixes or a regular expression.
+        layers_to_transform (`int` or `list[int]`, *optional*):
+            Indexes of the blocks to move. Not together with a `target_modules` string.
+        layers_pattern (`str` or `list[str]`, *optional*):
+            Name of the block list, where it is not found by itself. Needs `layers_to_transform`.
+        target_parameters (`list[str]`, *optional*):
+            Single parameters to move, by name suffix, as in LoRA. Alone, nothing else is moved.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained and saved in full, outside the d numbers.
+        head (`"subspace"` or `"keep"`):
+            `"subspace"` (section 3.3): whatever the checkpoint did not bring starts from a fixed random stream, the
+            same for every adapter, and the task head is moved by P whatever `target_modules` says; so d numbers are
+            the whole classifier. `"keep"`: the head is left as it is, and moved only if `target_modules` names it.
+        init_weights (`bool`):
+            `True` starts at θ = 0, the pretrained model itself. `False` draws θ, for tests.
+
+    The remaining fields are filled in by the library and checked when an adapter is loaded.
+
+    Raises:
+        ValueError, TypeError: an option has a value that cannot work; the message names it and a remedy.
+    """
+
+    d: int = 200
+    said: bool = False
+    lambda_granularity: Literal["layer", "module", "tensor"] = "layer"
+    seed: int = 0
+    projection: str = "fastfood"
+    block_size: int | None = None
+    scale: Literal["fan_in", "isometric"] = "fan_in"
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    target_parameters: list[str] | None = None
+    # No field: PEFT's task models add the head to a config that has this attribute. It is set only when asked for.
+    modules_to_save: InitVar[list[str] | None] = None
+    head: Literal["subspace", "keep"] = "subspace"
+    init_weights: bool = True
+
+    algorithm_version: int = ALGORITHM_VERSION
+    requires: str = f"peft_intrinsic>={__version__}"
+    redrawn: list[str] | None = field(default=None, metadata={"help": "Parameters that start from the fixed stream."})
+    manifest: str | None = field(default=None, metadata={"help": "Marks of the targeted names and shapes."})
+
+    def __post_init__(self, modules_to_save: list[str] | None) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type()
+        if modules_to_save is not None:
+            self.modules_to_save = list(modules_to_save)  # type: ignore[attr-defined]
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                setattr(self, name, set(value))
+        self._check()
+        # Present and empty, it keeps PEFT from writing targeted embeddings into the adapter file.
+        self.trainable_token_indices: dict[str, Any] = {}
+        self.head_modules: set[str] = set()
+
+    def _check(self) -> None:
+        for name, low in (("d", 1), ("seed", 0), ("block_size", 1), ("algorithm_version", 1)):
+            value = getattr(self, name)
+            if name == "block_size" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}.")
+            if not low <= value < 2**63:
+                raise ValueError(f"{name} must be at least {low} and below 2**63, got {value}.")
+        if self.block_size is not None and self.block_size & (self.block_size - 1):
+            below = 1 << (self.block_size.bit_length() - 1)
+            raise ValueError(f"block_size must be a power of two, got {self.block_size}. Try {below} or {2 * below}.")
+        choices = {
+            "lambda_granularity": ("layer", "module", "tensor"),
+            "projection": tuple(PROJECTIONS),
+            "scale": ("fan_in", "isometric"),
+            "head": ("subspace", "keep"),
+            "said": (True, False),
+            "init_weights": (True, False),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} does not work with the target_modules string "
+                f"{self.target_modules!r}. Pass target_modules as a list, or None for every parameter."
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: pass the indexes of the blocks."
+            )
+        if self.algorithm_version > ALGORITHM_VERSION:
+            raise ValueError(
+                f"This adapter has algorithm_version={self.algorithm_version}; peft_intrinsic {__version__} knows "
+                f"versions up to {ALGORITHM_VERSION}. Upgrade: pip install -U peft_intrinsic."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary, `modules_to_save` included."""
+        return {**super().to_dict(), "modules_to_save": getattr(self, "modules_to_save", None)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and say in an existing model card how the adapter is loaded."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        card = Path(save_directory, "README.md")
+        if card.is_file() and CARD_NOTE not in (text := card.read_text(encoding="utf-8")):
+            card.write_text(text + CARD_NOTE, encoding="utf-8")
+
+
+del IntrinsicConfig.modules_to_save  # type: ignore[attr-defined]  # the default that `InitVar` leaves on the class

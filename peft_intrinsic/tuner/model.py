@@ -1,0 +1,249 @@
+"""`IntrinsicModel`: attaches one θ to a model, and takes it off again."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from torch import nn
+
+from ..projection import PROJECTIONS, Spec, choose_block_size
+from ..projection.randomness import normals, words
+from .config import HEAD_NAMES, IntrinsicConfig
+from .layer import IntrinsicHook, IntrinsicLayer, IntrinsicVector, Offset
+from .targets import (
+    base_modules,
+    canonical,
+    check_manifest,
+    fresh_parameters,
+    lambda_groups,
+    logical_shape,
+    manifest,
+    matrix_view,
+    movable,
+)
+from .wrap import redraw, tuner_layers, unwrap
+
+HOLDER = "intrinsic"
+
+
+class IntrinsicModel(BaseTuner):
+    """Moves the weights of a model along a fixed random projection of one trained vector θ.
+
+    Use it through `get_peft_model(model, IntrinsicConfig(d=200))`. Reference: Aghajanyan et al. 2020, arXiv 2012.13255.
+    """
+
+    prefix = "intrinsic_"
+    tuner_layer_cls = IntrinsicLayer
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Attach an adapter.
+
+        Raises:
+            ValueError: nothing is targeted, d does not exceed the number of λ, d needs larger blocks, the model is not
+                the one that a saved adapter was made for, or `state_dict` is given.
+        """
+        if state_dict is not None:
+            raise ValueError(
+                "An intrinsic adapter cannot be injected from a state_dict: its file holds θ alone and names no "
+                "modules. Pass the saved configuration instead."
+            )
+        if not isinstance(getattr(model, HOLDER, IntrinsicVector()), IntrinsicVector):
+            raise ValueError(f"The model already has an attribute {HOLDER!r}, which the adapter needs. Rename it.")
+        # A copy: the user's configuration stays free for another model.
+        config = self.peft_config[adapter_name] = copy.copy(cast(IntrinsicConfig, self.peft_config[adapter_name]))
+        if config.manifest is None:
+            config.redrawn = self._fresh(model, config)
+        config.head_modules = self._head(model, config)
+        self._matched: list[tuple[nn.Module, list[str]]] = []
+        if config.target_modules is None and not config.target_parameters:
+            self._matched.append((model, movable(model)))  # PEFT visits every module but the root
+        try:
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._attach(model, adapter_name, config)
+        except Exception:
+            self._detach(model, adapter_name)
+            raise
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @staticmethod
+    def _fresh(model: nn.Module, config: IntrinsicConfig) -> list[str]:
+        """What starts from the fixed stream: drawn at random by the library, neither loaded nor constant."""
+        if config.head == "keep":
+            return []
+        parameters = {canonical(name): p for name, p in model.named_parameters() if not name.startswith(f"{HOLDER}.")}
+        saved = getattr(config, "modules_to_save", None) or []
+        return [
+            name
+            for name in fresh_parameters(parameters)
+            if not any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
+            and (parameters[name].is_meta or parameters[name].unique().numel() > 1)
+        ]
+
+    @staticmethod
+    def _head(model: nn.Module, config: IntrinsicConfig) -> set[str]:
+        """Names of the modules that are moved whatever `target_modules` says."""
+        if config.head == "keep":
+            return set()
+        named = HEAD_NAMES.get(config.task_type or "", ())
+        owners = {name.rpartition(".")[0] for name in config.redrawn or []}
+        return owners | {key for key, _ in model.named_modules() if key.partition(".")[0] in named}
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        if key.partition(".")[0] == HOLDER:
+            return False
+        targets: Any = peft_config.target_modules
+        if key in peft_config.head_modules or (targets is None and not peft_config.target_parameters):
+            targets = [key.rpartition(".")[2]]
+        view = SimpleNamespace(
+            target_modules=targets,
+            target_parameters=peft_config.target_parameters,
+            exclude_modules=peft_config.exclude_modules,
+            modules_to_save=getattr(peft_config, "modules_to_save", None),
+            layers_to_transform=None if key in peft_config.head_modules else peft_config.layers_to_transform,
+            layers_pattern=peft_config.layers_pattern,
+        )
+        return check_target_module_exists(view, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        """Only note the match: the wrapping waits until all of the targeted parameters are known."""
+        module = target.get_base_layer() if isinstance(target, IntrinsicLayer) else target
+        self._matched.append((module, movable(module)))
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        names = []
+        for key, module in base_modules(model):
+            for name in movable(module):
+                full = f"{key}.{name}" if key else name
+                if any(full == target or full.endswith(f".{target}") for target in peft_config.target_parameters):
+                    self._matched.append((module, [name]))
+                    names.append(full)
+        return names
+
+    def _attach(self, model: nn.Module, adapter_name: str, config: IntrinsicConfig) -> None:
+        """Give every user of a matched parameter its offset, and the holder this adapter's θ and λ."""
+        wanted = {id(getattr(module, name)) for module, names in self._matched for name in names}
+        users: dict[str, list[tuple[nn.Module, str]]] = {}  # canonical name → all modules that hold the parameter
+        names: dict[int, str] = {}
+        for key, module in base_modules(model):
+            for name in movable(module):
+                if id(parameter := getattr(module, name)) in wanted:
+                    first = names.setdefault(id(parameter), f"{key}.{name}" if key else name)
+                    users.setdefault(first, []).append((module, name))
+        if not users:
+            raise ValueError(
+                f"target_modules={config.target_modules!r} matched no module with parameters of its own. Name modules "
+                "such as linear layers, norms or embeddings, or pass None for every parameter."
+            )
+
+        groups = lambda_groups(users, config.lambda_granularity) if config.said else {}
+        count = len(set(groups.values()))
+        if config.d <= count:
+            raise ValueError(
+                f"d={config.d} must exceed the number of λ, which is {count} with lambda_granularity="
+                f"{config.lambda_granularity!r}. Use a larger d, a coarser granularity, or said=False."
+            )
+        forms = {name: logical_shape(*held[0]) for name, held in users.items()}
+        shapes = {name: matrix_view(users[name][0][0], *form) for name, form in forms.items()}
+        if config.manifest is None:
+            config.manifest = manifest(shapes)
+        check_manifest(config.manifest, shapes)
+        length = config.d - count
+        config.block_size = config.block_size or choose_block_size(length, shapes)
+        spec = Spec(length, config.seed, config.block_size, config.scale)
+        projections = PROJECTIONS[config.projection](spec, shapes)
+
+        holder = getattr(model, HOLDER, None) or IntrinsicVector()
+        layers = tuner_layers(model, holder, [module for held in users.values() for module, _ in held])
+        for name, held in users.items():
+            for i, (module, own) in enumerate(held):
+                offset = Offset(projections[name], *forms[name], groups.get(name), merges=i == 0)
+                layers[id(module)].offsets.setdefault(adapter_name, {})[own] = offset
+
+        for name, held in users.items():
+            if name in (config.redrawn or []):
+                redraw(name, getattr(*held[0]), getattr(model, "config", None))
+        theta = np.zeros(length) if config.init_weights else normals(words(config.seed, "theta", "", length))
+        holder.add(adapter_name, theta, np.ones(count), like=getattr(*next(iter(users.values()))[0]))
+        setattr(model, HOLDER, holder)
+
+    def _detach(self, model: nn.Module, adapter_name: str) -> None:
+        """Undo a failed injection."""
+        for module in list(model.modules()):
+            if isinstance(module, IntrinsicLayer):
+                module.delete_adapter(adapter_name)
+        unwrap(model, [m for m in model.modules() if isinstance(m, IntrinsicLayer) and not m.offsets])
+        if hasattr(model, HOLDER) and not cast(IntrinsicVector, model.get_submodule(HOLDER)).intrinsic_theta:
+            delattr(model, HOLDER)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """θ is float32 from the start; without autocasting it takes the base model's dtype."""
+        if not autocast_adapter_dtype:
+            cast(IntrinsicVector, self.model.get_submodule(HOLDER)).cast_to_base(adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        """Tied weights share one offset, which one owner merges: nothing to warn of."""
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        """See `_check_merge_allowed`."""
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        unwrap(self.model, [child])
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        hooked = [module for module in self.model.modules() if isinstance(module, IntrinsicHook)]
+        if merge:
+            for layer in hooked:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unwrap(self.model, hooked)
+        delattr(self.model, HOLDER)
+        return self.model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r}: batches of mixed adapters are not supported. "
+                "Call set_adapter and run one batch per adapter."
+            )
+        yield

@@ -1,0 +1,49 @@
+"""Registration with PEFT, from outside its tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.utils.peft_types import PeftType
+
+NAME = "INTRINSIC"
+
+
+def add_peft_type() -> PeftType:
+    """The member `PeftType.INTRINSIC`, added to the enumeration when it is not there yet."""
+    if NAME in PeftType.__members__:
+        return PeftType.__members__[NAME]
+    enumeration: Any = PeftType
+    member: Any = str.__new__(PeftType, NAME)
+    member._name_ = member._value_ = NAME
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(enumeration._member_names_)
+    enumeration._member_names_.append(NAME)
+    enumeration._member_map_[NAME] = member
+    enumeration._value2member_map_[NAME] = member
+    if hasattr(enumeration, "_hashable_values_"):  # Python ≥ 3.12
+        enumeration._hashable_values_.append(NAME)
+    if NAME not in PeftType.__dict__:
+        type.__setattr__(PeftType, NAME, member)
+    return member
+
+
+def register() -> None:
+    """Make PEFT know `IntrinsicConfig` and `IntrinsicModel`. Importing `peft_intrinsic` calls it; again is harmless.
+
+    Raises:
+        RuntimeError: PEFT already has another method of this name.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils import register_peft_method
+
+    from .config import IntrinsicConfig
+    from .model import IntrinsicModel
+
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(add_peft_type())
+    if known is None:
+        register_peft_method(name=NAME.lower(), config_cls=IntrinsicConfig, model_cls=IntrinsicModel)
+    elif known is not IntrinsicConfig:
+        raise RuntimeError(
+            f"PEFT already has a method {NAME} ({known.__module__}.{known.__qualname__}). Use one or the other."
+        )

@@ -1,0 +1,94 @@
+"""Putting tuner layers into a model and taking them out; the start of a fresh head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..projection.randomness import normals, words
+from .layer import (
+    IntrinsicEmbedding,
+    IntrinsicHook,
+    IntrinsicLayer,
+    IntrinsicLinear,
+    IntrinsicModule,
+    IntrinsicVector,
+)
+from .targets import is_linear
+
+# Their forward reads the parameters of their children without calling them.
+_READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((parent, name))
+    return found
+
+
+def _wrapper_class(module: nn.Module) -> type[IntrinsicModule]:
+    if is_linear(module):
+        return IntrinsicLinear
+    if isinstance(module, nn.Embedding):
+        plain = type(module).forward is nn.Embedding.forward
+        return IntrinsicEmbedding if plain or hasattr(module, "embed_scale") else IntrinsicModule
+    return IntrinsicModule
+
+
+def tuner_layers(model: nn.Module, holder: IntrinsicVector, modules: Iterable[nn.Module]) -> dict[int, IntrinsicLayer]:
+    """The tuner layer of each base module, by the module's id, made where it is missing.
+
+    A leaf is wrapped, under every name that it has. A module with sub-modules keeps its place and gets hooks, as does
+    one whose parameters its parent reads.
+    """
+    layers = {
+        id(layer.get_base_layer()): layer
+        for layer in (*model.modules(), *holder.hooked)
+        if isinstance(layer, IntrinsicLayer) and layer is not holder
+    }
+    parents = _parents(model)
+    for module in modules:
+        if id(module) in layers:
+            continue
+        places = parents.get(id(module), [])
+        reader = next((parent for parent, _ in places if isinstance(parent, _READS_CHILDREN)), None)
+        if reader is not None or module._modules or not places:
+            layer: Any = IntrinsicHook(module, reader or module, holder)
+            holder.hooked.append(layer)
+        else:
+            layer = _wrapper_class(module)(module, holder)
+            layer.train(module.training)
+            for parent, name in places:
+                setattr(parent, name, layer)
+        layers[id(module)] = layer
+    return layers
+
+
+def unwrap(model: nn.Module, layers: Iterable[Any]) -> None:
+    """Put base modules back in the place of their wrappers, and take hooks off."""
+    parents = _parents(model)
+    for layer in layers:
+        if isinstance(layer, IntrinsicHook):
+            layer.remove()
+        elif isinstance(layer, IntrinsicModule):
+            for parent, name in parents.get(id(layer), []):
+                setattr(parent, name, layer.base_layer)
+
+
+@torch.no_grad()
+def redraw(name: str, parameter: torch.Tensor, config: Any) -> None:
+    """Start a fresh parameter from a stream of its own, the same for every adapter and in every process.
+
+    The seed of the adapter is left out on purpose: adapters with different seeds share one base model.
+    """
+    if parameter.is_meta:
+        return
+    std = getattr(config, "initializer_range", None) or 0.02  # BERT's and GPT-2's
+    values = normals(words(0, "head", name, parameter.numel())) * std
+    parameter.copy_(torch.from_numpy(values).view(parameter.shape))

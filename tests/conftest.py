@@ -1,0 +1,82 @@
+"""Tiny random models of every family, built from configurations: no download."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+transformers.utils.logging.set_verbosity_error()
+
+SIZES = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+
+
+class Custom(nn.Module):
+    """A plain module with every kind of parameter: direct, convolution, norm, embedding, attention, tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.embed = nn.Embedding(50, 12)
+        self.conv = nn.Conv1d(12, 12, 3, padding=1, groups=2)
+        self.encoder = nn.TransformerEncoderLayer(12, 2, 20, dropout=0.0, batch_first=True)
+        self.norm = nn.LayerNorm(12)
+        self.out = nn.Linear(12, 50, bias=False)
+        self.out.weight = self.embed.weight
+        self.head = nn.Sequential(nn.Linear(50, 7), nn.ReLU(), nn.Linear(7, 3))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.embed(input_ids).transpose(1, 2)).transpose(1, 2)
+        return self.head(self.out(self.norm(self.encoder(x))).mean(1)) * self.scale
+
+
+def build(family: str) -> nn.Module:
+    """A tiny model in evaluation mode, the same at every call."""
+    torch.manual_seed(0)
+    if family == "bert":
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, num_labels=3))
+    elif family == "bert_mlm":  # tied head, tied bias
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
+    elif family == "gpt2":  # Conv1D, tied head
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_embd=24, n_layer=2, n_head=4))
+    elif family == "llama":
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)
+        )
+    elif family == "t5":  # one embedding for encoder, decoder and head
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=97, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, decoder_start_token_id=0
+            )
+        )
+    elif family == "vit":  # convolution, parameters on a module with sub-modules
+        config = transformers.ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=3)
+        model = transformers.ViTForImageClassification(config)
+        nn.init.normal_(model.vit.embeddings.cls_token, std=0.02)
+    else:
+        model = Custom()
+    return model.eval()
+
+
+def batch(family: str) -> dict[str, torch.Tensor]:
+    """Inputs that fit `build(family)`."""
+    generator = torch.Generator().manual_seed(1)
+    if family == "vit":
+        return {"pixel_values": torch.randn(4, 3, 8, 8, generator=generator)}
+    ids = torch.randint(1, 50, (4, 7), generator=generator)
+    return {"input_ids": ids, "labels": ids} if family == "t5" else {"input_ids": ids}
+
+
+def output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits, whatever the model returns."""
+    result = model(**inputs)
+    return result if isinstance(result, torch.Tensor) else result.logits
+
+
+FAMILIES = ["bert", "bert_mlm", "gpt2", "llama", "t5", "vit", "custom"]
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param

@@ -1,0 +1,102 @@
+"""Offsets, outputs and gradients against an independent model whose weights are W0 + P θ, P made column by column."""
+
+from __future__ import annotations
+
+import peft_intrinsic  # noqa: F401
+import pytest
+import torch
+from conftest import batch, build, output
+from peft import get_peft_model
+from peft_intrinsic import IntrinsicConfig
+from torch import nn
+
+RTOL = 2e-4  # float32 through a whole model, relative to the largest entry
+
+
+def offsets(model: nn.Module) -> dict[str, torch.Tensor]:
+    """ΔW of every parameter under its name in the base model, read off by merging."""
+    merged = get_plain(model, merge=True)
+    plain = get_plain(model, merge=False)
+    return {name: merged[name] - plain[name] for name in plain}
+
+
+def get_plain(model: nn.Module, merge: bool) -> dict[str, torch.Tensor]:
+    if merge:
+        model.merge_adapter()
+    values = {
+        name.replace(".base_layer", ""): value.detach().clone()
+        for name, value in model.get_base_model().named_parameters()
+        if not name.startswith("intrinsic.")
+    }
+    if merge:
+        model.unmerge_adapter()
+    return values
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).abs().max() <= RTOL * b.abs().max().clamp(min=1e-6))
+
+
+@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize("projection", ["fastfood", "dense"])
+def test_gradient_is_the_transposed_projection_of_the_full_gradient(family, said, projection):
+    d = 23
+    config = IntrinsicConfig(d=d, said=said, projection=projection, init_weights=False, block_size=16)
+    model = get_peft_model(build(family), config).eval()
+    inputs = batch(family)
+    holder = model.get_base_model().intrinsic
+    theta = holder.intrinsic_theta["default"].weight
+    scales = holder.intrinsic_lambda["default"].weight if said else None
+    with torch.no_grad():
+        theta.mul_(0.3)
+        if said:
+            scales.copy_(torch.linspace(0.5, 1.5, len(scales)))
+    moved = offsets(model)
+    plain = get_plain(model, merge=False)
+
+    # An independent full model at the same point.
+    full = build(family)
+    full.load_state_dict({n: plain[n] + moved[n] for n in plain}, strict=False)
+    weights = torch.randn(output(full, inputs).shape, generator=torch.Generator().manual_seed(2))
+    expected = output(full, inputs)
+    assert close(output(model, inputs), expected)
+    (expected * weights).sum().backward()
+    full_gradient = {name: p.grad for name, p in full.named_parameters() if p.grad is not None}
+    (output(model, inputs) * weights).sum().backward()
+
+    # The columns of P: what moves when one number moves. Everything is linear in θ, and in λ.
+    trained = [theta, scales] if said else [theta]
+    for parameter in trained:
+        for j in range(len(parameter)):
+            saved = parameter.detach().clone()
+            with torch.no_grad():
+                parameter.zero_()
+                parameter[j] = 1.0
+            column = offsets(model)
+            with torch.no_grad():
+                parameter.copy_(saved)
+            slope = sum((full_gradient[n].double() * column[n].double()).sum() for n in full_gradient)
+            scale = parameter.grad.abs().max().clamp(min=1e-6)
+            assert abs(parameter.grad[j] - slope) <= 2e-3 * scale, (j, parameter.grad[j], slope)
+
+
+def test_every_parameter_is_moved(family):
+    model = get_peft_model(build(family), IntrinsicConfig(d=30, init_weights=False))
+    still = [name for name, offset in offsets(model).items() if not offset.abs().max() > 0]
+    assert still == []
+
+
+def test_at_theta_zero_the_model_is_the_base_to_the_bit(family):
+    expected = output(build(family), batch(family))
+    for said in (False, True):
+        model = get_peft_model(build(family), IntrinsicConfig(d=30, said=said)).eval()
+        assert torch.equal(output(model, batch(family)), expected)
+
+
+def test_exactly_d_numbers_are_trained(family, capsys):
+    for said in (False, True):
+        model = get_peft_model(build(family), IntrinsicConfig(d=200, said=said))
+        assert model.get_nb_trainable_parameters()[0] == 200
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 200
+        model.print_trainable_parameters()
+        assert "trainable params: 200 " in capsys.readouterr().out
