@@ -68,6 +68,12 @@ def batch(family: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids} if family == "t5" else {"input_ids": ids}
 
 
+@torch.no_grad()
+def evaluate(model: nn.Module, family: str) -> torch.Tensor:
+    """Logits, for comparisons to the bit: with gradients torch may choose other kernels."""
+    return output(model, batch(family))
+
+
 def output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits, whatever the model returns."""
     result = model(**inputs)

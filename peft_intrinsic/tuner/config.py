@@ -21,8 +21,9 @@ HEAD_NAMES: dict[str, tuple[str, ...]] = {
 }
 """What task heads are called in transformers models."""
 
-CARD_NOTE = """
-## How to load this adapter
+CARD_HEADING = "## How to load this adapter"
+CARD_NOTE = f"""
+{CARD_HEADING}
 
 It needs the package `peft_intrinsic` (`pip install peft_intrinsic`), imported before PEFT loads the adapter:
 
@@ -169,7 +170,7 @@ class IntrinsicConfig(PeftConfig):
         """Write `adapter_config.json`, and say in an existing model card how the adapter is loaded."""
         super().save_pretrained(str(save_directory), **kwargs)
         card = Path(save_directory, "README.md")
-        if card.is_file() and CARD_NOTE not in (text := card.read_text(encoding="utf-8")):
+        if card.is_file() and CARD_HEADING not in (text := card.read_text(encoding="utf-8")):
             card.write_text(text + CARD_NOTE, encoding="utf-8")
 
 

@@ -84,15 +84,19 @@ class IntrinsicLayer(BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Nothing to move: θ lives on the holder."""
 
-    def _applied(self) -> list[tuple[str, Offset, torch.Tensor]]:
-        """Parameter name, offset and λθ of everything that a forward pass adds. Ask before the base layer runs."""
-        if self.disable_adapters and self.merged:
+    def enable_adapters(self, enabled: bool) -> None:
+        """As in PEFT, but unmerge at once: a tied parameter has one owner, which a forward pass need not visit."""
+        if not enabled and self.merged:
             self.unmerge()
+        super().enable_adapters(enabled)
+
+    def _applied(self) -> list[tuple[str, Offset, torch.Tensor]]:
+        """Parameter name, offset and λθ of everything that a forward pass adds."""
         if self.disable_adapters or self.merged:
             return []
         (vector,) = self._vector
         return [
-            (name, offset, vector(adapter, offset.group))
+            (name, offset, vector.scaled(adapter, offset.group))
             for adapter in self.active_adapters
             for name, offset in self.offsets.get(adapter, {}).items()
         ]
@@ -101,7 +105,7 @@ class IntrinsicLayer(BaseTunerLayer):
         """The offset of one parameter, λ included, in its own shape: float32."""
         (vector,) = self._vector
         offset = self.offsets[adapter][parameter]
-        return offset.materialise(vector(adapter, offset.group).float())
+        return offset.materialise(vector.scaled(adapter, offset.group).float())
 
     def _effective(self) -> dict[str, torch.Tensor]:
         """The moved parameters with their offsets added, in their own dtype."""
@@ -182,7 +186,11 @@ class IntrinsicVector(nn.Module, IntrinsicLayer):
             if adapter_name in vectors and not like.is_meta:
                 vectors[adapter_name].to(device or like.device)
 
-    def forward(self, adapter: str, group: int | None) -> torch.Tensor:
+    def forward(self, x: Any) -> Any:
+        """The identity: a root that is an `nn.Sequential` runs all of its children, and so the holder."""
+        return x
+
+    def scaled(self, adapter: str, group: int | None) -> torch.Tensor:
         """θ, or λ_group · θ: `[d − m]`. P is linear, so scaling θ scales the offset."""
         theta = self.intrinsic_theta[adapter]()
         return theta if group is None else theta * self.intrinsic_lambda[adapter]()[group]
@@ -223,9 +231,8 @@ class IntrinsicLinear(IntrinsicModule):
         self.in_features, self.out_features = linear_features(base_layer)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        applied = self._applied()
         result = self.base_layer(x, *args, **kwargs)
-        for name, offset, theta in applied:
+        for name, offset, theta in self._applied():
             theta = theta.to(x.device)
             if name == "weight":
                 added = offset.projection.linear(x.to(theta.dtype), theta)
@@ -243,9 +250,8 @@ class IntrinsicEmbedding(IntrinsicModule):
         self.in_features, self.out_features = base_layer.num_embeddings, base_layer.embedding_dim
 
     def forward(self, index: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        applied = self._applied()
         result = self.base_layer(index, *args, **kwargs)
-        for _, offset, theta in applied:
+        for _, offset, theta in self._applied():
             added = offset.projection.gather(index, theta.to(index.device))
             scale = self._get_embed_scale()
             result = result + (added if scale is None else added * scale).to(result.dtype)

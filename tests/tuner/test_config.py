@@ -1,0 +1,132 @@
+"""Bad input is refused with a message that names the option, its value and what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import build, evaluate
+from peft import get_peft_model
+from torch import nn
+
+from peft_intrinsic import IntrinsicConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"d": 0}, ValueError, "d must be at least 1 .* got 0"),
+        ({"d": -3}, ValueError, "d must be at least 1 .* got -3"),
+        ({"d": 2.5}, TypeError, "d must be an int, got 2.5 of type float"),
+        ({"d": "200"}, TypeError, "d must be an int, got '200' of type str"),
+        ({"d": True}, TypeError, "d must be an int, got True"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"block_size": 48}, ValueError, "block_size must be a power of two, got 48. Try 32 or 64"),
+        ({"block_size": 0}, ValueError, "block_size must be at least 1"),
+        ({"scale": "unit"}, ValueError, r"scale must be one of \('fan_in', 'isometric'\), got 'unit'"),
+        ({"projection": "sparse"}, ValueError, "projection must be one of .* got 'sparse'"),
+        ({"lambda_granularity": "head"}, ValueError, "lambda_granularity must be one of"),
+        ({"head": "train"}, ValueError, "head must be one of"),
+        ({"target_modules": ".*", "layers_to_transform": [0]}, ValueError, "layers_to_transform=.* as a list"),
+        ({"layers_pattern": "layer"}, ValueError, "layers_pattern='layer' needs layers_to_transform"),
+        ({"rank": 8}, TypeError, "rank"),
+        ({"task_type": "SEQ_CLASS"}, ValueError, "Invalid task type"),
+    ],
+)
+def test_options(options, error, message):
+    with pytest.raises(error, match=message):
+        IntrinsicConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d": 4, "said": True}, r"d=4 must exceed the number of λ, which is 4 .*'layer'"),
+        ({"d": 4, "said": True, "lambda_granularity": "tensor"}, "which is 41 .*'tensor'"),
+        ({"target_modules": ["nothing"]}, "nothing.* not found"),
+        ({"target_modules": ["attention"]}, "matched no module with parameters of its own"),
+        ({"d": 10_000, "block_size": 4}, "d=10000 with block_size=4 needs 2500 blocks.*larger block_size"),
+        ({"d": 200_000, "projection": "dense"}, "projection='dense' would store"),
+    ],
+)
+def test_refused_at_attachment_leaves_the_model_as_it_was(options, message):
+    model = build("bert")
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, IntrinsicConfig(**options))
+    assert [name for name, _ in model.named_modules()] == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_refused_second_adapter_leaves_the_first():
+    model = get_peft_model(build("vit"), IntrinsicConfig(d=20, init_weights=False)).eval()
+    expected = evaluate(model, "vit")
+    with pytest.raises(ValueError, match="d=3 must exceed"):
+        model.add_adapter("second", IntrinsicConfig(d=3, said=True))
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(evaluate(model, "vit"), expected)
+
+
+def test_taken_attribute():
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.intrinsic = nn.Identity()
+    with pytest.raises(ValueError, match="attribute 'intrinsic'"):
+        get_peft_model(model, IntrinsicConfig(d=2))
+
+
+def test_reused_configuration_is_not_changed():
+    config = IntrinsicConfig(d=20, target_modules=["query"])
+    before = config.to_dict()
+    model = get_peft_model(build("bert"), config)
+    assert {**config.to_dict(), "base_model_name_or_path": None} == {**before, "base_model_name_or_path": None}
+    assert model.peft_config["default"].manifest
+
+
+def moved(options: dict) -> set[str]:
+    """Names of the parameters that get an offset."""
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=30, **options))
+    names = {}
+    for key, module in model.get_base_model().named_modules():
+        for name in getattr(module, "offsets", {}).get("default", {}):
+            names[f"{key}.{name}"] = True
+    return set(names)
+
+
+def test_targets():
+    everything = moved({})
+    assert everything == {name for name, _ in build("bert").named_parameters()}
+    task = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}  # PEFT leaves the head of such a model out
+    assert moved(task) - moved({**task, "head": "keep"}) == {"classifier.weight", "classifier.bias"}
+    assert moved({"target_modules": ["query"]}) == {
+        f"bert.encoder.layer.{i}.attention.self.query.{name}" for i in (0, 1) for name in ("weight", "bias")
+    }
+    assert moved({"target_modules": r".*\.1\..*LayerNorm"}) == {
+        name for name in everything if ".1." in name and "LayerNorm" in name
+    }
+    assert moved({"exclude_modules": r".*embeddings.*"}) == {n for n in everything if "embeddings" not in n}
+    assert moved({"layers_to_transform": [1]}) == {
+        n for n in everything if "layer.1." in n or n.startswith("classifier")
+    }
+    assert moved({"target_parameters": ["query.weight"]}) == {
+        f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (0, 1)
+    }
+
+
+def test_modules_to_save_trains_and_stores_the_head(tmp_path):
+    options = {"d": 20, "task_type": "SEQ_CLS", "modules_to_save": ["classifier"], "init_weights": False}
+    model = get_peft_model(build("bert"), IntrinsicConfig(**options)).eval()
+    assert model.get_nb_trainable_parameters()[0] == 20 + 24 * 3 + 3
+    model.get_base_model().classifier.modules_to_save["default"].weight.data.fill_(0.25)
+    expected = evaluate(model, "bert")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(build("bert"), tmp_path).eval()
+    assert torch.equal(evaluate(loaded, "bert"), expected)
+
+
+@pytest.mark.parametrize(("granularity", "count"), [("layer", 4), ("module", 22), ("tensor", 41)])
+def test_lambda_granularity(granularity, count):
+    config = IntrinsicConfig(d=100, said=True, lambda_granularity=granularity)
+    model = get_peft_model(build("bert"), config)
+    holder = model.get_base_model().intrinsic
+    assert len(holder.intrinsic_lambda["default"].weight) == count
+    assert len(holder.intrinsic_theta["default"].weight) == 100 - count
+    assert torch.equal(evaluate(model.eval(), "bert"), evaluate(build("bert"), "bert"))

@@ -1,0 +1,183 @@
+"""Saving and loading: complete, small, the same logits everywhere, and refused where it does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build, evaluate
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+import peft_intrinsic  # noqa: F401
+from peft_intrinsic import IntrinsicConfig
+
+TESTS = str(Path(__file__).parents[1])
+
+
+def trained(family: str, **options) -> PeftModel:
+    """An adapter with a θ and λ of its own."""
+    model = get_peft_model(build(family), IntrinsicConfig(**{"d": 200, "init_weights": False, **options})).eval()
+    for vectors in (
+        model.get_base_model().intrinsic.intrinsic_lambda,
+        model.get_base_model().intrinsic.intrinsic_theta,
+    ):
+        for vector in vectors.values():
+            vector.weight.data.mul_(0.7)
+    return model
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_round_trip(family, said, tmp_path):
+    model = trained(family, said=said)
+    expected = evaluate(model, family)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(family), tmp_path).eval()
+    assert torch.equal(evaluate(loaded, family), expected)
+    meta = PeftModel.from_pretrained(build(family), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(evaluate(meta, family), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
+def test_load_through_transformers(name, tmp_path):
+    model = trained(name, said=True)
+    expected = evaluate(model, name)
+    model.save_pretrained(tmp_path)
+    native = build(name)
+    native.load_adapter(str(tmp_path))
+    assert torch.equal(evaluate(native, name), expected)
+
+
+def test_files_are_small_and_hold_no_embeddings(tmp_path):
+    for targets in (None, ["query", "word_embeddings"], ".*embeddings.*|.*query"):
+        folder = tmp_path / str(targets)[:5]
+        trained("bert", target_modules=targets, task_type="SEQ_CLS").save_pretrained(folder)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+            "base_model.model.intrinsic.intrinsic_theta.weight": (200,)
+        }
+        assert sum(p.stat().st_size for p in folder.iterdir() if p.name != "README.md") < 5000
+
+
+def test_targeted_input_embeddings_of_a_decoder_are_not_saved(tmp_path):
+    trained("llama", target_modules=["embed_tokens", "q_proj"]).save_pretrained(tmp_path)
+    assert list(load_file(tmp_path / "adapter_model.safetensors")) == [
+        "base_model.model.intrinsic.intrinsic_theta.weight"
+    ]
+
+
+def test_card_says_how_to_load(tmp_path):
+    model = trained("bert")
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("pip install peft_intrinsic") == 1
+    assert "import peft_intrinsic" in card
+
+
+PROCESS = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads({threads})
+from conftest import batch, build, evaluate, output
+import peft_intrinsic
+from peft import PeftModel
+model = PeftModel.from_pretrained(build("bert").to({dtype}), {folder!r}).eval()
+torch.save(evaluate(model, "bert").float(), {folder!r} + "/logits")
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "dtype", "tolerance"), [(1, "float32", 0), (4, "float32", 0), (4, "bfloat16", 2e-2)]
+)
+def test_same_logits_in_a_fresh_process(tmp_path, threads, dtype, tolerance):
+    model = trained("bert", said=True)
+    model.save_pretrained(tmp_path)
+    code = PROCESS.format(tests=TESTS, threads=threads, dtype=f"torch.{dtype}", folder=str(tmp_path))
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    expected = evaluate(model, "bert")
+    found = torch.load(tmp_path / "logits")
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_fresh_head_is_reproduced(tmp_path):
+    """Two loads of one checkpoint draw two random heads; the adapter must not depend on which."""
+    build("bert").bert.save_pretrained(tmp_path / "encoder")
+
+    def base(seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=3).eval()
+
+    assert not torch.equal(base(1).classifier.weight, base(2).classifier.weight)
+    model = get_peft_model(base(1), IntrinsicConfig(d=50, init_weights=False, task_type="SEQ_CLS")).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = evaluate(model, "bert")
+    assert model.peft_config["default"].redrawn == ["classifier.weight"]
+    loaded = PeftModel.from_pretrained(base(2), tmp_path / "adapter").eval()
+    assert torch.equal(evaluate(loaded, "bert"), expected)
+    native = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3).eval()
+    assert torch.equal(evaluate(native, "bert"), expected)
+    # A second adapter of another seed leaves the head, and so the first, as it was.
+    loaded.add_adapter("other", IntrinsicConfig(d=20, seed=9, task_type="SEQ_CLS"))
+    assert torch.equal(evaluate(loaded, "bert"), expected)
+
+
+def test_head_that_the_checkpoint_brought_is_kept(tmp_path):
+    build("bert").save_pretrained(tmp_path)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    before = base.classifier.weight.clone()
+    model = get_peft_model(base, IntrinsicConfig(d=50, task_type="SEQ_CLS"))
+    assert torch.equal(model.get_base_model().classifier.base_layer.weight, before)
+    assert model.peft_config["default"].redrawn == []
+
+
+def test_refuses_another_model(tmp_path):
+    trained("bert").save_pretrained(tmp_path)
+    other = build("bert")
+    other.classifier = torch.nn.Linear(24, 5)
+    with pytest.raises(
+        ValueError, match=r"2 of its 41 are not in this model.*classifier.bias 5x1, classifier.weight 5x24"
+    ):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_refuses_theta_of_another_length(tmp_path):
+    trained("bert").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor[:100].clone() for name, tensor in load_file(path).items()}, path)
+    with pytest.raises((ValueError, RuntimeError), match="intrinsic_theta"):
+        PeftModel.from_pretrained(build("bert"), tmp_path)
+
+
+def test_refuses_a_newer_algorithm(tmp_path):
+    trained("bert").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "algorithm_version": 99}))
+    with pytest.raises(ValueError, match=r"algorithm_version=99.*pip install -U"):
+        PeftModel.from_pretrained(build("bert"), tmp_path)
+
+
+def test_golden_configuration_and_file(tmp_path):
+    """What an adapter of version 1 looks like on disk. A change here breaks the adapters that people have."""
+    trained("bert", said=True, task_type="SEQ_CLS").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        "base_model.model.intrinsic.intrinsic_lambda.weight": (4,),
+        "base_model.model.intrinsic.intrinsic_theta.weight": (196,),
+    }
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["manifest"].startswith("f413112e6ea8e011:")
+    assert config["algorithm_version"] == 1
+
+
+def test_without_the_import_peft_names_the_type(tmp_path):
+    trained("bert").save_pretrained(tmp_path)
+    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert "KeyError: 'INTRINSIC'" in done.stderr
