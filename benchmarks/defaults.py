@@ -66,13 +66,13 @@ def vary(model: torch.nn.Module, scale: str, gaussian: str) -> None:
                 continue
             seen.add(id(projection))
             (device,) = projection._state
-            g, signs, *rest = projection._state[device]
+            g, before, *rest = projection._state[device]
             if scale == "rms":
                 weight = getattr(layer.get_base_layer(), name)
-                signs = signs * (weight.square().mean().sqrt() / natural_size(projection.rows, projection.cols))
+                before = before * (weight.square().mean().sqrt() / natural_size(projection.rows, projection.cols))
             if gaussian == "independent":
                 g = torch.from_numpy(normal_rows(len(seen), "independent", "", len(g), projection.n))
-            projection._state[device] = (g, signs.detach(), *rest)
+            projection._state[device] = (g, before.detach(), *rest)
 
 
 def run(row: dict[str, Any], path: str, data: DatasetDict) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Spec:
 
 def natural_size(rows: int, cols: int) -> float:
     """c of a tensor: 1/√fan-in. A vector (`cols == 1`) counts its own length as the fan-in."""
-    return (cols if cols > 1 else rows) ** -0.5
+    return 1 / math.sqrt(cols if cols > 1 else rows)
 
 
 class TensorProjection(ABC):

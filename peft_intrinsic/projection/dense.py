@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .base import Shapes, Spec, TensorProjection, natural_size
@@ -26,6 +28,7 @@ class DenseTensor(TensorProjection):
             return (self._state[theta.device] @ theta.float()).view(self.rows, self.cols)
 
 
+@torch.inference_mode(False)
 def build_dense(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
     """Dense Gaussian projections (Li et al. 2018, section 2) for the tensors named in `shapes`.
 
@@ -39,7 +42,7 @@ def build_dense(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
         )
     result: dict[str, TensorProjection] = {}
     for name, (rows, cols) in shapes.items():
-        scale = total**-0.5 if spec.scale == "isometric" else natural_size(rows, cols) * spec.d**-0.5
+        scale = 1 / math.sqrt(total) if spec.scale == "isometric" else natural_size(rows, cols) / math.sqrt(spec.d)
         matrix = torch.from_numpy(normal_rows(spec.seed, "dense", name, rows * cols, spec.d))
         result[name] = DenseTensor(rows, cols, matrix * scale)
     return result

@@ -30,8 +30,9 @@ class FastfoodTensor(TensorProjection):
     Args:
         rows, cols: of the tensor.
         gaussian: G, `float32[≥ min(rows, R), n]`, shared by all tensors.
-        signs: B times the tile's scale, `float32[tiles, n]`.
+        before: B, `float32[tiles, n]`.
         permutation: Π, `int64[tiles, n]`.
+        after: B' times the tile's scale, `float32[tiles, n]`.
         slices: which slice of θ each tile mixes, `int64[tiles]`.
         count, width: how many slices θ is cut into, and the coordinates in each.
     """
@@ -41,34 +42,35 @@ class FastfoodTensor(TensorProjection):
         rows: int,
         cols: int,
         gaussian: torch.Tensor,
-        signs: torch.Tensor,
+        before: torch.Tensor,
         permutation: torch.Tensor,
+        after: torch.Tensor,
         slices: torch.Tensor,
         count: int,
         width: int,
     ) -> None:
         self.rows, self.cols, self.count, self.width = rows, cols, count, width
-        self.n = signs.shape[1]
+        self.n = before.shape[1]
         self.chunks = -(-rows // ROWS)
         self.blocks = -(-cols // self.n)
         self._state: dict[torch.device, tuple[torch.Tensor, ...]] = {
-            signs.device: (gaussian, signs, permutation, slices)
+            before.device: (gaussian, before, permutation, after, slices)
         }
 
     def state(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """G, scaled B, Π and slices on `device`."""
+        """G, B, Π, scaled B' and slices on `device`."""
         if device not in self._state:
             with torch.inference_mode(False):
                 self._state[device] = tuple(t.to(device) for t in self._state[next(iter(self._state))])
         return self._state[device]
 
     def mixed(self, theta: torch.Tensor) -> torch.Tensor:
-        """u = scale · Π (1/√n) H B θ of every tile: `[d] -> [chunks, blocks, n]`."""
-        _, signs, permutation, slices = self.state(theta.device)
+        """u = scale · B' Π (1/√n) H B θ of every tile: `[d] -> [chunks, blocks, n]`."""
+        _, before, permutation, after, slices = self.state(theta.device)
         with torch.autocast(theta.device.type, enabled=False):
             theta = F.pad(theta.float(), (0, self.count * self.width - theta.shape[0]))
             theta = F.pad(theta.view(self.count, self.width), (0, self.n - self.width))  # [count, n]
-            u = fwht(theta[slices] * signs).gather(-1, permutation)  # [tiles, n]
+            u = fwht(theta[slices] * before).gather(-1, permutation) * after  # [tiles, n]
         return u.view(self.chunks, self.blocks, self.n)
 
     def factor(self, theta: torch.Tensor) -> torch.Tensor:
@@ -83,8 +85,9 @@ class FastfoodTensor(TensorProjection):
         return self.state(theta.device)[0][: min(ROWS, self.rows - chunk * ROWS)]
 
     def materialise(self, theta: torch.Tensor) -> torch.Tensor:
-        a = self.factor(theta)
-        return torch.cat([self.basis(theta, r).to(a.dtype) @ a[r] for r in range(self.chunks)])
+        with torch.autocast(theta.device.type, enabled=False):
+            a = self.factor(theta)
+            return torch.cat([self.basis(theta, r) @ a[r] for r in range(self.chunks)])
 
     def linear(self, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         a = self.factor(theta).to(x.dtype)
@@ -93,9 +96,10 @@ class FastfoodTensor(TensorProjection):
         )
 
     def gather(self, index: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-        u = self.mixed(theta)[index // ROWS]  # [..., blocks, n]
-        g = F.embedding(index % ROWS, self.state(theta.device)[0])  # [..., n]
-        return fwht(g.unsqueeze(-2) * u).flatten(-2)[..., : self.cols]
+        with torch.autocast(theta.device.type, enabled=False):
+            u = self.mixed(theta)[index // ROWS]  # [..., blocks, n]
+            g = F.embedding(index % ROWS, self.state(theta.device)[0])  # [..., n]
+            return fwht(g.unsqueeze(-2) * u).flatten(-2)[..., : self.cols]
 
 
 def _tile_widths(cols: int, chunks: int, n: int) -> list[int]:
@@ -114,6 +118,7 @@ def choose_block_size(d: int, shapes: Shapes) -> int:
     return n
 
 
+@torch.inference_mode(False)
 def build_fastfood(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
     """Fastfood projections for the tensors named in `shapes`.
 
@@ -152,15 +157,16 @@ def build_fastfood(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
     for name, (rows, cols) in shapes.items():
         signs, permutation = signs_and_permutations(spec.seed, name, tiles[name], n)
         if spec.scale == "isometric":
-            scale = weights[slices[name]] ** -0.5
+            scale = 1 / np.sqrt(weights[slices[name]])
         else:
             scale = np.full(tiles[name], natural_size(rows, cols) / np.sqrt(width))
         result[name] = FastfoodTensor(
             rows,
             cols,
             gaussian,
-            torch.from_numpy((signs * (scale / np.sqrt(n))[:, None]).astype(np.float32)),
+            torch.from_numpy(signs[:, 0].astype(np.float32)),
             torch.from_numpy(permutation),
+            torch.from_numpy((signs[:, 1] * (scale / np.sqrt(n))[:, None]).astype(np.float32)),
             torch.tensor(slices[name], device="cpu"),
             count,
             width,

@@ -15,7 +15,7 @@ ALGORITHM_VERSION = 1
 """Changes whenever the same configuration would give another projection."""
 
 GRID = 2.0**-16
-"""Normals are rounded to this grid, far coarser than the last-digit differences between mathematics libraries."""
+"""Normals are put on the odd multiples of half of this, far coarser than what mathematics libraries differ by."""
 
 
 def words(seed: int, purpose: str, name: str, count: int) -> np.ndarray:
@@ -29,17 +29,22 @@ def words(seed: int, purpose: str, name: str, count: int) -> np.ndarray:
     return np.random.Philox(key=key.astype(np.uint64)).random_raw(count)
 
 
+def _half_steps(raw: np.ndarray) -> np.ndarray:
+    """Normals as odd integers, in units of half of `GRID`: never zero, never infinite."""
+    uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return 2 * np.floor(ndtri(uniform) / GRID).astype(np.int64) + 1
+
+
 def normals(raw: np.ndarray) -> np.ndarray:
-    """Standard normal numbers from raw words, by the inverse distribution function, rounded to `GRID`.
+    """Standard normal numbers from raw words, by the inverse distribution function, on the grid.
 
     Args:
         raw: `uint64[...]`.
 
     Returns:
-        `float64[...]`, each an exact multiple of `GRID`.
+        `float64[...]`, each an odd multiple of half of `GRID`.
     """
-    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
-    return np.rint(ndtri(uniform) / GRID) * GRID
+    return _half_steps(raw) * (GRID / 2)
 
 
 def normal_rows(seed: int, purpose: str, name: str, rows: int, width: int) -> np.ndarray:
@@ -50,22 +55,22 @@ def normal_rows(seed: int, purpose: str, name: str, rows: int, width: int) -> np
     Returns:
         `float32[rows, width]`.
     """
-    drawn = normals(words(seed, purpose, f"{name}/{width}", rows * width)).reshape(rows, width)
-    length = np.sqrt(np.square(drawn / GRID).sum(axis=1, keepdims=True))  # of integers: the sum is exact
-    return (drawn / GRID * (np.sqrt(width) / length)).astype(np.float32)
+    steps = _half_steps(words(seed, purpose, f"{name}/{width}", rows * width)).reshape(rows, width)
+    length = np.sqrt(np.square(steps).sum(axis=1, keepdims=True))  # of integers: the sum is exact
+    return (steps * (np.sqrt(width) / length)).astype(np.float32)
 
 
 def signs_and_permutations(seed: int, name: str, count: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """B and Π of `count` Fastfood blocks of order n, from one tensor's stream.
+    """The signs B and B' and the permutation Π of `count` blocks of order n, from one tensor's stream.
 
-    Block t takes n + ⌈n/64⌉ words: n sort keys (Π is their stable argsort), then its sign bits, lowest bit first
-    (1 means −1).
+    Block t takes n + ⌈2n/64⌉ words: n sort keys (Π is their stable argsort), then sign bits, lowest first (1 means −1):
+    n for B, n for B'.
 
     Returns:
-        `int8[count, n]` of ±1 and `int64[count, n]`.
+        `int8[count, 2, n]` of ±1 and `int64[count, n]`.
     """
-    sign_words = -(-n // 64)
-    raw = words(seed, "block", f"{name}/{n}", count * (n + sign_words)).reshape(count, n + sign_words)
+    size = n + -(-2 * n // 64)
+    raw = words(seed, "block", f"{name}/{n}", count * size).reshape(count, size)
     permutation = np.argsort(raw[:, :n], axis=1, kind="stable")
-    bits = np.unpackbits(raw[:, n:].astype("<u8").view(np.uint8), axis=1, bitorder="little")[:, :n]
-    return (1 - 2 * bits.astype(np.int8)), permutation
+    bits = np.unpackbits(raw[:, n:].astype("<u8").view(np.uint8), axis=1, bitorder="little")[:, : 2 * n]
+    return (1 - 2 * bits.astype(np.int8)).reshape(count, 2, n), permutation

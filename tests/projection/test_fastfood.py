@@ -1,0 +1,214 @@
+"""Fastfood against the dense oracle: offsets, factored products, gathers, and their gradients."""
+
+import copy
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from oracle import TOLERANCE, error
+
+from peft_intrinsic.projection import Spec, fastfood
+from peft_intrinsic.projection.fastfood import build_fastfood
+
+ROWS = fastfood.ROWS
+SEED = 3
+
+# name: (d, n, shapes, row limit). Names out of order, because the order of tiles is that of the sorted names.
+CASES = {
+    "d1-n1": (1, 1, {"a": (3, 2)}, ROWS),
+    "d2-n1": (2, 1, {"b": (3, 5), "a": (7, 1)}, ROWS),
+    "d2-n4": (2, 4, {"b": (5, 9), "a": (7, 1)}, ROWS),
+    "d3-n2-last-slice-short": (3, 2, {"a": (1, 1), "b": (4, 7)}, ROWS),
+    "d3-n4-chunks": (3, 4, {"b": (21, 7), "a": (17, 1), "c": (8, 3)}, 8),
+    "d20-n4-chunks-narrow": (20, 4, {"b": (21, 9), "a": (17, 1)}, 8),
+    "d5-n4-real-chunks": (5, 4, {"a": (16390, 3)}, ROWS),
+    "d200-n16": (200, 16, {"b": (9, 150), "a": (11, 1), "c": (20, 61)}, ROWS),
+    "d200-n64": (200, 64, {"z": (30, 129), "b": (13, 1), "a": (8, 100)}, ROWS),
+    "d200-n256": (200, 256, {"b": (30, 77), "a": (13, 1)}, ROWS),
+    "d200-n256-wide": (200, 256, {"a": (6, 700)}, ROWS),
+    "d257-n64": (257, 64, {"b": (10, 300), "a": (5, 33)}, ROWS),
+    "d257-n256": (257, 256, {"b": (9, 300), "a": (9, 8)}, ROWS),
+    "d5000-n64": (5000, 64, {"w": (2, 650)} | {f"v{i}": (8, 1) for i in range(70)}, ROWS),
+    "d5000-n8192": (5000, 8192, {"a": (2, 5)}, ROWS),
+}
+ISOMETRIC = ["d2-n4", "d20-n4-chunks-narrow", "d257-n64"]
+PARAMETERS = [(name, "fan_in") for name in CASES] + [(name, "isometric") for name in ISOMETRIC]
+
+
+@pytest.fixture(params=PARAMETERS, ids="-".join, scope="module")
+def case(request):
+    """The tensors' projections, their P from the oracle (`[d, rows, cols]`), and a θ."""
+    name, scale = request.param
+    d, n, shapes, limit = CASES[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fastfood, "ROWS", limit)
+        projections = build_fastfood(Spec(d, SEED, n, scale), shapes)
+        assert list(projections) == list(shapes)
+        yield projections, oracle.fastfood(d, SEED, n, scale, shapes, limit), draw(d)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def leaf(x: torch.Tensor) -> torch.Tensor:
+    return x.clone().requires_grad_()
+
+
+def offset(theta: torch.Tensor, p: np.ndarray) -> np.ndarray:
+    return np.tensordot(theta.double().numpy(), p, 1)
+
+
+def adjoint(g: torch.Tensor, p: np.ndarray) -> np.ndarray:
+    """Pᵀg."""
+    return np.tensordot(p, g.double().numpy(), 2)
+
+
+def test_materialise(case):
+    projections, matrices, theta = case
+    total = np.zeros(len(theta))
+    parameter = leaf(theta)
+    for name, p in projections.items():
+        g = draw(p.rows, p.cols, seed=1)
+        y = p.materialise(parameter)
+        assert error(y, offset(theta, matrices[name])) < TOLERANCE[torch.float32]
+        (y * g).sum().backward()
+        total += adjoint(g, matrices[name])
+    assert error(parameter.grad, total) < TOLERANCE[torch.float32]  # <Pθ, g> = <θ, Pᵀg>, for every θ
+
+
+def test_linear(case):
+    projections, matrices, theta = case
+    for name, p in projections.items():
+        w = offset(theta, matrices[name])
+        parameter, x, g = leaf(theta), leaf(draw(2, 3, p.cols, seed=1)), draw(2, 3, p.rows, seed=2)
+        y = p.linear(x, parameter)
+        assert error(y, x.detach().double().numpy() @ w.T) < TOLERANCE[torch.float32]
+        (y * g).sum().backward()
+        assert error(x.grad, g.double().numpy() @ w) < TOLERANCE[torch.float32]
+        outer = torch.einsum("abr, abc -> rc", g.double(), x.detach().double())
+        assert error(parameter.grad, adjoint(outer, matrices[name])) < TOLERANCE[torch.float32]
+
+
+def test_gather(case):
+    projections, matrices, theta = case
+    for name, p in projections.items():
+        index = torch.tensor([[0, p.rows - 1, p.rows // 2], [p.rows - 1, 0, p.rows - 1]])  # repeated on purpose
+        parameter, g = leaf(theta), draw(2, 3, p.cols, seed=1)
+        y = p.gather(index, parameter)
+        assert error(y, offset(theta, matrices[name])[index]) < TOLERANCE[torch.float32]
+        assert error(y, p.materialise(theta)[index].double().numpy()) < TOLERANCE[torch.float32]
+        (y * g).sum().backward()
+        dense = torch.zeros(p.rows, p.cols).index_add_(0, index.flatten(), g.flatten(0, 1))
+        assert error(parameter.grad, adjoint(dense, matrices[name])) < TOLERANCE[torch.float32]
+
+
+def test_linearity(case):
+    projections, _, theta = case
+    other = draw(len(theta), seed=4)
+    for p in projections.values():
+        y = p.materialise(2 * theta - 3 * other)
+        expected = 2 * p.materialise(theta).double() - 3 * p.materialise(other).double()
+        assert error(y, expected.numpy()) < TOLERANCE[torch.float32]
+        assert not p.materialise(0 * theta).any()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A matrix of two blocks."""
+    return build_fastfood(Spec(20, 0, 32, "fan_in"), {"a": (24, 41)})["a"], draw(20)
+
+
+def test_row_limit_is_exact(monkeypatch):
+    monkeypatch.setattr(fastfood, "ROWS", 8)
+    for rows, chunks in [(1, 1), (7, 1), (8, 1), (9, 2), (16, 2), (17, 3)]:
+        p = build_fastfood(Spec(3, 0, 4, "fan_in"), {"a": (rows, 6)})["a"]
+        assert p.factor(draw(3)).shape == (chunks, 4, 6)
+        assert p.materialise(draw(3)).shape == (rows, 6)
+
+
+def test_offset_is_basis_times_factor(monkeypatch):
+    monkeypatch.setattr(fastfood, "ROWS", 8)
+    p = build_fastfood(Spec(3, 0, 4, "fan_in"), {"a": (21, 7)})["a"]
+    theta = draw(3)
+    product = torch.cat([p.basis(theta, r) @ p.factor(theta)[r] for r in range(3)])
+    assert torch.equal(product, p.materialise(theta))
+
+
+@pytest.mark.parametrize("shape", [(0,), (), (1,), (2, 0, 3)])
+def test_batches_of_any_shape(small, shape):
+    p, theta = small
+    assert p.linear(torch.ones(*shape, p.cols), theta).shape == (*shape, p.rows)
+    for dtype in (torch.int64, torch.int32):
+        assert p.gather(torch.zeros(shape, dtype=dtype), theta).shape == (*shape, p.cols)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_linear_in_the_dtype_of_x(small, dtype):
+    p, theta = small
+    x = draw(5, p.cols).to(dtype)
+    y = p.linear(x, theta)
+    assert y.dtype == dtype
+    assert error(y, x.double().numpy() @ p.materialise(theta).double().numpy().T) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_offsets_are_float32_for_any_theta(small, dtype):
+    p, theta = small
+    theta = theta.to(dtype)
+    index = torch.tensor([3, 23])
+    assert p.materialise(theta).dtype == torch.float32
+    assert torch.equal(p.materialise(theta), p.materialise(theta.float()))
+    assert torch.equal(p.gather(index, theta), p.gather(index, theta.float()))
+    parameter = leaf(theta)
+    p.materialise(parameter).sum().backward()
+    assert parameter.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_offsets_ignore_autocast(small, dtype):
+    p, theta = small
+    index = torch.tensor([3, 23])
+    expected = p.materialise(theta), p.gather(index, theta)
+    with torch.autocast("cpu", dtype=dtype):
+        actual = p.materialise(theta), p.gather(index, theta)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+def test_trains_after_being_built_and_used_in_inference_mode():
+    shapes = {"a": (7, 9)}
+    with torch.inference_mode():
+        first = build_fastfood(Spec(5, 1234, 8, "fan_in"), shapes)["a"]
+        first.materialise(draw(5))
+    second = build_fastfood(Spec(5, 1234, 8, "fan_in"), shapes)["a"]  # G may come from a cache
+    for p in (second, first):
+        theta, x = leaf(draw(5)), leaf(draw(2, 9))
+        (p.materialise(theta).sum() + p.linear(x, theta).sum() + p.gather(torch.tensor([1]), theta).sum()).backward()
+        assert theta.grad.all()
+        assert x.grad.all()
+
+
+def test_built_in_memory_under_a_meta_device():
+    with torch.device("meta"):  # as while an empty model is made
+        p = build_fastfood(Spec(5, 0, 8, "fan_in"), {"a": (7, 9)})["a"]
+    assert p.materialise(torch.ones(5, device="cpu")).any()
+
+
+def test_copies_share_the_projection(small):
+    p, _ = small
+    assert copy.deepcopy({"a": [p]})["a"][0] is p
+
+
+def test_threads_do_not_change_a_bit():
+    p = build_fastfood(Spec(300, 0, 64, "fan_in"), {"a": (700, 650)})["a"]
+    theta, threads = draw(300), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = p.materialise(theta)
+        torch.set_num_threads(4)
+        assert torch.equal(p.materialise(theta), one)
+    finally:
+        torch.set_num_threads(threads)
