@@ -88,7 +88,8 @@ def test_linear(case):
         (y * g).sum().backward()
         assert error(x.grad, g.double().numpy() @ w) < TOLERANCE[torch.float32]
         outer = torch.einsum("abr, abc -> rc", g.double(), x.detach().double())
-        assert error(parameter.grad, adjoint(outer, matrices[name])) < TOLERANCE[torch.float32]
+        longest = max(1, p.rows / 1000) ** 0.5  # a float32 sum over the rows: its rounding grows as √rows
+        assert error(parameter.grad, adjoint(outer, matrices[name])) < TOLERANCE[torch.float32] * longest
 
 
 def test_gather(case):
