@@ -211,6 +211,22 @@ class IntrinsicModel(BaseTuner):
         if not autocast_adapter_dtype:
             cast(IntrinsicVector, self.model.get_submodule(HOLDER)).cast_to_base(adapter_name)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Raises ValueError where the file does not hold the θ and λ that the configuration asks for."""
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, parameter in model.named_parameters():
+            if re.search(rf"(^|\.){HOLDER}\.intrinsic_\w+\.{re.escape(adapter_name)}\.weight$", name):
+                shape = tuple(found[name].shape) if name in found else "nothing"
+                if shape != tuple(parameter.shape):
+                    raise ValueError(
+                        f"{name}: the file holds {shape}, the configuration (d={config.d}, said={config.said}) asks "
+                        f"for {tuple(parameter.shape)}. The two do not belong together; save the adapter again."
+                    )
+        return found
+
     def _check_merge_allowed(self) -> None:
         """Tied weights share one offset, which one owner merges: nothing to warn of."""
 
