@@ -50,7 +50,10 @@ def runs(group: str) -> list[dict[str, Any]]:
     if group == "blocks":
         return [{"d": 256, "lr": 0.05, "block_size": n, "seed": seed} for seed in range(3) for n in (16, 64, 256)]
     if group == "gaussian":
-        return [{"d": 256, "lr": 0.05, "block_size": 64, "gaussian": "independent", "seed": seed} for seed in range(3)]
+        kinds = ("independent", "shared")
+        return [
+            {"d": 256, "lr": 0.05, "block_size": 64, "gaussian": k, "seed": seed} for k in kinds for seed in range(3)
+        ]
     if group == "baseline":
         return [{"method": "head", "lr": 0.01}] + [{"method": "full", "lr": lr} for lr in (3e-5, 1e-4)]
     raise SystemExit(f"unknown group {group!r}: lr, scale, blocks, gaussian, baseline or table")
