@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ from .targets import (
 from .wrap import redraw, tuner_layers, unwrap
 
 HOLDER = "intrinsic"
+logger = logging.getLogger(__name__)
 
 
 class IntrinsicModel(BaseTuner):
@@ -69,6 +71,11 @@ class IntrinsicModel(BaseTuner):
         config = self.peft_config[adapter_name] = copy.copy(cast(IntrinsicConfig, self.peft_config[adapter_name]))
         if config.manifest is None:
             config.redrawn = self._fresh(model, config)
+            if config.redrawn:
+                logger.warning(
+                    "Not from the checkpoint, so drawn again from a fixed stream (head='keep' leaves it as it is): %s",
+                    ", ".join(config.redrawn),
+                )
         config.head_modules = self._head(model, config)
         self._matched: list[tuple[nn.Module, list[str]]] = []
         if config.target_modules is None and not config.target_parameters:
@@ -82,6 +89,8 @@ class IntrinsicModel(BaseTuner):
         except Exception:
             self._detach(model, adapter_name)
             raise
+        finally:
+            self._matched = []
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @staticmethod
@@ -162,8 +171,8 @@ class IntrinsicModel(BaseTuner):
                     users.setdefault(first, []).append((module, name))
         if not users:
             raise ValueError(
-                f"target_modules={config.target_modules!r} matched no module with parameters of its own. Name modules "
-                "such as linear layers, norms or embeddings, or pass None for every parameter."
+                f"target_modules={config.target_modules!r} and target_parameters={config.target_parameters!r} matched "
+                "no module with parameters of its own. Name linear layers, norms or embeddings, or pass None for all."
             )
 
         groups = lambda_groups(users, config.lambda_granularity) if config.said else {}
@@ -184,6 +193,7 @@ class IntrinsicModel(BaseTuner):
         projections = PROJECTIONS[config.projection](spec, shapes)
 
         holder = getattr(model, HOLDER, None) or IntrinsicVector()
+        setattr(model, HOLDER, holder)
         layers = tuner_layers(model, holder, [module for held in users.values() for module, _ in held])
         for name, held in users.items():
             for i, (module, own) in enumerate(held):
@@ -195,7 +205,6 @@ class IntrinsicModel(BaseTuner):
                 redraw(name, getattr(*held[0]), getattr(model, "config", None))
         theta = np.zeros(length) if config.init_weights else normals(words(config.seed, "theta", "", length))
         holder.add(adapter_name, theta, np.ones(count), like=getattr(*next(iter(users.values()))[0]))
-        setattr(model, HOLDER, holder)
 
     def _detach(self, model: nn.Module, adapter_name: str) -> None:
         """Undo a failed injection."""
