@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from peft import PeftModel, get_peft_model
 from torch import nn
+
+from peft_intrinsic import IntrinsicConfig
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -54,9 +57,70 @@ def build(family: str) -> nn.Module:
         config = transformers.ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=3)
         model = transformers.ViTForImageClassification(config)
         nn.init.normal_(model.vit.embeddings.cls_token, std=0.02)
+    elif family == "roberta":
+        model = transformers.RobertaForTokenClassification(transformers.RobertaConfig(**SIZES, num_labels=3))
+    elif family == "distilbert":
+        config = transformers.DistilBertConfig(vocab_size=97, dim=24, n_layers=2, n_heads=4, hidden_dim=40)
+        model = transformers.DistilBertForQuestionAnswering(config)
+    elif family == "electra":
+        model = transformers.ElectraModel(transformers.ElectraConfig(**SIZES, embedding_size=16))
+    elif family == "qwen2":
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, num_key_value_heads=2))
+    elif family == "gemma":  # scaled embedding, norms that add one
+        config = transformers.GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=6, pad_token_id=0)
+        model = transformers.GemmaForCausalLM(config)
+    elif family == "bart":
+        config = transformers.BartConfig(
+            vocab_size=97,
+            d_model=24,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=40,
+            decoder_ffn_dim=40,
+            max_position_embeddings=40,
+        )
+        model = transformers.BartForConditionalGeneration(config)
+    elif family == "whisper":  # reads the weights of its position embedding
+        config = transformers.WhisperConfig(
+            vocab_size=97,
+            d_model=24,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=40,
+            decoder_ffn_dim=40,
+            num_mel_bins=8,
+            max_source_positions=10,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=3,
+        )
+        model = transformers.WhisperForConditionalGeneration(config)
+    elif family == "mamba":  # reads the weights of its projections, direct parameters
+        config = transformers.MambaConfig(vocab_size=97, hidden_size=24, state_size=4, num_hidden_layers=2)
+        model = transformers.MambaForCausalLM(config)
+    elif family == "moe":  # experts as parameters with three axes
+        config = transformers.MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=3)
+        model = transformers.MixtralForCausalLM(config)
     else:
         model = Custom()
     return model.eval()
+
+
+def trained(family: str, **options) -> PeftModel:
+    """An adapter with a θ and λ of its own."""
+    model = get_peft_model(build(family), IntrinsicConfig(**{"d": 200, "init_weights": False, **options})).eval()
+    for vectors in (
+        model.get_base_model().intrinsic.intrinsic_lambda,
+        model.get_base_model().intrinsic.intrinsic_theta,
+    ):
+        for vector in vectors.values():
+            vector.weight.data.mul_(0.7)
+    return model
 
 
 def batch(family: str) -> dict[str, torch.Tensor]:
@@ -64,8 +128,10 @@ def batch(family: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     if family == "vit":
         return {"pixel_values": torch.randn(4, 3, 8, 8, generator=generator)}
-    ids = torch.randint(1, 50, (4, 7), generator=generator)
-    return {"input_ids": ids, "labels": ids} if family == "t5" else {"input_ids": ids}
+    ids = torch.randint(3, 50, (4, 7), generator=generator)
+    if family == "whisper":
+        return {"input_features": torch.randn(4, 8, 20, generator=generator), "decoder_input_ids": ids}
+    return {"input_ids": ids, "labels": ids} if family in ("t5", "bart") else {"input_ids": ids}
 
 
 @torch.no_grad()
@@ -77,12 +143,20 @@ def evaluate(model: nn.Module, family: str) -> torch.Tensor:
 def output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits, whatever the model returns."""
     result = model(**inputs)
-    return result if isinstance(result, torch.Tensor) else result.logits
+    if isinstance(result, torch.Tensor):
+        return result
+    return result.logits if "logits" in result else result[0]
+
+
+def same(a: torch.Tensor, b: torch.Tensor, family: str) -> bool:
+    """Equal to the bit; Mamba's convolution rounds by how its memory is aligned."""
+    return torch.equal(a, b) if family != "mamba" else torch.allclose(a, b, rtol=0, atol=1e-6)
 
 
 FAMILIES = ["bert", "bert_mlm", "gpt2", "llama", "t5", "vit", "custom"]
+MORE = ["roberta", "distilbert", "electra", "qwen2", "gemma", "bart", "whisper", "mamba", "moe"]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=FAMILIES + MORE)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -36,23 +36,36 @@ def natural_size(rows: int, cols: int) -> float:
     return 1 / math.sqrt(cols if cols > 1 else rows)
 
 
+def samples(theta: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What precedes `index` when each sample has its own θ: the number of the sample, shaped to broadcast."""
+    if theta.dim() == 1:
+        return ()
+    return (torch.arange(len(theta), device=index.device).view(-1, *[1] * (index.dim() - 1)),)
+
+
 class TensorProjection(ABC):
-    """The rows of P that belong to one tensor. Immutable, shared by copies of a model, nothing of it is saved."""
+    """The rows of P that belong to one tensor. Immutable, shared by copies of a model, nothing of it is saved.
+
+    θ is one vector `[d]`, or one for each sample of a batch, `[batch, d]`.
+    """
 
     rows: int
     cols: int
 
     @abstractmethod
     def materialise(self, theta: torch.Tensor) -> torch.Tensor:
-        """The offset itself: `[d] -> [rows, cols]`."""
+        """The offset itself: `[d] -> [rows, cols]`, or `[batch, d] -> [batch, rows, cols]`."""
 
     def linear(self, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-        """x times the transposed offset: `[..., cols], [d] -> [..., rows]`."""
-        return torch.nn.functional.linear(x, self.materialise(theta).to(x.dtype))
+        """x times the transposed offset: `[..., cols], [d] -> [..., rows]`. With `[batch, d]`, x is batch first."""
+        return torch.einsum(
+            "b...c,brc->b...r" if theta.dim() > 1 else "...c,rc->...r", x, self.materialise(theta).to(x)
+        )
 
     def gather(self, index: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-        """Rows of the offset: `int[...], [d] -> [..., cols]`."""
-        return torch.nn.functional.embedding(index, self.materialise(theta))
+        """Rows of the offset: `int[...], [d] -> [..., cols]`. With `[batch, d]`, the index is batch first."""
+        place = (*samples(theta, index), index)
+        return self.materialise(theta)[place]
 
     def __deepcopy__(self, memo: dict) -> TensorProjection:
         return self

@@ -25,7 +25,8 @@ class DenseTensor(TensorProjection):
             with torch.inference_mode(False):
                 self._state[theta.device] = next(iter(self._state.values())).to(theta.device)
         with torch.autocast(theta.device.type, enabled=False):
-            return (self._state[theta.device] @ theta.float()).view(self.rows, self.cols)
+            flat = theta.float() @ self._state[theta.device].T
+            return flat.unflatten(-1, (self.rows, self.cols))
 
 
 @torch.inference_mode(False)

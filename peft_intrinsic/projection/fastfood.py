@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .base import Shapes, Spec, TensorProjection, natural_size
+from .base import Shapes, Spec, TensorProjection, natural_size, samples
 from .hadamard import fwht, hadamard
 from .randomness import normal_rows, signs_and_permutations
 
@@ -65,39 +65,55 @@ class FastfoodTensor(TensorProjection):
         return self._state[device]
 
     def mixed(self, theta: torch.Tensor) -> torch.Tensor:
-        """u = scale · B' Π (1/√n) H B θ of every tile: `[d] -> [chunks, blocks, n]`."""
+        """u = scale · B' Π (1/√n) H B θ of every tile: `[..., d] -> [..., chunks, blocks, n]`."""
         _, before, permutation, after, slices = self.state(theta.device)
         with torch.autocast(theta.device.type, enabled=False):
-            theta = F.pad(theta.float(), (0, self.count * self.width - theta.shape[0]))
-            theta = F.pad(theta.view(self.count, self.width), (0, self.n - self.width))  # [count, n]
-            u = fwht(theta[slices] * before).gather(-1, permutation) * after  # [tiles, n]
-        return u.view(self.chunks, self.blocks, self.n)
+            theta = F.pad(theta.float(), (0, self.count * self.width - theta.shape[-1]))
+            theta = F.pad(theta.unflatten(-1, (self.count, self.width)), (0, self.n - self.width))  # [..., count, n]
+            u = fwht(theta[..., slices, :] * before)  # [..., tiles, n]
+            u = u.gather(-1, permutation.expand_as(u)) * after
+        return u.unflatten(-2, (self.chunks, self.blocks))
 
     def factor(self, theta: torch.Tensor) -> torch.Tensor:
-        """A(θ), the low-rank factor of every row chunk: `[d] -> [chunks, n, cols]`."""
+        """A(θ), the low-rank factor of every row chunk: `[..., d] -> [..., chunks, n, cols]`."""
         u = self.mixed(theta)
         h = hadamard(self.n, min(self.n, self.cols), u)  # [n, ≤ n]
-        a = u.transpose(1, 2).unsqueeze(-1) * h.unsqueeze(1)  # [chunks, n, blocks, ≤ n]
-        return a.flatten(2)[..., : self.cols]
+        a = u.transpose(-1, -2).unsqueeze(-1) * h.unsqueeze(1)  # [..., chunks, n, blocks, ≤ n]
+        return a.flatten(-2)[..., : self.cols]
 
     def basis(self, theta: torch.Tensor, chunk: int) -> torch.Tensor:
         """The rows of G that a row chunk uses: `[height, n]`."""
         return self.state(theta.device)[0][: min(ROWS, self.rows - chunk * ROWS)]
 
+    def factors(self, theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The offset as a product, `[d] -> [rows, k], [k, cols]` with k = chunks · n."""
+        left = torch.block_diag(*(self.basis(theta, r) for r in range(self.chunks)))
+        return left, self.factor(theta).flatten(0, 1)
+
     def materialise(self, theta: torch.Tensor) -> torch.Tensor:
         with torch.autocast(theta.device.type, enabled=False):
             a = self.factor(theta)
-            return torch.cat([self.basis(theta, r) @ a[r] for r in range(self.chunks)])
+            return torch.cat([self.basis(theta, r) @ a[..., r, :, :] for r in range(self.chunks)], -2)
 
     def linear(self, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-        a = self.factor(theta).to(x.dtype)
-        return torch.cat(
-            [F.linear(F.linear(x, a[r]), self.basis(theta, r).to(x.dtype)) for r in range(self.chunks)], -1
-        )
+        each = theta.dim() > 1
+        z = self._products(x, theta) if each else [F.linear(x, a) for a in self.factor(theta).to(x.dtype)]
+        return torch.cat([F.linear(z[r], self.basis(theta, r).to(x.dtype)) for r in range(self.chunks)], -1)
+
+    def _products(self, x: torch.Tensor, theta: torch.Tensor) -> list[torch.Tensor]:
+        """x A(θ)ᵀ of every row chunk, `[batch, ..., n]`, each sample with its own θ, without any A(θ).
+
+        A is diagonal matrices times H, and only the diagonals depend on θ: x H serves all samples.
+        """
+        u = self.mixed(theta).to(x.dtype)  # [batch, chunks, blocks, n]
+        h = F.pad(x, (0, self.blocks * self.n - self.cols)).reshape(len(x), -1, self.blocks, self.n)
+        h = fwht(h)  # [batch, tokens, blocks, n]
+        return [(h * u[:, r, None]).sum(-2).view(*x.shape[:-1], self.n) for r in range(self.chunks)]
 
     def gather(self, index: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         with torch.autocast(theta.device.type, enabled=False):
-            u = self.mixed(theta)[index // ROWS]  # [..., blocks, n]
+            place = (*samples(theta, index), index // ROWS)
+            u = self.mixed(theta)[place]  # [..., blocks, n]
             g = F.embedding(index % ROWS, self.state(theta.device)[0])  # [..., n]
             return fwht(g.unsqueeze(-2) * u).flatten(-2)[..., : self.cols]
 

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import torch
 
 _FACTOR = 128  # order up to which one product is cheaper than splitting
 
 
-@cache
-def _sylvester(n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    matrix = np.ones((1, 1), dtype=np.float32)
+def _built(n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    matrix = torch.ones(1, 1, device=device, dtype=dtype)
     while len(matrix) < n:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
+@cache
+def _cached(n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     with torch.inference_mode(False):  # or the cached tensor could never take part in a backward pass
-        return torch.from_numpy(matrix).to(device, dtype)
+        return _built(n, device, dtype)
+
+
+def _sylvester(n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    # A compiled graph cannot look into the cache; it makes the matrix once for all of its uses.
+    return _built(n, device, dtype) if torch.compiler.is_compiling() else _cached(n, device, dtype)
 
 
 def hadamard(n: int, width: int, like: torch.Tensor) -> torch.Tensor:

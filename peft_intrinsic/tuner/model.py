@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..projection import PROJECTIONS, Spec, choose_block_size
 from ..projection.randomness import normals, words
 from .config import HEAD_NAMES, IntrinsicConfig
-from .layer import IntrinsicHook, IntrinsicLayer, IntrinsicVector, Offset
+from .layer import IntrinsicLayer, Offset
+from .operations import HOLDER, AdapterOperations
 from .targets import (
     base_modules,
     canonical,
@@ -31,20 +32,28 @@ from .targets import (
     matrix_view,
     movable,
 )
+from .vector import IntrinsicVector
 from .wrap import redraw, tuner_layers, unwrap
 
-HOLDER = "intrinsic"
 logger = logging.getLogger(__name__)
 
 
-class IntrinsicModel(BaseTuner):
+def _name_the_rest(model: nn.Module, users: Mapping[str, Any], config: IntrinsicConfig) -> None:
+    """Say once which parameters stay still although every parameter was asked for."""
+    if config.target_modules is not None or config.target_parameters:
+        return
+    sizes = {canonical(name): p.numel() for name, p in model.named_parameters() if not name.startswith(f"{HOLDER}.")}
+    rest = [canonical(name) for name, p in model.named_parameters() if not p.is_floating_point()]
+    if rest := [name for name in rest if name not in users]:
+        share = sum(sizes[name] for name in rest) / sum(sizes.values())
+        logger.warning("Not moved, as they hold no real numbers: %s (%.2g of all parameters).", ", ".join(rest), share)
+
+
+class IntrinsicModel(AdapterOperations):
     """Moves the weights of a model along a fixed random projection of one trained vector θ.
 
     Use it through `get_peft_model(model, IntrinsicConfig(d=200))`. Reference: Aghajanyan et al. 2020, arXiv 2012.13255.
     """
-
-    prefix = "intrinsic_"
-    tuner_layer_cls = IntrinsicLayer
 
     def inject_adapter(
         self,
@@ -65,7 +74,7 @@ class IntrinsicModel(BaseTuner):
                 "An intrinsic adapter cannot be injected from a state_dict: its file holds θ alone and names no "
                 "modules. Pass the saved configuration instead."
             )
-        if not isinstance(getattr(model, HOLDER, IntrinsicVector()), IntrinsicVector):
+        if not isinstance(getattr(model, HOLDER, None), IntrinsicVector | None):
             raise ValueError(f"The model already has an attribute {HOLDER!r}, which the adapter needs. Rename it.")
         # A copy: the user's configuration stays free for another model.
         config = self.peft_config[adapter_name] = copy.copy(cast(IntrinsicConfig, self.peft_config[adapter_name]))
@@ -192,8 +201,10 @@ class IntrinsicModel(BaseTuner):
         spec = Spec(length, config.seed, config.block_size, config.scale)
         projections = PROJECTIONS[config.projection](spec, shapes)
 
-        holder = getattr(model, HOLDER, None) or IntrinsicVector()
-        setattr(model, HOLDER, holder)
+        if not hasattr(model, HOLDER):
+            setattr(model, HOLDER, IntrinsicVector(model))
+            _name_the_rest(model, users, config)
+        holder = cast(IntrinsicVector, model.get_submodule(HOLDER))
         layers = tuner_layers(model, holder, [module for held in users.values() for module, _ in held])
         for name, held in users.items():
             for i, (module, own) in enumerate(held):
@@ -212,63 +223,14 @@ class IntrinsicModel(BaseTuner):
             if isinstance(module, IntrinsicLayer):
                 module.delete_adapter(adapter_name)
         unwrap(model, [m for m in model.modules() if isinstance(m, IntrinsicLayer) and not m.offsets])
-        if hasattr(model, HOLDER) and not cast(IntrinsicVector, model.get_submodule(HOLDER)).intrinsic_theta:
+        if hasattr(model, HOLDER) and not self.vector.intrinsic_theta:
+            self.vector.guard.remove()
             delattr(model, HOLDER)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """θ is float32 from the start; without autocasting it takes the base model's dtype."""
         if not autocast_adapter_dtype:
-            cast(IntrinsicVector, self.model.get_submodule(HOLDER)).cast_to_base(adapter_name)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Raises ValueError where the file does not hold the θ and λ that the configuration asks for."""
-        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for name, parameter in model.named_parameters():
-            if re.search(rf"(^|\.){HOLDER}\.intrinsic_\w+\.{re.escape(adapter_name)}\.weight$", name):
-                shape = tuple(found[name].shape) if name in found else "nothing"
-                if shape != tuple(parameter.shape):
-                    raise ValueError(
-                        f"{name}: the file holds {shape}, the configuration (d={config.d}, said={config.said}) asks "
-                        f"for {tuple(parameter.shape)}. The two do not belong together; save the adapter again."
-                    )
-        return found
-
-    def _check_merge_allowed(self) -> None:
-        """Tied weights share one offset, which one owner merges: nothing to warn of."""
-
-    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
-        """See `_check_merge_allowed`."""
+            self.vector.cast_to_base(adapter_name)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        unwrap(self.model, [child])
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> Any:
-        hooked = [module for module in self.model.modules() if isinstance(module, IntrinsicHook)]
-        if merge:
-            for layer in hooked:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        unwrap(self.model, hooked)
-        delattr(self.model, HOLDER)
-        return self.model
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"adapter_names={kwargs['adapter_names']!r}: batches of mixed adapters are not supported. "
-                "Call set_adapter and run one batch per adapter."
-            )
-        yield

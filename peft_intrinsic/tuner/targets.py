@@ -11,7 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..projection import Shapes
-from .layer import IntrinsicLayer, linear_features
+from .layer import IntrinsicLayer
+from .modules import linear_features
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..projection.randomness import normals, words
-from .layer import (
-    IntrinsicEmbedding,
-    IntrinsicHook,
-    IntrinsicLayer,
-    IntrinsicLinear,
-    IntrinsicModule,
-    IntrinsicVector,
-)
+from .layer import IntrinsicLayer
+from .modules import IntrinsicEmbedding, IntrinsicHook, IntrinsicLinear, IntrinsicModule, IntrinsicNorm, affine
 from .targets import is_linear
+from .vector import IntrinsicVector
 
-# Their forward reads the parameters of their children without calling them.
-_READS_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+@cache
+def _source(kind: Any) -> str:
+    """The code that a class of modules runs, without what sets it up."""
+    methods = inspect.getmembers(kind, lambda m: inspect.isfunction(m) and m.__module__ != nn.Module.__module__)
+    code = []
+    for name, method in methods:
+        if "init" not in name and "reset" not in name:
+            try:
+                code.append(inspect.getsource(method))
+            except (OSError, TypeError):  # defined without a file
+                continue
+    return "\n".join(code)
+
+
+def _reads(parent: nn.Module, child: str) -> bool:
+    """Whether a module takes the parameters of its child for itself instead of calling it (Mamba, DeBERTa, …)."""
+    values = r"\.(weight|bias)\b(?!\.(dtype|device|shape|ndim|size|is_)|\s+is\b|,\s*torch\.Tensor)"
+    kind: Any = type(parent)
+    return re.search(rf"\bself\.([\w.]+\.)?{re.escape(child)}{values}", _source(kind)) is not None
 
 
 def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -35,10 +51,10 @@ def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def _wrapper_class(module: nn.Module) -> type[IntrinsicModule]:
     if is_linear(module):
         return IntrinsicLinear
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and module.max_norm is None:
         plain = type(module).forward is nn.Embedding.forward
         return IntrinsicEmbedding if plain or hasattr(module, "embed_scale") else IntrinsicModule
-    return IntrinsicModule
+    return IntrinsicNorm if affine(module) else IntrinsicModule
 
 
 def tuner_layers(model: nn.Module, holder: IntrinsicVector, modules: Iterable[nn.Module]) -> dict[int, IntrinsicLayer]:
@@ -57,7 +73,7 @@ def tuner_layers(model: nn.Module, holder: IntrinsicVector, modules: Iterable[nn
         if id(module) in layers:
             continue
         places = parents.get(id(module), [])
-        reader = next((parent for parent, _ in places if isinstance(parent, _READS_CHILDREN)), None)
+        reader = next((parent for parent, name in places if _reads(parent, name)), None)
         if reader is not None or module._modules or not places:
             layer: Any = IntrinsicHook(module, reader or module, holder)
             holder.hooked.append(layer)

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from peft_intrinsic.projection.hadamard import _sylvester, fwht, hadamard
+from peft_intrinsic.projection.hadamard import _cached, fwht, hadamard
 
 SIZES = [2**k for k in range(11)]
 
@@ -56,7 +56,7 @@ def test_fwht_gradient(n):
 
 
 def test_cached_matrix_survives_inference_mode():
-    _sylvester.cache_clear()
+    _cached.cache_clear()
     with torch.inference_mode():
         fwht(draw(1, 512))
         hadamard(512, 512, draw(1))

@@ -1,0 +1,111 @@
+"""Exact conversion to LoRA: an offset of a linear layer or an embedding is of rank n by construction."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from ..projection import FastfoodTensor
+from .layer import IntrinsicLayer
+from .modules import IntrinsicEmbedding, IntrinsicLinear
+from .targets import base_modules
+
+PREFIX = "base_model.model."
+KEYS: dict[type, tuple[str, str]] = {
+    IntrinsicLinear: ("lora_A.weight", "lora_B.weight"),
+    IntrinsicEmbedding: ("lora_embedding_A", "lora_embedding_B"),
+}
+
+
+@torch.no_grad()
+def convert_to_lora(
+    model: Any, adapter_name: str = "default", accept_loss: bool = False
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """An intrinsic adapter as a LoRA, without singular values: outputs are equal within rounding.
+
+    The rank is the block size n (times the chunks of a tensor of more than 16,384 rows), alpha equals the rank. A head
+    that the checkpoint did not bring is put into `modules_to_save`, in full, because a plain base model lacks it.
+
+    Args:
+        model: a `PeftModel` with an intrinsic adapter.
+        adapter_name: which one.
+        accept_loss: leave out what a LoRA cannot hold (biases, norms, convolutions, direct parameters).
+
+    Returns:
+        The configuration and the state dict, as PEFT's own `convert_to_lora` gives them.
+
+    Raises:
+        ValueError: the adapter moves what a LoRA cannot hold and `accept_loss` is False: the message lists it with the
+            share of the offset's norm that it carries; or nothing can be converted.
+    """
+    config = model.peft_config[adapter_name]
+    base = model.get_base_model()
+    names = {id(module): name for name, module in base_modules(base)}
+    whole = {name.rpartition(".")[0] for name in config.redrawn or []}
+    state: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    norms: dict[str, float] = {}  # squared, of every offset
+    lost: list[str] = []
+    layers = [m for m in base.modules() if isinstance(m, IntrinsicLayer) and adapter_name in m.offsets]
+    for layer in layers:
+        module = names[id(layer.get_base_layer())]
+        for own, offset in layer.offsets[adapter_name].items():
+            delta = layer.get_delta_weight(adapter_name, own)
+            norms[f"{module}.{own}"] = float(delta.square().sum()) if offset.merges else 0.0
+            if module in whole:
+                state[f"{PREFIX}{module}.{own}"] = getattr(layer.get_base_layer(), own) + delta
+            elif own == "weight" and isinstance(offset.projection, FastfoodTensor) and type(layer) in KEYS:
+                theta = layer.vector.scaled(adapter_name, offset.group).float()
+                left, right = offset.projection.factors(theta)
+                ranks[module] = len(right)
+                for key, value in zip(KEYS[type(layer)], _arranged(layer, left, right), strict=True):
+                    state[f"{PREFIX}{module}.{key}"] = value.contiguous()
+            else:
+                lost.append(f"{module}.{own}")
+    if lost and not accept_loss:
+        share = math.sqrt(sum(norms[name] for name in lost) / max(sum(norms.values()), 1e-30))
+        raise ValueError(
+            f"A LoRA cannot hold {len(lost)} of the moved parameters, which carry {share:.1%} of the offset's norm: "
+            f"{', '.join(lost)}. Pass accept_loss=True to leave them out, or merge the adapter instead."
+        )
+    if not ranks:
+        raise ValueError(f"Adapter {adapter_name!r} moves no linear layer or embedding in a form that a LoRA can hold.")
+    rank = min(ranks.values())
+    larger = {name: r for name, r in ranks.items() if r != rank}
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(ranks),
+        rank_pattern=larger,
+        alpha_pattern=larger,
+        fan_in_fan_out=all(isinstance(base.get_submodule(name).base_layer, Conv1D) for name in ranks),
+        modules_to_save=sorted(whole) or None,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        inference_mode=True,
+    )
+    return lora, state
+
+
+def _arranged(layer: IntrinsicLayer, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """PEFT's A and B: for an embedding both are transposed."""
+    return (left.T, right.T) if isinstance(layer, IntrinsicEmbedding) else (right, left)
+
+
+def save_as_lora(path: str | os.PathLike, model: Any, adapter_name: str = "default", accept_loss: bool = False) -> None:
+    """Write what `convert_to_lora` returns to a folder that plain PEFT loads without this package.
+
+    Raises:
+        ValueError: see `convert_to_lora`.
+    """
+    config, state = convert_to_lora(model, adapter_name, accept_loss)
+    os.makedirs(path, exist_ok=True)
+    save_file(state, os.path.join(path, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    config.save_pretrained(str(path))

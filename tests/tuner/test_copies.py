@@ -1,0 +1,88 @@
+"""Copies of a model, and threads that share one."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import build, evaluate, same, trained
+
+from peft_intrinsic import AdapterBank
+
+
+def test_deepcopy_does_not_alias(family):
+    model = trained(family)
+    expected = evaluate(model, family)
+    copied = copy.deepcopy(model)
+    copied.get_base_model().intrinsic.intrinsic_theta["default"].weight.data.zero_()
+    assert same(evaluate(model, family), expected, family)
+    assert same(evaluate(copied, family), evaluate(build(family), family), family)
+
+
+def test_pickle_and_torch_save_of_the_whole_model(family):
+    model = trained(family, said=True)
+    expected = evaluate(model, family)
+    assert same(evaluate(pickle.loads(pickle.dumps(model)), family), expected, family)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert same(evaluate(torch.load(buffer, weights_only=False), family), expected, family)
+
+
+def run_at_once(work, count: int = 4) -> list[BaseException]:
+    """Runs `work(i)` in threads that switch all the time; returns what they raised."""
+    raised: list[BaseException] = []
+
+    def guarded(i: int) -> None:
+        try:
+            work(i)
+        except BaseException as error:
+            raised.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    return raised
+
+
+@pytest.mark.parametrize("name", ["custom", "vit", "llama"])
+def test_threads_share_a_model(name):
+    """Convolutions, norms and hooks put effective parameters in place for a while: not for each other."""
+    model = trained(name)
+    expected = evaluate(model, name)
+
+    def work(i: int) -> None:
+        for _ in range(60):
+            assert torch.equal(evaluate(model, name), expected)
+
+    assert run_at_once(work) == []
+    assert torch.equal(evaluate(model, name), expected)
+
+
+def test_threads_choose_their_own_adapters():
+    model = trained("bert")
+    generator = torch.Generator().manual_seed(0)
+    bank = AdapterBank(model, torch.randn(4, 200, generator=generator))
+    expected = []
+    for i in range(4):
+        with bank.select([i] * 4):
+            expected.append(evaluate(model, "bert"))
+
+    def work(i: int) -> None:
+        for _ in range(40):
+            with bank.select([i] * 4):
+                assert torch.equal(evaluate(model, "bert"), expected[i])
+
+    assert run_at_once(work) == []

@@ -1,0 +1,173 @@
+"""Batches in which every sample has its own adapter: as each sample alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import batch, build, evaluate, output, trained
+from peft import PeftModel, get_peft_model
+
+from peft_intrinsic import AdapterBank, IntrinsicConfig
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+MIXABLE = ["bert", "gpt2", "llama", "gemma", "qwen2", "roberta", "distilbert", "electra", "bart", "t5", "whisper"]
+LEFT_OUT = {
+    "t5": ".*relative_attention_bias",
+    "bart": ".*embed_positions",
+    "whisper": r".*(conv\d|embed_positions)",
+}
+
+
+def several(name: str, **options) -> PeftModel:
+    """Three adapters of one projection, a fourth of another."""
+    common = {"d": 60, "init_weights": False, "exclude_modules": LEFT_OUT.get(name), **options}
+    model = get_peft_model(build(name), IntrinsicConfig(**common))
+    for adapter in ("second", "third"):
+        model.add_adapter(adapter, IntrinsicConfig(**common))
+    model.add_adapter("other", IntrinsicConfig(**{**common, "d": 31, "seed": 4, "said": True}))
+    generator = torch.Generator().manual_seed(0)
+    for vectors in (
+        model.get_base_model().intrinsic.intrinsic_theta,
+        model.get_base_model().intrinsic.intrinsic_lambda,
+    ):
+        for vector in vectors.values():
+            vector.weight.data = torch.randn(vector.weight.shape, generator=generator)
+    return model.eval()
+
+
+def one(name: str, i: int) -> dict[str, torch.Tensor]:
+    return {key: value[i : i + 1] for key, value in batch(name).items()}
+
+
+@torch.no_grad()
+def alone(model: PeftModel, name: str, adapters: list[str]) -> torch.Tensor:
+    """Every sample by itself, with its adapter active."""
+    results = []
+    for i, adapter in enumerate(adapters):
+        if adapter == "__base__":
+            with model.disable_adapter():
+                results.append(output(model, one(name, i)))
+        else:
+            model.set_adapter(adapter)
+            results.append(output(model, one(name, i)))
+    model.set_adapter("default")
+    return torch.cat(results)
+
+
+@pytest.mark.parametrize("name", MIXABLE)
+@pytest.mark.parametrize("said", [False, True])
+def test_adapter_names(name, said):
+    model = several(name, said=said)
+    adapters = ["third", "__base__", "other", "default"]
+    expected = alone(model, name, adapters)
+    with torch.no_grad():
+        found = output(model, {**batch(name), "adapter_names": adapters})
+    torch.testing.assert_close(found, expected, **CLOSE)
+    assert (found - evaluate(model, name)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MIXABLE)
+def test_bank(name):
+    model = several(name, said=True)
+    vector = model.get_base_model().intrinsic
+    bank = AdapterBank(model, torch.stack([vector.numbers(a) for a in ("third", "default", "second")]))
+    expected = alone(model, name, ["second", "third", "__base__", "third"])
+    with bank.select([2, 0, -1, 0]):
+        torch.testing.assert_close(evaluate(model, name), expected, **CLOSE)
+    torch.testing.assert_close(evaluate(model, name), alone(model, name, ["default"] * 4), **CLOSE)
+
+
+@pytest.mark.parametrize("projection", ["fastfood", "dense"])
+def test_either_projection_and_single_targets(projection):
+    for targets in ("all-linear", ["embed_tokens"], ["norm"]):
+        model = several("llama", projection=projection, target_modules=targets)
+        adapters = ["third", "__base__", "other", "default"]
+        with torch.no_grad():
+            found = output(model, {**batch("llama"), "adapter_names": adapters})
+        torch.testing.assert_close(found, alone(model, "llama", adapters), **CLOSE)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
+def test_generation(name, how):
+    model = several(name)
+    ids = batch(name)["input_ids"]
+    fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1, **how}
+    adapters = ["third", "__base__", "second", "default"]
+    found = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=adapters, **fixed
+    ).unflatten(0, (4, -1))
+    for i, adapter in enumerate(adapters):
+        sample = {"input_ids": ids[i : i + 1], "attention_mask": torch.ones_like(ids[i : i + 1])}
+        if adapter == "__base__":
+            with model.disable_adapter():
+                expected = model.generate(**sample, **fixed)
+        else:
+            model.set_adapter(adapter)
+            expected = model.generate(**sample, **fixed)
+        assert torch.equal(found[i], expected)
+    assert not torch.equal(found[0], found[1])
+
+
+def test_bank_of_saved_adapters(tmp_path):
+    model = several("bert", said=True)
+    model.save_pretrained(tmp_path, selected_adapters=["default", "second", "third", "other"])
+    paths = [str(tmp_path), str(tmp_path / "third")]
+    served = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
+    bank = AdapterBank.from_pretrained(served, paths)
+    assert bank.numbers.shape == (2, 60)
+    with bank.select([1, 0, -1, 1]):
+        found = evaluate(served, "bert")
+    torch.testing.assert_close(found, alone(model, "bert", ["third", "default", "__base__", "third"]), **CLOSE)
+    with pytest.raises(ValueError, match=r"other cannot join the bank.*d \(60 and 31\).*seed \(0 and 4\)"):
+        AdapterBank.from_pretrained(served, [*paths, str(tmp_path / "other")])
+
+
+def test_modules_to_save_follow_the_sample():
+    model = several("bert", modules_to_save=["classifier"], task_type="SEQ_CLS")
+    for i, wrapped in enumerate(model.get_base_model().classifier.modules_to_save.values()):
+        wrapped.weight.data.add_(0.1 * i)
+    adapters = ["third", "__base__", "other", "default"]
+    with torch.no_grad():
+        found = output(model, {**batch("bert"), "adapter_names": adapters})
+    torch.testing.assert_close(found, alone(model, "bert", adapters), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit", "projection.weight.*cls_token.*exclude_modules"),
+        ("t5", "relative_attention_bias.weight.*exclude_modules"),
+        ("moe", "experts.*exclude_modules"),
+    ],
+)
+def test_what_cannot_be_mixed_is_named(name, message):
+    model = trained(name)
+    with pytest.raises(ValueError, match=message):
+        model(**batch(name), adapter_names=["default"] * 4)
+    with pytest.raises(ValueError, match=message):
+        AdapterBank(model, torch.zeros(3, 200))
+
+
+def test_bad_choices():
+    model = several("bert")
+    names = ["default"] * 4
+    with pytest.raises(ValueError, match=r"adapter_names=\['nobody'\] are not attached"):
+        model(**batch("bert"), adapter_names=["nobody", *names[1:]])
+    with pytest.raises(ValueError, match=r"chosen for 3 samples.*shape"):
+        model(**batch("bert"), adapter_names=names[:3])
+    with pytest.raises(ValueError, match=r"shape \[K, 60\].*\(2, 61\)"):
+        AdapterBank(model, torch.zeros(2, 61))
+    bank = AdapterBank(model, torch.zeros(2, 60))
+    for index in ([0, 2], [-2], [[0]]):
+        with pytest.raises(IndexError, match="−1 to 1"), bank.select(index):
+            pass
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model(**batch("bert"), adapter_names=names)
+    model.unmerge_adapter()
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        model(**batch("bert"), adapter_names=names)
+    with pytest.raises(ValueError, match="training mode"), bank.select([0] * 4):
+        pass

@@ -1,0 +1,219 @@
+"""Kinds of modules: convolutions, recurrent layers, attention that reads its children, odd embeddings."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from conftest import batch, build, evaluate, trained
+from peft import get_peft_model
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.tuner.modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicNorm
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.rnn = kind(6, 5, num_layers=2, batch_first=True, bidirectional=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)[0]
+
+
+class Attention(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True, **options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+KINDS = {
+    "Conv1d": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3, padding=1, groups=2)), noise(2, 4, 7)),
+    "Conv2d": (lambda: nn.Sequential(nn.Conv2d(4, 6, (3, 2), stride=2, bias=False)), noise(2, 4, 7, 6)),
+    "Conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 3, 2)), noise(2, 2, 4, 5, 3)),
+    "ConvTranspose2d": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3)), noise(2, 4, 5, 5)),
+    "BatchNorm2d": (lambda: nn.Sequential(nn.BatchNorm2d(4)), noise(2, 4, 5, 5)),
+    "GroupNorm": (lambda: nn.Sequential(nn.GroupNorm(2, 4)), noise(2, 4, 5)),
+    "RMSNorm": (lambda: nn.Sequential(nn.RMSNorm(6)), noise(2, 3, 6)),
+    "PReLU": (lambda: nn.Sequential(nn.PReLU(4)), noise(2, 4, 5)),
+    "Bilinear": (lambda: nn.Sequential(nn.Bilinear(5, 5, 3)), noise(2, 5)),
+    "LSTM": (lambda: Recurrent(nn.LSTM), noise(2, 4, 6)),
+    "GRU": (lambda: Recurrent(nn.GRU), noise(2, 4, 6)),
+    "attention": (Attention, noise(2, 4, 6)),
+    "attention without bias": (lambda: Attention(bias=False, add_bias_kv=True), noise(2, 4, 6)),
+    "attention of two widths": (lambda: Attention(kdim=6, vdim=6, dropout=0.0), noise(2, 4, 6)),
+    "TransformerEncoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), 2),
+        noise(2, 4, 6),
+    ),
+    "TransformerDecoderLayer": (lambda: nn.TransformerDecoderLayer(6, 2, 8, batch_first=True), noise(2, 4, 6)),
+    "weight_norm": (lambda: nn.Sequential(weight_norm(nn.Conv1d(4, 6, 3))), noise(2, 4, 7)),
+}
+
+
+def call(model: nn.Module, kind: str, x: torch.Tensor) -> torch.Tensor:
+    return model(x, x) if kind in ("TransformerDecoderLayer",) else model(x)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Bilinear"])
+def test_merged_as_unmerged_with_and_without_gradients(kind):
+    """Merging writes plain parameters into a plain module: an independent account of what the forward pass must do."""
+    make, x = KINDS[kind]
+    torch.manual_seed(0)
+    base = make().eval()
+    plain = call(base, kind, x).detach()
+    model = get_peft_model(base, IntrinsicConfig(d=20, init_weights=False)).eval()
+    theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
+    with torch.no_grad():
+        quick = call(model, kind, x)
+    slow = call(model, kind, x)
+    slow.square().sum().backward()
+    assert theta.grad.abs().min() > 0
+    torch.testing.assert_close(quick, slow.detach(), **CLOSE)
+    merged = model.merge_and_unload()
+    assert (quick - plain).abs().max() > 1e-3
+    with torch.no_grad():
+        torch.testing.assert_close(call(merged, kind, x), quick, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "LSTM", "attention", "TransformerEncoder", "weight_norm"])
+def test_gradient_by_finite_differences(kind):
+    make, x = KINDS[kind]
+    torch.manual_seed(0)
+    model = get_peft_model(make().double().eval(), IntrinsicConfig(d=5, block_size=8, init_weights=False)).double()
+    theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
+    weights = noise(*call(model, kind, x.double()).shape).double()
+    (call(model, kind, x.double()) * weights).sum().backward()
+    with torch.no_grad():
+        for j in range(5):
+            values = []
+            for sign in (1, -1):
+                theta[j] += sign * 2e-3
+                values.append((call(model, kind, x.double()) * weights).sum())
+                theta[j] -= sign * 2e-3
+            # The projection computes in float32, so the step cannot be small.
+            slope = (values[0] - values[1]) / 4e-3
+            assert abs(slope - theta.grad[j]) < 2e-3 * theta.grad.abs().max()
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 0}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}])
+def test_embedding_options_as_in_full_fine_tuning(options):
+    """Output and gradient against a plain embedding that holds W0 + ΔW."""
+    torch.manual_seed(0)
+    index = torch.tensor([[0, 1, 2, 2], [4, 0, 1, 0]])
+    model = get_peft_model(
+        nn.Sequential(nn.Embedding(5, 6, **options)), IntrinsicConfig(d=7, block_size=8, init_weights=False)
+    )
+    theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
+    plain = nn.Embedding(5, 6, **options)
+    layer = model.get_base_model()[0]
+    with torch.no_grad():
+        plain.weight.copy_(layer.base_layer.weight + layer.get_delta_weight("default"))
+        columns = []
+        saved = theta.clone()
+        for j in range(7):
+            theta.zero_()
+            theta[j] = 1
+            columns.append(layer.get_delta_weight("default").flatten())
+        theta.copy_(saved)
+    weights = noise(2, 4, 6)
+    torch.testing.assert_close(model(index), plain(index), **CLOSE)
+    if "scale_grad_by_freq" in options:
+        return  # torch rescales the gradient of the table, which is not the gradient of the loss
+    (model(index) * weights).sum().backward()
+    (plain(index) * weights).sum().backward()
+    expected = torch.stack(columns) @ plain.weight.grad.flatten()
+    torch.testing.assert_close(theta.grad, expected, **CLOSE)
+
+
+def test_what_is_wrapped_how():
+    model = trained("whisper").get_base_model()
+    assert isinstance(model.model.decoder.embed_tokens, IntrinsicEmbedding)
+    assert isinstance(model.model.decoder.layer_norm, IntrinsicNorm)
+    assert isinstance(model.model.decoder.layers[0].fc1, IntrinsicLinear)
+    # Read by its parent: it keeps its place and class.
+    mixer = trained("mamba").get_base_model().backbone.layers[0].mixer
+    assert type(mixer.conv1d) is nn.Conv1d
+    assert mixer._forward_pre_hooks
+    # T5 asks its layers for the dtype of a weight alone: no reason to make the weight.
+    assert isinstance(trained("t5").get_base_model().encoder.block[0].layer[1].DenseReluDense.wo, IntrinsicLinear)
+
+
+def test_mamba_decodes_as_the_merged_model():
+    """Its step-by-step decoding reads the convolution's weight."""
+    model = trained("mamba")
+    ids = batch("mamba")["input_ids"]
+    fixed = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
+    found = model.generate(input_ids=ids, **fixed)
+    base = build("mamba").generate(input_ids=ids, **fixed)
+    assert torch.equal(found, model.merge_and_unload().generate(input_ids=ids, **fixed))
+    assert not torch.equal(found, base)
+
+
+def test_experts_through_target_parameters():
+    """Three-dimensional parameters of a mixture of experts, alone, and a second adapter on top."""
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = trained("moe", target_parameters=names)
+    adapted = evaluate(model, "moe")
+    model.add_adapter("second", IntrinsicConfig(d=30, seed=1, target_parameters=names[:1], init_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    both = evaluate(model, "moe")
+    assert (both - adapted).abs().max() > 1e-3
+    moved = {name for name, p in model.merge_and_unload().named_parameters()}
+    plain = dict(build("moe").named_parameters())
+    changed = {
+        name for name in moved if not torch.equal(dict(model.get_base_model().named_parameters())[name], plain[name])
+    }
+    assert changed == {f"model.layers.{i}.{name}" for i in (0, 1) for name in names}
+    torch.testing.assert_close(evaluate(model.get_base_model(), "moe"), both, **CLOSE)
+
+
+def test_parameters_that_hold_no_real_numbers_are_named_once(caplog):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            self.turn = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)
+
+    with caplog.at_level(logging.WARNING):
+        model = get_peft_model(Odd(), IntrinsicConfig(d=4))
+        model.add_adapter("second", IntrinsicConfig(d=3))
+    told = [record.getMessage() for record in caplog.records if "Not moved" in record.getMessage()]
+    assert told == ["Not moved, as they hold no real numbers: turn (0.25 of all parameters)."]
+
+
+@torch.no_grad()
+def test_fast_path_of_torch_encoders_is_not_silently_unadapted():
+    """In evaluation without gradients torch's encoder layer reads the weights of its children itself."""
+    for targets in (None, ["linear1"], ["self_attn"], ["out_proj"], ["norm1"]):
+        model = trained("custom", target_modules=targets)
+        adapted = evaluate(model, "custom")
+        with torch.enable_grad():
+            slow = evaluate(model, "custom")
+        torch.testing.assert_close(adapted, slow, **CLOSE)
+        assert not torch.allclose(adapted, evaluate(build("custom"), "custom"), atol=1e-5)
+
+
+@torch.no_grad()
+def test_tied_weights_move_together():
+    """Targeting one of a tied pair moves the other: merging does not change the model, and the tie holds."""
+    model = trained("llama", target_modules=["embed_tokens"])
+    expected = evaluate(model, "llama")
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(evaluate(merged, "llama"), expected, **CLOSE)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
