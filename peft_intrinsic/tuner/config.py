@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import InitVar, dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,23 @@ HEAD_NAMES: dict[str, tuple[str, ...]] = {
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }
 """What task heads are called in transformers models."""
+
+
+class NoModules(list):
+    """`modules_to_save=None`, in a form that PEFT's task classes leave alone.
+
+    They add the task head to the list, which would train it in full, and some fail on an empty one.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        super().__init__(["(none)"])
+
+    def extend(self, names: Any) -> None:
+        """Nothing is added."""
+
+    def __reduce__(self) -> tuple[type[NoModules], tuple[()]]:
+        return NoModules, ()
+
 
 CARD_HEADING = "## How to load this adapter"
 CARD_NOTE = f"""
@@ -100,8 +118,7 @@ class IntrinsicConfig(PeftConfig):
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     target_parameters: list[str] | None = None
-    # No field: PEFT's task models add the head to a config that has this attribute. It is set only when asked for.
-    modules_to_save: InitVar[list[str] | None] = None
+    modules_to_save: list[str] | None = None
     head: Literal["subspace", "keep"] = "subspace"
     init_weights: bool = True
 
@@ -110,11 +127,10 @@ class IntrinsicConfig(PeftConfig):
     redrawn: list[str] | None = field(default=None, metadata={"help": "Parameters that start from the fixed stream."})
     manifest: str | None = field(default=None, metadata={"help": "Marks of the targeted names and shapes."})
 
-    def __post_init__(self, modules_to_save: list[str] | None) -> None:
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type()
-        if modules_to_save is not None:
-            self.modules_to_save = list(modules_to_save)  # type: ignore[attr-defined]
+        self.modules_to_save = NoModules() if self.modules_to_save is None else list(self.modules_to_save)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):
@@ -162,9 +178,14 @@ class IntrinsicConfig(PeftConfig):
                 f"versions up to {ALGORITHM_VERSION}. Upgrade: pip install -U peft_intrinsic."
             )
 
+    @property
+    def full_modules(self) -> list[str] | None:
+        """`modules_to_save` as the user gave it."""
+        return None if isinstance(self.modules_to_save, NoModules) else self.modules_to_save
+
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary, `modules_to_save` included."""
-        return {**super().to_dict(), "modules_to_save": getattr(self, "modules_to_save", None)}
+        """The configuration as a dictionary."""
+        return {**super().to_dict(), "modules_to_save": self.full_modules}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and say in an existing model card how the adapter is loaded."""
@@ -172,6 +193,3 @@ class IntrinsicConfig(PeftConfig):
         card = Path(save_directory, "README.md")
         if card.is_file() and CARD_HEADING not in (text := card.read_text(encoding="utf-8")):
             card.write_text(text + CARD_NOTE, encoding="utf-8")
-
-
-del IntrinsicConfig.modules_to_save  # type: ignore[attr-defined]  # the default that `InitVar` leaves on the class

@@ -108,7 +108,7 @@ class IntrinsicModel(AdapterOperations):
         if config.head == "keep":
             return []
         parameters = {canonical(name): p for name, p in model.named_parameters() if not name.startswith(f"{HOLDER}.")}
-        saved = getattr(config, "modules_to_save", None) or []
+        saved = config.full_modules or []
         return [
             name
             for name in fresh_parameters(parameters)
@@ -136,7 +136,7 @@ class IntrinsicModel(AdapterOperations):
             target_modules=targets,
             target_parameters=peft_config.target_parameters,
             exclude_modules=peft_config.exclude_modules,
-            modules_to_save=getattr(peft_config, "modules_to_save", None),
+            modules_to_save=peft_config.modules_to_save,
             layers_to_transform=None if key in peft_config.head_modules else peft_config.layers_to_transform,
             layers_pattern=peft_config.layers_pattern,
         )
@@ -173,10 +173,14 @@ class IntrinsicModel(AdapterOperations):
         wanted = {id(getattr(module, name)) for module, names in self._matched for name in names}
         users: dict[str, list[tuple[nn.Module, str]]] = {}  # canonical name → all modules that hold the parameter
         names: dict[int, str] = {}
+        ties = (
+            getattr(model, "all_tied_weights_keys", None) or {}
+        )  # offloaded, tied parameters are no longer one object
         for key, module in base_modules(model):
             for name in movable(module):
                 if id(parameter := getattr(module, name)) in wanted:
-                    first = names.setdefault(id(parameter), f"{key}.{name}" if key else name)
+                    full = f"{key}.{name}" if key else name
+                    first = names.setdefault(id(parameter), ties.get(full, full) if parameter.is_meta else full)
                     users.setdefault(first, []).append((module, name))
         if not users:
             raise ValueError(
@@ -206,16 +210,20 @@ class IntrinsicModel(AdapterOperations):
             _name_the_rest(model, users, config)
         holder = cast(IntrinsicVector, model.get_submodule(HOLDER))
         layers = tuner_layers(model, holder, [module for held in users.values() for module, _ in held])
+        merged: set[int] = set()
         for name, held in users.items():
-            for i, (module, own) in enumerate(held):
-                offset = Offset(projections[name], *forms[name], groups.get(name), merges=i == 0)
+            for module, own in held:
+                merges = id(getattr(module, own)) not in merged
+                merged.add(id(getattr(module, own)))
+                offset = Offset(projections[name], *forms[name], groups.get(name), merges)
                 layers[id(module)].offsets.setdefault(adapter_name, {})[own] = offset
 
         for name, held in users.items():
             if name in (config.redrawn or []):
-                redraw(name, getattr(*held[0]), getattr(model, "config", None))
+                redraw(name, *held[0], getattr(model, "config", None))
         theta = np.zeros(length) if config.init_weights else normals(words(config.seed, "theta", "", length))
-        holder.add(adapter_name, theta, np.ones(count), like=getattr(*next(iter(users.values()))[0]))
+        first = getattr(*next(iter(users.values()))[0])
+        holder.add(adapter_name, theta, np.ones(count), like=first, width=min(map(min, shapes.values())))
 
     def _detach(self, model: nn.Module, adapter_name: str) -> None:
         """Undo a failed injection."""

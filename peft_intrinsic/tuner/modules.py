@@ -132,7 +132,8 @@ class IntrinsicLinear(IntrinsicModule):
         return result
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        """Whether PEFT's converter can hold the offset: it looks at the weight alone."""
+        return list(self.offsets.get(adapter_name, {})) == ["weight"]
 
 
 class IntrinsicEmbedding(IntrinsicModule):

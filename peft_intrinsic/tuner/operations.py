@@ -126,8 +126,8 @@ class AdapterOperations(BaseTuner):
                     f"Adapters {adapters[0]!r} and {name!r} have different λ, so no θ gives the sum of their offsets "
                     "(said=True). Keep both active instead: set_adapter([…]) adds offsets."
                 )
-        if getattr(first, "modules_to_save", None):
-            raise ValueError(f"modules_to_save={first.modules_to_save} cannot be combined. Train without it.")
+        if first.full_modules:
+            raise ValueError(f"modules_to_save={first.full_modules} cannot be combined. Train without it.")
         self.peft_config[adapter_name] = copy.copy(first)
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():

@@ -39,11 +39,15 @@ class IntrinsicVector(nn.Module, IntrinsicLayer):
         self.intrinsic_lambda = nn.ModuleDict()
         self.hooked = nn.ModuleList()
         self.quantization = get_quantization_kwargs(root)
-        self.guard = root.register_forward_pre_hook(self._refuse_reentrant)
+        self.guard = root.register_forward_pre_hook(self._refuse)
 
-    def add(self, adapter: str, theta: np.ndarray, scales: np.ndarray, like: torch.Tensor) -> None:
-        """Give an adapter its θ (`[d − m]`) and λ (`[m]`): float32, on the device of `like`, a base parameter."""
+    def add(self, adapter: str, theta: np.ndarray, scales: np.ndarray, like: torch.Tensor, width: int) -> None:
+        """Give an adapter its θ (`[d − m]`) and λ (`[m]`): float32, on the device of `like`, a base parameter.
+
+        `width` is the largest rank that every offset can have.
+        """
         self._like = (like,)
+        self.width = width
         device = "cpu" if like.is_meta else like.device
         for values, vectors in ((theta, self.intrinsic_theta), (scales, self.intrinsic_lambda)):
             if len(values):
@@ -76,6 +80,14 @@ class IntrinsicVector(nn.Module, IntrinsicLayer):
         """All that an adapter has learned, θ and then λ: `[d]`."""
         return torch.cat([v[adapter]() for v in (self.intrinsic_theta, self.intrinsic_lambda) if adapter in v])
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's converter asks every tuner layer; the holder does not stand in its way."""
+        return True
+
+    def get_delta_weight(self, adapter: str, parameter: str = "weight") -> torch.Tensor:
+        """The holder moves nothing by itself: zeros, of a size that PEFT's converter can cut to any rank."""
+        return torch.zeros(self.width, self.width)
+
     @contextmanager
     def routed(self, routes: list[Route]) -> Iterator[None]:
         """In this thread, give each sample its own numbers in place of the active adapters'."""
@@ -86,13 +98,17 @@ class IntrinsicVector(nn.Module, IntrinsicLayer):
         finally:
             CURRENT.routes = before
 
-    def _refuse_reentrant(self, root: nn.Module, args: Any) -> None:
+    def _refuse(self, root: nn.Module, args: Any) -> None:
         """Before each forward pass of the base model.
 
         Raises:
-            RuntimeError: reentrant gradient checkpointing in several processes. DDP then averages the gradient of a
-                shared vector before all of its parts have been added, without a word.
+            RuntimeError: reentrant gradient checkpointing in several processes: DDP then averages the gradient of a
+                shared vector before all of its parts have been added, without a word. Or DeepSpeed ZeRO-3.
         """
+        if hasattr(self._like[0], "ds_id"):
+            raise RuntimeError(
+                "DeepSpeed ZeRO-3 takes parameters apart that the adapter must read whole. Use ZeRO-2, DDP or FSDP2."
+            )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not self.training or not distributed or torch.distributed.get_world_size() < 2:
             return

@@ -98,12 +98,21 @@ def unwrap(model: nn.Module, layers: Iterable[Any]) -> None:
 
 
 @torch.no_grad()
-def redraw(name: str, parameter: torch.Tensor, config: Any) -> None:
+def redraw(name: str, module: nn.Module, own: str, config: Any) -> None:
     """Start a fresh parameter from a stream of its own, the same for every adapter and in every process.
 
     The seed of the adapter is left out on purpose: adapters with different seeds share one base model.
+
+    Raises:
+        ValueError: the parameter is offloaded.
     """
+    parameter = getattr(module, own)
     if parameter.is_meta:
+        if hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"{name} is offloaded and was not in the checkpoint, so it must be drawn again. Keep its module in "
+                "memory (device_map), or pass head='keep'."
+            )
         return
     std = getattr(config, "initializer_range", None) or 0.02  # BERT's and GPT-2's
     values = normals(words(0, "head", name, parameter.numel())) * std

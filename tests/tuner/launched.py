@@ -1,0 +1,66 @@
+"""A training run for `accelerate launch`: the losses go to FOLDER/losses.json, the adapter to FOLDER/adapter.
+
+    python launched.py KIND FOLDER        KIND: plain, reentrant or fsdp2
+
+accelerate shards on accelerators alone, so FSDP2 is torch's own call, in its processes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import build
+from peft import get_peft_model
+
+from peft_intrinsic import IntrinsicConfig
+
+
+def sharded(model: nn.Module) -> Any:
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for module in model.modules():
+        if isinstance(module, LlamaDecoderLayer):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def main(kind: str, folder: Path) -> None:
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    peft_model = get_peft_model(build("llama"), IntrinsicConfig(d=60, said=True, task_type="CAUSAL_LM"))
+    if kind == "reentrant":
+        peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    peft_model.train()
+    shard = kind == "fsdp2"
+    model = sharded(peft_model) if shard else accelerator.prepare(peft_model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    ids = torch.randint(1, 90, (8, 7), generator=torch.Generator().manual_seed(5)).repeat(8, 1)
+    loader = accelerator.prepare(DataLoader(ids, batch_size=8, shuffle=False))
+    losses = []
+    for batch in loader:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options) if shard else accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        found = {"losses": losses, "processes": accelerator.num_processes, "model": type(model).__name__}
+        (folder / "losses.json").write_text(json.dumps(found))
+        peft_model.save_pretrained(folder / "adapter", state_dict=state)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,78 @@
+"""Two processes of `accelerate launch` against one, and what is refused there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batch, build, output, trained
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from peft_intrinsic import IntrinsicConfig
+
+SCRIPT = Path(__file__).with_name("launched.py")
+IDS = torch.randint(1, 90, (8, 7), generator=torch.Generator().manual_seed(5))
+
+
+def launch(kind: str, folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, str(SCRIPT), kind, str(folder)], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def one_process() -> tuple[list[float], PeftModel]:
+    """The same training without any of that."""
+    model = get_peft_model(build("llama"), IntrinsicConfig(d=60, said=True, task_type="CAUSAL_LM"))
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrapped"), [("plain", "DistributedDataParallel"), ("fsdp2", "FSDPPeftModelForCausalLM")]
+)
+def test_two_processes_learn_as_one(kind, wrapped, one_process, tmp_path):
+    done = launch(kind, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "losses.json").read_text())
+    losses, model = one_process
+    assert (found["processes"], found["model"]) == (2, wrapped)
+    assert losses[-1] < losses[0] - 0.1
+    assert found["losses"] == pytest.approx(losses, abs=1e-4)
+    assert sum(t.numel() for t in load_file(tmp_path / "adapter/adapter_model.safetensors").values()) == 60
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_reentrant_checkpointing_is_refused(tmp_path):
+    done = launch("reentrant", tmp_path)
+    assert done.returncode != 0
+    assert "Reentrant gradient checkpointing in several processes gives wrong gradients" in done.stderr
+    assert not (tmp_path / "losses.json").exists()
+
+
+def test_zero_3_is_refused():
+    """DeepSpeed marks the parameters that it takes apart."""
+    model = trained("bert")
+    for parameter in model.parameters():
+        parameter.ds_id = 0
+    with pytest.raises(RuntimeError, match=r"ZeRO-3.*ZeRO-2, DDP or FSDP2"):
+        output(model, batch("bert"))

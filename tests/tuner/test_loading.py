@@ -1,0 +1,256 @@
+"""Every way in which people load an adapter, and every way in which its file can be wrong."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from accelerate import cpu_offload
+from conftest import batch, build, evaluate, output, trained
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    PeftModel,
+    get_peft_model,
+)
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BertTokenizerFast, pipeline
+
+from peft_intrinsic import IntrinsicConfig
+
+THETA = "base_model.model.intrinsic.intrinsic_theta.weight"
+AUTO = {
+    "bert": AutoPeftModelForSequenceClassification,
+    "llama": AutoPeftModelForCausalLM,
+    "gpt2": AutoPeftModelForCausalLM,
+    "roberta": AutoPeftModelForTokenClassification,
+    "distilbert": AutoPeftModelForQuestionAnswering,
+    "t5": AutoPeftModelForSeq2SeqLM,
+    "electra": AutoPeftModel,
+}
+
+
+def saved(name: str, folder: Path, **options) -> torch.Tensor:
+    """A base model and an adapter on disk, and the adapter's output."""
+    build(name).save_pretrained(folder / "base")
+    base = build(name).from_pretrained(folder / "base").eval()
+    model = get_peft_model(base, IntrinsicConfig(d=200, init_weights=False, **options)).eval()
+    model.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    return evaluate(model, name)
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_classes(name, tmp_path):
+    expected = saved(name, tmp_path, said=True)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    if name == "electra":
+        config["auto_mapping"] = {"base_model_class": "ElectraModel", "parent_library": "transformers"}
+        (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    loaded = AUTO[name].from_pretrained(tmp_path / "adapter", **({"num_labels": 3} if name == "roberta" else {})).eval()
+    assert torch.equal(evaluate(loaded, name), expected)
+
+
+@pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"torch_device": "cpu"}, {"is_trainable": True}])
+def test_options_of_from_pretrained(options, tmp_path):
+    expected = saved("llama", tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", **options).eval()
+    assert torch.equal(evaluate(loaded, "llama"), expected)
+    assert loaded.get_nb_trainable_parameters()[0] == (200 if "is_trainable" in options else 0)
+    loaded.load_adapter(str(tmp_path / "adapter"), "again", **{k: v for k, v in options.items() if k != "is_trainable"})
+    loaded.set_adapter("again")
+    assert torch.equal(evaluate(loaded, "llama"), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_transformers_own_calls(tmp_path):
+    expected = saved("llama", tmp_path)
+    assert torch.equal(evaluate(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), "llama"), expected)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    plain = evaluate(model, "llama")
+    model.load_adapter(str(tmp_path / "adapter"), adapter_name="one")
+    model.add_adapter(IntrinsicConfig(d=20, init_weights=False), adapter_name="two")
+    model.set_adapter("one")
+    assert torch.equal(evaluate(model, "llama"), expected)
+    model.disable_adapters()
+    assert torch.equal(evaluate(model, "llama"), plain)
+    model.enable_adapters()
+    model.set_adapter("two")
+    assert not torch.allclose(evaluate(model, "llama"), expected, atol=1e-3)
+    model.set_adapter("one")
+    model.delete_adapter("two")
+    assert torch.equal(evaluate(model, "llama"), expected)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again.load_adapter(str(tmp_path / "again"))
+    assert torch.equal(evaluate(again, "llama"), expected)
+
+
+def test_pipeline(tmp_path):
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"])
+    )
+    saved("bert", tmp_path, task_type="SEQ_CLS")
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    model = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3).eval()
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu", top_k=None)
+    with torch.no_grad():
+        expected = model(**tokenizer("good film", return_tensors="pt")).logits.softmax(-1)[0]
+    found = {row["label"]: row["score"] for row in classify(["good film"])[0]}
+    assert [found[f"LABEL_{i}"] for i in range(3)] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("where", ["disk", "cpu"])
+def test_layers_in_several_places(where, tmp_path):
+    """Layers that accelerate keeps on disk, or in memory away from the device that runs: inference and merging."""
+    expected = saved("llama", tmp_path)
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if where == "disk":
+        base = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "offload")
+        )
+        assert base.model.layers[1].mlp.up_proj.weight.is_meta
+        # PEFT's own loading sends a model that fits into memory back to memory, so the same θ is drawn instead.
+        model = get_peft_model(base, IntrinsicConfig(d=200, init_weights=False)).eval()
+    else:
+        base = cpu_offload(base, execution_device="cpu")
+        assert base.model.layers[1].mlp.up_proj.weight.is_meta
+        model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(evaluate(model, "llama"), expected, rtol=1e-5, atol=1e-6)
+    with model.disable_adapter():
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        torch.testing.assert_close(evaluate(model, "llama"), evaluate(plain, "llama"), rtol=1e-5, atol=1e-6)
+    model.merge_adapter()
+    torch.testing.assert_close(evaluate(model, "llama"), expected, rtol=1e-4, atol=1e-5)
+
+
+URL = f"{huggingface_hub.constants._HF_DEFAULT_ENDPOINT}/user/adapter"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as an upload of small files needs."""
+
+    files: dict[str, bytes]
+
+    def answer(self, body: dict) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_POST(self) -> None:
+        size = int(self.headers.get("Content-Length") or 0)
+        if size:
+            body = self.rfile.read(size)
+        else:
+            body = b""
+            while length := int(self.rfile.readline(), 16):
+                body += self.rfile.read(length)
+                self.rfile.readline()
+            self.rfile.readline()
+        if self.path.endswith("/preupload/main"):
+            wanted = json.loads(body)["files"]
+            return self.answer(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in wanted]}
+            )
+        if "/commit/" in self.path:
+            for line in body.decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            return self.answer({"success": True, "commitOid": "0" * 40, "commitUrl": f"{URL}/commit/0"})
+        return self.answer({"url": URL, "id": "user/adapter"})
+
+    def do_GET(self) -> None:
+        self.answer({"id": "user/adapter", "sha": "0" * 40, "siblings": [], "name": "user", "type": "user"})
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def test_push_to_hub(tmp_path, monkeypatch):
+    """Against a stand-in on this machine: what arrives there is a complete adapter."""
+    server = HTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"files": {}}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.hf_api, "ENDPOINT", address, raising=False)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    model = trained("bert", said=True, task_type="SEQ_CLS")
+    expected = evaluate(model, "bert")
+    try:
+        model.push_to_hub("user/adapter", token="hf_x")
+    finally:
+        server.shutdown()
+        server.server_close()
+    files = server.RequestHandlerClass.files
+    for path, content in files.items():
+        (tmp_path / Path(path).name).write_bytes(content)
+    # transformers writes an empty card over the saved one; the configuration still says what is needed.
+    assert json.loads(files["adapter_config.json"])["requires"].startswith("peft_intrinsic>=")
+    assert torch.equal(evaluate(PeftModel.from_pretrained(build("bert"), tmp_path).eval(), "bert"), expected)
+
+
+def damaged(folder: Path, change) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[THETA].__setitem__(3, float("nan")), "NaN or infinite values"),
+        (lambda t: t[THETA].__setitem__(3, float("inf")), "NaN or infinite values"),
+        (lambda t: t.update({THETA: t[THETA].int()}), "torch.int32, not floating-point"),
+        (lambda t: t.update({THETA: t[THETA].view(2, 100)}), r"the file holds \(2, 100\)"),
+        (
+            lambda t: t.update({THETA: t[THETA][:150].clone()}),
+            r"holds \(150,\), the configuration \(d=200, said=False\)",
+        ),
+        (lambda t: t.update({THETA.replace("theta", "lambda"): torch.ones(4)}), "lambda.*does not have"),
+        (lambda t: t.update({"x": t.pop(THETA)}), "the file holds nothing"),
+    ],
+)
+def test_files_that_are_wrong(change, message, tmp_path):
+    trained("bert").save_pretrained(tmp_path)
+    damaged(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(build("bert"), tmp_path)
+
+
+def test_truncated_file(tmp_path):
+    trained("bert").save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(Exception, match=r"incomplete metadata|MetadataIncompleteBuffer"):
+        PeftModel.from_pretrained(build("bert"), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_file_of_half_precision_loads(dtype, tmp_path):
+    model = trained("bert")
+    model.save_pretrained(tmp_path)
+    damaged(tmp_path, lambda t: t.update({THETA: t[THETA].to(dtype)}))
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
+    theta = loaded.get_base_model().intrinsic.intrinsic_theta["default"].weight
+    assert theta.dtype == torch.float32
+    assert torch.equal(theta, load_file(tmp_path / "adapter_model.safetensors")[THETA].float())
+    assert output(loaded, batch("bert")).isfinite().all()

@@ -1,0 +1,159 @@
+"""Quantised bases: 8 and 4 bits of bitsandbytes, int8 of torchao, and linear layers nobody knows."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import batch, build, evaluate, output
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+
+from peft_intrinsic import IntrinsicConfig
+
+WIDE = LlamaConfig(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+KINDS = ["bnb 8 bit", "bnb 4 bit", "torchao"]
+LINEAR = {"target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wide")
+    LlamaForCausalLM(WIDE).save_pretrained(folder)
+    return str(folder)
+
+
+def quantised(kind: str, checkpoint: str) -> nn.Module:
+    if kind.startswith("bnb"):
+        pytest.importorskip("bitsandbytes")
+        bits = (
+            {"load_in_8bit": True} if "8" in kind else {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
+        )
+        settings = BitsAndBytesConfig(**bits)
+    else:
+        torchao = pytest.importorskip("torchao")
+        settings = TorchAoConfig(torchao.quantization.Int8WeightOnlyConfig(version=2))
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=settings, device_map="cpu", dtype=torch.float32
+    ).eval()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+def attached(kind: str, checkpoint: str, **options) -> PeftModel:
+    return get_peft_model(quantised(kind, checkpoint), IntrinsicConfig(d=60, **{**LINEAR, **options})).eval()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", None])
+def test_inference_adds_the_same_offset_as_on_the_plain_base(kind, checkpoint, targets, tmp_path):
+    """One linear layer of a quantised model: its output moves by x ΔWᵀ, ΔW taken from the unquantised model."""
+    model = attached(kind, checkpoint, init_weights=False, target_modules=targets)
+    plain = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
+        IntrinsicConfig(d=60, init_weights=False, target_modules=targets),
+    )
+    path = "model.layers.1.mlp.up_proj"
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    layer = model.get_base_model().get_submodule(path)
+    delta = plain.get_base_model().get_submodule(path).get_delta_weight("default").detach()
+    with torch.no_grad():
+        moved = layer(x) - layer.base_layer(x)
+    torch.testing.assert_close(moved, x @ delta.T, rtol=1e-3, atol=1e-4)
+    # The same adapter on both bases.
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(quantised(kind, checkpoint), tmp_path).eval()
+    assert torch.equal(evaluate(loaded, "llama"), evaluate(model, "llama"))
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path)
+
+
+def test_training_learns(kind, checkpoint):
+    base = prepare_model_for_kbit_training(quantised(kind, checkpoint), use_gradient_checkpointing=False)
+    model = get_peft_model(base, IntrinsicConfig(d=60, **LINEAR))
+    theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
+    assert theta.dtype == torch.float32
+    optimizer = torch.optim.AdamW([theta], lr=0.05)
+    inputs = batch("llama")
+    losses = []
+    for _ in range(15):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.filterwarnings("ignore:Rounding to the base model's precision")
+def test_merge_and_exact_unmerge(kind, checkpoint):
+    model = attached(kind, checkpoint)
+    with torch.no_grad():
+        theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
+        theta.copy_(torch.randn(60, generator=torch.Generator().manual_seed(0)))
+    expected = evaluate(model, "llama")
+    with model.disable_adapter():
+        base = evaluate(model, "llama")
+    model.merge_adapter(safe_merge=True)
+    merged = evaluate(model, "llama")
+    # Quantising again moves every weight by up to half a step, which is large in 4 bits.
+    assert (merged - expected).norm() < (0.7 if "4" in kind else 0.35) * (base - expected).norm()
+    model.unmerge_adapter()
+    assert torch.equal(evaluate(model, "llama"), expected)
+    with model.disable_adapter():
+        assert torch.equal(evaluate(model, "llama"), base)
+    unloaded = model.merge_and_unload()
+    assert torch.equal(evaluate(unloaded, "llama"), merged)
+
+
+class CodeBookLinear(nn.Module):
+    """A quantised linear layer of a library that neither PEFT nor this package knows."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        steps = linear.weight.abs().max() / 127
+        self.register_buffer("steps", steps)
+        self.weight = nn.Parameter((linear.weight / steps).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.steps)
+
+
+def unknown() -> nn.Module:
+    model = build("llama")
+    for block in model.model.layers:
+        block.mlp.up_proj = CodeBookLinear(block.mlp.up_proj)
+    return model
+
+
+def test_any_other_quantised_linear_layer():
+    model = get_peft_model(unknown(), IntrinsicConfig(d=60, init_weights=False, target_modules=["up_proj"]))
+    inputs = batch("llama")
+    output(model, inputs).square().sum().backward()
+    assert model.get_base_model().intrinsic.intrinsic_theta["default"].weight.grad.abs().min() > 0
+    assert not torch.allclose(evaluate(model, "llama"), evaluate(unknown(), "llama"), atol=1e-3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"Cannot merge into the weight of a CodeBookLinear.*unquantised"):
+        model.merge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_merge_that_meets_a_quantised_layer_midway_changes_nothing():
+    model = get_peft_model(unknown(), IntrinsicConfig(d=60, init_weights=False))
+    expected = evaluate(model, "llama")
+    with pytest.raises(ValueError, match="CodeBookLinear"):
+        model.merge_and_unload()
+    assert torch.equal(evaluate(model, "llama"), expected)
