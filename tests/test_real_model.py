@@ -1,12 +1,12 @@
-"""A real pretrained encoder: complete, small, and learning."""
+"""Real pretrained models: complete, small, and learning."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from carriers import minilm, rotten_tomatoes
+from carriers import minilm, rotten_tomatoes, smollm2
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_intrinsic import IntrinsicConfig
 
@@ -50,3 +50,39 @@ def test_a_classifier_in_two_kilobytes(path, tmp_path):
         half = PeftModel.from_pretrained(base(3).bfloat16(), tmp_path).eval()(**batch).logits
     torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-6)
     assert (half - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.fixture(scope="module")
+def decoder() -> dict[str, str]:
+    pytest.importorskip("gguf", reason="reading the decoder's file needs gguf")
+    try:
+        return smollm2()
+    except SystemExit as absent:
+        pytest.skip(str(absent))
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_a_decoder_in_half_precision(decoder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(**decoder, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(**decoder)
+    batch = tokenizer(["The capital of France is", "Water boils at a"], return_tensors="pt", padding=True)
+    model = get_peft_model(base, IntrinsicConfig(d=200, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(6):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    model.eval().save_pretrained(tmp_path)
+    fixed = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
+    expected = model.generate(**batch, **fixed)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(**decoder, dtype=torch.bfloat16), tmp_path)
+    assert torch.equal(again.eval().generate(**batch, **fixed), expected)
+    # Two users in one batch: the adapter, and none.
+    mixed = model.generate(**batch, **fixed, adapter_names=["default", "__base__"])
+    assert torch.equal(mixed[0], expected[0])
+    with model.disable_adapter():
+        assert torch.equal(mixed[1], model.generate(**batch, **fixed)[1])

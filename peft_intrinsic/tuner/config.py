@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,12 +131,12 @@ class IntrinsicConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type()
+        self._check()
         self.modules_to_save = NoModules() if self.modules_to_save is None else list(self.modules_to_save)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):
                 setattr(self, name, set(value))
-        self._check()
         # Present and empty, it keeps PEFT from writing targeted embeddings into the adapter file.
         self.trainable_token_indices: dict[str, Any] = {}
         self.head_modules: set[str] = set()
@@ -157,12 +158,14 @@ class IntrinsicConfig(PeftConfig):
             "projection": tuple(PROJECTIONS),
             "scale": ("fan_in", "isometric"),
             "head": ("subspace", "keep"),
-            "said": (True, False),
-            "init_weights": (True, False),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name in ("said", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        self._check_names()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} does not work with the target_modules string "
@@ -177,6 +180,25 @@ class IntrinsicConfig(PeftConfig):
                 f"This adapter has algorithm_version={self.algorithm_version}; peft_intrinsic {__version__} knows "
                 f"versions up to {ALGORITHM_VERSION}. Upgrade: pip install -U peft_intrinsic."
             )
+
+    def _check_names(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters", "modules_to_save"):
+            value = getattr(self, name)
+            alone = name not in ("target_parameters", "modules_to_save")
+            listed = isinstance(value, list | set | tuple) and all(isinstance(item, str) for item in value)
+            if not (value is None or listed or (alone and isinstance(value, str))):
+                kinds = "a string or a list of strings" if alone else "a list of strings"
+                raise TypeError(f"{name} must be None or {kinds}, got {value!r}.")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from None
+        indexes = self.layers_to_transform
+        for index in indexes if isinstance(indexes, list | tuple) else [0 if indexes is None else indexes]:
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise TypeError(f"layers_to_transform must be None, an int or a list of ints, got {indexes!r}.")
 
     @property
     def full_modules(self) -> list[str] | None:

@@ -113,7 +113,8 @@ class IntrinsicModel(AdapterOperations):
             name
             for name in fresh_parameters(parameters)
             if not any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
-            and (parameters[name].is_meta or parameters[name].unique().numel() > 1)
+            and not parameters[name].is_meta  # offloaded: transformers' mark is lost, but it came from somewhere
+            and parameters[name].unique().numel() > 1
         ]
 
     @staticmethod

@@ -131,3 +131,6 @@ class IntrinsicVector(nn.Module, IntrinsicLayer):
 
     def unmerge(self) -> None:
         self.merged_adapters = []
+
+    def __repr__(self) -> str:
+        return "intrinsic." + super().__repr__()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
-from conftest import build, evaluate, same, trained
+from conftest import batch, build, evaluate, output, same, trained
 from peft import PeftModel, PeftType, get_peft_model
 from torch import nn
 
@@ -121,3 +122,131 @@ def test_a_configuration_serves_two_models():
     get_peft_model(build("gpt2"), config)
     assert config.manifest is None
     assert config.block_size is None
+
+
+def several(**options) -> PeftModel:
+    """Adapters of one projection, and two that fit no other."""
+    model = get_peft_model(build("llama"), IntrinsicConfig(d=60, **options))
+    model.add_adapter("second", IntrinsicConfig(d=60, **options))
+    model.add_adapter("wider", IntrinsicConfig(d=61, **options))
+    model.add_adapter("elsewhere", IntrinsicConfig(d=60, seed=1, **options))
+    generator = torch.Generator().manual_seed(0)
+    for vector in model.get_base_model().intrinsic.intrinsic_theta.values():
+        vector.weight.data = torch.randn(vector.weight.shape, generator=generator)
+    return model.eval()
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_weighted_sum_is_exact(said):
+    """Against the weighted sum of the offsets themselves, read off the merged weights."""
+    model = several(said=said)
+    model.base_model.add_weighted_adapter(["default", "second"], [0.75, -2.0], "sum")
+    plain = dict(build("llama").named_parameters())
+
+    def offsets(name: str) -> dict[str, torch.Tensor]:
+        model.set_adapter(name)
+        merged = copy.deepcopy(model).merge_and_unload()
+        return {key: p - plain[key] for key, p in merged.named_parameters()}
+
+    one, two, both = (offsets(name) for name in ("default", "second", "sum"))
+    for key, offset in both.items():
+        torch.testing.assert_close(offset, 0.75 * one[key] - 2 * two[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["default", "wider"], [1, 1], "sum"), r"no exact sum.*d \(60 and 61\)"),
+        ((["default", "elsewhere"], [1, 1], "sum"), r"no exact sum.*seed \(0 and 1\)"),
+        ((["default", "nobody"], [1, 1], "sum"), r"adapters=\['nobody'\] are not attached"),
+        ((["default", "second"], [1], "sum"), "must be as many"),
+        ((["default", "second"], [1, 1], "wider"), "adapter_name='wider' is taken"),
+        ((["default", "second"], [1, 1], "sum", "svd"), "combination_type must be 'linear'"),
+    ],
+)
+def test_sums_that_do_not_exist(arguments, message):
+    model = several()
+    before = list(model.peft_config)
+    with pytest.raises(ValueError, match=message):
+        model.base_model.add_weighted_adapter(*arguments)
+    assert list(model.peft_config) == before
+
+
+def test_adapters_with_different_scales_have_no_sum():
+    model = several(said=True)
+    model.get_base_model().intrinsic.intrinsic_lambda["second"].weight.data[0] = 2.0
+    with pytest.raises(ValueError, match=r"different λ.*set_adapter"):
+        model.base_model.add_weighted_adapter(["default", "second"], [1, 1], "sum")
+
+
+def test_requires_grad():
+    model = several()
+    numbers = model.get_base_model().intrinsic.intrinsic_theta
+    assert {name for name, vector in numbers.items() if vector.weight.requires_grad} == {"default"}
+    model.set_requires_grad("second")
+    assert {name for name, vector in numbers.items() if vector.weight.requires_grad} == {"default", "second"}
+    model.set_requires_grad(["default", "second"], requires_grad=False)
+    assert model.get_nb_trainable_parameters()[0] == 0
+    model.set_adapter("wider", inference_mode=True)
+    assert model.get_nb_trainable_parameters()[0] == 0
+    model.set_adapter("wider")
+    assert model.get_nb_trainable_parameters()[0] == 61
+
+
+def test_inference_mode():
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=20, inference_mode=True))
+    assert model.get_nb_trainable_parameters()[0] == 0
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_status():
+    model = several()
+    model.base_model.set_adapter(["default", "second"])
+    status = model.get_model_status()
+    assert status.adapter_model_type == "IntrinsicModel"
+    assert status.active_adapters == ["default", "second"]
+    assert set(status.available_adapters) == {"default", "second", "wider", "elsewhere"}
+    assert status.trainable_params == 120
+    assert status.enabled is True
+    model.merge_adapter(["second"])
+    assert model.get_model_status().merged_adapters == ["second"]
+    kinds = {layer.module_type for layer in model.get_layer_status()}
+    assert kinds == {f"intrinsic.Intrinsic{kind}" for kind in ("Vector", "Linear", "Embedding", "Norm")}
+    assert all(layer.merged_adapters == ["second"] for layer in model.get_layer_status())
+
+
+def test_disabled_in_training_mode_too():
+    """Dropout draws the same numbers, so even then the output is the base model's to the bit."""
+    base, model = build("bert").train(), trained("bert").train()
+    inputs = batch("bert")
+    with model.disable_adapter():
+        torch.manual_seed(1)
+        found = output(model, inputs)
+        assert not found.requires_grad
+    torch.manual_seed(1)
+    assert torch.equal(found, output(base, inputs))
+
+
+def test_deleting_the_active_adapter_activates_another():
+    model = several()
+    model.set_adapter("second")
+    with pytest.warns(UserWarning, match="second was active which is now deleted"):
+        model.delete_adapter("second")
+    assert "second" not in model.peft_config
+    assert model.base_model.active_adapters != ["second"]
+    output(model, batch("llama"))
+    model.add_adapter("second", IntrinsicConfig(d=10))
+    assert len(model.get_base_model().intrinsic.intrinsic_theta["second"].weight) == 10
+
+
+def test_adapters_of_different_types():
+    model = get_peft_model(build("llama"), IntrinsicConfig(d=60, init_weights=False))
+    small = IntrinsicConfig(d=31, init_weights=False)
+    model.add_adapter("small", small, autocast_adapter_dtype=False)
+    model.base_model.set_adapter(["default", "small"])
+    numbers = model.get_base_model().intrinsic.intrinsic_theta
+    numbers["small"].to(torch.bfloat16)
+    found = evaluate(model.eval(), "llama")
+    merged = evaluate(copy.deepcopy(model).merge_and_unload(), "llama")
+    base = evaluate(build("llama"), "llama")
+    assert (found - merged).norm() < 0.03 * (merged - base).norm()

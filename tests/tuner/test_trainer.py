@@ -26,7 +26,7 @@ class Parity(Dataset):
         return {"input_ids": ids, "labels": ids[0] % 3}
 
 
-def trainer(folder: Path, steps: int, said: bool) -> Trainer:
+def trainer(folder: Path, steps: int, said: bool, **options) -> Trainer:
     model = get_peft_model(build("bert"), IntrinsicConfig(d=40, said=said, task_type="SEQ_CLS"))
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -40,8 +40,9 @@ def trainer(folder: Path, steps: int, said: bool) -> Trainer:
         use_cpu=True,
         dataloader_pin_memory=False,
         seed=3,
+        **options,
     )
-    return Trainer(model=model, args=arguments, train_dataset=Parity())
+    return Trainer(model=model, args=arguments, train_dataset=Parity(), eval_dataset=Parity())
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -69,3 +70,17 @@ def test_train_resume_reload_merge(tmp_path, said):
     reloaded = PeftModel.from_pretrained(build("bert"), checkpoint)
     torch.testing.assert_close(logits(reloaded), expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(logits(reloaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_load_best_model_at_end(tmp_path):
+    """The learning rate is so high that an early checkpoint is the best."""
+    run = trainer(tmp_path, 12, False, load_best_model_at_end=True, eval_strategy="steps", eval_steps=4)
+    run.create_optimizer()
+    for group in run.optimizer.param_groups:
+        group["lr"] = 1.5
+    run.train()
+    history = {row["step"]: row["eval_loss"] for row in run.state.log_history if "eval_loss" in row}
+    best = min(history, key=history.get)
+    assert run.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert run.evaluate()["eval_loss"] == pytest.approx(history[best], abs=1e-5)
+    assert best != 12
