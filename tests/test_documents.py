@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import build
+from conftest import build, trained
 from mktestdocs import check_md_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -86,3 +86,25 @@ def test_demo(tmp_path):
     out = run("demo.py", "--model", base, "--steps", "3", "--train", "64", "--test", "64", cwd=tmp_path)
     assert "trained numbers       d = 1000" in out
     assert (tmp_path / "runs/demo/demo.png").stat().st_size > 10_000
+
+
+def test_serving(tmp_path):
+    base = tiny("llama", tmp_path / "base")
+    for i in range(2):
+        model = trained("llama")
+        model.get_base_model().intrinsic.intrinsic_theta["default"].weight.data.mul_(i + 1)
+        model.save_pretrained(tmp_path / f"user{i}")
+    asked = ["0:a very good film", "1:a very good film", "base:good"]
+    out = run("serving.py", "--model", base, "--adapters", "user0", "user1", "--ask", *asked, cwd=tmp_path)
+    assert [line.split("\t")[0] for line in out.splitlines()[:3]] == ["0", "1", "base"]
+    assert "2 adapters, 200 numbers each" in out
+
+
+def test_every_row_of_the_compatibility_table_names_a_test():
+    rows = re.findall(r"^\| .+ \| (.+) \|$", (ROOT / "docs/compatibility.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) > 40
+    for row in rows[1:]:
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
+        assert tests, row
+        for path, name in tests:
+            assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), name
