@@ -1,0 +1,6 @@
+"""Measuring the intrinsic dimension of a task: of any function that trains once and returns a score."""
+
+from .curve import grid as grid
+from .measure import Result as Result
+from .measure import measure_intrinsic_dimension as measure_intrinsic_dimension
+from .report import write_report as write_report

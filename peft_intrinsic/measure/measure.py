@@ -1,0 +1,210 @@
+"""`measure_intrinsic_dimension`: from a function that trains once to d90 with an interval."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from tqdm.auto import tqdm
+
+from ..version import __version__
+from .curve import Curve, grid
+from .search import Search
+from .store import Store
+
+Fit = Callable[..., float]
+"""`fit(d, seed)`, or `fit(d, seed, learning_rate)`: trains once, returns the score. `d=None` is full fine-tuning."""
+
+FULL = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a measurement found.
+
+    Args:
+        d: the least d whose fitted score reaches the target, None where the largest does not.
+        interval: of d, 90 %; an end that lies beyond the grid is None.
+        target: the score to reach.
+        share, of: how the target was made.
+        baseline: scores of full fine-tuning, one per seed.
+        majority: score of always answering the most frequent class, where known.
+        learning_rates: those chosen, (full fine-tuning, subspace), where there was a choice.
+        points: (d, fitted score, scores) at every measured d.
+        stopped: why the search ended.
+        trials: number of subspace trials.
+        version: of this package.
+    """
+
+    d: int | None
+    interval: tuple[int | None, int | None]
+    target: float
+    share: float
+    of: str
+    baseline: list[float]
+    majority: float | None
+    learning_rates: tuple[float, float] | None
+    points: list[tuple[int, float, list[float]]]
+    stopped: str
+    trials: int
+    version: str = __version__
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def measure_intrinsic_dimension(
+    fit: Fit,
+    dims: Sequence[int] | None = None,
+    *,
+    target: float = 0.9,
+    of: Literal["score", "gain"] = "score",
+    majority: float | None = None,
+    baseline: float | Sequence[float] | None = None,
+    seeds: int = 3,
+    learning_rates: tuple[Sequence[float], Sequence[float]] | None = None,
+    trials: int | None = None,
+    minutes: float | None = None,
+    sweep: bool = False,
+    out: str | os.PathLike | None = None,
+    fresh: bool = False,
+    settings: dict[str, Any] | None = None,
+) -> Result:
+    """The least d at which training in a random subspace reaches a share of full fine-tuning.
+
+    With a share of 0.9 it is d90 (Li et al. 2018, section 2; of language models Aghajanyan et al. 2020, section 3). The
+    grid is bisected rather than swept, each d has several seeds, the curve is fitted monotonically, and a bootstrap
+    tells how sure the crossing is.
+
+    Args:
+        fit: `fit(d, seed) -> score`, higher is better; `fit(None, seed)` is full fine-tuning. With `learning_rates` it
+            gets the rate as a third argument. The seed sets P and the order of the data.
+        dims: the grid, ascending; by default `grid()`, that of Table 1 of Aghajanyan et al.
+        target: the share to reach.
+        of: `"score"`: of the baseline's score (as in the papers). `"gain"`: of its gain over `majority`.
+        majority: the score of always answering the most frequent class.
+        baseline: scores of full fine-tuning, where known; by default `fit(None, seed)` for each seed.
+        seeds: how many for each d and for the baseline.
+        learning_rates: to try, (full fine-tuning, subspace), as many for the one as for the other. Each is tried once,
+            the subspace's at the middle of the grid, and the best is kept.
+        trials, minutes: the budget; None is no limit.
+        sweep: measure the whole grid.
+        out: folder of the run. Finished trials are kept there, and the same call goes on where it stopped.
+        fresh: begin anew in a folder that is in use.
+        settings: what else the trials depend on; kept with the run, and compared when it goes on.
+
+    Raises:
+        ValueError: an option cannot work, the baseline is no better than the majority class, a score is not a finite
+            number, or the folder belongs to a run with other settings.
+    """
+    dims = list(grid() if dims is None else dims)
+    _check(dims, target, of, majority, seeds, learning_rates)
+    common = {"dims": dims, "target": target, "of": of, "majority": majority, "seeds": seeds, **(settings or {})}
+    common["learning_rates"] = learning_rates
+    with (
+        tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder,
+        Store(folder, common, fresh) as store,
+    ):
+        runner = Runner(fit, store)
+        rates = None
+        if learning_rates is not None:
+            full, subspace = learning_rates
+            rates = runner.best_rate(FULL, full), runner.best_rate(dims[len(dims) // 2], subspace)
+        if baseline is None:
+            known = runner.scores([(FULL, seed) for seed in range(seeds)], rates and rates[0])
+        else:
+            known = [float(value) for value in (baseline if isinstance(baseline, Sequence) else [baseline])]
+        floor = float(majority or 0.0) if of == "gain" else 0.0
+        if majority is not None and sum(known) / len(known) <= majority + 1e-9:
+            raise ValueError(
+                f"Full fine-tuning scores {sum(known) / len(known):.4f}, no better than the majority class "
+                f"({majority:.4f}): there is nothing to measure. Train longer, or try other learning rates."
+            )
+        with tqdm(desc="trials", unit="trial", leave=False) as bar:
+
+            def progress(low: int, high: int) -> None:
+                bar.set_postfix_str(f"{low} ≤ d ≤ {high}")
+
+            search = Search(
+                lambda wanted: runner.scores(wanted, rates and rates[1], bar),
+                *(dims, known, target, floor, range(seeds), trials, minutes, progress),
+            )
+            stopped = search.run(sweep)
+    return _result(search.curve, stopped, of, majority, rates)
+
+
+class Runner:
+    """Runs trials that are not in the store yet."""
+
+    def __init__(self, fit: Fit, store: Store) -> None:
+        self.fit, self.store = fit, store
+
+    def scores(self, wanted: Sequence[tuple[int | None, int]], rate: float | None, bar: Any = None) -> list[float]:
+        """The score of each trial."""
+        found = []
+        for d, seed in wanted:
+            configuration = {"d": d, "seed": seed, "learning_rate": rate}
+            row = self.store.get(configuration)
+            if row is None:
+                start = time.perf_counter()
+                score = float(self.fit(d, seed) if rate is None else self.fit(d, seed, rate))
+                if not math.isfinite(score):
+                    raise ValueError(f"fit returned {score} for d={d}, seed={seed}, learning rate {rate}.")
+                row = {"score": score, "seconds": round(time.perf_counter() - start, 3)}
+                self.store.add(configuration, row)
+            found.append(row["score"])
+            if bar is not None:
+                bar.update()
+        return found
+
+    def best_rate(self, d: int | None, rates: Sequence[float]) -> float:
+        """The rate with the best score of one run."""
+        tried = {rate: self.scores([(d, 0)], rate)[0] for rate in rates}
+        return max(tried, key=lambda rate: tried[rate])
+
+
+def _check(
+    dims: Sequence[int], target: float, of: str, majority: float | None, seeds: int, learning_rates: Any
+) -> None:
+    if len(dims) < 2 or any(not isinstance(d, int) or d < 1 for d in dims) or sorted(set(dims)) != list(dims):
+        raise ValueError(f"dims must be ascending positive integers, at least two, got {list(dims)[:5]}…")
+    if not 0 < target <= 1:
+        raise ValueError(f"target must lie in (0, 1], got {target}. 0.9 gives d90.")
+    if of not in ("score", "gain"):
+        raise ValueError(f"of must be 'score' or 'gain', got {of!r}.")
+    if of == "gain" and majority is None:
+        raise ValueError("of='gain' needs majority, the score of the most frequent class.")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}.")
+    if learning_rates is not None and len({len(rates) for rates in learning_rates}) != 1:
+        raise ValueError(
+            f"learning_rates must hold as many for full fine-tuning as for the subspace, got {learning_rates}: "
+            "otherwise one of the two is tuned better than the other."
+        )
+
+
+def _result(curve: Curve, stopped: str, of: str, majority: float | None, rates: tuple[float, float] | None) -> Result:
+    if not curve.scores:
+        raise ValueError(f"{stopped} before a single dimension was measured. Allow more.")
+    places = [*curve.grid, None]
+    low, high = curve.interval()
+    return Result(
+        d=places[curve.index()],
+        interval=(places[low], places[high]),
+        target=curve.target,
+        share=curve.share,
+        of=of,
+        baseline=list(curve.baseline),
+        majority=majority,
+        learning_rates=rates,
+        points=[(d, float(fit), list(curve.scores[d])) for d, fit in zip(curve.dims, curve.fit(), strict=True)],
+        stopped=stopped,
+        trials=int(curve.counts.sum()),
+    )

@@ -1,0 +1,102 @@
+"""Which d to try next: bracket, bisect, and then look around the crossing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from .curve import Curve
+
+AROUND = (-7, -4, -2, -1, 0, 1, 2, 4, 7)
+"""Grid steps from the crossing at which the fit is supported."""
+
+Trial = tuple[int, int]
+"""(d, seed)"""
+
+Evaluate = Callable[[Sequence[Trial]], Sequence[float]]
+"""Scores of trials that are independent of each other, so that an engine may run them at once."""
+
+
+class Spent(Exception):
+    """The budget is spent; the message says which."""
+
+
+class Search:
+    """Finds the least d of a grid that reaches a share of full fine-tuning.
+
+    Args:
+        evaluate: runs trials.
+        grid: dimensions, ascending.
+        baseline: scores of full fine-tuning, one per seed.
+        share, floor: the target is `floor + share · (mean baseline − floor)`.
+        seeds: of each d. A seed sets P and the order of the data.
+        trials, minutes: the budget; None is no limit.
+        progress: called with the lowest and the highest d still in question before each round of trials.
+    """
+
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        grid: Sequence[int],
+        baseline: Sequence[float],
+        share: float = 0.9,
+        floor: float = 0.0,
+        seeds: Sequence[int] = (0, 1, 2),
+        trials: int | None = None,
+        minutes: float | None = None,
+        progress: Callable[[int, int], None] = lambda low, high: None,
+    ) -> None:
+        self.evaluate, self.grid, self.seeds = evaluate, list(grid), tuple(seeds)
+        self.trials, self.minutes, self.progress = trials, minutes, progress
+        self.curve = Curve(self.grid, {}, list(baseline), share, floor)
+        self.scores: dict[int, list[float]] = self.curve.scores  # type: ignore[assignment]
+        self.start = time.monotonic()
+
+    def run(self, sweep: bool = False) -> str:
+        """Search, or measure the whole grid. Fills `curve`, and says why it stopped."""
+        try:
+            return self._sweep() if sweep else self._search()
+        except Spent as spent:
+            return str(spent)
+
+    def _measure(self, indexes: Sequence[int], low: int, high: int) -> None:
+        """Every seed of the dimensions that were not measured yet."""
+        dims = [self.grid[i] for i in indexes if self.grid[i] not in self.scores]
+        wanted = [(d, seed) for d in dims for seed in self.seeds]
+        if not wanted:
+            return
+        if self.trials is not None and sum(map(len, self.scores.values())) + len(wanted) > self.trials:
+            raise Spent(f"the budget of {self.trials} trials is spent")
+        if self.minutes is not None and time.monotonic() - self.start > 60 * self.minutes:
+            raise Spent(f"the budget of {self.minutes:g} minutes is spent")
+        self.progress(self.grid[low], self.grid[high])
+        for (d, _), score in zip(wanted, self.evaluate(wanted), strict=True):
+            self.scores.setdefault(d, []).append(float(score))
+
+    def _reaches(self, index: int) -> bool:
+        found = self.scores[self.grid[index]]
+        return sum(found) / len(found) >= self.curve.target
+
+    def _sweep(self) -> str:
+        for i in range(len(self.grid)):
+            self._measure([i], 0, len(self.grid) - 1)
+        return "the whole grid was measured"
+
+    def _search(self) -> str:
+        low, high = 0, len(self.grid) - 1
+        self._measure([high], low, high)
+        if not self._reaches(high):
+            return "the target is not reached at the largest dimension"
+        self._measure([low], low, high)
+        while high - low > 1 and not self._reaches(low):
+            middle = (low + high) // 2
+            self._measure([middle], low, high)
+            low, high = (low, middle) if self._reaches(middle) else (middle, high)
+        # These decisions were made on noisy means: support the fit on both sides of where it crosses, and look again.
+        last, index = len(self.grid) - 1, -1
+        while index != (index := self.curve.index()):
+            near = sorted({min(max(index + step, 0), last) for step in AROUND})
+            self._measure(near, near[0], near[-1])
+        if index == 0:
+            return "the target is reached at the smallest dimension"
+        return "the bracket is one step of the grid"

@@ -1,0 +1,112 @@
+"""The folder of a run: one line per finished trial, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+TRIALS, SETTINGS = "trials.jsonl", "settings.json"
+
+
+def key(configuration: Mapping[str, Any]) -> str:
+    """The name of a trial: a hash of everything that it depends on."""
+    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: whoever reads it, or resumes after a crash, finds the old text or the new."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Store:
+    """Finished trials of one run, in memory and on disk.
+
+    Args:
+        folder: made if missing.
+        settings: what all trials of the run have in common. A folder written by others is refused.
+        fresh: begin anew in a folder that is already in use.
+
+    Raises:
+        ValueError: the folder belongs to other settings; the message names the difference.
+        RuntimeError: another process is using the folder.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any], fresh: bool = False) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(
+                f"{self.folder} is in use by another run. Wait for it, or choose another folder."
+            ) from None
+        try:
+            if fresh:
+                for name in (TRIALS, SETTINGS):
+                    (self.folder / name).unlink(missing_ok=True)
+            self._check(json.loads(json.dumps(settings)))
+            self.rows = self._read()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        path = self.folder / SETTINGS
+        if not path.exists():
+            if (self.folder / TRIALS).exists():
+                raise ValueError(f"{self.folder} holds trials but no settings. Use another folder, or fresh=True.")
+            return write_whole(path, json.dumps(settings, indent=1, sort_keys=True))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        unlike = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
+        if unlike:
+            told = ", ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in unlike)
+            raise ValueError(
+                f"{self.folder} was written by a run with other settings ({told}). Use another folder, or fresh=True "
+                "(--fresh) to begin anew in this one."
+            )
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        path = self.folder / TRIALS
+        raw = path.read_bytes() if path.exists() else b""
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if whole != raw:  # killed while writing: the trial of a torn line runs again
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        return {row["key"]: row for row in rows}
+
+    def add(self, configuration: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Note a finished trial, on disk before it counts."""
+        row = {"key": key(configuration), **configuration, **result}
+        line = (json.dumps(row) + "\n").encode()
+        descriptor = os.open(self.folder / TRIALS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self.rows[row["key"]] = row
+
+    def get(self, configuration: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The row of a finished trial."""
+        return self.rows.get(key(configuration))
+
+    def close(self) -> None:
+        """Let other runs use the folder."""
+        self._lock.release()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

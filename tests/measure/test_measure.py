@@ -1,0 +1,188 @@
+"""The measurement as users call it: choices, refusals, reports, and going on after a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from peft_intrinsic.measure import Result, grid, measure_intrinsic_dimension, write_report
+from peft_intrinsic.measure.report import markdown, summary
+from peft_intrinsic.measure.store import Store
+
+DIMS = grid(10, 1000, 20)
+
+
+def step(d, seed, *rate) -> float:
+    return 0.8 if d is None or d >= 100 else 0.4
+
+
+def test_a_step():
+    result = measure_intrinsic_dimension(step, DIMS)
+    assert result.d == next(d for d in DIMS if d >= 100)
+    assert result.interval == (result.d, result.d)
+    assert (result.baseline, result.target) == ([0.8, 0.8, 0.8], pytest.approx(0.72))
+    assert result.trials <= 3 * len(DIMS) * 0.7
+
+
+def test_beyond_and_below_the_grid():
+    never = measure_intrinsic_dimension(lambda d, seed: 0.8 if d is None else 0.4, DIMS)
+    assert (never.d, never.interval) == (None, (None, None))
+    assert "above 1000" in summary(never)
+    always = measure_intrinsic_dimension(lambda d, seed: 0.8, DIMS)
+    assert always.d == DIMS[0]
+
+
+def test_learning_rates_are_chosen_on_the_same_terms():
+    tried = []
+
+    def fit(d, seed, rate):
+        tried.append((d, seed, rate))
+        best = 1e-3 if d is None else 0.1
+        return step(d, seed) - (rate != best) * 0.3
+
+    result = measure_intrinsic_dimension(fit, DIMS, learning_rates=([1e-4, 1e-3], [0.1, 0.5]))
+    assert result.learning_rates == (1e-3, 0.1)
+    assert {rate for d, _, rate in tried if d not in (None, DIMS[10])} == {0.1}
+    assert len(tried) == len(set(tried))
+    assert result.d == next(d for d in DIMS if d >= 100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dims": [5]}, "dims must be ascending"),
+        ({"dims": [5, 4]}, "dims must be ascending"),
+        ({"dims": [0.5, 4]}, "dims must be ascending"),
+        ({"target": 1.5}, "target must lie in"),
+        ({"of": "loss"}, "of must be 'score' or 'gain', got 'loss'"),
+        ({"of": "gain"}, "needs majority"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"learning_rates": ([1], [1, 2])}, "as many for full fine-tuning as for the subspace"),
+        ({"majority": 0.8}, "no better than the majority class"),
+        ({"trials": 2}, "budget of 2 trials is spent before a single dimension"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        measure_intrinsic_dimension(step, **{"dims": DIMS, **options})
+
+
+def test_a_score_that_is_no_number():
+    with pytest.raises(ValueError, match=r"fit returned nan for d=1000, seed=0"):
+        measure_intrinsic_dimension(lambda d, seed: 0.8 if d is None else float("nan"), DIMS)
+
+
+def test_folder_of_other_settings(tmp_path):
+    first = measure_intrinsic_dimension(step, DIMS, out=tmp_path)
+    calls = []
+    again = measure_intrinsic_dimension(lambda d, seed: calls.append(d) or 0, DIMS, out=tmp_path)
+    assert (again, calls) == (first, [])
+    with pytest.raises(ValueError, match=r"other settings \(target: 0.9 there, 0.5 now\).*--fresh"):
+        measure_intrinsic_dimension(step, DIMS, target=0.5, out=tmp_path)
+    assert measure_intrinsic_dimension(step, DIMS, target=0.5, out=tmp_path, fresh=True).target == pytest.approx(0.4)
+
+
+def test_a_folder_serves_one_run_at_a_time(tmp_path):
+    code = f"""
+    import peft_intrinsic.measure.store as s, time
+    with s.Store({str(tmp_path)!r}, {{}}):
+        print("open", flush=True)
+        time.sleep(60)
+    """
+    other = subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline().strip() == b"open"
+        with pytest.raises(RuntimeError, match="in use by another run"):
+            Store(tmp_path, {})
+    finally:
+        other.kill()
+        other.communicate()
+    Store(tmp_path, {}).close()  # the lock dies with its process
+
+
+def test_an_unwritable_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        measure_intrinsic_dimension(step, DIMS, out=tmp_path / "file")
+
+
+def test_a_torn_line_is_dropped(tmp_path):
+    with Store(tmp_path, {}) as store:
+        store.add({"d": 1}, {"score": 0.5})
+        store.add({"d": 2}, {"score": 0.6})
+    path = tmp_path / "trials.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    with Store(tmp_path, {}) as store:
+        assert [row["d"] for row in store.rows.values()] == [1]
+        store.add({"d": 2}, {"score": 0.7})
+    assert [json.loads(line)["score"] for line in path.read_text().splitlines()] == [0.5, 0.7]
+
+
+RUN = """
+import random, sys, time
+from peft_intrinsic.measure import grid, measure_intrinsic_dimension, write_report
+
+def fit(d, seed):
+    with open(sys.argv[1] + "/calls", "a") as calls:
+        calls.write(f"{d} {seed}\\n")
+    time.sleep(0.004)
+    return 0.8 if d is None else 0.8 / (1 + 300 / d) + random.Random(f"{d} {seed}").gauss(0, 0.01)
+
+write_report(measure_intrinsic_dimension(fit, grid(10, 100_000, 40), out=sys.argv[1]), sys.argv[1])
+"""
+
+
+def test_killed_at_random_and_resumed(tmp_path):
+    """`kill -9` twenty times and more: the same report as undisturbed, every finished trial run once."""
+    (tmp_path / "run.py").write_text(RUN)
+    quiet, shot = tmp_path / "quiet", tmp_path / "shot"
+    quiet.mkdir(), shot.mkdir()
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "run.py")]
+    subprocess.run([*command, str(quiet)], check=True, capture_output=True)
+    rng = random.Random(0)
+    kills = 0
+    while not (shot / "report.json").exists() or kills < 20:
+        process = subprocess.Popen([*command, str(shot)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines = count(shot)
+        started = time.monotonic()
+        # Let it finish between none and a few trials before it is shot.
+        while process.poll() is None and count(shot) < lines + rng.randrange(4) and time.monotonic() - started < 30:
+            time.sleep(rng.random() * 0.004)
+        if process.poll() is None and kills < 22:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    for file in ("report.json", "report.md"):
+        assert (shot / file).read_text() == (quiet / file).read_text()
+    finished = [json.loads(line)["key"] for line in (shot / "trials.jsonl").read_text().splitlines()]
+    assert len(finished) == len(set(finished)) == count(quiet)
+    calls = (shot / "calls").read_text().splitlines()
+    assert len(calls) - len(set(calls)) <= kills  # at most the trial that was running when the shot fell
+    assert kills >= 20
+
+
+def count(folder: Path) -> int:
+    path = folder / "trials.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_report(tmp_path):
+    result = measure_intrinsic_dimension(step, DIMS, majority=0.5, out=tmp_path)
+    write_report(result, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    again = Result(**{**report, "interval": tuple(report["interval"]), "points": [tuple(p) for p in report["points"]]})
+    assert again == result
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    text = markdown(result)
+    assert f"d90 = {result.d}, 90 % interval [{result.d}, {result.d}]" in text
+    assert "| majority class | 0.5000 |" in text
+    assert f"| {result.d} | 0.8000 | 0.8000, 0.8000, 0.8000 |" in text
