@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
@@ -13,6 +15,16 @@ from peft_intrinsic import IntrinsicConfig
 transformers.utils.logging.set_verbosity_error()
 
 SIZES = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+TWO_STACKS = {
+    "vocab_size": 97,
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+}
 
 
 class Custom(nn.Module):
@@ -71,27 +83,13 @@ def build(family: str) -> nn.Module:
         model = transformers.GemmaForCausalLM(config)
     elif family == "bart":
         config = transformers.BartConfig(
-            vocab_size=97,
-            d_model=24,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=40,
-            decoder_ffn_dim=40,
+            **TWO_STACKS,
             max_position_embeddings=40,
         )
         model = transformers.BartForConditionalGeneration(config)
     elif family == "whisper":  # reads the weights of its position embedding
         config = transformers.WhisperConfig(
-            vocab_size=97,
-            d_model=24,
-            encoder_layers=2,
-            decoder_layers=2,
-            encoder_attention_heads=4,
-            decoder_attention_heads=4,
-            encoder_ffn_dim=40,
-            decoder_ffn_dim=40,
+            **TWO_STACKS,
             num_mel_bins=8,
             max_source_positions=10,
             pad_token_id=0,
@@ -138,6 +136,20 @@ def batch(family: str) -> dict[str, torch.Tensor]:
 def evaluate(model: nn.Module, family: str) -> torch.Tensor:
     """Logits, for comparisons to the bit: with gradients torch may choose other kernels."""
     return output(model, batch(family))
+
+
+def train(model: nn.Module, inputs: dict[str, torch.Tensor], steps: int, lr: float, context=nullcontext) -> list[float]:
+    """Steps of AdamW on what is trainable; the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        with context():
+            loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 def output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

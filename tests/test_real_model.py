@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from carriers import minilm, rotten_tomatoes, smollm2
+from conftest import train
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -32,14 +33,7 @@ def test_a_classifier_in_two_kilobytes(path, tmp_path):
 
     model = get_peft_model(base(1), IntrinsicConfig(d=200, said=True, task_type="SEQ_CLS")).eval()
     assert model.get_nb_trainable_parameters()[0] == 200
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(12):
-        loss = model(**batch, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, {**batch, "labels": labels}, 12, 0.05)
     assert losses[-1] < losses[0] - 0.01
 
     model.save_pretrained(tmp_path)
@@ -67,14 +61,7 @@ def test_a_decoder_in_half_precision(decoder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(**decoder)
     batch = tokenizer(["The capital of France is", "Water boils at a"], return_tensors="pt", padding=True)
     model = get_peft_model(base, IntrinsicConfig(d=200, task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(6):
-        loss = model(**batch, labels=batch["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, {**batch, "labels": batch["input_ids"]}, 6, 0.05)
     assert losses[-1] < losses[0] - 0.1
     model.eval().save_pretrained(tmp_path)
     fixed = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}

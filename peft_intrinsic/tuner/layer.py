@@ -37,7 +37,7 @@ class Offset:
     def materialise(self, theta: torch.Tensor) -> torch.Tensor:
         """`[d] -> shape`, or `[batch, d] -> [batch, *shape]`."""
         matrix = self.projection.materialise(theta)
-        return matrix.mT if self.transposed else matrix.view(*theta.shape[:-1], *self.shape)
+        return matrix.mT if self.transposed else matrix.view((*theta.shape[:-1], *self.shape))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from .targets import (
     base_modules,
     canonical,
     check_manifest,
+    foreign,
     fresh_parameters,
     lambda_groups,
     logical_shape,
@@ -85,10 +86,12 @@ class IntrinsicModel(AdapterOperations):
                     "Not from the checkpoint, so drawn again from a fixed stream (head='keep' leaves it as it is): %s",
                     ", ".join(config.redrawn),
                 )
+        self._check_neighbours(model, adapter_name, config)
         config.head_modules = self._head(model, config)
         self._matched: list[tuple[nn.Module, list[str]]] = []
         if config.target_modules is None and not config.target_parameters:
             self._matched.append((model, movable(model)))  # PEFT visits every module but the root
+        before = {name: p.requires_grad for name, p in model.named_parameters()}
         try:
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
@@ -97,17 +100,49 @@ class IntrinsicModel(AdapterOperations):
                 self._attach(model, adapter_name, config)
         except Exception:
             self._detach(model, adapter_name)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(before.get(name, parameter.requires_grad))
             raise
         finally:
             self._matched = []
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if any(name.startswith(f"{HOLDER}.") for name in before):  # other adapters stay as they were
+            for name, parameter in model.named_parameters():
+                if adapter_name not in name.split("."):
+                    parameter.requires_grad_(before.get(canonical(name), before.get(name, False)))
+
+    def _check_neighbours(self, model: nn.Module, adapter_name: str, config: IntrinsicConfig) -> None:
+        """Raises ValueError where attaching would change what another adapter relies on."""
+        if not hasattr(model, HOLDER):
+            return
+        if adapter_name in self.vector.intrinsic_theta:
+            raise ValueError(f"An adapter {adapter_name!r} is attached already. Delete it, or choose another name.")
+        for name in self.vector.intrinsic_theta:
+            known: Any = self.peft_config.get(name, config)
+            drawn = set(config.redrawn or []) - set(known.redrawn or [])
+            if drawn and not known.full_modules:
+                raise ValueError(
+                    f"{', '.join(sorted(drawn))} would be drawn again under adapter {name!r}, which was attached with "
+                    "head='keep'. Pass head='keep' here too."
+                )
+        for module in config.full_modules or []:
+            for key, layer in model.named_modules():
+                if isinstance(layer, IntrinsicLayer) and (key == module or key.endswith(f".{module}")):
+                    raise ValueError(
+                        f"modules_to_save={config.full_modules}: {key} is already moved by another adapter. Attach "
+                        "this adapter first, or attach the other one with head='keep'."
+                    )
 
     @staticmethod
     def _fresh(model: nn.Module, config: IntrinsicConfig) -> list[str]:
         """What starts from the fixed stream: drawn at random by the library, neither loaded nor constant."""
         if config.head == "keep":
             return []
-        parameters = {canonical(name): p for name, p in model.named_parameters() if not name.startswith(f"{HOLDER}.")}
+        parameters = {
+            canonical(name): p
+            for name, p in model.named_parameters()
+            if not name.startswith(f"{HOLDER}.") and not foreign(name)
+        }
         saved = config.full_modules or []
         return [
             name
@@ -124,12 +159,13 @@ class IntrinsicModel(AdapterOperations):
             return set()
         named = HEAD_NAMES.get(config.task_type or "", ())
         owners = {name.rpartition(".")[0] for name in config.redrawn or []}
-        return owners | {key for key, _ in model.named_modules() if key.partition(".")[0] in named}
+        return owners | {key for key, _ in base_modules(model) if key.partition(".")[0] in named}
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        if key.partition(".")[0] == HOLDER:
+        if key.partition(".")[0] == HOLDER or foreign(key):
             return False
+        key = canonical(key)
         targets: Any = peft_config.target_modules
         if key in peft_config.head_modules or (targets is None and not peft_config.target_parameters):
             targets = [key.rpartition(".")[2]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -62,15 +64,42 @@ class IntrinsicModule(nn.Module, IntrinsicLayer):
         nn.Module.__init__(self)
         IntrinsicLayer.__init__(self, vector)
         self.base_layer = base_layer
+        self.shallow = False  # a parent looks at the type of the weight: not worth making it
 
     def __getattr__(self, name: str) -> Any:
-        """What the wrapper lacks is the base layer's: `num_experts`, `normalized_shape`, …"""
+        """What the wrapper lacks is the base layer's: parameters with offsets, methods that see them, and the rest."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "base_layer":  # not there yet, or never
                 raise
-            return getattr(self.base_layer, name)
+            found = getattr(self.base_layer, name)
+            if isinstance(found, nn.Parameter):
+                return self._value(name, found)
+            return self._with_offsets(found) if getattr(found, "__self__", None) is self.base_layer else found
+
+    def _value(self, name: str, base: Any) -> Any:
+        """A parameter for readers that do not call the layer: with its offset, unless it is quantised or offloaded."""
+        plain = isinstance(base, torch.Tensor) and base.is_floating_point() and not base.is_meta
+        return self._effective().get(name, base) if plain and not self.shallow else base
+
+    def _with_offsets(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._in_place():
+                return method(*args, **kwargs)
+
+        return run
+
+    @property
+    def weight(self) -> Any:
+        """The weight with its offset, for readers that do not call the layer."""
+        return self._value("weight", self.base_layer.weight)
+
+    @property
+    def bias(self) -> Any:
+        """Likewise."""
+        return self._value("bias", self.base_layer.bias)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         base = self.base_layer

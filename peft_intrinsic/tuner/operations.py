@@ -75,6 +75,8 @@ class AdapterOperations(BaseTuner):
         """See `_check_merge_allowed`."""
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)
         unwrap(self.model, [child])
 
     def _unload_and_optionally_merge(
@@ -86,8 +88,12 @@ class AdapterOperations(BaseTuner):
     ) -> Any:
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
+            for parameter in self.model.parameters():
+                parameter._is_hf_initialized = True  # a head that was drawn here is a trained one now
         hooked = [module for module in self.model.modules() if isinstance(module, IntrinsicHook)]
-        super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged|Already following adapters were merged")
+            super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         unwrap(self.model, hooked)
         self.vector.guard.remove()
         delattr(self.model, HOLDER)
@@ -151,6 +157,9 @@ class AdapterOperations(BaseTuner):
             raise ValueError("Cannot pass adapter_names when the model is in training mode. Call model.eval() first.")
         if unknown := sorted(set(names) - {BASE, *self.peft_config}):
             raise ValueError(f"adapter_names={unknown} are not attached. Attached are {list(self.peft_config)}.")
+        batch = next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim()), len(names))
+        if batch != len(names):
+            raise ValueError(f"adapter_names has {len(names)} entries for a batch of {batch}: name one per sample.")
         check_mixable(self.model, set(names))
         with ExitStack() as stack:
             for module in self.modules():

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -98,19 +99,25 @@ def check_manifest(saved: str, shapes: Shapes) -> None:
         f"{lacking} of its {len(known)} are not in this model under the same name and shape, and {len(new)} of the "
         f"model's {len(shapes)} are not in the adapter"
         + (f" ({', '.join(new[:5])}{', …' if len(new) > 5 else ''})" if new else "")
-        + ". Load the base model, class and number of labels that the adapter was trained on."
+        + ". Load the base model, class and number of labels that the adapter was trained on. (A new adapter with the "
+        "configuration of another: set its manifest, redrawn and block_size to None.)"
     )
 
 
 def canonical(name: str) -> str:
     """A module or parameter name as it is in the plain base model."""
-    return name.replace(".base_layer", "")
+    return name.replace(".base_layer", "").replace(".original_module", "")
+
+
+def foreign(name: str) -> bool:
+    """Whether a module or parameter is another adapter's full copy (`modules_to_save`), not the base model's."""
+    return ".modules_to_save." in f".{name}."
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the base model and their names in it, whatever adapters are already attached."""
     for name, module in model.named_modules():
-        if not isinstance(module, IntrinsicLayer):
+        if not isinstance(module, IntrinsicLayer | AuxiliaryTrainingWrapper) and not foreign(name):
             yield canonical(name), module
 
 

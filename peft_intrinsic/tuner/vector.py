@@ -127,7 +127,7 @@ class IntrinsicVector(nn.Module, IntrinsicLayer):
         return set(self.intrinsic_theta)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        self.merged_adapters += check_adapters_to_merge(self, adapter_names)
+        self.merged_adapters += [a for a in check_adapters_to_merge(self, adapter_names) if a in self.intrinsic_theta]
 
     def unmerge(self) -> None:
         self.merged_adapters = []

@@ -32,11 +32,25 @@ def _source(kind: Any) -> str:
     return "\n".join(code)
 
 
+_SHALLOW = r"(?=\.(dtype|device|shape|ndim|size|is_)|\s+is\b|,\s*torch\.Tensor)"
+
+
 def _reads(parent: nn.Module, child: str) -> bool:
     """Whether a module takes the parameters of its child for itself instead of calling it (Mamba, DeBERTa, …)."""
-    values = r"\.(weight|bias)\b(?!\.(dtype|device|shape|ndim|size|is_)|\s+is\b|,\s*torch\.Tensor)"
     kind: Any = type(parent)
-    return re.search(rf"\bself\.([\w.]+\.)?{re.escape(child)}{values}", _source(kind)) is not None
+    deep = rf"\bself\.([\w.]+\.)?{re.escape(child)}\.(weight|bias)\b(?!{_SHALLOW[3:]}"
+    return re.search(deep, _source(kind)) is not None
+
+
+def _asks_for_type(parent: nn.Module, child: str) -> bool:
+    """Whether a module looks at the dtype, device or shape of its child's weight (T5, vision models)."""
+    kind: Any = type(parent)
+    return re.search(rf"\bself\.{re.escape(child)}\.weight{_SHALLOW}", _source(kind)) is not None
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether a module has a forward pass of its own; lists, dictionaries and bare holders of parameters have none."""
+    return type(module).forward is not nn.Module.forward and not isinstance(module, nn.ParameterList | nn.ParameterDict)
 
 
 def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -46,6 +60,16 @@ def _parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if child is not None:
                 found.setdefault(id(child), []).append((parent, name))
     return found
+
+
+def _running(places: list[tuple[nn.Module, str]], parents: dict[int, list[tuple[nn.Module, str]]]) -> nn.Module | None:
+    """The nearest module above that has a forward pass."""
+    while places:
+        module = places[0][0]
+        if _runs(module):
+            return module
+        places = parents.get(id(module), [])
+    return None
 
 
 def _wrapper_class(module: nn.Module) -> type[IntrinsicModule]:
@@ -74,11 +98,14 @@ def tuner_layers(model: nn.Module, holder: IntrinsicVector, modules: Iterable[nn
             continue
         places = parents.get(id(module), [])
         reader = next((parent for parent, name in places if _reads(parent, name)), None)
+        if reader is None and not _runs(module):
+            reader = _running(places, parents)
         if reader is not None or module._modules or not places:
             layer: Any = IntrinsicHook(module, reader or module, holder)
             holder.hooked.append(layer)
         else:
             layer = _wrapper_class(module)(module, holder)
+            layer.shallow = any(_asks_for_type(parent, name) for parent, name in places)
             layer.train(module.training)
             for parent, name in places:
                 setattr(parent, name, layer)

@@ -59,6 +59,7 @@ def main(kind: str, folder: Path) -> None:
         found = {"losses": losses, "processes": accelerator.num_processes, "model": type(model).__name__}
         (folder / "losses.json").write_text(json.dumps(found))
         peft_model.save_pretrained(folder / "adapter", state_dict=state)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import batch, build, evaluate, output, same, trained
-from peft import PeftModel, PeftType, get_peft_model
+from peft import PeftModel, PeftType, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 import peft_intrinsic
@@ -250,3 +250,38 @@ def test_adapters_of_different_types():
     merged = evaluate(copy.deepcopy(model).merge_and_unload(), "llama")
     base = evaluate(build("llama"), "llama")
     assert (found - merged).norm() < 0.03 * (merged - base).norm()
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_other_adapters_stay_trainable_or_frozen(tmp_path):
+    model = get_peft_model(build("llama"), IntrinsicConfig(d=40))
+    before = trainable(model)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), "reference")
+    assert trainable(model) == before
+    model.set_requires_grad("default", False)
+    model.add_adapter("second", IntrinsicConfig(d=40))
+    assert trainable(model) == set()
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_a_failed_attachment_leaves_no_trace():
+    base = build("llama")
+    before = trainable(base)
+    with pytest.raises(ValueError, match="d=2 must exceed"):
+        get_peft_model(base, IntrinsicConfig(d=2, said=True))
+    assert trainable(base) == before
+    inject_adapter_in_model(IntrinsicConfig(d=20, init_weights=False), base)
+    expected = evaluate(base, "llama")
+    with pytest.raises(ValueError, match="'default' is attached already"):
+        inject_adapter_in_model(IntrinsicConfig(d=20), base)
+    assert torch.equal(evaluate(base, "llama"), expected)
+
+
+def test_merging_an_unknown_adapter_marks_nothing():
+    model = trained("bert")
+    model.merge_adapter(["typo"])
+    assert model.get_model_status().merged_adapters == []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import batch, build, output, trained
+from conftest import batch, build, output, train, trained
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -25,7 +25,8 @@ def launch(kind: str, folder: Path) -> subprocess.CompletedProcess:
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [*command, str(SCRIPT), kind, str(folder)], capture_output=True, text=True, check=False, env=environment
+        [*command, str(SCRIPT), kind, str(folder)],
+        **{"capture_output": True, "text": True, "check": False, "env": environment, "timeout": 300},
     )
 
 
@@ -34,14 +35,7 @@ def one_process() -> tuple[list[float], PeftModel]:
     """The same training without any of that."""
     model = get_peft_model(build("llama"), IntrinsicConfig(d=60, said=True, task_type="CAUSAL_LM"))
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = train(model, {"input_ids": IDS, "labels": IDS}, 8, 0.05)
     return losses, model.eval()
 
 

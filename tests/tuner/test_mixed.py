@@ -154,11 +154,14 @@ def test_bad_choices():
     names = ["default"] * 4
     with pytest.raises(ValueError, match=r"adapter_names=\['nobody'\] are not attached"):
         model(**batch("bert"), adapter_names=["nobody", *names[1:]])
-    with pytest.raises(ValueError, match=r"chosen for 3 samples.*shape"):
-        model(**batch("bert"), adapter_names=names[:3])
+    for short in (names[:3], names[:2]):
+        with pytest.raises(ValueError, match=f"adapter_names has {len(short)} entries for a batch of 4"):
+            model(**batch("bert"), adapter_names=short)
     with pytest.raises(ValueError, match=r"shape \[K, 60\].*\(2, 61\)"):
         AdapterBank(model, torch.zeros(2, 61))
     bank = AdapterBank(model, torch.zeros(2, 60))
+    with pytest.raises(ValueError, match=r"chosen for 3 samples.*shape"), bank.select([0, 1, 0]):
+        evaluate(model, "bert")
     for index in ([0, 2], [-2], [[0]]):
         with pytest.raises(IndexError, match="−1 to 1"), bank.select(index):
             pass

@@ -217,3 +217,59 @@ def test_tied_weights_move_together():
     merged = model.merge_and_unload()
     torch.testing.assert_close(evaluate(merged, "llama"), expected, **CLOSE)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
+
+
+class Holder(nn.Module):
+    """Parameters without a forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(4))
+
+
+class Encoder(nn.Linear):
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+READERS = {  # what a module has, and how it uses it without calling it
+    "a parameter of a module that never runs": (Holder, lambda part, x: x * part.gamma),
+    "a scalar": (lambda: nn.Parameter(torch.tensor(1.5)), lambda part, x: x * part),
+    "ParameterList": (lambda: nn.ParameterList([torch.ones(4), torch.ones(4)]), lambda part, x: x * part[0] + part[1]),
+    "ParameterDict": (
+        lambda: nn.ParameterDict({"k": torch.ones(4), "z": torch.ones(4)}),
+        lambda p, x: x * p.k + p["z"],
+    ),
+    "weights in a loop": (
+        lambda: nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]),
+        lambda part, x: sum(nn.functional.linear(x, layer.weight, layer.bias) for layer in part),
+    ),
+    "the weight of a grandchild": (
+        lambda: nn.Sequential(nn.Sequential(nn.Embedding(4, 4))),
+        lambda part, x: nn.functional.linear(x, part[0][0].weight),
+    ),
+    "another method": (lambda: Encoder(4, 4), lambda part, x: part.encode(x)),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_parameters_that_are_read_without_a_call(kind):
+    make, use = READERS[kind]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.part = nn.Linear(4, 4), make()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return use(self.part, self.first(x))
+
+    x = noise(3, 4)
+    model = get_peft_model(Model(), IntrinsicConfig(d=12, init_weights=False)).eval()
+    found = model(x)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), Model()(x))
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(x), found, **CLOSE)
+    assert not any(torch.equal(p, q) for p, q in zip(merged.parameters(), Model().parameters(), strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import batch, build, evaluate, output
+from conftest import batch, build, evaluate, output, train
 from peft import get_peft_model
 
 from peft_intrinsic import IntrinsicConfig
@@ -32,18 +32,8 @@ def test_dtype_without_autocast_is_the_base_dtype():
     output(model, batch("bert")).sum().backward()
 
 
-def train(model: torch.nn.Module, steps: int, lr: float, context) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    ids = batch("llama")["input_ids"]
-    losses = []
-    for _ in range(steps):
-        with context():
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+IDS = batch("llama")["input_ids"]
+INPUTS = {"input_ids": IDS, "labels": IDS}
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -53,11 +43,11 @@ def test_half_precision_learns_as_float32(dtype, autocast, targets):
     """θ stays float32, under autocast and on a base of half precision; the losses follow those of float32."""
     base = build("llama")
     model = get_peft_model(base if autocast else base.to(dtype), IntrinsicConfig(d=60, target_modules=targets))
-    found = train(model, 12, 0.05, lambda: torch.autocast("cpu", dtype, enabled=autocast))
+    found = train(model, INPUTS, 12, 0.05, lambda: torch.autocast("cpu", dtype, enabled=autocast))
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     assert theta.dtype == torch.float32
     reference = get_peft_model(build("llama"), IntrinsicConfig(d=60, target_modules=targets))
-    expected = train(reference, 12, 0.05, lambda: torch.autocast("cpu", enabled=False))
+    expected = train(reference, INPUTS, 12, 0.05)
     assert expected[-1] < expected[0] - 0.1
     assert found == pytest.approx(expected, abs=0.1 * (expected[0] - expected[-1]))
 
@@ -69,7 +59,7 @@ def test_learning_below_the_rounding_step(dtype):
     for kind in (dtype, torch.float64):
         model = get_peft_model(build("llama").to(kind), IntrinsicConfig(d=60, target_modules="all-linear"))
         layer = model.get_base_model().model.layers[0].mlp.up_proj
-        train(model, 5, 1e-7, lambda: torch.autocast("cpu", enabled=False))
+        train(model, INPUTS, 5, 1e-7)
         weight, delta = layer.base_layer.weight.data, layer.get_delta_weight("default").detach()
         assert (weight + delta.to(kind) == weight).float().mean() > (0.97 if kind == dtype else -1)
         learnt[kind] = model.get_base_model().intrinsic.intrinsic_theta["default"].weight.detach().double()

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import batch, build, evaluate, output
+from conftest import batch, build, evaluate, output, train
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
@@ -85,15 +85,8 @@ def test_training_learns(kind, checkpoint):
     model = get_peft_model(base, IntrinsicConfig(d=60, **LINEAR))
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     assert theta.dtype == torch.float32
-    optimizer = torch.optim.AdamW([theta], lr=0.05)
-    inputs = batch("llama")
-    losses = []
-    for _ in range(15):
-        loss = model(**inputs, labels=inputs["input_ids"]).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    ids = batch("llama")["input_ids"]
+    losses = train(model, {"input_ids": ids, "labels": ids}, 15, 0.05)
     assert losses[-1] < losses[0] - 0.05
 
 

@@ -170,3 +170,55 @@ def test_without_the_import_peft_names_the_type(tmp_path):
     code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert "KeyError: 'INTRINSIC'" in done.stderr
+
+
+def headless(folder: Path, seed: int = 1) -> torch.nn.Module:
+    """A classifier whose head the checkpoint did not bring."""
+    if not folder.exists():
+        build("bert").bert.save_pretrained(folder)
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+
+
+def test_a_head_in_modules_to_save_is_its_own(tmp_path):
+    """A second adapter neither draws it again nor moves it; both are saved, loaded, merged."""
+    base = headless(tmp_path / "encoder")
+    full = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"], "d": 40, "init_weights": False}
+    model = get_peft_model(base, IntrinsicConfig(**full)).eval()
+    for parameter in model.base_model.model.classifier.modules_to_save["default"].parameters():
+        parameter.data.add_(0.3)
+    first = evaluate(model, "bert")
+    model.add_adapter("second", IntrinsicConfig(d=40, init_weights=False, task_type="SEQ_CLS"))
+    assert torch.equal(evaluate(model, "bert"), first)
+    assert model.peft_config["second"].redrawn == ["classifier.weight"]
+    model.set_adapter("second")
+    second = evaluate(model, "bert")
+    model.save_pretrained(tmp_path / "both")
+    for name, folder, expected in (("default", "both", first), ("second", "both/second", second)):
+        loaded = PeftModel.from_pretrained(headless(tmp_path / "encoder", 2), tmp_path / folder).eval()
+        assert torch.equal(evaluate(loaded, "bert"), expected), name
+    model.set_adapter("default")
+    merged = model.merge_and_unload()
+    assert type(merged.classifier) is torch.nn.Linear
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(evaluate(again, "bert"), first, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_others_rely_on_is_not_drawn_again(tmp_path):
+    model = get_peft_model(headless(tmp_path / "a"), IntrinsicConfig(d=40, task_type="SEQ_CLS", head="keep"))
+    with pytest.raises(
+        ValueError, match=r"classifier.weight would be drawn again under adapter 'default'.*head='keep'"
+    ):
+        model.add_adapter("second", IntrinsicConfig(d=40, task_type="SEQ_CLS"))
+    model = get_peft_model(headless(tmp_path / "a"), IntrinsicConfig(d=40, task_type="SEQ_CLS", init_weights=False))
+    merged = model.merge_and_unload()
+    expected = evaluate(merged, "bert")
+    again = get_peft_model(merged, IntrinsicConfig(d=40, task_type="SEQ_CLS")).eval()
+    assert torch.equal(evaluate(again, "bert"), expected)
+
+
+def test_a_moved_head_cannot_be_saved_in_full_by_another():
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=40, task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match=r"modules_to_save=.*classifier is already moved by another adapter"):
+        model.add_adapter("full", IntrinsicConfig(d=40, task_type="SEQ_CLS", modules_to_save=["classifier"]))
