@@ -91,7 +91,8 @@ class IntrinsicModel(AdapterOperations):
         self._matched: list[tuple[nn.Module, list[str]]] = []
         if config.target_modules is None and not config.target_parameters:
             self._matched.append((model, movable(model)))  # PEFT visits every module but the root
-        before = {name: p.requires_grad for name, p in model.named_parameters()}
+        first = not hasattr(model, HOLDER)
+        before = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
@@ -100,16 +101,15 @@ class IntrinsicModel(AdapterOperations):
                 self._attach(model, adapter_name, config)
         except Exception:
             self._detach(model, adapter_name)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(before.get(name, parameter.requires_grad))
+            for parameter, trained in before.items():
+                parameter.requires_grad_(trained)
             raise
         finally:
             self._matched = []
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        if any(name.startswith(f"{HOLDER}.") for name in before):  # other adapters stay as they were
-            for name, parameter in model.named_parameters():
-                if adapter_name not in name.split("."):
-                    parameter.requires_grad_(before.get(canonical(name), before.get(name, False)))
+        if not first:  # other adapters stay trainable or frozen as they were
+            for parameter, trained in before.items():
+                parameter.requires_grad_(trained)
 
     def _check_neighbours(self, model: nn.Module, adapter_name: str, config: IntrinsicConfig) -> None:
         """Raises ValueError where attaching would change what another adapter relies on."""

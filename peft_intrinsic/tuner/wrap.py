@@ -32,20 +32,20 @@ def _source(kind: Any) -> str:
     return "\n".join(code)
 
 
-_SHALLOW = r"(?=\.(dtype|device|shape|ndim|size|is_)|\s+is\b|,\s*torch\.Tensor)"
+_TYPE = r"(\.(dtype|device|shape|ndim|size|is_)|\s+is\b|,\s*torch\.Tensor)"
 
 
 def _reads(parent: nn.Module, child: str) -> bool:
     """Whether a module takes the parameters of its child for itself instead of calling it (Mamba, DeBERTa, …)."""
     kind: Any = type(parent)
-    deep = rf"\bself\.([\w.]+\.)?{re.escape(child)}\.(weight|bias)\b(?!{_SHALLOW[3:]}"
-    return re.search(deep, _source(kind)) is not None
+    values = rf"\bself\.([\w.]+\.)?{re.escape(child)}\.(weight|bias)\b(?!{_TYPE})"
+    return re.search(values, _source(kind)) is not None
 
 
 def _asks_for_type(parent: nn.Module, child: str) -> bool:
     """Whether a module looks at the dtype, device or shape of its child's weight (T5, vision models)."""
     kind: Any = type(parent)
-    return re.search(rf"\bself\.{re.escape(child)}\.weight{_SHALLOW}", _source(kind)) is not None
+    return re.search(rf"\bself\.{re.escape(child)}\.weight{_TYPE}", _source(kind)) is not None
 
 
 def _runs(module: nn.Module) -> bool:
