@@ -59,6 +59,9 @@ def _measure(args: argparse.Namespace) -> None:
     from .measure.report import summary
 
     try:
+        from rich.console import Console
+        from rich.table import Table
+
         from .measure.text import TextFit, files, glue
     except ImportError as error:
         raise RuntimeError(f"{error}. pip install peft_intrinsic[measure]") from None
@@ -104,4 +107,9 @@ def _measure(args: argparse.Namespace) -> None:
     )
     write_report(result, args.out)
     print(summary(result))
+    table = Table("d", "monotone fit", "scores by seed")
+    for d, fitted, scores in result.points:
+        style = "bold" if d == result.d else ""
+        table.add_row(str(d), f"{fitted:.4f}", " ".join(f"{score:.4f}" for score in scores), style=style)
+    Console().print(table)
     print(f"report.json, report.md and curve.png in {args.out}")

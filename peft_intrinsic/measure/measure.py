@@ -129,7 +129,8 @@ def measure_intrinsic_dimension(
             )
         with tqdm(desc="trials", unit="trial", leave=False) as bar:
 
-            def progress(low: int, high: int) -> None:
+            def progress(low: int, high: int, left: int) -> None:
+                bar.total = bar.n + left
                 bar.set_postfix_str(f"{low} ≤ d ≤ {high}")
 
             search = Search(

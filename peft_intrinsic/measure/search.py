@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -31,7 +32,8 @@ class Search:
         share, floor: the target is `floor + share · (mean baseline − floor)`.
         seeds: of each d. A seed sets P and the order of the data.
         trials, minutes: the budget; None is no limit.
-        progress: called with the lowest and the highest d still in question before each round of trials.
+        progress: called before each round with the lowest and the highest d in question, and about how many trials are
+            left.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Search:
         seeds: Sequence[int] = (0, 1, 2),
         trials: int | None = None,
         minutes: float | None = None,
-        progress: Callable[[int, int], None] = lambda low, high: None,
+        progress: Callable[[int, int, int], None] = lambda low, high, left: None,
     ) -> None:
         self.evaluate, self.grid, self.seeds = evaluate, list(grid), tuple(seeds)
         self.trials, self.minutes, self.progress = trials, minutes, progress
@@ -59,8 +61,11 @@ class Search:
         except Spent as spent:
             return str(spent)
 
-    def _measure(self, indexes: Sequence[int], low: int, high: int) -> None:
-        """Every seed of the dimensions that were not measured yet."""
+    def _measure(self, indexes: Sequence[int], low: int, high: int, after: int | None = None) -> None:
+        """Every seed of the dimensions that were not measured yet.
+
+        `after` is how many dimensions will follow once the grid between low and high has been bisected.
+        """
         dims = [self.grid[i] for i in indexes if self.grid[i] not in self.scores]
         wanted = [(d, seed) for d in dims for seed in self.seeds]
         if not wanted:
@@ -69,7 +74,8 @@ class Search:
             raise Spent(f"the budget of {self.trials} trials is spent")
         if self.minutes is not None and time.monotonic() - self.start > 60 * self.minutes:
             raise Spent(f"the budget of {self.minutes:g} minutes is spent")
-        self.progress(self.grid[low], self.grid[high])
+        rounds = len(dims) if after is None else after + math.ceil(math.log2(max(high - low, 1)))
+        self.progress(self.grid[low], self.grid[high], rounds * len(self.seeds))
         for (d, _), score in zip(wanted, self.evaluate(wanted), strict=True):
             self.scores.setdefault(d, []).append(float(score))
 
@@ -79,18 +85,19 @@ class Search:
 
     def _sweep(self) -> str:
         for i in range(len(self.grid)):
-            self._measure([i], 0, len(self.grid) - 1)
+            self._measure([i], i, i, len(self.grid) - i)
         return "the whole grid was measured"
 
     def _search(self) -> str:
         low, high = 0, len(self.grid) - 1
-        self._measure([high], low, high)
+        support = len(AROUND) - 1
+        self._measure([high], low, high, support)
         if not self._reaches(high):
             return "the target is not reached at the largest dimension"
-        self._measure([low], low, high)
+        self._measure([low], low, high, support)
         while high - low > 1 and not self._reaches(low):
             middle = (low + high) // 2
-            self._measure([middle], low, high)
+            self._measure([middle], low, high, support)
             low, high = (low, middle) if self._reaches(middle) else (middle, high)
         # These decisions were made on noisy means: support the fit on both sides of where it crosses, and look again.
         last, index = len(self.grid) - 1, -1

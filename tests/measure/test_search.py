@@ -93,6 +93,22 @@ def test_budgets():
     assert (stopped, asked) == ("the budget of 0 minutes is spent", [])
 
 
+def test_progress_says_how_many_trials_are_left():
+    """An estimate, never less than nothing, that ends at the last round's own number."""
+    told = []
+    done = []
+
+    def evaluate(wanted):
+        done.append(len(wanted))
+        return [0.9 if d >= GRID[31] else 0.2 for d, _ in wanted]
+
+    Search(evaluate, GRID, BASELINE, progress=lambda *news: told.append(news)).run()
+    assert [low <= GRID[31] <= high or low == GRID[31] for low, high, _ in told] == [True] * len(told)
+    assert told[-1][2] == done[-1]
+    total = sum(done)
+    assert abs(told[0][2] - total) <= 0.25 * total
+
+
 def test_sweep_measures_the_whole_grid():
     asked = []
     search = Search(lambda wanted: [asked.append(t) or 0.9 for t in wanted], GRID, BASELINE)
