@@ -13,7 +13,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="peft-intrinsic", description="Measure the intrinsic dimension of a task.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_measure(commands.add_parser("measure", help="d90 of a task for a model"))
+    measure = commands.add_parser("measure", help="d90 of a task for a model")
+    measure.set_defaults(run=_measure)
+    measure.add_argument("--model", required=True, help="name on the Hub, or folder")
+    measure.add_argument("--said", action="store_true", help="a learned scale per layer, counted inside d")
+    _add_options(measure)
+    study = commands.add_parser("study", help="d90 of several models, or by both methods")
+    study.set_defaults(run=_study)
+    study.add_argument("kind", choices=["checkpoints", "models", "methods", "gap"])
+    study.add_argument("models", nargs="+", metavar="MODEL", help="names on the Hub, or folders")
+    study.add_argument("--said", action="store_true", help="measure by SAID ('methods' measures by both)")
+    _add_options(study)
     args = parser.parse_args(arguments)
     try:
         args.run(args)
@@ -25,26 +35,21 @@ def _rates(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def _add_measure(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    parser.set_defaults(run=_measure)
-    add("--model", required=True, help="name on the Hub, or folder")
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("task").add_argument
     add("--task", help="a task of GLUE from the Hub, such as glue/mrpc; or name files:")
     add("--train", help="CSV, TSV, JSON lines or Parquet")
     add("--eval", help="likewise, held out")
     add("--text", nargs="+", default=["text"], help="column of the text, or two for pairs (text)")
     add("--label", default="label", help="column of the label (label)")
-    add("--metric", default="accuracy", help="accuracy, f1, matthews, or spearman for a regression (accuracy)")
-    add("--said", action="store_true", help="a learned scale per layer, counted inside d")
-    add("--out", required=True, help="folder of the run; the same command goes on where it stopped")
-    add("--fresh", action="store_true", help="begin anew in a folder that is in use")
-    add("--dims", default="100,1000000,64", help="grid: lowest, highest, points (100,1000000,64: the paper's)")
-    add("--target", type=float, default=0.9, help="share to reach (0.9)")
-    add("--of", default="score", choices=["score", "gain"], help="share of the score, or of the gain over the majority")
-    add("--seeds", type=int, default=3, help="of each d and of full fine-tuning (3)")
-    add("--trials", type=int, help="budget")
-    add("--minutes", type=float, help="budget")
-    add("--sweep", action="store_true", help="measure the whole grid")
+    add("--metric", help="accuracy, f1, matthews, or spearman for a regression (accuracy, or the task's own)")
+    add(
+        "--task-type",
+        default="SEQ_CLS",
+        choices=["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"],
+        help="of the files: classes of texts, classes of words in lists, or the next token (SEQ_CLS)",
+    )
+    add = parser.add_argument_group("trials").add_argument
     add("--full-rates", type=_rates, default=[1e-5, 3e-5, 1e-4], help="learning rates to try in full (1e-5,3e-5,1e-4)")
     add("--rates", type=_rates, default=[0.02, 0.05, 0.1], help="… and in the subspace, as many (0.02,0.05,0.1)")
     add("--epochs", type=float, default=3, help="of every trial (3)")
@@ -52,22 +57,31 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, default=128, help="tokens of an input (128)")
     add("--patience", type=int, help="epochs without a better score after which a trial stops")
     add("--config", help="YAML file with further TrainingArguments, which win over the options above")
+    add = parser.add_argument_group("search").add_argument
+    add("--out", required=True, help="folder of the run; the same command goes on where it stopped")
+    add("--fresh", action="store_true", help="begin anew in a folder that is in use")
+    add("--dims", default="100,1000000,64", help="grid: lowest, highest, points (100,1000000,64: the paper's)")
+    add("--target", type=float, default=0.9, help="share to reach (0.9)")
+    add("--of", choices=["score", "gain"], help="of the score, or of the gain over majority (score; of a loss: gain)")
+    add("--seeds", type=int, default=3, help="of each d and of full fine-tuning (3)")
+    add("--trials", type=int, help="budget")
+    add("--minutes", type=float, help="budget")
+    add("--sweep", action="store_true", help="measure the whole grid")
+    add = parser.add_argument_group("where the trials run").add_argument
+    add("--engine", default="process", choices=["process", "ray"], help="this process, or a Ray cluster (process)")
+    add("--ray-address", help="of a running cluster; by default one is started on this machine")
+    add("--cpus", type=float, default=1, help="Ray: CPUs of a trial (1)")
+    add("--gpus", type=float, default=0, help="Ray: GPUs of a trial, or a share of one (0)")
+    add(
+        "--launch",
+        help="run each trial through this, such as 'accelerate launch --num_processes 2 --main_process_port 0'",
+    )
 
 
-def _measure(args: argparse.Namespace) -> None:
-    from .measure import grid, measure_intrinsic_dimension, write_report
-    from .measure.report import summary
-
-    try:
-        from rich.console import Console
-        from rich.table import Table
-
-        from .measure.text import TextFit, files, glue
-    except ImportError as error:
-        raise RuntimeError(f"{error}. pip install peft_intrinsic[measure]") from None
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the trials."""
     if (args.task is None) == (args.train is None or args.eval is None):
         raise ValueError("name either --task, or both --train and --eval.")
-    task = glue(args.task) if args.task else files(args.train, args.eval, args.text, args.label, args.metric)
     arguments: dict[str, Any] = {
         "num_train_epochs": args.epochs,
         "per_device_train_batch_size": args.batch,
@@ -80,32 +94,33 @@ def _measure(args: argparse.Namespace) -> None:
 
         with open(args.config, encoding="utf-8") as file:
             arguments |= yaml.safe_load(file) or {}
-    fit = TextFit(args.model, task, args.said, args.max_length, args.patience, arguments)
-    result = measure_intrinsic_dimension(
-        fit,
-        grid(*(int(part) for part in args.dims.split(","))),
-        target=args.target,
-        of=args.of,
-        majority=task.majority(),
-        seeds=args.seeds,
-        learning_rates=(args.full_rates, args.rates),
-        trials=args.trials,
-        minutes=args.minutes,
-        sweep=args.sweep,
-        out=args.out,
-        fresh=args.fresh,
-        settings={
-            "model": args.model,
-            "task": args.task or [args.train, args.eval],
-            "columns": list(task.columns),
-            "metric": task.metric,
-            "said": args.said,
-            "max_length": args.max_length,
-            "patience": args.patience,
-            "arguments": arguments,
-        },
-    )
-    write_report(result, args.out)
+    names = ("task", "train", "eval", "label", "metric", "task_type", "said", "max_length", "patience")
+    found = {name: getattr(args, name) for name in names}
+    return {**found, "columns": args.text, "arguments": arguments, "train_score": False}
+
+
+def _search(args: argparse.Namespace) -> dict[str, Any]:
+    from .measure import RayEngine, grid
+
+    return {
+        "dims": grid(*(int(part) for part in args.dims.split(","))),
+        "learning_rates": (args.full_rates, args.rates),
+        "engine": RayEngine(args.ray_address, args.cpus, args.gpus) if args.engine == "ray" else None,
+        "launcher": args.launch,
+        **{name: getattr(args, name) for name in ("target", "of", "seeds", "trials", "minutes", "sweep", "fresh")},
+    }
+
+
+def _measure(args: argparse.Namespace) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+
+        from .measure.command import measure_text
+        from .measure.report import summary
+    except ImportError as error:
+        raise RuntimeError(f"{error}. pip install peft_intrinsic[measure]") from None
+    result = measure_text({**_options(args), "model": args.model}, args.out, **_search(args))
     print(summary(result))
     table = Table("d", "monotone fit", "scores by seed")
     for d, fitted, scores in result.points:
@@ -113,3 +128,12 @@ def _measure(args: argparse.Namespace) -> None:
         table.add_row(str(d), f"{fitted:.4f}", " ".join(f"{score:.4f}" for score in scores), style=style)
     Console().print(table)
     print(f"report.json, report.md and curve.png in {args.out}")
+
+
+def _study(args: argparse.Namespace) -> None:
+    try:
+        from .measure.study import study
+    except ImportError as error:
+        raise RuntimeError(f"{error}. pip install peft_intrinsic[measure]") from None
+    study(args.kind, args.models, _options(args), args.out, **_search(args))
+    print(f"study.json, study.md and study.png in {args.out}, with a folder for each measurement")

@@ -100,6 +100,15 @@ def test_serving(tmp_path):
     assert "2 adapters, 200 numbers each" in out
 
 
+def test_measure(tmp_path):
+    out = run("measure.py", "--out", "digits", cwd=tmp_path)
+    found = re.search(r"d90 = (\d+), 90 % interval \((\d+), (\d+)\); report and plot in digits", out)
+    assert found, out
+    low, high = int(found[2]), int(found[3])
+    assert 100 <= low <= int(found[1]) <= high <= 600  # Li et al.: hundreds for networks on small images
+    assert (tmp_path / "digits" / "curve.png").exists()
+
+
 def test_every_row_of_the_compatibility_table_names_a_test():
     rows = re.findall(r"^\| .+ \| (.+) \|$", (ROOT / "docs/compatibility.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) > 40

@@ -5,23 +5,28 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from ..version import __version__
 from .curve import Curve, grid
+from .engine import Engine, InProcess, Trial
 from .search import Search
-from .store import Store
+from .store import Store, key
+from .versions import versions
 
-Fit = Callable[..., float]
-"""`fit(d, seed)`, or `fit(d, seed, learning_rate)`: trains once, returns the score. `d=None` is full fine-tuning."""
+Fit = Callable[..., float | Mapping[str, float]]
+"""`fit(d, seed)`, or `fit(d, seed, learning_rate)`: trains once, returns the score, or a mapping with a
+`score` that is kept whole. `d=None` is full fine-tuning."""
 
 FULL = None
+
+
+class NothingToMeasure(ValueError):
+    """Full fine-tuning is no better than the trivial answer."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,13 @@ class Result:
         share, of: how the target was made.
         baseline: scores of full fine-tuning, one per seed.
         majority: score of always answering the most frequent class, where known.
+        untrained: score before training, where the target is a share of the gain over it.
         learning_rates: those chosen, (full fine-tuning, subspace), where there was a choice.
         points: (d, fitted score, scores) at every measured d.
         stopped: why the search ended.
-        trials: number of subspace trials.
-        version: of this package.
+        trials: all that were run: d (None is full fine-tuning), seed, learning rate, score.
+        settings: what the trials depend on.
+        versions: of what ran them.
     """
 
     d: int | None
@@ -49,11 +56,18 @@ class Result:
     of: str
     baseline: list[float]
     majority: float | None
+    untrained: float | None
     learning_rates: tuple[float, float] | None
     points: list[tuple[int, float, list[float]]]
     stopped: str
-    trials: int
-    version: str = __version__
+    trials: list[dict[str, Any]]
+    settings: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=versions)
+
+    @property
+    def name(self) -> str:
+        """`d90` for a share of 0.9."""
+        return f"d{round(100 * self.share)}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -76,6 +90,7 @@ def measure_intrinsic_dimension(
     out: str | os.PathLike | None = None,
     fresh: bool = False,
     settings: dict[str, Any] | None = None,
+    engine: Engine | None = None,
 ) -> Result:
     """The least d at which training in a random subspace reaches a share of full fine-tuning.
 
@@ -88,7 +103,8 @@ def measure_intrinsic_dimension(
             gets the rate as a third argument. The seed sets P and the order of the data.
         dims: the grid, ascending; by default `grid()`, that of Table 1 of Aghajanyan et al.
         target: the share to reach.
-        of: `"score"`: of the baseline's score (as in the papers). `"gain"`: of its gain over `majority`.
+        of: `"score"`: of the baseline's score (as in the papers). `"gain"`: of its gain over `majority`, or without one
+            over `fit(0, 0)`, the model before training.
         majority: the score of always answering the most frequent class.
         baseline: scores of full fine-tuning, where known; by default `fit(None, seed)` for each seed.
         seeds: how many for each d and for the baseline.
@@ -99,20 +115,22 @@ def measure_intrinsic_dimension(
         out: folder of the run. Finished trials are kept there, and the same call goes on where it stopped.
         fresh: begin anew in a folder that is in use.
         settings: what else the trials depend on; kept with the run, and compared when it goes on.
+        engine: what runs the trials; by default this process, one after another.
 
     Raises:
-        ValueError: an option cannot work, the baseline is no better than the majority class, a score is not a finite
-            number, or the folder belongs to a run with other settings.
+        NothingToMeasure: a ValueError: the baseline is no better than the majority class, or the untrained model.
+        ValueError: an option cannot work, a score is not a finite number, or the folder belongs to a run with other
+            settings.
     """
     dims = list(grid() if dims is None else dims)
-    _check(dims, target, of, majority, seeds, learning_rates)
+    _check(dims, target, of, seeds, learning_rates)
     common = {"dims": dims, "target": target, "of": of, "majority": majority, "seeds": seeds, **(settings or {})}
     common["learning_rates"] = learning_rates
     with (
         tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder,
         Store(folder, common, fresh) as store,
     ):
-        runner = Runner(fit, store)
+        runner = Runner(fit, store, engine or InProcess())
         rates = None
         if learning_rates is not None:
             full, subspace = learning_rates
@@ -121,12 +139,14 @@ def measure_intrinsic_dimension(
             known = runner.scores([(FULL, seed) for seed in range(seeds)], rates and rates[0])
         else:
             known = [float(value) for value in (baseline if isinstance(baseline, Sequence) else [baseline])]
-        floor = float(majority or 0.0) if of == "gain" else 0.0
-        if majority is not None and sum(known) / len(known) <= majority + 1e-9:
-            raise ValueError(
-                f"Full fine-tuning scores {sum(known) / len(known):.4f}, no better than the majority class "
-                f"({majority:.4f}): there is nothing to measure. Train longer, or try other learning rates."
+        untrained = runner.scores([(0, 0)], None)[0] if of == "gain" and majority is None else None
+        least, what = (majority, "the majority class") if untrained is None else (untrained, "the untrained model")
+        if least is not None and sum(known) / len(known) <= least + 1e-9:
+            raise NothingToMeasure(
+                f"Full fine-tuning scores {sum(known) / len(known):.4f}, no better than {what} ({least:.4f}): there is "
+                "nothing to measure. Train longer, or try other learning rates."
             )
+        floor = float(least or 0.0) if of == "gain" else 0.0
         with tqdm(desc="trials", unit="trial", leave=False) as bar:
 
             def progress(low: int, high: int, left: int) -> None:
@@ -136,52 +156,51 @@ def measure_intrinsic_dimension(
             search = Search(
                 lambda wanted: runner.scores(wanted, rates and rates[1], bar),
                 *(dims, known, target, floor, range(seeds), trials, minutes, progress),
+                at_once=runner.engine.slots // seeds,
             )
             stopped = search.run(sweep)
-    return _result(search.curve, stopped, of, majority, rates)
+    return _result(search.curve, stopped, of, majority, untrained, rates, store)
 
 
 class Runner:
     """Runs trials that are not in the store yet."""
 
-    def __init__(self, fit: Fit, store: Store) -> None:
-        self.fit, self.store = fit, store
+    def __init__(self, fit: Fit, store: Store, engine: Engine) -> None:
+        self.fit, self.store, self.engine = fit, store, engine
 
     def scores(self, wanted: Sequence[tuple[int | None, int]], rate: float | None, bar: Any = None) -> list[float]:
         """The score of each trial."""
-        found = []
-        for d, seed in wanted:
-            configuration = {"d": d, "seed": seed, "learning_rate": rate}
-            row = self.store.get(configuration)
-            if row is None:
-                start = time.perf_counter()
-                score = float(self.fit(d, seed) if rate is None else self.fit(d, seed, rate))
-                if not math.isfinite(score):
-                    raise ValueError(f"fit returned {score} for d={d}, seed={seed}, learning rate {rate}.")
-                row = {"score": score, "seconds": round(time.perf_counter() - start, 3)}
-                self.store.add(configuration, row)
-            found.append(row["score"])
-            if bar is not None:
-                bar.update()
-        return found
+        return self._scores([(d, seed, rate) for d, seed in wanted], bar)
 
     def best_rate(self, d: int | None, rates: Sequence[float]) -> float:
         """The rate with the best score of one run."""
-        tried = {rate: self.scores([(d, 0)], rate)[0] for rate in rates}
-        return max(tried, key=lambda rate: tried[rate])
+        scores = self._scores([(d, 0, rate) for rate in rates])
+        return rates[scores.index(max(scores))]
+
+    def _scores(self, trials: Sequence[Trial], bar: Any = None) -> list[float]:
+        configurations = [dict(zip(("d", "seed", "learning_rate"), trial, strict=True)) for trial in trials]
+        new = [place for place, configuration in enumerate(configurations) if self.store.get(configuration) is None]
+        if bar is not None:
+            bar.update(len(trials) - len(new))
+        for place, found, seconds in self.engine.run(self.fit, [trials[place] for place in new]):
+            row = dict(found) if isinstance(found, Mapping) else {"score": found}
+            row = {name: float(value) for name, value in row.items()}
+            if not math.isfinite(row["score"]):
+                d, seed, rate = trials[new[place]]
+                raise ValueError(f"fit returned {row['score']} for d={d}, seed={seed}, learning rate {rate}.")
+            self.store.add(configurations[new[place]], {**row, "seconds": round(seconds, 3)})
+            if bar is not None:
+                bar.update()
+        return [self.store.rows[key(configuration)]["score"] for configuration in configurations]
 
 
-def _check(
-    dims: Sequence[int], target: float, of: str, majority: float | None, seeds: int, learning_rates: Any
-) -> None:
+def _check(dims: Sequence[int], target: float, of: str, seeds: int, learning_rates: Any) -> None:
     if len(dims) < 2 or any(not isinstance(d, int) or d < 1 for d in dims) or sorted(set(dims)) != list(dims):
         raise ValueError(f"dims must be ascending positive integers, at least two, got {list(dims)[:5]}…")
     if not 0 < target <= 1:
         raise ValueError(f"target must lie in (0, 1], got {target}. 0.9 gives d90.")
     if of not in ("score", "gain"):
         raise ValueError(f"of must be 'score' or 'gain', got {of!r}.")
-    if of == "gain" and majority is None:
-        raise ValueError("of='gain' needs majority, the score of the most frequent class.")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}.")
     if learning_rates is not None and len({len(rates) for rates in learning_rates}) != 1:
@@ -191,7 +210,15 @@ def _check(
         )
 
 
-def _result(curve: Curve, stopped: str, of: str, majority: float | None, rates: tuple[float, float] | None) -> Result:
+def _result(
+    curve: Curve,
+    stopped: str,
+    of: str,
+    majority: float | None,
+    untrained: float | None,
+    rates: tuple[float, float] | None,
+    store: Store,
+) -> Result:
     if not curve.scores:
         raise ValueError(f"{stopped} before a single dimension was measured. Allow more.")
     places = [*curve.grid, None]
@@ -204,8 +231,13 @@ def _result(curve: Curve, stopped: str, of: str, majority: float | None, rates: 
         of=of,
         baseline=list(curve.baseline),
         majority=majority,
+        untrained=untrained,
         learning_rates=rates,
         points=[(d, float(fit), list(curve.scores[d])) for d, fit in zip(curve.dims, curve.fit(), strict=True)],
         stopped=stopped,
-        trials=int(curve.counts.sum()),
+        trials=sorted(
+            ({name: row[name] for name in row if name not in ("key", "seconds")} for row in store.rows.values()),
+            key=lambda row: (row["d"] is not None, row["d"] or 0, row["learning_rate"] or 0.0, row["seed"]),
+        ),
+        settings=store.settings,
     )

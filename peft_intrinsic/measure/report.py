@@ -12,16 +12,12 @@ from .measure import Result
 from .store import write_whole
 
 
-def name(result: Result) -> str:
-    """`d90` for a share of 0.9."""
-    return f"d{round(100 * result.share)}"
-
-
 def summary(result: Result) -> str:
     """One line."""
     low, high = (end if end is not None else "beyond the grid" for end in result.interval)
     found = result.d if result.d is not None else f"above {result.points[-1][0]}"
-    return f"{name(result)} = {found}, 90 % interval [{low}, {high}]; {result.stopped} after {result.trials} trials"
+    trials = sum(len(scores) for _, _, scores in result.points)
+    return f"{result.name} = {found}, 90 % interval [{low}, {high}]; {result.stopped} after {trials} trials"
 
 
 def markdown(result: Result) -> str:
@@ -36,8 +32,9 @@ def markdown(result: Result) -> str:
         f"| its mean | {np.mean(result.baseline):.4f} |",
         f"| target | {result.target:.4f} ({result.share:g} of the {result.of}) |",
         f"| majority class | {'unknown' if result.majority is None else f'{result.majority:.4f}'} |",
+        *([] if result.untrained is None else [f"| before training | {result.untrained:.4f} |"]),
         f"| learning rates (full, subspace) | {result.learning_rates or 'fixed by the fit'} |",
-        f"| peft_intrinsic | {result.version} |",
+        f"| versions | {', '.join(f'{name} {version}' for name, version in result.versions.items())} |",
         "",
         "| d | monotone fit | scores by seed |",
         "|---|---|---|",
@@ -66,14 +63,13 @@ def plot(result: Result, path: str | os.PathLike) -> None:
     axes.plot(dims, [fit for _, fit, _ in result.points], color="black", label="monotone fit")
     axes.axhline(float(np.mean(result.baseline)), color="black", linestyle=":", label="full fine-tuning")
     axes.axhline(result.target, color="black", linestyle="--", label=f"{result.share:.0%} of the {result.of}")
-    if result.majority is not None:
-        axes.axhline(result.majority, color="0.6", linestyle="-.", label="majority class")
+    for level, label in ((result.majority, "majority class"), (result.untrained, "before training")):
+        if level is not None:
+            axes.axhline(level, color="0.6", linestyle="-.", label=label)
     if result.d is not None:
         axes.axvline(result.d, color="black", linewidth=0.8)
-        axes.annotate(
-            f"{name(result)} = {result.d}", (result.d, axes.get_ylim()[0]), (4, 4), textcoords="offset points"
-        )
-    axes.set(xscale="log", xlabel="d, trained numbers", ylabel="score")
+        axes.annotate(f"{result.name} = {result.d}", (result.d, axes.get_ylim()[0]), (4, 4), textcoords="offset points")
+    axes.set(xscale="log", xlabel="d, trained numbers", ylabel=result.settings.get("metric", "score"))
     axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
 

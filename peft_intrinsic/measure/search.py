@@ -32,6 +32,7 @@ class Search:
         share, floor: the target is `floor + share · (mean baseline − floor)`.
         seeds: of each d. A seed sets P and the order of the data.
         trials, minutes: the budget; None is no limit.
+        at_once: dimensions that are tried in one round of the bisection, where that many trials run side by side.
         progress: called before each round with the lowest and the highest d in question, and about how many trials are
             left.
     """
@@ -47,7 +48,9 @@ class Search:
         trials: int | None = None,
         minutes: float | None = None,
         progress: Callable[[int, int, int], None] = lambda low, high, left: None,
+        at_once: int = 1,
     ) -> None:
+        self.at_once = max(at_once, 1)
         self.evaluate, self.grid, self.seeds = evaluate, list(grid), tuple(seeds)
         self.trials, self.minutes, self.progress = trials, minutes, progress
         self.curve = Curve(self.grid, {}, list(baseline), share, floor)
@@ -74,7 +77,8 @@ class Search:
             raise Spent(f"the budget of {self.trials} trials is spent")
         if self.minutes is not None and time.monotonic() - self.start > 60 * self.minutes:
             raise Spent(f"the budget of {self.minutes:g} minutes is spent")
-        rounds = len(dims) if after is None else after + math.ceil(math.log2(max(high - low, 1)))
+        halvings = math.log(max(high - low, 1), self.at_once + 1)
+        rounds = len(dims) if after is None else after + math.ceil(halvings) * self.at_once
         self.progress(self.grid[low], self.grid[high], rounds * len(self.seeds))
         for (d, _), score in zip(wanted, self.evaluate(wanted), strict=True):
             self.scores.setdefault(d, []).append(float(score))
@@ -91,14 +95,16 @@ class Search:
     def _search(self) -> str:
         low, high = 0, len(self.grid) - 1
         support = len(AROUND) - 1
-        self._measure([high], low, high, support)
+        self._measure([high] if self.at_once == 1 else [low, high], low, high, support)
         if not self._reaches(high):
             return "the target is not reached at the largest dimension"
         self._measure([low], low, high, support)
         while high - low > 1 and not self._reaches(low):
-            middle = (low + high) // 2
-            self._measure([middle], low, high, support)
-            low, high = (low, middle) if self._reaches(middle) else (middle, high)
+            parts = self.at_once + 1
+            between = sorted({low + (high - low) * part // parts for part in range(1, parts)} - {low})
+            self._measure(between, low, high, support)
+            high = next((i for i in between if self._reaches(i)), high)
+            low = max(i for i in (low, *between) if i < high)
         # These decisions were made on noisy means: support the fit on both sides of where it crosses, and look again.
         last, index = len(self.grid) - 1, -1
         while index != (index := self.curve.index()):

@@ -54,7 +54,8 @@ class Store:
             if fresh:
                 for name in (TRIALS, SETTINGS):
                     (self.folder / name).unlink(missing_ok=True)
-            self._check(json.loads(json.dumps(settings)))
+            self.settings = json.loads(json.dumps(settings))
+            self._check(self.settings)
             self.rows = self._read()
         except BaseException:
             self._lock.release()

@@ -1,143 +1,44 @@
-"""Trials on text: one or two sentences in, a class or a number out, trained with transformers' Trainer."""
+"""Trials on text, trained with transformers' Trainer."""
 
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import DatasetDict
 from peft import get_peft_model
-from scipy.stats import spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
+    DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 
 from ..tuner import IntrinsicConfig
+from .tasks import METRICS, Task, load_task, tokens_name
 
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": accuracy_score,
-    "f1": f1_score,
-    "matthews": matthews_corrcoef,
-    "spearman": lambda labels, answers: float(spearmanr(labels, answers).statistic),
-}
-"""Scores of (labels, answers), higher is better."""
-
-GLUE: dict[str, tuple[tuple[str, ...], str]] = {
-    "cola": (("sentence",), "matthews"),
-    "sst2": (("sentence",), "accuracy"),
-    "mrpc": (("sentence1", "sentence2"), "accuracy"),
-    "stsb": (("sentence1", "sentence2"), "spearman"),
-    "qqp": (("question1", "question2"), "accuracy"),
-    "mnli": (("premise", "hypothesis"), "accuracy"),
-    "qnli": (("question", "sentence"), "accuracy"),
-    "rte": (("sentence1", "sentence2"), "accuracy"),
-    "wnli": (("sentence1", "sentence2"), "accuracy"),
-}
-"""Text columns and metric of each task. MRPC and QQP by accuracy, as Aghajanyan et al. report them."""
-
-READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
-@dataclass(frozen=True)
-class Text:
-    """A task: data, columns, metric.
-
-    Args:
-        data: splits `train` and `eval`.
-        columns: of the one or two texts.
-        label: its column; numbers with a fraction, or the metric Spearman, make it a regression.
-        metric: a key of `METRICS`.
-    """
-
-    data: DatasetDict
-    columns: tuple[str, ...]
-    label: str
-    metric: str
-
-    @property
-    def regression(self) -> bool:
-        """Whether a number is to be predicted."""
-        return self.metric == "spearman"
-
-    @property
-    def classes(self) -> list[Any]:
-        """The labels that occur in training, sorted; empty for a regression."""
-        return [] if self.regression else sorted(set(self.data["train"][self.label]))
-
-    def majority(self) -> float | None:
-        """The score of always answering the most frequent class of the training split; None for a regression."""
-        if self.regression:
-            return None
-        index = {label: i for i, label in enumerate(self.classes)}
-        most = np.bincount([index[label] for label in self.data["train"][self.label]]).argmax()
-        labels = np.array([index[label] for label in self.data["eval"][self.label]])
-        return float(METRICS[self.metric](labels, np.full(len(labels), most)))
-
-
-def glue(task: str) -> Text:
-    """A task of GLUE from the Hub.
-
-    Raises:
-        ValueError: no such task.
-    """
-    name = task.removeprefix("glue/")
-    if name not in GLUE:
-        raise ValueError(f"task={task!r} is unknown. Known are {', '.join(f'glue/{known}' for known in GLUE)}.")
-    columns, metric = GLUE[name]
-    data = load_dataset("nyu-mll/glue", name)
-    held_out = data["validation_matched" if name == "mnli" else "validation"]
-    return Text(DatasetDict({"train": data["train"], "eval": held_out}), columns, "label", metric)
-
-
-def files(train: str, held_out: str, columns: Sequence[str], label: str, metric: str) -> Text:
-    """A task from local files (CSV, TSV, JSON lines, Parquet).
-
-    Raises:
-        ValueError: a column is missing, a split is empty, labels do not fit, or the metric is unknown.
-    """
-    if metric not in METRICS:
-        raise ValueError(f"metric={metric!r} is unknown. Known are {', '.join(METRICS)}.")
-    if len(columns) not in (1, 2):
-        raise ValueError(f"text={list(columns)}: name one column, or two for pairs of sentences.")
-    splits: dict[str, Dataset] = {}
-    for split, path in (("train", train), ("eval", held_out)):
-        reader = READERS.get(Path(path).suffix)
-        if reader is None:
-            raise ValueError(f"{path}: the ending must be one of {', '.join(READERS)}.")
-        options: dict[str, Any] = {"sep": "\t"} if path.endswith(".tsv") else {}
-        data = load_dataset(reader, data_files=str(path), split="train", **options)
-        if not len(data):
-            raise ValueError(f"{path} holds no rows.")
-        for column in (*columns, label):
-            if column not in data.column_names:
-                raise ValueError(f"{path} has no column {column!r}. It has {', '.join(data.column_names)}.")
-        splits[split] = data
-    task = Text(DatasetDict(splits), tuple(columns), label, metric)
-    unseen = set() if task.regression else set(task.data["eval"][label]) - set(task.classes)
-    if unseen:
-        raise ValueError(f"{held_out} has labels that {train} lacks: {sorted(unseen)[:5]}.")
-    if not task.regression and len(task.classes) < 2:
-        raise ValueError(f"{train}: every row has the same label, {task.classes[0]!r}.")
-    return task
+IGNORED = -100
+"""The label of a token that is not scored, as torch's cross entropy has it."""
 
 
 class TextFit:
-    """`fit(d, seed, learning_rate)` for `measure_intrinsic_dimension`.
+    """`fit(d, seed, learning_rate)` for `measure_intrinsic_dimension`: classes of, or a number for, one or two texts.
 
     The data are tokenised once, and the base model is loaded once: a trial attaches an adapter and takes it off again.
-    Full fine-tuning starts from the same weights and the same fresh head, on a copy.
+    Full fine-tuning starts from the same weights and the same fresh head, on a copy. `d=0` trains nothing.
 
     Args:
         model: name or folder of a pretrained encoder or decoder.
@@ -146,81 +47,169 @@ class TextFit:
         max_length: tokens of an input.
         patience: evaluations without a better score after which a trial stops; None trains to the end.
         arguments: of `TrainingArguments`, for every trial.
+        train_score: score the training data too.
+        tokens: file name, without ending, for the tokenised data; None keeps them in memory.
     """
+
+    loader: ClassVar[Any] = AutoModelForSequenceClassification
+    best: ClassVar[str] = "score"
 
     def __init__(
         self,
         model: str,
-        task: Text,
+        task: Task,
         said: bool = False,
         max_length: int = 128,
         patience: int | None = None,
         arguments: Mapping[str, Any] | None = None,
+        train_score: bool = False,
+        tokens: str | None = None,
     ) -> None:
-        self.task, self.said, self.patience = task, said, patience
+        self.task, self.said, self.patience, self.max_length = task, said, patience, max_length
         self.arguments = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, **(arguments or {})}
+        self.train_score = train_score
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        index = {label: i for i, label in enumerate(task.classes)}
-
-        def tokenise(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
-            texts = [rows[column] for column in task.columns]
-            labels = [float(v) if task.regression else index[v] for v in rows[task.label]]
-            return {**self.tokenizer(*texts, truncation=True, max_length=max_length), "labels": labels}
-
-        self.data = task.data.map(tokenise, batched=True, remove_columns=task.data["train"].column_names)
-        self.base = AutoModelForSequenceClassification.from_pretrained(
-            model, num_labels=1 if task.regression else len(task.classes), dtype="float32"
+        self.index = {label: i for i, label in enumerate(task.classes)}
+        self.data: DatasetDict = task.data.map(
+            self.tokenise,
+            batched=True,
+            remove_columns=task.data["train"].column_names,
+            cache_file_names=tokens and {split: f"{tokens}-{split}.arrow" for split in task.data},
+            keep_in_memory=tokens is None,
         )
+        classes = {} if task.label is None else {"num_labels": len(task.classes) or 1}
+        self.base = self.loader.from_pretrained(model, dtype="float32", **classes)
         self.base.config.pad_token_id = self.tokenizer.pad_token_id
         # A fresh head is drawn from a fixed stream when an adapter is attached: let full training start there too.
         get_peft_model(self.base, self.config(1000, 0)).unload()
 
-    def config(self, d: int, seed: int) -> IntrinsicConfig:
-        """The adapter of a trial."""
-        return IntrinsicConfig(d=d, seed=seed, said=self.said, task_type="SEQ_CLS")
+    def tokenise(self, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+        """Rows of text as rows of numbers."""
+        labels = [float(v) if self.task.regression else self.index[v] for v in rows[str(self.task.label)]]
+        texts = [rows[column] for column in self.task.columns]
+        return {**self.tokenizer(*texts, truncation=True, max_length=self.max_length), "labels": labels}
+
+    def collator(self) -> Any:
+        """Makes batches."""
+        return DataCollatorWithPadding(self.tokenizer)
 
     def scored(self, prediction: Any) -> dict[str, float]:
         """The metric, from the Trainer's predictions."""
         found = prediction.predictions
         answers = found.squeeze(-1) if self.task.regression else found.argmax(-1)
-        return {"score": float(METRICS[self.task.metric](prediction.label_ids, answers))}
+        kept = prediction.label_ids != IGNORED
+        return {"score": float(METRICS[self.task.metric](prediction.label_ids[kept], answers[kept]))}
 
-    def __call__(self, d: int | None, seed: int, learning_rate: float) -> float:
-        model: Any
+    def config(self, d: int, seed: int) -> IntrinsicConfig:
+        """The adapter of a trial."""
+        return IntrinsicConfig(d=d, seed=seed, said=self.said, task_type=self.task.task_type)
+
+    def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> float | dict[str, float]:
+        model: Any = self.base
         if d is None:
             model = copy.deepcopy(self.base).requires_grad_(True)  # detaching an adapter leaves the base frozen
-        else:
+        elif d:
             model = get_peft_model(self.base, self.config(d, seed))
-        stop = {} if self.patience is None else self.stopping()
+        try:
+            return self.run(model, {"seed": seed, "learning_rate": learning_rate} if d != 0 else None)
+        finally:
+            if d:
+                model.unload()
+
+    def run(self, model: Any, trained: dict[str, Any] | None) -> float | dict[str, float]:
+        """Train, unless told no rate, and score."""
+        patience = self.patience if trained else None
         with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                **{"output_dir": folder, "learning_rate": learning_rate, "seed": seed, **self.arguments, **stop}
-            )
+            options = {
+                "output_dir": folder,
+                **(trained or {}),
+                **self.arguments,
+                **(self.stopping() if patience else {}),
+            }
             trainer = Trainer(
                 model=model,
-                args=arguments,
+                args=TrainingArguments(**options),
                 train_dataset=self.data["train"],
                 eval_dataset=self.data["eval"],
-                data_collator=DataCollatorWithPadding(self.tokenizer),
-                compute_metrics=self.scored,
-                callbacks=[] if self.patience is None else [EarlyStoppingCallback(self.patience)],
+                data_collator=self.collator(),
+                compute_metrics=self.scored if self.best == "score" else None,
+                callbacks=[EarlyStoppingCallback(patience)] if patience else [],
             )
             trainer.remove_callback(PrinterCallback)
-            try:
+            if trained:
                 trainer.train()
-                return trainer.evaluate()["eval_score"]
-            finally:
-                if d is not None:
-                    model.unload()
+            splits = ("eval", "train") if self.train_score else ("eval",)
+            scores = [self.score(trainer.evaluate(self.data[split])) for split in splits]
+        return {"score": scores[0], "train_score": scores[1]} if self.train_score else scores[0]
 
-    @staticmethod
-    def stopping() -> dict[str, Any]:
+    def score(self, found: Mapping[str, float]) -> float:
+        """The score, higher is better, from the Trainer's evaluation."""
+        return found["eval_score"] if self.best == "score" else -found["eval_loss"]
+
+    def stopping(self) -> dict[str, Any]:
         """What early stopping asks of the Trainer."""
         return {
             "eval_strategy": "epoch",
             "save_strategy": "epoch",
             "save_total_limit": 1,
             "load_best_model_at_end": True,
-            "metric_for_best_model": "score",
+            "metric_for_best_model": self.best,
         }
+
+
+class TokenFit(TextFit):
+    """Classes of words: the label of a word is asked of its first token."""
+
+    loader = AutoModelForTokenClassification
+
+    def tokenise(self, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+        words, labels = rows[self.task.columns[0]], rows[str(self.task.label)]
+        found = self.tokenizer(words, truncation=True, max_length=self.max_length, is_split_into_words=True)
+        placed = []
+        for i, row in enumerate(labels):
+            places = [None, *found.word_ids(i)]
+            placed.append(
+                [
+                    IGNORED if place is None or place == before else self.index[row[place]]
+                    for before, place in pairwise(places)
+                ]
+            )
+        return {**found, "labels": placed}
+
+    def collator(self) -> Any:
+        return DataCollatorForTokenClassification(self.tokenizer)
+
+
+class LanguageFit(TextFit):
+    """The next token: texts are strung together and cut to equal length; the score is the negative loss, in nats."""
+
+    loader = AutoModelForCausalLM
+    best = "loss"
+
+    def tokenise(self, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        texts = self.tokenizer(rows[self.task.columns[0]], add_special_tokens=False)["input_ids"]
+        stream = np.concatenate([np.array(ids + end, dtype=np.int64) for ids in texts])
+        blocks = stream[: len(stream) // self.max_length * self.max_length].reshape(-1, self.max_length).tolist()
+        return {"input_ids": blocks, "labels": blocks}
+
+    def collator(self) -> Any:
+        return default_data_collator
+
+
+FITS: dict[str, type[TextFit]] = {"SEQ_CLS": TextFit, "TOKEN_CLS": TokenFit, "CAUSAL_LM": LanguageFit}
+
+
+def text_fit(options: Mapping[str, Any], folder: str | os.PathLike | None = None) -> TextFit:
+    """The fit that the options of the command describe; tokenised data are kept in the folder."""
+    task = load_task(options)
+    tokens = None
+    if folder is not None:
+        Path(folder, "tokens").mkdir(parents=True, exist_ok=True)
+        tokens = str(Path(folder, "tokens", tokens_name(options)))
+    shared = {name: options[name] for name in ("said", "max_length", "patience", "arguments", "train_score")}
+    fit = FITS[task.task_type](options["model"], task, tokens=tokens, **shared)
+    if not all(map(len, fit.data.values())):
+        raise ValueError(f"max_length={options['max_length']} leaves a split without a single whole block of text.")
+    return fit

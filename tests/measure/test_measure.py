@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from peft_intrinsic.measure import Result, grid, measure_intrinsic_dimension, write_report
+from peft_intrinsic.measure import NothingToMeasure, Result, grid, measure_intrinsic_dimension, write_report
 from peft_intrinsic.measure.report import markdown, summary
 from peft_intrinsic.measure.store import Store
 
@@ -30,7 +31,7 @@ def test_a_step():
     assert result.d == next(d for d in DIMS if d >= 100)
     assert result.interval == (result.d, result.d)
     assert (result.baseline, result.target) == ([0.8, 0.8, 0.8], pytest.approx(0.72))
-    assert result.trials <= 3 * len(DIMS) * 0.7
+    assert len(result.trials) == len(result.baseline) + 3 * len(result.points) <= 3 * len(DIMS) * 0.7
 
 
 def test_beyond_and_below_the_grid():
@@ -64,7 +65,7 @@ def test_learning_rates_are_chosen_on_the_same_terms():
         ({"dims": [0.5, 4]}, "dims must be ascending"),
         ({"target": 1.5}, "target must lie in"),
         ({"of": "loss"}, "of must be 'score' or 'gain', got 'loss'"),
-        ({"of": "gain"}, "needs majority"),
+        ({"of": "gain", "majority": 0.8}, "no better than the majority class"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"learning_rates": ([1], [1, 2])}, "as many for full fine-tuning as for the subspace"),
         ({"majority": 0.8}, "no better than the majority class"),
@@ -181,8 +182,35 @@ def test_report(tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     again = Result(**{**report, "interval": tuple(report["interval"]), "points": [tuple(p) for p in report["points"]]})
     assert again == result
+    assert report["trials"][0] == {"d": None, "seed": 0, "learning_rate": None, "score": 0.8}
+    assert len(report["trials"]) == count(tmp_path)
+    assert report["settings"]["dims"] == DIMS
+    assert report["versions"]["torch"] == torch.__version__
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     text = markdown(result)
     assert f"d90 = {result.d}, 90 % interval [{result.d}, {result.d}]" in text
     assert "| majority class | 0.5000 |" in text
     assert f"| {result.d} | 0.8000 | 0.8000, 0.8000, 0.8000 |" in text
+
+
+def test_gain_over_the_untrained_model():
+    """Of a negative loss: −3 before training, −1 after; 90 % of the gain is −1.2."""
+    asked = []
+
+    def fit(d, seed):
+        asked.append(d)
+        return -1.0 if d is None else -3.0 if d == 0 else -1.1 if d >= 100 else -1.3
+
+    result = measure_intrinsic_dimension(fit, DIMS, of="gain")
+    assert (result.untrained, result.target) == (-3.0, pytest.approx(-1.2))
+    assert result.d == next(d for d in DIMS if d >= 100)
+    assert asked.count(0) == 1
+    assert "| before training | -3.0000 |" in markdown(result)
+    with pytest.raises(NothingToMeasure, match=r"no better than the untrained model \(-1.0000\)"):
+        measure_intrinsic_dimension(lambda d, seed: -1.0, DIMS, of="gain")
+
+
+def test_what_a_fit_notes_beside_the_score_is_kept(tmp_path):
+    result = measure_intrinsic_dimension(lambda d, seed: {"score": step(d, seed), "loss": 0.25}, DIMS, out=tmp_path)
+    assert result.d == measure_intrinsic_dimension(step, DIMS).d
+    assert {row["loss"] for row in result.trials} == {0.25}

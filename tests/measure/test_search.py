@@ -149,3 +149,18 @@ def test_intervals_cover_and_searches_are_short():
 def test_interval_without_repeated_seeds_is_the_crossing():
     curve = Curve(GRID, {100: [0.1], 1_000_000: [0.9]}, [0.9])
     assert curve.interval() == (curve.index(), curve.index())
+
+
+@pytest.mark.parametrize("at_once", [2, 5])
+@pytest.mark.parametrize("at", [0, 1, 31, 62, 63])
+def test_several_dimensions_at_once_find_the_same_in_fewer_rounds(at_once, at):
+    rounds = []
+
+    def evaluate(wanted):
+        rounds.append(len(wanted))
+        return [0.9 if d >= GRID[at] else 0.2 for d, _ in wanted]
+
+    search = Search(evaluate, GRID, BASELINE, at_once=at_once)
+    search.run()
+    assert search.curve.index() == at
+    assert len(rounds) <= 1 + np.ceil(np.log(63) / np.log(at_once + 1)) + 2

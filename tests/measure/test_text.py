@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from test_documents import tiny
 from torch import nn
 
 from peft_intrinsic.cli import main
-from peft_intrinsic.measure.text import METRICS, TextFit, files
+from peft_intrinsic.measure.tasks import METRICS, files
+from peft_intrinsic.measure.text import IGNORED, LanguageFit, TextFit, TokenFit, text_fit
 
 GOOD, BAD = "a very good film", "a very bad film"
 
@@ -166,3 +168,130 @@ def test_the_fresh_head_is_the_same_for_full_training(data, tmp_path):
     one, two = TextFit(base, task), TextFit(base, task)
     assert torch.equal(one.base.classifier.weight, two.base.classifier.weight)
     assert not torch.equal(one.base.classifier.weight, build("bert").classifier.weight[:2])
+
+
+QUICK = {"use_cpu": True, "dataloader_pin_memory": False, "per_device_train_batch_size": 8}
+
+
+def test_classes_of_words(tmp_path):
+    """Each word has a tag; a word that the tokenizer splits is asked once."""
+    rows = [{"words": ["a", word, "film"], "tags": ["O", f"B-{word}", "O"]} for word in ["good", "bad"] * 12]
+    path = write(tmp_path, "tags.jsonl", rows)
+    task = files(path, path, ["words"], "tags", task_type="TOKEN_CLS")
+    assert task.classes == ["B-bad", "B-good", "O"]
+    assert task.majority() == pytest.approx(2 / 3)
+    fit = TokenFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 60})
+    assert fit.data["train"][0]["labels"] == [2, 1, 2]
+    assert fit(None, 0, 1e-2) == pytest.approx(1)
+    assert fit(0, 0) < 1 <= fit(500, 0, 0.1) + 1e-9
+
+    class Halves:
+        def __call__(self, words, **options):
+            class found(dict):
+                @staticmethod
+                def word_ids(i):
+                    return [None, 0, 1, 1, 2, None]
+
+            return found(input_ids=[[0] * 6 for _ in words])
+
+    fit.tokenizer = Halves()
+    assert fit.tokenise({"words": [["a", "good", "film"]], "tags": [["O", "B-good", "O"]]})["labels"] == [
+        [IGNORED, 2, 1, IGNORED, 2, IGNORED]
+    ]
+
+
+def test_f1_of_words_leaves_padding_out(tmp_path):
+    class prediction:
+        label_ids = np.array([[0, 1, IGNORED], [2, 2, 1]])
+        predictions = np.eye(3)[np.array([[0, 1, 0], [2, 1, 1]])]
+
+    rows = [{"words": ["a", "good", "film"], "tags": [0, 1, 2]}] * 4
+    path = write(tmp_path, "tags.jsonl", rows)
+    task = files(path, path, ["words"], "tags", "f1", "TOKEN_CLS")
+    fit = TokenFit(tiny("bert", tmp_path / "base"), task)
+    # By hand, class by class: 1; 2·2/(2·2+1); 2·1/(2·1+1).
+    assert fit.scored(prediction)["score"] == pytest.approx((1 + 4 / 5 + 2 / 3) / 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"words": ["a", "film"], "tags": ["O"]}, "row 1: for TOKEN_CLS, 'words' and 'tags' must be lists of equal"),
+        ({"words": [], "tags": ["O"]}, "row 1: for TOKEN_CLS"),
+    ],
+)
+def test_words_and_tags_that_do_not_fit(row, message, tmp_path):
+    path = write(tmp_path, "tags.jsonl", [{"words": ["a", "film"], "tags": ["O", "B"]}, row])
+    with pytest.raises(ValueError, match=message):
+        files(path, path, ["words"], "tags", task_type="TOKEN_CLS")
+
+
+def test_causal_language_model(tmp_path, capsys):
+    """The score is minus the loss of transformers' own forward pass, the target a share of the gain."""
+    rows = [{"text": GOOD if i % 2 else BAD} for i in range(64)]
+    data = {"train": write(tmp_path, "train.jsonl", rows), "eval": write(tmp_path, "eval.jsonl", rows[:32])}
+    base = tiny("llama", tmp_path / "base")
+    task = files(data["train"], data["eval"], ["text"], task_type="CAUSAL_LM")
+    fit = LanguageFit(base, task, max_length=10, arguments={**QUICK, "max_steps": 30})
+    ids = torch.tensor(fit.data["eval"]["input_ids"])
+    assert ids.shape == (12, 10)  # 32 · 4 words
+    assert fit(0, 0) == pytest.approx(-fit.base(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
+    assert fit(None, 0, 1e-2) > fit(0, 0) + 0.5
+    out = tmp_path / "run"
+    (tmp_path / "more.yaml").write_text("max_steps: 30\nuse_cpu: true\ndataloader_pin_memory: false\n")
+    options = ["--task-type", "CAUSAL_LM", "--max-length", "10", "--config", str(tmp_path / "more.yaml")]
+    main(command(data, base, out, *options))
+    report = json.loads((out / "report.json").read_text())
+    assert report["untrained"] == pytest.approx(fit(0, 0), abs=1e-5)
+    assert report["target"] == pytest.approx(
+        report["untrained"] + 0.9 * (np.mean(report["baseline"]) - report["untrained"])
+    )
+    for more, message in ((["--of", "score"], "a share of a loss"), (["--metric", "f1"], "by its loss")):
+        with pytest.raises(SystemExit):
+            main(command(data, base, tmp_path / "other", *options, *more))
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(command(data, base, tmp_path / "other", *options, "--max-length", "1000"))
+    assert "max_length=1000 leaves a split without" in capsys.readouterr().err
+
+
+def test_the_training_data_are_scored_too(data, tmp_path):
+    task = files(data["train"], data["eval"], ["text"])
+    fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 3}, train_score=True)
+    found = fit(20, 0, 0.05)
+    alone = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 3})
+    assert found["score"] == alone(20, 0, 0.05)
+    alone.data["eval"] = alone.data["train"]
+    assert found["train_score"] == alone(20, 0, 0.05)
+
+
+def test_tokenised_once_per_folder(data, tmp_path, monkeypatch):
+    base, out = tiny("bert", tmp_path / "base"), tmp_path / "run"
+    options = {"model": base, "task": None, **data, "columns": ["text"], "label": "label", "metric": None}
+    options |= {"task_type": "SEQ_CLS", "said": False, "max_length": 8, "patience": None, "arguments": QUICK}
+    options["train_score"] = False
+    first = text_fit(options, out)
+    monkeypatch.setattr(TextFit, "tokenise", lambda *rows: pytest.fail("tokenised again"))
+    again = text_fit(options, out)
+    assert again.data["train"][:] == first.data["train"][:]
+    monkeypatch.undo()
+    assert len(text_fit({**options, "max_length": 3}, out).data["train"][0]["input_ids"]) == 3
+
+
+def test_files_count_by_their_content(data, tmp_path, capsys):
+    """Elsewhere under the same name they go on; with other rows they are refused."""
+    base, out = tiny("bert", tmp_path / "base"), tmp_path / "run"
+    (tmp_path / "more.yaml").write_text("max_steps: 60\nuse_cpu: true\ndataloader_pin_memory: false\n")
+    options = ["--config", str(tmp_path / "more.yaml"), "--trials", "4"]
+    main(command(data, base, out, *options))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    moved_data = {name: str(shutil.copy(path, moved)) for name, path in data.items()}
+    before = (out / "trials.jsonl").read_text()
+    main(command(moved_data, base, out, *options))
+    assert (out / "trials.jsonl").read_text() == before
+    with open(moved_data["train"], "a") as file:
+        file.write('\n{"text": "a film", "label": "yes"}')
+    with pytest.raises(SystemExit):
+        main(command(moved_data, base, out, *options))
+    assert "train: 'train.jsonl, sha256 " in capsys.readouterr().err

@@ -1,0 +1,44 @@
+"""A measurement on text from the options of the command: what `measure` and every `study` run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from .launch import LaunchedFit
+from .measure import Result, measure_intrinsic_dimension
+from .report import write_report
+from .tasks import load_task, settings
+from .text import text_fit
+
+
+def measure_text(
+    options: Mapping[str, Any],
+    out: str | os.PathLike,
+    launcher: str | None = None,
+    of: Literal["score", "gain"] | None = None,
+    **search: Any,
+) -> Result:
+    """Measure, and write the report into `out`.
+
+    Args:
+        options: of the trials, see `OPTIONS`.
+        out: folder of the run.
+        launcher: runs each trial, see `LaunchedFit`; None trains in the engine's processes.
+        of: see `measure_intrinsic_dimension`; None is `"gain"` for a causal language model, whose loss has no share,
+            and `"score"` else.
+        search: of `measure_intrinsic_dimension`.
+
+    Raises:
+        ValueError, RuntimeError, OSError: as `measure_intrinsic_dimension`, `load_task`, `LaunchedFit`.
+    """
+    task = load_task(options)
+    of = of or ("gain" if task.metric == "loss" else "score")
+    if task.metric == "loss" and of == "score":
+        raise ValueError("of='score': a share of a loss means nothing. Use of='gain', over the untrained model.")
+    fit = LaunchedFit(options, launcher, out) if launcher else text_fit(options, out)
+    common = {**settings(options), "columns": list(task.columns), "metric": task.metric}
+    result = measure_intrinsic_dimension(fit, of=of, majority=task.majority(), out=out, settings=common, **search)
+    write_report(result, out)
+    return result

@@ -1,0 +1,56 @@
+"""Trials in processes of their own: each is one `accelerate launch` (or torchrun, or plain python)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .store import write_whole
+
+
+class LaunchedFit:
+    """`fit(d, seed, learning_rate)`: runs a trial on text through a launcher that understands `-m MODULE`.
+
+    Args:
+        options: of `text_fit`.
+        launcher: `"accelerate launch --num_processes 2 --main_process_port 0"`, for instance. Port 0 is any free one:
+            trials may run side by side.
+        folder: for the tokenised data.
+
+    Raises:
+        RuntimeError: the launched process failed; the message ends with what it said last.
+    """
+
+    def __init__(self, options: Mapping[str, Any], launcher: str, folder: str | os.PathLike) -> None:
+        self.options, self.launcher, self.folder = dict(options), launcher, str(Path(folder).resolve())
+
+    def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "found.json")
+            trial = {"options": self.options, "folder": self.folder, "trial": [d, seed, learning_rate], "out": str(out)}
+            command = [*shlex.split(self.launcher), "-m", "peft_intrinsic.measure.launch", json.dumps(trial)]
+            # The launcher of this environment, also where the environment is not activated.
+            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+            ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+            if ended.returncode or not out.exists():
+                raise RuntimeError(f"{self.launcher} ended with {ended.returncode}:\n{ended.stderr[-2000:]}")
+            return json.loads(out.read_text())
+
+
+def _main(trial: Mapping[str, Any]) -> None:
+    from .text import text_fit
+
+    found = text_fit(trial["options"], trial["folder"])(*trial["trial"])
+    if os.environ.get("RANK", "0") == "0":
+        write_whole(Path(trial["out"]), json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))

@@ -1,0 +1,197 @@
+"""Tasks on text: where the data are, what is to be learnt of them, and the score."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, load_dataset
+from scipy.stats import spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from .store import key
+
+
+def _f1(labels: np.ndarray, answers: np.ndarray) -> float:
+    return f1_score(labels, answers, average="binary" if max(*labels, *answers) < 2 else "macro")
+
+
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": accuracy_score,
+    "f1": _f1,
+    "matthews": matthews_corrcoef,
+    "spearman": lambda labels, answers: float(spearmanr(labels, answers).statistic),
+}
+"""Scores of (labels, answers), higher is better. F1 is that of the second of two classes, the mean over more."""
+
+GLUE: dict[str, tuple[tuple[str, ...], str]] = {
+    "cola": (("sentence",), "matthews"),
+    "sst2": (("sentence",), "accuracy"),
+    "mrpc": (("sentence1", "sentence2"), "accuracy"),
+    "stsb": (("sentence1", "sentence2"), "spearman"),
+    "qqp": (("question1", "question2"), "accuracy"),
+    "mnli": (("premise", "hypothesis"), "accuracy"),
+    "qnli": (("question", "sentence"), "accuracy"),
+    "rte": (("sentence1", "sentence2"), "accuracy"),
+    "wnli": (("sentence1", "sentence2"), "accuracy"),
+}
+"""Text columns and metric of each task. MRPC and QQP by accuracy, as Aghajanyan et al. report them."""
+
+READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM")
+"""As PEFT names them: classify or rate texts; classify each word; predict the next token."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data, columns, metric.
+
+    Args:
+        data: splits `train` and `eval`.
+        columns: of the one or two texts; of lists of words for TOKEN_CLS.
+        label: its column; None for CAUSAL_LM.
+        metric: a key of `METRICS`, or `loss`. Spearman makes it a regression.
+        task_type: one of `TASK_TYPES`.
+    """
+
+    data: DatasetDict
+    columns: tuple[str, ...]
+    label: str | None
+    metric: str
+    task_type: str = "SEQ_CLS"
+
+    @property
+    def regression(self) -> bool:
+        """Whether a number is to be predicted."""
+        return self.metric == "spearman"
+
+    def labels(self, split: str) -> list[Any]:
+        """All labels of a split, word by word for TOKEN_CLS."""
+        found = self.data[split][self.label]
+        return list(chain.from_iterable(found)) if self.task_type == "TOKEN_CLS" else list(found)
+
+    @property
+    def classes(self) -> list[Any]:
+        """The labels that occur in training, sorted; empty for a regression and for CAUSAL_LM."""
+        return [] if self.regression or self.label is None else sorted(set(self.labels("train")))
+
+    def majority(self) -> float | None:
+        """The score of always answering the most frequent class of the training split; None without classes."""
+        index = {label: i for i, label in enumerate(self.classes)}
+        if not index:
+            return None
+        most = np.bincount([index[label] for label in self.labels("train")]).argmax()
+        labels = np.array([index[label] for label in self.labels("eval")])
+        return float(METRICS[self.metric](labels, np.full(len(labels), most)))
+
+
+def load_task(options: Mapping[str, Any]) -> Task:
+    """The task that the options of the command name: `task` of GLUE, or the files `train` and `eval`.
+
+    Raises:
+        ValueError: an option does not fit the data; the message names it.
+    """
+    if options["task"] is None:
+        return files(*(options[name] for name in ("train", "eval", "columns", "label", "metric", "task_type")))
+    return glue(options["task"], options["metric"])
+
+
+def glue(task: str, metric: str | None = None) -> Task:
+    """A task of GLUE from the Hub, by its own metric unless another is given.
+
+    Raises:
+        ValueError: no such task or metric.
+    """
+    name = task.removeprefix("glue/")
+    if name not in GLUE:
+        raise ValueError(f"task={task!r} is unknown. Known are {', '.join(f'glue/{known}' for known in GLUE)}.")
+    columns, own = GLUE[name]
+    _check_metric(metric or own)
+    data = load_dataset("nyu-mll/glue", name)
+    held_out = data["validation_matched" if name == "mnli" else "validation"]
+    return Task(DatasetDict({"train": data["train"], "eval": held_out}), columns, "label", metric or own)
+
+
+def files(
+    train: str,
+    held_out: str,
+    columns: Sequence[str],
+    label: str | None = "label",
+    metric: str | None = None,
+    task_type: str = "SEQ_CLS",
+) -> Task:
+    """A task from local files (CSV, TSV, JSON lines, Parquet), by accuracy, or loss for CAUSAL_LM, unless told.
+
+    Raises:
+        ValueError: a column is missing, a split is empty, labels do not fit, or the metric is unknown.
+    """
+    if task_type == "CAUSAL_LM":
+        label, metric = None, metric or "loss"
+        if metric != "loss":
+            raise ValueError(f"metric={metric!r}: a causal language model is measured by its loss.")
+    else:
+        metric = _check_metric(metric or "accuracy")
+    if len(columns) not in ((1, 2) if task_type == "SEQ_CLS" else (1,)):
+        raise ValueError(f"text={list(columns)}: name one column, or two for pairs of sentences (SEQ_CLS).")
+    splits: dict[str, Dataset] = {}
+    for split, path in (("train", train), ("eval", held_out)):
+        reader = READERS.get(Path(path).suffix)
+        if reader is None:
+            raise ValueError(f"{path}: the ending must be one of {', '.join(READERS)}.")
+        options: dict[str, Any] = {"sep": "\t"} if path.endswith(".tsv") else {}
+        data = load_dataset(reader, data_files=str(path), split="train", **options)
+        if not len(data):
+            raise ValueError(f"{path} holds no rows.")
+        for column in (*columns, *([label] if label else [])):
+            if column not in data.column_names:
+                raise ValueError(f"{path} has no column {column!r}. It has {', '.join(data.column_names)}.")
+        splits[split] = data
+    task = Task(DatasetDict(splits), tuple(columns), label, metric, task_type)
+    if task.label is not None and not task.regression:
+        _check_classes(task, train, held_out)
+    return task
+
+
+def _check_metric(metric: str) -> str:
+    if metric not in METRICS:
+        raise ValueError(f"metric={metric!r} is unknown. Known are {', '.join(METRICS)}.")
+    return metric
+
+
+def _check_classes(task: Task, train: str, held_out: str) -> None:
+    if task.task_type == "TOKEN_CLS":
+        for split, path in (("train", train), ("eval", held_out)):
+            for i, row in enumerate(task.data[split]):
+                words, labels = row[task.columns[0]], row[task.label]
+                if not isinstance(words, list) or not isinstance(labels, list) or len(words) != len(labels):
+                    raise ValueError(
+                        f"{path}, row {i}: for TOKEN_CLS, {task.columns[0]!r} and {task.label!r} must be lists of "
+                        "equal length."
+                    )
+    unseen = set(task.labels("eval")) - set(task.classes)
+    if unseen:
+        raise ValueError(f"{held_out} has labels that {train} lacks: {sorted(unseen)[:5]}.")
+    if len(task.classes) < 2:
+        raise ValueError(f"{train}: every row has the same label, {task.classes[0]!r}.")
+
+
+def settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the trials depend on: the options, with files by name and content instead of by place."""
+    found = dict(options)
+    for split in ("train", "eval"):
+        if options[split] is not None:
+            path = Path(options[split])
+            found[split] = f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    return found
+
+
+def tokens_name(options: Mapping[str, Any]) -> str:
+    """A name for the tokenised data."""
+    names = ("model", "task", "train", "eval", "columns", "label", "task_type", "metric", "max_length")
+    return key({name: value for name, value in settings(options).items() if name in names})

@@ -1,0 +1,93 @@
+"""The studies, on tiny models: tables, plots, going on, and models that cannot be measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_documents import tiny
+from test_text import command, data  # noqa: F401
+from transformers import AutoModel
+
+from peft_intrinsic.cli import main
+from peft_intrinsic.measure.study import _gap, _step
+
+
+@pytest.fixture
+def options(data, tmp_path):  # noqa: F811
+    config = tmp_path / "more.yaml"
+    config.write_text("max_steps: 120\nuse_cpu: true\ndataloader_pin_memory: false\n")
+    return command(data, "unused", tmp_path / "study", "--config", str(config), "--dims", "16,512,3")[3:]
+
+
+def study(kind, models, options, folder):
+    main(["study", kind, *models, *options])
+    found = json.loads((folder / "study.json").read_text())
+    assert found["kind"] == kind
+    assert (folder / "study.png").stat().st_size > 5_000
+    return found["rows"]
+
+
+def test_methods(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny("bert", tmp_path / "base")
+    rows = study("methods", ["base"], options, tmp_path / "study")
+    assert [row["name"] for row in rows] == ["base DID", "base SAID"]
+    for row in rows:
+        report = json.loads((tmp_path / "study" / row["name"].replace(" ", "_") / "report.json").read_text())
+        assert (report["d"], report["interval"]) == (row["d"], row["interval"])
+        assert report["settings"]["said"] == row["name"].endswith("SAID")
+    before = {path: path.read_text() for path in tmp_path.glob("study/*/trials.jsonl")}
+    assert study("methods", ["base"], options, tmp_path / "study") == rows
+    assert {path: path.read_text() for path in before} == before
+
+
+def test_models_that_cannot_be_measured_are_noted(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny("bert", tmp_path / "small")
+    tiny("electra", tmp_path / "other")
+    never = [*options, "--full-rates", "0"]
+    rows = study("models", ["small"], never, tmp_path / "study")
+    assert "no better than the majority class" in rows[0]["why_not"]
+    assert "small DID" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        study("models", ["small"], options, tmp_path / "study")
+    assert "learning_rates: " in capsys.readouterr().err
+    rows = study("models", ["small", "other"], [*options, "--fresh"], tmp_path / "study")
+    assert [row["x"] for row in rows] == [row["parameters"] for row in rows]
+    model = AutoModel.from_pretrained("other")
+    assert rows[1]["parameters"] == sum(p.numel() for p in model.parameters())
+    table = (tmp_path / "study" / "study.md").read_text()
+    assert f"| {rows[1]['parameters']:,} | {rows[1]['baseline']:.4f} |" in table
+
+
+def test_gap_against_d90(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny("bert", tmp_path / "base")
+    (row,) = study("gap", ["base"], options, tmp_path / "study")
+    assert row["x"] == row["gap"] == pytest.approx((row["train"] - row["eval"]) / max(1 - row["eval"], 1e-9))
+    assert 0 <= row["train"] <= 1
+
+
+def test_gap_by_hand():
+    class result:
+        d, settings = 8, {"metric": "accuracy"}
+        trials = [  # noqa: RUF012
+            {"d": None, "score": 1.0, "train_score": 1.0},
+            {"d": 8, "score": 0.7, "train_score": 0.8},
+            {"d": 8, "score": 0.5, "train_score": 0.8},
+            {"d": 9, "score": 0.0, "train_score": 0.0},
+        ]
+
+    assert _gap(result)["gap"] == pytest.approx((0.8 - 0.6) / (1 - 0.6))
+    result.settings = {"metric": "loss"}
+    assert _gap(result)["gap"] == pytest.approx(0.2)
+
+
+def test_a_checkpoint_s_step():
+    assert [_step(name, 7) for name in ("runs/checkpoint-200", "step_20000/", "1000-steps", "final")] == [
+        200,
+        20000,
+        1000,
+        7,
+    ]
