@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .measure.curve import grid
 from .version import __version__
 
 
@@ -35,6 +36,14 @@ def _rates(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def _dims(text: str) -> list[int]:
+    try:
+        low, high, points = map(int, text.split(","))
+        return grid(low, high, points)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("task").add_argument
     add("--task", help="a task of GLUE from the Hub, such as glue/mrpc; or name files:")
@@ -60,12 +69,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("search").add_argument
     add("--out", required=True, help="folder of the run; the same command goes on where it stopped")
     add("--fresh", action="store_true", help="begin anew in a folder that is in use")
-    add("--dims", default="100,1000000,64", help="grid: lowest, highest, points (100,1000000,64: the paper's)")
+    add(
+        "--dims",
+        type=_dims,
+        default="100,1000000,64",
+        help="grid: lowest, highest, points (100,1000000,64, as the paper)",
+    )
     add("--target", type=float, default=0.9, help="share to reach (0.9)")
     add("--of", choices=["score", "gain"], help="of the score, or of the gain over majority (score; of a loss: gain)")
     add("--seeds", type=int, default=3, help="of each d and of full fine-tuning (3)")
-    add("--trials", type=int, help="budget")
-    add("--minutes", type=float, help="budget")
+    add("--trials", type=int, help="budget of the search; learning rates and full fine-tuning are not counted")
+    add("--minutes", type=float, help="no d is begun later than this after the start")
     add("--sweep", action="store_true", help="measure the whole grid")
     add = parser.add_argument_group("where the trials run").add_argument
     add("--engine", default="process", choices=["process", "ray"], help="this process, or a Ray cluster (process)")
@@ -93,17 +107,23 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         import yaml
 
         with open(args.config, encoding="utf-8") as file:
-            arguments |= yaml.safe_load(file) or {}
+            try:
+                more = yaml.safe_load(file) or {}
+            except yaml.YAMLError as error:
+                raise ValueError(f"--config {args.config} cannot be read: {error}") from None
+        if not isinstance(more, dict):
+            raise ValueError(f"--config {args.config} must hold names and values of TrainingArguments, not {more!r}.")
+        arguments |= more
     names = ("task", "train", "eval", "label", "metric", "task_type", "said", "max_length", "patience")
     found = {name: getattr(args, name) for name in names}
     return {**found, "columns": args.text, "arguments": arguments, "train_score": False}
 
 
 def _search(args: argparse.Namespace) -> dict[str, Any]:
-    from .measure import RayEngine, grid
+    from .measure import RayEngine
 
     return {
-        "dims": grid(*(int(part) for part in args.dims.split(","))),
+        "dims": args.dims,
         "learning_rates": (args.full_rates, args.rates),
         "engine": RayEngine(args.ray_address, args.cpus, args.gpus) if args.engine == "ray" else None,
         "launcher": args.launch,

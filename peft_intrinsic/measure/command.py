@@ -39,6 +39,8 @@ def measure_text(
         raise ValueError("of='score': a share of a loss means nothing. Use of='gain', over the untrained model.")
     fit = LaunchedFit(options, launcher, out) if launcher else text_fit(options, out)
     common = {**settings(options), "columns": list(task.columns), "metric": task.metric}
+    if launcher:
+        common["launcher"] = launcher  # more processes make larger batches
     result = measure_intrinsic_dimension(fit, of=of, majority=task.majority(), out=out, settings=common, **search)
     write_report(result, out)
     return result

@@ -36,9 +36,9 @@ def monotone(dims: Sequence[int], means: np.ndarray, counts: np.ndarray) -> np.n
 def crossing(grid: Sequence[int], dims: Sequence[int], fit: np.ndarray, target: float) -> int:
     """Index in `grid` of the least d whose fitted score reaches the target; `len(grid)` if none does.
 
-    Between measured dimensions the fit is linear in log d; beyond them it stays as it is.
+    Between measured dimensions the fit is linear in log d, above them it stays as it is; nothing is known below them.
     """
-    values = np.interp(np.log(grid), np.log(dims), fit)
+    values = np.where(np.array(grid) < dims[0], -np.inf, np.interp(np.log(grid), np.log(dims), fit))
     reached = np.nonzero(values >= target - 1e-12)[0]
     return int(reached[0]) if len(reached) else len(grid)
 
@@ -87,7 +87,8 @@ class Curve:
         """A bootstrap interval of `index`.
 
         Scores are drawn anew around the fit from the residuals of all dimensions together (few seeds at each say little
-        about their own spread), the baseline's mean from its own, and each draw is fitted again.
+        about their own spread), the baseline's mean from its own, and each draw is fitted again. What lies between the
+        greatest measured d below the target and the least that reaches it belongs to the interval.
         """
         rng = np.random.default_rng(seed)
         spread = _residuals([self.scores[d] for d in self.dims])
@@ -99,7 +100,10 @@ class Curve:
             for row, shift in zip(noise, own, strict=True)
         ]
         low, high = np.quantile([*found, self.index()], [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
-        return min(int(low), self.index()), max(int(high), self.index())
+        below = int(np.searchsorted(fit, self.target - 1e-12))
+        places = [self.grid.index(d) for d in self.dims] + [len(self.grid)]
+        first = places[below - 1] + 1 if below else 0
+        return min(int(low), first), max(int(high), places[below])
 
 
 def _residuals(groups: Sequence[Sequence[float]]) -> np.ndarray:

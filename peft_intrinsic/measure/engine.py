@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, Protocol
 
 Trial = tuple[int | None, int, float | None]
@@ -19,6 +18,9 @@ class Engine(Protocol):
 
     def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, float]]:
         """(place among the trials, what the fit returned, seconds), in the order in which they end."""
+
+    def close(self) -> None:
+        """Give back what the trials held; `run` may be called again."""
 
 
 def _timed(fit: Callable[..., Any], trial: Trial) -> tuple[Any, float]:
@@ -37,6 +39,9 @@ class InProcess:
         """See `Engine`."""
         for place, trial in enumerate(trials):
             yield place, *_timed(fit, trial)
+
+    def close(self) -> None:
+        """See `Engine`."""
 
 
 class RayEngine:
@@ -61,32 +66,52 @@ class RayEngine:
         self.slots = min(int(room.get(name, 0.0) / share) for name, share in shares.items() if share)
         if not self.slots:
             raise ValueError(f"A trial asks for {cpus:g} CPUs and {gpus:g} GPUs; the cluster has {room}.")
-        self.task = ray.remote(_on_worker).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
-        self.sent: dict[int, tuple[Any, Any]] = {}
+        # A worker that dies is started again and repeats its trial.
+        options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
+        self.worker = ray.remote(**options)(_Worker)
+        self.workers: list[Any] = []
+        self.fit: Any = None
 
     def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, float]]:
-        """See `Engine`. A worker that dies (a node that goes away) has its trial repeated elsewhere."""
+        """See `Engine`."""
         import ray
 
-        _, reference = self.sent.setdefault(id(fit), (fit, ray.put(fit)))
-        # In a list Ray hands over the reference, not the fit: the worker fetches it once.
-        pending = {self.task.remote([reference], trial): place for place, trial in enumerate(trials)}
+        if fit is not self.fit:
+            self.fit, self.sent = fit, ray.put(fit)
+        waiting, idle, pending = list(enumerate(trials)), list(self.workers), {}  # type: ignore[var-annotated]
         try:
-            while pending:
+            while waiting or pending:
+                while waiting and len(pending) < self.slots:
+                    place, trial = waiting.pop(0)
+                    if not idle:
+                        self.workers.append(self.worker.remote())
+                        idle = self.workers[-1:]
+                    worker = idle.pop()
+                    # In a list Ray hands over the reference, not the fit: the worker fetches it once.
+                    pending[worker.run.remote([self.sent], trial)] = place, worker
                 for done in ray.wait(list(pending))[0]:
-                    found, seconds = ray.get(done)
-                    yield pending.pop(done), found, seconds
+                    place, worker = pending.pop(done)
+                    idle.append(worker)
+                    yield place, *ray.get(done)
         finally:
-            for left in pending:
-                ray.cancel(left)
+            if pending:  # after a failure
+                self.close()
+
+    def close(self) -> None:
+        """See `Engine`."""
+        import ray
+
+        while self.workers:
+            ray.kill(self.workers.pop())
+        self.fit = None
 
 
-@lru_cache(maxsize=1)
-def _fetched(reference: Any) -> Callable[..., Any]:
-    import ray
+class _Worker:
+    sent: Any = None
 
-    return ray.get(reference)
+    def run(self, sent: list[Any], trial: Trial) -> tuple[Any, float]:
+        import ray
 
-
-def _on_worker(reference: list[Any], trial: Trial) -> tuple[Any, float]:
-    return _timed(_fetched(reference[0]), trial)
+        if self.sent != sent[0]:
+            self.fit, self.sent = ray.get(sent[0]), sent[0]
+        return _timed(self.fit, trial)

@@ -8,6 +8,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,16 @@ class LaunchedFit:
     """
 
     def __init__(self, options: Mapping[str, Any], launcher: str, folder: str | os.PathLike) -> None:
-        self.options, self.launcher, self.folder = dict(options), launcher, str(Path(folder).resolve())
+        # A worker of a cluster may run it in another folder.
+        places = {name: options.get(name) for name in ("model", "train", "eval")}
+        found = {name: str(Path(place).resolve()) for name, place in places.items() if place and Path(place).exists()}
+        self.options, self.launcher, self.folder = {**options, **found}, launcher, str(Path(folder).resolve())
 
     def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "found.json")
-            trial = {"options": self.options, "folder": self.folder, "trial": [d, seed, learning_rate], "out": str(out)}
+            trial: dict[str, Any] = {"options": self.options, "folder": self.folder, "trial": [d, seed, learning_rate]}
+            trial |= {"out": str(out), "parent": os.getpid()}
             command = [*shlex.split(self.launcher), "-m", "peft_intrinsic.measure.launch", json.dumps(trial)]
             # The launcher of this environment, also where the environment is not activated.
             path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
@@ -44,12 +50,32 @@ class LaunchedFit:
             return json.loads(out.read_text())
 
 
+def _end_with(run: int) -> None:
+    """End this process when the run that asked for it, or its launcher, is no more: nobody waits for the result."""
+    launcher = os.getppid()
+    while os.getppid() == launcher and _lives(run):
+        time.sleep(1)
+    os._exit(1)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def _main(trial: Mapping[str, Any]) -> None:
+    threading.Thread(target=_end_with, args=(trial["parent"],), daemon=True).start()
     from .text import text_fit
 
-    found = text_fit(trial["options"], trial["folder"])(*trial["trial"])
+    fit = text_fit(trial["options"], trial["folder"])
+    out = Path(trial["out"])
+    fit.arguments["output_dir"] = str(out.parent)  # one for all processes, which load the best checkpoint from it
+    found = fit(*trial["trial"])
     if os.environ.get("RANK", "0") == "0":
-        write_whole(Path(trial["out"]), json.dumps(found))
+        write_whole(out, json.dumps(found))
 
 
 if __name__ == "__main__":

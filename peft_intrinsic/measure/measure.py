@@ -6,8 +6,9 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
@@ -57,7 +58,7 @@ class Result:
     baseline: list[float]
     majority: float | None
     untrained: float | None
-    learning_rates: tuple[float, float] | None
+    learning_rates: tuple[float | None, float] | None
     points: list[tuple[int, float, list[float]]]
     stopped: str
     trials: list[dict[str, Any]]
@@ -68,6 +69,19 @@ class Result:
     def name(self) -> str:
         """`d90` for a share of 0.9."""
         return f"d{round(100 * self.share)}"
+
+    @property
+    def seeds(self) -> int:
+        """Of each d."""
+        return max(len(scores) for _, _, scores in self.points)
+
+    @property
+    def diverged(self) -> int:
+        """Trials of the search that ended without a finite score; they count as the trivial answer."""
+        rate = self.learning_rates and self.learning_rates[1]
+        return sum(
+            row["score"] is None and row["d"] is not None and row["learning_rate"] == rate for row in self.trials
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -110,7 +124,8 @@ def measure_intrinsic_dimension(
         seeds: how many for each d and for the baseline.
         learning_rates: to try, (full fine-tuning, subspace), as many for the one as for the other. Each is tried once,
             the subspace's at the middle of the grid, and the best is kept.
-        trials, minutes: the budget; None is no limit.
+        trials: budget of the search, learning rates and full fine-tuning not counted; None is no limit.
+        minutes: of this call, after which no d is begun.
         sweep: measure the whole grid.
         out: folder of the run. Finished trials are kept there, and the same call goes on where it stopped.
         fresh: begin anew in a folder that is in use.
@@ -123,78 +138,112 @@ def measure_intrinsic_dimension(
             settings.
     """
     dims = list(grid() if dims is None else dims)
-    _check(dims, target, of, seeds, learning_rates)
+    _check(dims, target, of, seeds, learning_rates, trials)
     common = {"dims": dims, "target": target, "of": of, "majority": majority, "seeds": seeds, **(settings or {})}
     common["learning_rates"] = learning_rates
-    with (
-        tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder,
-        Store(folder, common, fresh) as store,
-    ):
-        runner = Runner(fit, store, engine or InProcess())
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory()) if out is None else out
+        store = stack.enter_context(Store(folder, common, fresh))
+        bar = stack.enter_context(tqdm(desc="trials", unit="trial", leave=False))
+        engine = engine or InProcess()
+        stack.callback(engine.close)
+        runner = Runner(fit, store, engine, bar)
         rates = None
         if learning_rates is not None:
+            bar.set_postfix_str("learning rates")
             full, subspace = learning_rates
-            rates = runner.best_rate(FULL, full), runner.best_rate(dims[len(dims) // 2], subspace)
+            rates = (
+                runner.best_rate(FULL, full) if baseline is None else None,
+                runner.best_rate(dims[len(dims) // 2], subspace),
+            )
+        bar.set_postfix_str("full fine-tuning")
         if baseline is None:
             known = runner.scores([(FULL, seed) for seed in range(seeds)], rates and rates[0])
         else:
             known = [float(value) for value in (baseline if isinstance(baseline, Sequence) else [baseline])]
-        untrained = runner.scores([(0, 0)], None)[0] if of == "gain" and majority is None else None
+        untrained = None
+        if of == "gain" and majority is None:
+            untrained = runner.scores([(0, 0)], rates and rates[1])[0]
         least, what = (majority, "the majority class") if untrained is None else (untrained, "the untrained model")
         if least is not None and sum(known) / len(known) <= least + 1e-9:
             raise NothingToMeasure(
                 f"Full fine-tuning scores {sum(known) / len(known):.4f}, no better than {what} ({least:.4f}): there is "
                 "nothing to measure. Train longer, or try other learning rates."
             )
-        floor = float(least or 0.0) if of == "gain" else 0.0
-        with tqdm(desc="trials", unit="trial", leave=False) as bar:
-
-            def progress(low: int, high: int, left: int) -> None:
-                bar.total = bar.n + left
-                bar.set_postfix_str(f"{low} ≤ d ≤ {high}")
-
-            search = Search(
-                lambda wanted: runner.scores(wanted, rates and rates[1], bar),
-                *(dims, known, target, floor, range(seeds), trials, minutes, progress),
-                at_once=runner.engine.slots // seeds,
+        if of == "score" and sum(known) <= 0:
+            raise NothingToMeasure(
+                f"Full fine-tuning scores {sum(known) / len(known):.4f}: a share of a negative score means nothing. "
+                "Use of='gain' (--of gain)."
             )
-            stopped = search.run(sweep)
+        floor = float(least or 0.0) if of == "gain" else 0.0
+
+        def progress(low: int, high: int, left: int) -> None:
+            bar.total = bar.n + left
+            bar.set_postfix_str(f"{low} ≤ d ≤ {high}")
+
+        search = Search(
+            lambda wanted: runner.scores(wanted, rates and rates[1], float(least or 0.0)),
+            *(dims, known, target, floor, range(seeds), trials, minutes, progress),
+            at_once=runner.engine.slots // seeds,
+        )
+        stopped = search.run(sweep)
     return _result(search.curve, stopped, of, majority, untrained, rates, store)
 
 
 class Runner:
     """Runs trials that are not in the store yet."""
 
-    def __init__(self, fit: Fit, store: Store, engine: Engine) -> None:
-        self.fit, self.store, self.engine = fit, store, engine
+    def __init__(self, fit: Fit, store: Store, engine: Engine, bar: Any) -> None:
+        self.fit, self.store, self.engine, self.bar = fit, store, engine, bar
 
-    def scores(self, wanted: Sequence[tuple[int | None, int]], rate: float | None, bar: Any = None) -> list[float]:
-        """The score of each trial."""
-        return self._scores([(d, seed, rate) for d, seed in wanted], bar)
+    def scores(
+        self, wanted: Sequence[tuple[int | None, int]], rate: float | None, diverged: float | None = None
+    ) -> list[float]:
+        """The score of each trial; `diverged` stands for one that is not a finite number.
+
+        Raises:
+            ValueError: a score is not a finite number, and nothing stands for it.
+        """
+        found = self._run([(d, seed, rate) for d, seed in wanted])
+        for (d, seed), score in zip(wanted, found, strict=True):
+            if diverged is None and not math.isfinite(score):
+                raise ValueError(f"fit returned no finite score for d={d}, seed={seed}, learning rate {rate}.")
+        return [score if math.isfinite(score) else float(diverged or 0.0) for score in found]
 
     def best_rate(self, d: int | None, rates: Sequence[float]) -> float:
-        """The rate with the best score of one run."""
-        scores = self._scores([(d, 0, rate) for rate in rates])
-        return rates[scores.index(max(scores))]
+        """The rate with the best score of one run; one that diverges is not chosen.
 
-    def _scores(self, trials: Sequence[Trial], bar: Any = None) -> list[float]:
+        Raises:
+            ValueError: all diverge.
+        """
+        scores = {rate: score for rate, score in zip(rates, self._run([(d, 0, rate) for rate in rates]), strict=True)}
+        finite = [rate for rate in rates if math.isfinite(scores[rate])]
+        if not finite:
+            raise ValueError(f"fit returned no finite score for d={d} at any of the learning rates {list(rates)}.")
+        return max(finite, key=lambda rate: scores[rate])
+
+    def _run(self, trials: Sequence[Trial]) -> list[float]:
         configurations = [dict(zip(("d", "seed", "learning_rate"), trial, strict=True)) for trial in trials]
         new = [place for place, configuration in enumerate(configurations) if self.store.get(configuration) is None]
-        if bar is not None:
-            bar.update(len(trials) - len(new))
+        self.bar.initial += len(trials) - len(new)  # what is known tells nothing of the time that a trial takes
+        self.bar.update(len(trials) - len(new))
         for place, found, seconds in self.engine.run(self.fit, [trials[place] for place in new]):
             row = dict(found) if isinstance(found, Mapping) else {"score": found}
-            row = {name: float(value) for name, value in row.items()}
-            if not math.isfinite(row["score"]):
-                d, seed, rate = trials[new[place]]
-                raise ValueError(f"fit returned {row['score']} for d={d}, seed={seed}, learning rate {rate}.")
+            # null: JSON has no NaN
+            row = {name: _plain(value) for name, value in row.items()}
             self.store.add(configurations[new[place]], {**row, "seconds": round(seconds, 3)})
-            if bar is not None:
-                bar.update()
-        return [self.store.rows[key(configuration)]["score"] for configuration in configurations]
+            self.bar.update()
+        scores = [self.store.rows[key(configuration)]["score"] for configuration in configurations]
+        return [math.nan if score is None else score for score in scores]
 
 
-def _check(dims: Sequence[int], target: float, of: str, seeds: int, learning_rates: Any) -> None:
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Real):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+def _check(dims: Sequence[int], target: float, of: str, seeds: int, learning_rates: Any, trials: int | None) -> None:
     if len(dims) < 2 or any(not isinstance(d, int) or d < 1 for d in dims) or sorted(set(dims)) != list(dims):
         raise ValueError(f"dims must be ascending positive integers, at least two, got {list(dims)[:5]}…")
     if not 0 < target <= 1:
@@ -203,6 +252,8 @@ def _check(dims: Sequence[int], target: float, of: str, seeds: int, learning_rat
         raise ValueError(f"of must be 'score' or 'gain', got {of!r}.")
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}.")
+    if trials is not None and trials < seeds:
+        raise ValueError(f"trials={trials} does not allow a single d with seeds={seeds}. Allow more.")
     if learning_rates is not None and len({len(rates) for rates in learning_rates}) != 1:
         raise ValueError(
             f"learning_rates must hold as many for full fine-tuning as for the subspace, got {learning_rates}: "
@@ -216,7 +267,7 @@ def _result(
     of: str,
     majority: float | None,
     untrained: float | None,
-    rates: tuple[float, float] | None,
+    rates: tuple[float | None, float] | None,
     store: Store,
 ) -> Result:
     if not curve.scores:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .measure import Result
-from .store import write_whole
+from .store import REPORTS, write_whole
 
 
 def summary(result: Result) -> str:
@@ -17,7 +17,11 @@ def summary(result: Result) -> str:
     low, high = (end if end is not None else "beyond the grid" for end in result.interval)
     found = result.d if result.d is not None else f"above {result.points[-1][0]}"
     trials = sum(len(scores) for _, _, scores in result.points)
-    return f"{result.name} = {found}, 90 % interval [{low}, {high}]; {result.stopped} after {trials} trials"
+    interval = f"90 % interval [{low}, {high}]" if result.seeds > 1 else "interval unknown with one seed"
+    told = f"{result.name} = {found}, {interval}; {result.stopped} after {trials} trials"
+    if result.majority is not None and result.target <= result.majority:
+        told += f"; the target, {result.target:.4f}, is no better than the majority class: use of='gain' (--of gain)"
+    return told
 
 
 def markdown(result: Result) -> str:
@@ -32,6 +36,7 @@ def markdown(result: Result) -> str:
         f"| its mean | {np.mean(result.baseline):.4f} |",
         f"| target | {result.target:.4f} ({result.share:g} of the {result.of}) |",
         f"| majority class | {'unknown' if result.majority is None else f'{result.majority:.4f}'} |",
+        *([f"| diverged trials, counted as the trivial answer | {result.diverged} |"] if result.diverged else []),
         *([] if result.untrained is None else [f"| before training | {result.untrained:.4f} |"]),
         f"| learning rates (full, subspace) | {result.learning_rates or 'fixed by the fit'} |",
         f"| versions | {', '.join(f'{name} {version}' for name, version in result.versions.items())} |",
@@ -77,6 +82,7 @@ def plot(result: Result, path: str | os.PathLike) -> None:
 def write_report(result: Result, folder: str | os.PathLike) -> None:
     """Write `report.json`, `report.md` and `curve.png` into a folder that exists."""
     folder = Path(folder)
-    write_whole(folder / "report.json", json.dumps(result.to_dict(), indent=1))
-    write_whole(folder / "report.md", markdown(result))
-    plot(result, folder / "curve.png")
+    data, text, picture = (folder / name for name in REPORTS)
+    write_whole(data, json.dumps(result.to_dict(), indent=1))
+    write_whole(text, markdown(result))
+    plot(result, picture)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from .curve import Curve
 
-AROUND = (-7, -4, -2, -1, 0, 1, 2, 4, 7)
+AROUND = (0, -1, 1, -2, 2, -4, 4, -7, 7)
 """Grid steps from the crossing at which the fit is supported."""
 
 Trial = tuple[int, int]
@@ -64,52 +64,65 @@ class Search:
         except Spent as spent:
             return str(spent)
 
-    def _measure(self, indexes: Sequence[int], low: int, high: int, after: int | None = None) -> None:
-        """Every seed of the dimensions that were not measured yet.
+    def _measure(self, indexes: Sequence[int], low: int, high: int, after: int | None = None) -> list[int]:
+        """Every seed of the dimensions that were not measured yet, the first ones if the budget allows no more.
+
+        Returns those of the indexes that are measured now.
 
         `after` is how many dimensions will follow once the grid between low and high has been bisected.
         """
         dims = [self.grid[i] for i in indexes if self.grid[i] not in self.scores]
         wanted = [(d, seed) for d in dims for seed in self.seeds]
         if not wanted:
-            return
-        if self.trials is not None and sum(map(len, self.scores.values())) + len(wanted) > self.trials:
-            raise Spent(f"the budget of {self.trials} trials is spent")
+            return list(indexes)
+        if self.trials is not None:
+            left = self.trials - sum(map(len, self.scores.values()))
+            wanted = wanted[: left // len(self.seeds) * len(self.seeds)]
+            if not wanted:
+                raise Spent(f"the budget of {self.trials} trials is spent")
         if self.minutes is not None and time.monotonic() - self.start > 60 * self.minutes:
             raise Spent(f"the budget of {self.minutes:g} minutes is spent")
         halvings = math.log(max(high - low, 1), self.at_once + 1)
-        rounds = len(dims) if after is None else after + math.ceil(halvings) * self.at_once
-        self.progress(self.grid[low], self.grid[high], rounds * len(self.seeds))
+        left = len(dims) if after is None else after + math.ceil(halvings) * self.at_once
+        self.progress(self.grid[low], self.grid[high], left * len(self.seeds))
         for (d, _), score in zip(wanted, self.evaluate(wanted), strict=True):
             self.scores.setdefault(d, []).append(float(score))
+        return [i for i in indexes if self.grid[i] in self.scores]
 
     def _reaches(self, index: int) -> bool:
         found = self.scores[self.grid[index]]
         return sum(found) / len(found) >= self.curve.target
 
     def _sweep(self) -> str:
-        for i in range(len(self.grid)):
-            self._measure([i], i, i, len(self.grid) - i)
+        last = len(self.grid) - 1
+        for i in range(0, last + 1, self.at_once):
+            self._measure(range(i, min(i + self.at_once, last + 1)), i, last, last - i)
         return "the whole grid was measured"
 
     def _search(self) -> str:
         low, high = 0, len(self.grid) - 1
         support = len(AROUND) - 1
         self._measure([high] if self.at_once == 1 else [low, high], low, high, support)
-        if not self._reaches(high):
-            return "the target is not reached at the largest dimension"
+        if not self._reaches(high):  # by chance, or because more numbers did worse there: look a little lower
+            tops = self._measure([high - step for step in (2, 4, 7) if high > step], low, high)
+            high = max((i for i in tops if self._reaches(i)), default=low)
+            if high == low:
+                return "the target is not reached at the largest dimensions"
         self._measure([low], low, high, support)
         while high - low > 1 and not self._reaches(low):
             parts = self.at_once + 1
-            between = sorted({low + (high - low) * part // parts for part in range(1, parts)} - {low})
-            self._measure(between, low, high, support)
-            high = next((i for i in between if self._reaches(i)), high)
-            low = max(i for i in (low, *between) if i < high)
+            middle = (low + high) / 2
+            between = {low + (high - low) * part // parts for part in range(1, parts)} - {low}
+            tried = self._measure(sorted(between, key=lambda i: abs(i - middle)), low, high, support)
+            high = min((i for i in tried if self._reaches(i)), default=high)
+            low = max(i for i in (low, *tried) if i < high)
         # These decisions were made on noisy means: support the fit on both sides of where it crosses, and look again.
         last, index = len(self.grid) - 1, -1
         while index != (index := self.curve.index()):
-            near = sorted({min(max(index + step, 0), last) for step in AROUND})
-            self._measure(near, near[0], near[-1])
+            near = dict.fromkeys(min(max(index + step, 0), last) for step in AROUND)
+            self._measure(list(near), min(near), max(near))
+        if index > last:
+            return "the monotone fit does not reach the target"
         if index == 0:
             return "the target is reached at the smallest dimension"
         return "the bracket is one step of the grid"

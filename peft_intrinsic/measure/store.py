@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 TRIALS, SETTINGS = "trials.jsonl", "settings.json"
+REPORTS = "report.json", "report.md", "curve.png"
 
 
 def key(configuration: Mapping[str, Any]) -> str:
@@ -52,7 +54,7 @@ class Store:
             ) from None
         try:
             if fresh:
-                for name in (TRIALS, SETTINGS):
+                for name in (TRIALS, SETTINGS, *REPORTS):
                     (self.folder / name).unlink(missing_ok=True)
             self.settings = json.loads(json.dumps(settings))
             self._check(self.settings)
@@ -92,7 +94,10 @@ class Store:
         line = (json.dumps(row) + "\n").encode()
         descriptor = os.open(self.folder / TRIALS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line)
+            whole = os.fstat(descriptor).st_size
+            if os.write(descriptor, line) < len(line):
+                os.ftruncate(descriptor, whole)
+                raise OSError(errno.ENOSPC, "no room for the row of a finished trial", str(self.folder / TRIALS))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

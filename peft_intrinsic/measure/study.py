@@ -57,7 +57,7 @@ def study(
             try:
                 result = measure_text(trials, out / re.sub(r"[^\w.-]+", "_", name.strip("./")), **measure)
                 row |= {"d": result.d, "interval": result.interval, "baseline": float(np.mean(result.baseline))}
-                row |= {"share": result.name, "top": result.settings["dims"][-1], **_gap(result)}
+                row |= {"share": result.name, "top": result.points[-1][0], **_gap(result)}
             except NothingToMeasure as error:
                 row["why_not"] = str(error)
             row["x"] = {"checkpoints": _step(model, place), "models": row["parameters"], "gap": row.get("gap")}.get(
@@ -84,7 +84,10 @@ def _step(model: str, place: int) -> int:
 
 def _gap(result: Result) -> dict[str, float]:
     """Scores on training and held-out data at d90; their gap over what is left to 1 (of a loss, their difference)."""
-    rows = [row for row in result.trials if row["d"] == result.d and "train_score" in row]
+    rate = result.learning_rates and result.learning_rates[1]
+    rows = [
+        row for row in result.trials if (row["d"], row["learning_rate"]) == (result.d, rate) and "train_score" in row
+    ]
     if result.d is None or not rows:
         return {}
     train, held_out = (float(np.mean([row[name] for row in rows])) for name in ("train_score", "score"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,18 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from .store import key
 
 
-def _f1(labels: np.ndarray, answers: np.ndarray) -> float:
-    return f1_score(labels, answers, average="binary" if max(*labels, *answers) < 2 else "macro")
+def _spearman(labels: np.ndarray, answers: np.ndarray) -> float:
+    # A constant ranks nothing.
+    return 0.0 if len(set(answers)) == 1 else float(spearmanr(labels, answers).statistic)
 
 
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy_score,
-    "f1": _f1,
+    "f1": f1_score,
     "matthews": matthews_corrcoef,
-    "spearman": lambda labels, answers: float(spearmanr(labels, answers).statistic),
+    "spearman": _spearman,
 }
-"""Scores of (labels, answers), higher is better. F1 is that of the second of two classes, the mean over more."""
+"""Scores of (labels, answers), higher is better."""
 
 GLUE: dict[str, tuple[tuple[str, ...], str]] = {
     "cola": (("sentence",), "matthews"),
@@ -43,6 +46,9 @@ GLUE: dict[str, tuple[tuple[str, ...], str]] = {
 """Text columns and metric of each task. MRPC and QQP by accuracy, as Aghajanyan et al. report them."""
 
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
+"""Of a model's folder: configuration, tokenizer and weights."""
 
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM")
 """As PEFT names them: classify or rate texts; classify each word; predict the next token."""
@@ -76,19 +82,28 @@ class Task:
         found = self.data[split][self.label]
         return list(chain.from_iterable(found)) if self.task_type == "TOKEN_CLS" else list(found)
 
-    @property
+    @cached_property
     def classes(self) -> list[Any]:
         """The labels that occur in training, sorted; empty for a regression and for CAUSAL_LM."""
         return [] if self.regression or self.label is None else sorted(set(self.labels("train")))
 
+    def score(self, labels: np.ndarray, answers: np.ndarray) -> float:
+        """The metric of numbers, or of indexes into `classes`. F1 of more than two classes is their mean."""
+        if self.metric == "f1" and len(self.classes) > 2:
+            everywhere = range(len(self.classes))
+            return float(f1_score(labels, answers, labels=everywhere, average="macro", zero_division=0))
+        return float(METRICS[self.metric](labels, answers))
+
     def majority(self) -> float | None:
-        """The score of always answering the most frequent class of the training split; None without classes."""
+        """The score of always answering the most frequent class of the training split; None for CAUSAL_LM."""
+        if self.regression:
+            return 0.0  # a constant ranks nothing
         index = {label: i for i, label in enumerate(self.classes)}
         if not index:
             return None
         most = np.bincount([index[label] for label in self.labels("train")]).argmax()
         labels = np.array([index[label] for label in self.labels("eval")])
-        return float(METRICS[self.metric](labels, np.full(len(labels), most)))
+        return self.score(labels, np.full(len(labels), most))
 
 
 def load_task(options: Mapping[str, Any]) -> Task:
@@ -115,7 +130,9 @@ def glue(task: str, metric: str | None = None) -> Task:
     _check_metric(metric or own)
     data = load_dataset("nyu-mll/glue", name)
     held_out = data["validation_matched" if name == "mnli" else "validation"]
-    return Task(DatasetDict({"train": data["train"], "eval": held_out}), columns, "label", metric or own)
+    found = Task(DatasetDict({"train": data["train"], "eval": held_out}), columns, "label", metric or own)
+    _check_labels(found, f"{name}'s training split", f"{name}'s validation split")
+    return found
 
 
 def files(
@@ -137,6 +154,8 @@ def files(
             raise ValueError(f"metric={metric!r}: a causal language model is measured by its loss.")
     else:
         metric = _check_metric(metric or "accuracy")
+    if metric == "spearman" and task_type != "SEQ_CLS":
+        raise ValueError(f"metric='spearman' is for texts (SEQ_CLS), not for {task_type}.")
     if len(columns) not in ((1, 2) if task_type == "SEQ_CLS" else (1,)):
         raise ValueError(f"text={list(columns)}: name one column, or two for pairs of sentences (SEQ_CLS).")
     splits: dict[str, Dataset] = {}
@@ -144,17 +163,27 @@ def files(
         reader = READERS.get(Path(path).suffix)
         if reader is None:
             raise ValueError(f"{path}: the ending must be one of {', '.join(READERS)}.")
-        options: dict[str, Any] = {"sep": "\t"} if path.endswith(".tsv") else {}
-        data = load_dataset(reader, data_files=str(path), split="train", **options)
+        options: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if path.endswith(".tsv") else {}
+        try:
+            data = load_dataset(reader, data_files=str(path), split="train", **options)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each reader has its own
+            raise ValueError(f"{path} cannot be read: {error!r}") from error
         if not len(data):
             raise ValueError(f"{path} holds no rows.")
-        for column in (*columns, *([label] if label else [])):
+        kept = [*columns, *([label] if label else [])]
+        for column in kept:
             if column not in data.column_names:
                 raise ValueError(f"{path} has no column {column!r}. It has {', '.join(data.column_names)}.")
-        splits[split] = data
+            if None in data[column]:
+                raise ValueError(f"{path} has no {column!r} in row {list(data[column]).index(None)}.")
+            if column != label and not isinstance(data[0][column], list if task_type == "TOKEN_CLS" else str):
+                what = "lists of words" if task_type == "TOKEN_CLS" else "text"
+                raise ValueError(f"{path}: column {column!r} holds {data[0][column]!r}, not {what}.")
+        splits[split] = data.select_columns(kept)
     task = Task(DatasetDict(splits), tuple(columns), label, metric, task_type)
-    if task.label is not None and not task.regression:
-        _check_classes(task, train, held_out)
+    _check_labels(task, train, held_out)
     return task
 
 
@@ -164,7 +193,13 @@ def _check_metric(metric: str) -> str:
     return metric
 
 
-def _check_classes(task: Task, train: str, held_out: str) -> None:
+def _check_labels(task: Task, train: str, held_out: str) -> None:
+    if task.regression:
+        if not all(isinstance(value, int | float) for split in task.data for value in task.labels(split)):
+            raise ValueError(f"metric='spearman' is for numbers; column {task.label!r} holds others.")
+        return
+    if task.label is None:
+        return
     if task.task_type == "TOKEN_CLS":
         for split, path in (("train", train), ("eval", held_out)):
             for i, row in enumerate(task.data[split]):
@@ -184,11 +219,21 @@ def _check_classes(task: Task, train: str, held_out: str) -> None:
 def settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the trials depend on: the options, with files by name and content instead of by place."""
     found = dict(options)
-    for split in ("train", "eval"):
-        if options[split] is not None:
-            path = Path(options[split])
-            found[split] = f"{path.name}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    for name in ("model", "train", "eval"):
+        if options[name] is not None and Path(options[name]).exists():
+            path = Path(options[name])
+            parts = [part for part in path.iterdir() if part.suffix in MODEL_FILES] if path.is_dir() else [path]
+            found[name] = f"{path.name}, sha256 {_digest(sorted(parts))}"
     return found
+
+
+def _digest(parts: Sequence[Path]) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
 
 
 def tokens_name(options: Mapping[str, Any]) -> str:

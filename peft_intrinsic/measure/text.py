@@ -6,6 +6,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,10 +29,25 @@ from transformers import (
 )
 
 from ..tuner import IntrinsicConfig
-from .tasks import METRICS, Task, load_task, tokens_name
+from .tasks import Task, load_task, tokens_name
 
 IGNORED = -100
 """The label of a token that is not scored, as torch's cross entropy has it."""
+
+
+def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {field.name: field.default for field in fields(TrainingArguments)}
+    unknown = sorted(set(arguments) - set(defaults))
+    if unknown:
+        raise ValueError(f"transformers' TrainingArguments have no {', '.join(unknown)}.")
+    own = sorted({"learning_rate", "seed", "output_dir"} & set(arguments))
+    if own:
+        raise ValueError(f"{', '.join(own)}: set by each trial. For learning rates to try: --full-rates and --rates.")
+    # YAML takes 1e-2 for a text.
+    numbers = {
+        name for name, value in arguments.items() if isinstance(value, str) and isinstance(defaults[name], float)
+    }
+    return {name: float(value) if name in numbers else value for name, value in arguments.items()}
 
 
 class TextFit:
@@ -53,6 +69,7 @@ class TextFit:
 
     loader: ClassVar[Any] = AutoModelForSequenceClassification
     best: ClassVar[str] = "score"
+    tokenizer_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -66,9 +83,10 @@ class TextFit:
         tokens: str | None = None,
     ) -> None:
         self.task, self.said, self.patience, self.max_length = task, said, patience, max_length
-        self.arguments = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, **(arguments or {})}
+        quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        self.arguments = {**quiet, **_checked(arguments or {})}
         self.train_score = train_score
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tokenizer = AutoTokenizer.from_pretrained(model, **self.tokenizer_options)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.index = {label: i for i, label in enumerate(task.classes)}
         self.data: DatasetDict = task.data.map(
@@ -82,7 +100,7 @@ class TextFit:
         self.base = self.loader.from_pretrained(model, dtype="float32", **classes)
         self.base.config.pad_token_id = self.tokenizer.pad_token_id
         # A fresh head is drawn from a fixed stream when an adapter is attached: let full training start there too.
-        get_peft_model(self.base, self.config(1000, 0)).unload()
+        get_peft_model(self.base, self.config(1000, 0, head="subspace")).unload()
 
     def tokenise(self, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
         """Rows of text as rows of numbers."""
@@ -97,13 +115,15 @@ class TextFit:
     def scored(self, prediction: Any) -> dict[str, float]:
         """The metric, from the Trainer's predictions."""
         found = prediction.predictions
+        found = found[0] if isinstance(found, tuple) else found  # encoder-decoders return states too
         answers = found.squeeze(-1) if self.task.regression else found.argmax(-1)
-        kept = prediction.label_ids != IGNORED
-        return {"score": float(METRICS[self.task.metric](prediction.label_ids[kept], answers[kept]))}
+        labels = prediction.label_ids[0] if isinstance(prediction.label_ids, tuple) else prediction.label_ids
+        kept = labels != IGNORED
+        return {"score": self.task.score(labels[kept], answers[kept])}
 
-    def config(self, d: int, seed: int) -> IntrinsicConfig:
+    def config(self, d: int, seed: int, head: Any = "keep") -> IntrinsicConfig:
         """The adapter of a trial."""
-        return IntrinsicConfig(d=d, seed=seed, said=self.said, task_type=self.task.task_type)
+        return IntrinsicConfig(d=d, seed=seed, said=self.said, head=head, task_type=self.task.task_type)
 
     def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> float | dict[str, float]:
         model: Any = self.base
@@ -127,9 +147,11 @@ class TextFit:
                 **self.arguments,
                 **(self.stopping() if patience else {}),
             }
+            chosen = TrainingArguments(**options)
+            chosen._n_gpu = min(chosen.n_gpu, 1)  # no DataParallel, which multiplies the batch: --launch is for several
             trainer = Trainer(
                 model=model,
-                args=TrainingArguments(**options),
+                args=chosen,
                 train_dataset=self.data["train"],
                 eval_dataset=self.data["eval"],
                 data_collator=self.collator(),
@@ -162,6 +184,7 @@ class TokenFit(TextFit):
     """Classes of words: the label of a word is asked of its first token."""
 
     loader = AutoModelForTokenClassification
+    tokenizer_options: ClassVar[dict[str, Any]] = {"add_prefix_space": True}  # byte-level: a word begins with a space
 
     def tokenise(self, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
         words, labels = rows[self.task.columns[0]], rows[str(self.task.label)]

@@ -6,6 +6,9 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from test_text import command, write
 
 from peft_intrinsic.cli import main
 from peft_intrinsic.measure import RayEngine, grid, measure_intrinsic_dimension
-from peft_intrinsic.measure.launch import LaunchedFit
+from peft_intrinsic.measure.launch import LaunchedFit, _lives
 
 ray = pytest.importorskip("ray")
 
@@ -64,6 +67,8 @@ def test_trials_run_side_by_side_in_workers_that_load_the_fit_once(engine):
     assert {row["process"] for row in rows}.isdisjoint({os.getpid()})
     assert all(row["loads"] == 1 for row in rows)
     assert any(one["start"] < other["start"] < one["end"] for one in rows for other in rows)
+    engine.close()
+    wait(lambda: ray.available_resources().get("CPU") == 2)  # for whoever comes next
 
 
 def test_finished_trials_are_kept_when_another_fails(engine, curve, tmp_path):
@@ -118,14 +123,44 @@ def test_each_trial_an_accelerate_launch_in_ray(engine, tmp_path):
         "launched": ["--engine", "ray", "--launch", launch, "--batch", "8"],
         "here": ["--batch", "16"],
     }.items():
-        options = ["--dims", "64,512,2", "--seeds", "1", "--rates", "0.02", "--metric", "spearman", "--config"]
-        options += [str(yaml), *more]
+        options = ["--dims", "64,512,2", "--seeds", "1", "--metric", "spearman", "--patience", "2"]
+        options += ["--full-rates", "0.001", "--rates", "0.02", "--config", str(yaml), *more]
         main(command(data, str(base), tmp_path / name, *options))
         report = json.loads((tmp_path / name / "report.json").read_text())
         found[name] = {row["d"]: row["score"] for row in report["trials"]}
     assert len(list((tmp_path / "launched" / "tokens").iterdir())) == 2
     assert found["launched"] == pytest.approx(found["here"], abs=5e-3)  # ranks of near ties
     assert len({*found["here"].values()}) == 3
+
+
+def test_launched_processes_end_with_their_run(tmp_path):
+    code = f"""
+    from peft_intrinsic.measure.launch import LaunchedFit, _lives
+    LaunchedFit({{"never": 1}}, "{sys.executable} {tmp_path}/slow.py", {str(tmp_path)!r})(8, 0)
+    """
+    (tmp_path / "slow.py").write_text(
+        textwrap.dedent("""
+        import json, os, sys, threading, time
+        from pathlib import Path
+        from peft_intrinsic.measure.launch import _end_with
+        threading.Thread(target=_end_with, args=(json.loads(sys.argv[-1])["parent"],), daemon=True).start()
+        Path(__file__).with_name("pid").write_text(str(os.getpid()))
+        time.sleep(120)
+    """)
+    )
+    run = subprocess.Popen([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], stderr=subprocess.DEVNULL)
+    pid = tmp_path / "pid"
+    wait(lambda: pid.exists() and pid.read_text())
+    run.kill()
+    run.wait()
+    wait(lambda: not _lives(int(pid.read_text())))
+
+
+def wait(for_what, seconds=60):
+    start = time.monotonic()
+    while not for_what():
+        assert time.monotonic() - start < seconds
+        time.sleep(0.2)
 
 
 def test_a_launcher_that_fails(tmp_path):

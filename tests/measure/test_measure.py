@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -69,7 +70,8 @@ def test_learning_rates_are_chosen_on_the_same_terms():
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"learning_rates": ([1], [1, 2])}, "as many for full fine-tuning as for the subspace"),
         ({"majority": 0.8}, "no better than the majority class"),
-        ({"trials": 2}, "budget of 2 trials is spent before a single dimension"),
+        ({"trials": 2}, "trials=2 does not allow a single d with seeds=3"),
+        ({"baseline": -1.0}, "a share of a negative score means nothing"),
     ],
 )
 def test_refused(options, message):
@@ -78,8 +80,29 @@ def test_refused(options, message):
 
 
 def test_a_score_that_is_no_number():
-    with pytest.raises(ValueError, match=r"fit returned nan for d=1000, seed=0"):
-        measure_intrinsic_dimension(lambda d, seed: 0.8 if d is None else float("nan"), DIMS)
+    with pytest.raises(ValueError, match=r"fit returned no finite score for d=None, seed=0"):
+        measure_intrinsic_dimension(lambda d, seed: math.nan, DIMS)
+
+
+def test_a_trial_that_diverges_counts_as_the_trivial_answer(tmp_path):
+    fit = lambda d, seed: math.nan if (d, seed) == (1000, 1) else step(d, seed)  # noqa: E731
+    result = measure_intrinsic_dimension(fit, DIMS, majority=0.5, out=tmp_path)
+    assert dict((d, scores) for d, _, scores in result.points)[1000] == [0.8, 0.5, 0.8]
+    assert result.diverged == 1
+    assert "| diverged trials, counted as the trivial answer | 1 |" in markdown(result)
+    assert measure_intrinsic_dimension(fit, DIMS, majority=0.5, out=tmp_path) == result
+
+
+def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path):
+    def fit(d, seed, rate):
+        return math.nan if rate > 1 else step(d, seed)
+
+    result = measure_intrinsic_dimension(fit, DIMS, learning_rates=([9, 0.1], [0.1, 9]), out=tmp_path)
+    assert result.learning_rates == (0.1, 0.1)
+    assert measure_intrinsic_dimension(fit, DIMS, learning_rates=([9, 0.1], [0.1, 9]), out=tmp_path).d == result.d
+    assert "NaN" not in (tmp_path / "trials.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"no finite score for d=None at any of the learning rates \[9, 8\]"):
+        measure_intrinsic_dimension(fit, DIMS, learning_rates=([9, 8], [0.1, 9]))
 
 
 def test_folder_of_other_settings(tmp_path):
@@ -214,3 +237,41 @@ def test_what_a_fit_notes_beside_the_score_is_kept(tmp_path):
     result = measure_intrinsic_dimension(lambda d, seed: {"score": step(d, seed), "loss": 0.25}, DIMS, out=tmp_path)
     assert result.d == measure_intrinsic_dimension(step, DIMS).d
     assert {row["loss"] for row in result.trials} == {0.25}
+
+
+def test_the_untrained_model_is_asked_at_a_rate_too():
+    result = measure_intrinsic_dimension(
+        lambda d, seed, rate: -1.0 if d is None else -3.0 if d < 100 else -1.1,
+        DIMS,
+        of="gain",
+        baseline=-1.0,
+        learning_rates=([1e-4], [0.1]),
+    )
+    assert (result.untrained, result.learning_rates) == (-3.0, (None, 0.1))
+    assert all(row["d"] is not None for row in result.trials)
+
+
+def test_what_the_summary_warns_of():
+    low = measure_intrinsic_dimension(lambda d, seed: 0.7, DIMS, majority=0.684)
+    assert "the target, 0.6300, is no better than the majority class" in summary(low)
+    assert "interval unknown with one seed" in summary(measure_intrinsic_dimension(step, DIMS, seeds=1))
+
+
+def test_beginning_anew_leaves_nothing_of_the_old_run(tmp_path):
+    write_report(measure_intrinsic_dimension(step, DIMS, out=tmp_path), tmp_path)
+    with pytest.raises(NothingToMeasure):
+        measure_intrinsic_dimension(step, DIMS, majority=0.9, out=tmp_path, fresh=True)
+    assert {path.name for path in tmp_path.iterdir()} <= {"trials.jsonl", "settings.json", ".lock"}
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
+    write = os.write
+    with Store(tmp_path, {}) as store:
+        store.add({"d": 1}, {"score": 0.5})
+        monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:9]))
+        with pytest.raises(OSError, match="no room for the row"):
+            store.add({"d": 2}, {"score": 0.6})
+        monkeypatch.undo()
+        store.add({"d": 3}, {"score": 0.7})
+    with Store(tmp_path, {}) as store:
+        assert [row["d"] for row in store.rows.values()] == [1, 3]

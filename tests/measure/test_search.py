@@ -49,7 +49,7 @@ def test_crossing_between_measured_dimensions():
     dims = [1, 10, 50, 99, 101, 1000, 2000]
     assert crossing(dims, [10, 1000], np.array([0.0, 1.0]), 0.5) == 4
     assert crossing(dims, [10, 1000], np.array([0.0, 1.0]), 1.5) == len(dims)
-    assert crossing(dims, [10, 1000], np.array([0.6, 1.0]), 0.5) == 0
+    assert crossing(dims, [10, 1000], np.array([0.6, 1.0]), 0.5) == 1  # nothing is known of 1
 
 
 @pytest.mark.parametrize("at", [0, 1, 7, 31, 40, 62, 63])
@@ -70,8 +70,9 @@ def test_a_plateau_just_below_the_target_does_not_count():
 
 def test_never_and_always():
     search, stopped, asked = searched(lambda d, seed: 0.5)
-    assert (search.curve.index(), len(asked)) == (64, 3)
-    assert stopped == "the target is not reached at the largest dimension"
+    assert (search.curve.index(), len(asked)) == (64, 12)
+    assert search.curve.interval() == (64, 64)
+    assert stopped == "the target is not reached at the largest dimensions"
     search, stopped, asked = searched(lambda d, seed: 0.85)
     assert search.curve.index() == 0
     assert stopped == "the target is reached at the smallest dimension"
@@ -87,8 +88,11 @@ def test_gain_over_a_floor():
 def test_budgets():
     search, stopped, asked = searched(lambda d, seed: 0.9 if d >= GRID[31] else 0.2, trials=10)
     assert stopped == "the budget of 10 trials is spent"
-    assert len(asked) == 9
-    assert 0 < search.curve.index() < 63
+    assert len(asked) == 9  # 63, 0, 31
+    assert 0 < search.curve.index() <= 31
+    assert search.curve.interval() == (1, 31)
+    search, stopped, asked = searched(lambda d, seed: 0.9 if d >= GRID[31] else 0.2, trials=3)
+    assert (search.curve.index(), search.curve.interval()) == (63, (0, 63))
     _, stopped, asked = searched(lambda d, seed: 0.9, minutes=0.0)
     assert (stopped, asked) == ("the budget of 0 minutes is spent", [])
 
@@ -146,9 +150,27 @@ def test_intervals_cover_and_searches_are_short():
     assert high - low <= 1
 
 
-def test_interval_without_repeated_seeds_is_the_crossing():
-    curve = Curve(GRID, {100: [0.1], 1_000_000: [0.9]}, [0.9])
-    assert curve.interval() == (curve.index(), curve.index())
+def test_interval_without_repeated_seeds_is_the_bracket():
+    curve = Curve(GRID, {100: [0.1], GRID[20]: [0.7], GRID[30]: [0.85], 1_000_000: [0.9]}, [0.9])
+    assert 20 < curve.index() < 30
+    assert curve.interval() == (21, 30)
+
+
+def test_more_numbers_that_do_worse_at_the_end():
+    """The largest d alone is below the target: the search looks lower before it gives up."""
+    search, stopped, _ = searched(lambda d, seed: 0.8 if d == GRID[-1] else 0.88 if d >= GRID[25] else 0.3)
+    assert search.curve.index() == 25
+    assert stopped == "the bracket is one step of the grid"
+
+
+def test_a_budget_cuts_a_round_short():
+    def score(d, seed):
+        return 0.9 if d >= GRID[31] else 0.2
+
+    search, stopped, asked = searched(score, trials=30, at_once=10)
+    assert (len(asked), stopped) == (30, "the budget of 30 trials is spent")
+    low, high = search.curve.interval()
+    assert low <= 31 <= high <= low + 12
 
 
 @pytest.mark.parametrize("at_once", [2, 5])

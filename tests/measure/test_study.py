@@ -71,12 +71,13 @@ def test_gap_against_d90(options, tmp_path, monkeypatch):
 
 def test_gap_by_hand():
     class result:
-        d, settings = 8, {"metric": "accuracy"}
+        d, settings, learning_rates = 8, {"metric": "accuracy"}, (1.0, 0.1)
         trials = [  # noqa: RUF012
-            {"d": None, "score": 1.0, "train_score": 1.0},
-            {"d": 8, "score": 0.7, "train_score": 0.8},
-            {"d": 8, "score": 0.5, "train_score": 0.8},
-            {"d": 9, "score": 0.0, "train_score": 0.0},
+            {"d": None, "learning_rate": 1.0, "score": 1.0, "train_score": 1.0},
+            {"d": 8, "learning_rate": 0.5, "score": 0.1, "train_score": 0.1},  # tried, not chosen
+            {"d": 8, "learning_rate": 0.1, "score": 0.7, "train_score": 0.8},
+            {"d": 8, "learning_rate": 0.1, "score": 0.5, "train_score": 0.8},
+            {"d": 9, "learning_rate": 0.1, "score": 0.0, "train_score": 0.0},
         ]
 
     assert _gap(result)["gap"] == pytest.approx((0.8 - 0.6) / (1 - 0.6))

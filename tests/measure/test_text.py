@@ -14,7 +14,7 @@ from test_documents import tiny
 from torch import nn
 
 from peft_intrinsic.cli import main
-from peft_intrinsic.measure.tasks import METRICS, files
+from peft_intrinsic.measure.tasks import METRICS, files, settings
 from peft_intrinsic.measure.text import IGNORED, LanguageFit, TextFit, TokenFit, text_fit
 
 GOOD, BAD = "a very good film", "a very bad film"
@@ -95,7 +95,7 @@ def test_pairs_and_numbers(tmp_path):
     rows = [{"a": GOOD, "b": GOOD if i % 2 else BAD, "score": 5.0 * (i % 2) + 0.01 * i} for i in range(24)]
     path = write(tmp_path, "pairs.jsonl", rows)
     task = files(path, path, ["a", "b"], "score", "spearman")
-    assert task.majority() is None
+    assert task.majority() == 0
     quick = {"max_steps": 40, "use_cpu": True, "dataloader_pin_memory": False, "per_device_train_batch_size": 8}
     fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments=quick, patience=None)
     assert isinstance(fit.base.classifier, nn.Linear)
@@ -120,6 +120,7 @@ def test_metrics_by_hand():
     assert METRICS["f1"](labels, answers) == pytest.approx(0.8)
     assert METRICS["matthews"](labels, answers) == pytest.approx(2 / np.sqrt(12))
     assert METRICS["spearman"](np.array([1, 2, 3]), np.array([10, 20, 15])) == pytest.approx(0.5)
+    assert METRICS["spearman"](np.array([1, 2, 3]), np.array([7, 7, 7])) == 0
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,11 @@ def test_metrics_by_hand():
         ({"--train": "train.txt"}, "train.txt: the ending must be one of"),
         ({"--task": "glue/mrpc"}, "either --task, or both"),
         ({"--config": "absent.yaml"}, "absent.yaml"),
+        ({"--dims": "9,5,3"}, "argument --dims: '9,5,3': A grid needs 1 <= low < high"),
+        ({"--dims": "many"}, "argument --dims: 'many'"),
+        ({"--metric": "spearman"}, "metric='spearman' is for numbers; column 'label' holds others"),
+        ({"--task-type": "TOKEN_CLS", "--metric": "spearman"}, "metric='spearman' is for texts"),
+        ({"--task-type": "TOKEN_CLS"}, "column 'text' holds 'a very bad film', not lists of words"),
     ],
 )
 def test_bad_input(change, message, data, tmp_path, capsys):
@@ -144,6 +150,27 @@ def test_bad_input(change, message, data, tmp_path, capsys):
         main(arguments)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("learning_rate: 0.1", "learning_rate: set by each trial"),
+        ("learning_rat: 0.1", "TrainingArguments have no learning_rat"),
+        ("- a list", "more.yaml must hold names and values"),
+    ],
+)
+def test_bad_arguments(yaml, message, data, tmp_path, capsys):
+    (tmp_path / "more.yaml").write_text(yaml)
+    with pytest.raises(SystemExit):
+        main(command(data, tiny("bert", tmp_path / "base"), tmp_path / "run", "--config", str(tmp_path / "more.yaml")))
+    assert message in capsys.readouterr().err
+
+
+def test_rows_with_holes(tmp_path):
+    path = write(tmp_path, "holes.jsonl", [{"text": GOOD, "label": 0}, {"text": None, "label": 1}])
+    with pytest.raises(ValueError, match=r"holes.jsonl has no 'text' in row 1"):
+        files(path, path, ["text"])
 
 
 def test_labels_that_do_not_fit(tmp_path):
@@ -295,3 +322,63 @@ def test_files_count_by_their_content(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(command(moved_data, base, out, *options))
     assert "train: 'train.jsonl, sha256 " in capsys.readouterr().err
+
+
+def test_quotes_and_further_columns(tmp_path):
+    """GLUE's TSV files are not quoted; the two files need not have the same further columns."""
+    train, held_out = tmp_path / "train.tsv", tmp_path / "dev.tsv"
+    train.write_text('text\tlabel\tidx\n"a good film\t1\t0\na bad film\t0\t1\n"very bad\t0\t2\n')
+    held_out.write_text("text\tlabel\na film\t1\n")
+    task = files(str(train), str(held_out), ["text"])
+    assert list(task.data["train"]["text"]) == ['"a good film', "a bad film", '"very bad']
+    assert task.data["train"].column_names == task.data["eval"].column_names == ["text", "label"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", "", "empty.jsonl cannot be read"),
+        ("ragged.csv", 'text,label\n"a,1\nb', "ragged.csv cannot be read"),
+        ("broken.jsonl", '{"text": ', "broken.jsonl cannot be read"),
+        ("numbers.csv", "text,label\n1,0\n2,1\n", "column 'text' holds 1, not text"),
+    ],
+)
+def test_files_that_cannot_be_used(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        files(str(tmp_path / name), str(tmp_path / name), ["text"])
+
+
+def test_f1_of_three_classes_does_not_depend_on_what_is_answered(tmp_path):
+    rows = [{"text": GOOD, "label": i} for i in range(3)]
+    task = files(*[write(tmp_path, "three.jsonl", rows)] * 2, ["text"], metric="f1")
+    labels = np.array([0, 1, 1])
+    assert task.score(labels, np.array([0, 1, 0])) == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert task.score(labels, np.array([0, 1, 2])) == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_an_encoder_decoder(tmp_path):
+    """Its predictions come with hidden states. Every row has one `good`, BART's end of a sentence."""
+    rows = [{"text": GOOD if i % 2 else "a good film", "label": i % 2} for i in range(16)]
+    task = files(*[write(tmp_path, "rows.jsonl", rows)] * 2, ["text"])
+    tokenizer = tiny("bert", tmp_path / "tokenizer")
+    build("bart").save_pretrained(tokenizer)
+    fit = TextFit(tokenizer, task, arguments={**QUICK, "max_steps": 2})
+    assert 0 <= fit(50, 0, 0.05) <= 1
+
+
+def test_a_model_counts_by_its_content(tmp_path):
+    base = Path(tiny("bert", tmp_path / "base"))
+    options = {"model": str(base), "task": None, "train": None, "eval": None}
+    before = settings(options)["model"]
+    assert before.startswith("base, sha256 ")
+    assert settings({**options, "model": "bert-base-uncased"})["model"] == "bert-base-uncased"
+    with open(base / "tokenizer.json", "a") as file:
+        file.write(" ")
+    assert settings(options)["model"] != before
+
+
+def test_yaml_s_numbers(data, tmp_path):
+    task = files(data["train"], data["eval"], ["text"])
+    fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 1, "weight_decay": "1e-2"})
+    assert fit.arguments["weight_decay"] == 0.01
