@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from texts import examples
 from torch import nn
 
 from peft_intrinsic import IntrinsicConfig
@@ -172,3 +173,9 @@ MORE = ["roberta", "distilbert", "electra", "qwen2", "gemma", "bart", "whisper",
 @pytest.fixture(params=FAMILIES + MORE)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def data(tmp_path) -> dict[str, str]:
+    """A small task on text, as files `train` and `eval`."""
+    return examples(tmp_path)

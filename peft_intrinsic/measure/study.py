@@ -86,7 +86,9 @@ def _gap(result: Result) -> dict[str, float]:
     """Scores on training and held-out data at d90; their gap over what is left to 1 (of a loss, their difference)."""
     rate = result.learning_rates and result.learning_rates[1]
     rows = [
-        row for row in result.trials if (row["d"], row["learning_rate"]) == (result.d, rate) and "train_score" in row
+        row
+        for row in result.trials
+        if (row["d"], row["learning_rate"]) == (result.d, rate) and None not in (row.get("train_score"), row["score"])
     ]
     if result.d is None or not rows:
         return {}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from test_documents import tiny
-from test_text import command, write
+from texts import command, write
 
 from peft_intrinsic.cli import main
 from peft_intrinsic.measure import RayEngine, grid, measure_intrinsic_dimension

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from test_documents import tiny
-from test_text import command, data  # noqa: F401
+from texts import command
 from transformers import AutoModel
 
 from peft_intrinsic.cli import main
@@ -14,7 +14,7 @@ from peft_intrinsic.measure.study import _gap, _step
 
 
 @pytest.fixture
-def options(data, tmp_path):  # noqa: F811
+def options(data, tmp_path):
     config = tmp_path / "more.yaml"
     config.write_text("max_steps: 120\nuse_cpu: true\ndataloader_pin_memory: false\n")
     return command(data, "unused", tmp_path / "study", "--config", str(config), "--dims", "16,512,3")[3:]
@@ -75,6 +75,7 @@ def test_gap_by_hand():
         trials = [  # noqa: RUF012
             {"d": None, "learning_rate": 1.0, "score": 1.0, "train_score": 1.0},
             {"d": 8, "learning_rate": 0.5, "score": 0.1, "train_score": 0.1},  # tried, not chosen
+            {"d": 8, "learning_rate": 0.1, "score": None, "train_score": 0.9},  # diverged
             {"d": 8, "learning_rate": 0.1, "score": 0.7, "train_score": 0.8},
             {"d": 8, "learning_rate": 0.1, "score": 0.5, "train_score": 0.8},
             {"d": 9, "learning_rate": 0.1, "score": 0.0, "train_score": 0.0},

@@ -1,0 +1,165 @@
+"""Tasks: metrics, files, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_documents import tiny
+from texts import BAD, GOOD, command, write
+
+from peft_intrinsic.cli import main
+from peft_intrinsic.measure.tasks import METRICS, files, settings
+
+
+def test_metrics_by_hand():
+    labels, answers = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
+    assert METRICS["accuracy"](labels, answers) == 0.75
+    assert METRICS["f1"](labels, answers) == pytest.approx(0.8)
+    assert METRICS["matthews"](labels, answers) == pytest.approx(2 / np.sqrt(12))
+    assert METRICS["spearman"](np.array([1, 2, 3]), np.array([10, 20, 15])) == pytest.approx(0.5)
+    assert METRICS["spearman"](np.array([1, 2, 3]), np.array([7, 7, 7])) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--text": "sentence"}, "has no column 'sentence'. It has text, label"),
+        ({"--label": "class"}, "has no column 'class'"),
+        ({"--metric": "bleu"}, "metric='bleu' is unknown"),
+        ({"--train": "train.txt"}, "train.txt: the ending must be one of"),
+        ({"--task": "glue/mrpc"}, "either --task, or both"),
+        ({"--config": "absent.yaml"}, "absent.yaml"),
+        ({"--dims": "9,5,3"}, "argument --dims: '9,5,3': A grid needs 1 <= low < high"),
+        ({"--dims": "many"}, "argument --dims: 'many'"),
+        ({"--metric": "spearman"}, "metric='spearman' is for numbers; column 'label' holds others"),
+        ({"--task-type": "TOKEN_CLS", "--metric": "spearman"}, "metric='spearman' is for texts"),
+        ({"--task-type": "TOKEN_CLS"}, "column 'text' holds 'a very bad film', not lists of words"),
+    ],
+)
+def test_bad_input(change, message, data, tmp_path, capsys):
+    arguments = command(data, "no-model", tmp_path / "run")
+    for option, value in change.items():
+        if option in arguments:
+            arguments[arguments.index(option) + 1] = value
+        else:
+            arguments += [option, value]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("learning_rate: 0.1", "learning_rate: set by each trial"),
+        ("learning_rat: 0.1", "TrainingArguments have no learning_rat"),
+        ("- a list", "more.yaml must hold names and values"),
+    ],
+)
+def test_bad_arguments(yaml, message, data, tmp_path, capsys):
+    (tmp_path / "more.yaml").write_text(yaml)
+    with pytest.raises(SystemExit):
+        main(command(data, tiny("bert", tmp_path / "base"), tmp_path / "run", "--config", str(tmp_path / "more.yaml")))
+    assert message in capsys.readouterr().err
+
+
+def test_rows_with_holes(tmp_path):
+    path = write(tmp_path, "holes.jsonl", [{"text": GOOD, "label": 0}, {"text": None, "label": 1}])
+    with pytest.raises(ValueError, match=r"holes.jsonl has no 'text' in row 1"):
+        files(path, path, ["text"])
+
+
+def test_labels_that_do_not_fit(tmp_path):
+    train = write(tmp_path, "train.jsonl", [{"text": GOOD, "label": 0}, {"text": BAD, "label": 1}])
+    held_out = write(tmp_path, "eval.jsonl", [{"text": GOOD, "label": 2}])
+    with pytest.raises(ValueError, match=r"labels that .* lacks: \[2\]"):
+        files(train, held_out, ["text"], "label", "accuracy")
+    one = write(tmp_path, "one.jsonl", [{"text": GOOD, "label": 0}])
+    with pytest.raises(ValueError, match="every row has the same label, 0"):
+        files(one, one, ["text"], "label", "accuracy")
+
+
+def test_a_task_that_is_not_in_glue(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["measure", "--model", "x", "--task", "glue/none", "--out", str(tmp_path)])
+    assert "task='glue/none' is unknown. Known are glue/cola" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"words": ["a", "film"], "tags": ["O"]}, "row 1: for TOKEN_CLS, 'words' and 'tags' must be lists of equal"),
+        ({"words": [], "tags": ["O"]}, "row 1: for TOKEN_CLS"),
+    ],
+)
+def test_words_and_tags_that_do_not_fit(row, message, tmp_path):
+    path = write(tmp_path, "tags.jsonl", [{"words": ["a", "film"], "tags": ["O", "B"]}, row])
+    with pytest.raises(ValueError, match=message):
+        files(path, path, ["words"], "tags", task_type="TOKEN_CLS")
+
+
+def test_files_count_by_their_content(data, tmp_path, capsys):
+    """Elsewhere under the same name they go on; with other rows they are refused."""
+    base, out = tiny("bert", tmp_path / "base"), tmp_path / "run"
+    (tmp_path / "more.yaml").write_text("max_steps: 60\nuse_cpu: true\ndataloader_pin_memory: false\n")
+    options = ["--config", str(tmp_path / "more.yaml"), "--trials", "4"]
+    main(command(data, base, out, *options))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    moved_data = {name: str(shutil.copy(path, moved)) for name, path in data.items()}
+    before = (out / "trials.jsonl").read_text()
+    main(command(moved_data, base, out, *options))
+    assert (out / "trials.jsonl").read_text() == before
+    with open(moved_data["train"], "a") as file:
+        file.write('\n{"text": "a film", "label": "yes"}')
+    with pytest.raises(SystemExit):
+        main(command(moved_data, base, out, *options))
+    assert "train: 'train.jsonl, sha256 " in capsys.readouterr().err
+
+
+def test_quotes_and_further_columns(tmp_path):
+    """GLUE's TSV files are not quoted; the two files need not have the same further columns."""
+    train, held_out = tmp_path / "train.tsv", tmp_path / "dev.tsv"
+    train.write_text('text\tlabel\tidx\n"a good film\t1\t0\na bad film\t0\t1\n"very bad\t0\t2\n')
+    held_out.write_text("text\tlabel\na film\t1\n")
+    task = files(str(train), str(held_out), ["text"])
+    assert list(task.data["train"]["text"]) == ['"a good film', "a bad film", '"very bad']
+    assert task.data["train"].column_names == task.data["eval"].column_names == ["text", "label"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.jsonl", "", "empty.jsonl cannot be read"),
+        ("ragged.csv", 'text,label\n"a,1\nb', "ragged.csv cannot be read"),
+        ("broken.jsonl", '{"text": ', "broken.jsonl cannot be read"),
+        ("numbers.csv", "text,label\n1,0\n2,1\n", "column 'text' holds 1, not text"),
+    ],
+)
+def test_files_that_cannot_be_used(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        files(str(tmp_path / name), str(tmp_path / name), ["text"])
+
+
+def test_f1_of_three_classes_does_not_depend_on_what_is_answered(tmp_path):
+    rows = [{"text": GOOD, "label": i} for i in range(3)]
+    task = files(*[write(tmp_path, "three.jsonl", rows)] * 2, ["text"], metric="f1")
+    labels = np.array([0, 1, 1])
+    assert task.score(labels, np.array([0, 1, 0])) == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert task.score(labels, np.array([0, 1, 2])) == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+def test_a_model_counts_by_its_content(tmp_path):
+    base = Path(tiny("bert", tmp_path / "base"))
+    options = {"model": str(base), "task": None, "train": None, "eval": None}
+    before = settings(options)["model"]
+    assert before.startswith("base, sha256 ")
+    assert settings({**options, "model": "bert-base-uncased"})["model"] == "bert-base-uncased"
+    with open(base / "tokenizer.json", "a") as file:
+        file.write(" ")
+    assert settings(options)["model"] != before
