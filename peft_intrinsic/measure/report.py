@@ -27,6 +27,7 @@ def summary(result: Result) -> str:
 def markdown(result: Result) -> str:
     """The report as text."""
     baseline = ", ".join(f"{score:.4f}" for score in result.baseline)
+    rates = [rate or "scores given" for rate in result.learning_rates or ()]
     lines = [
         f"# {summary(result)}",
         "",
@@ -38,7 +39,7 @@ def markdown(result: Result) -> str:
         f"| majority class | {'unknown' if result.majority is None else f'{result.majority:.4f}'} |",
         *([f"| diverged trials, counted as the trivial answer | {result.diverged} |"] if result.diverged else []),
         *([] if result.untrained is None else [f"| before training | {result.untrained:.4f} |"]),
-        f"| learning rates (full, subspace) | {result.learning_rates or 'fixed by the fit'} |",
+        f"| learning rates (full, subspace) | {', '.join(map(str, rates)) or 'fixed by the fit'} |",
         f"| versions | {', '.join(f'{name} {version}' for name, version in result.versions.items())} |",
         "",
         "| d | monotone fit | scores by seed |",

@@ -36,7 +36,8 @@ def study(
     """Measure each model (with `"methods"` by DID and by SAID); write `study.json`, `study.md`, `study.png` into `out`.
 
     Every measurement has a folder of its own in `out`: the same call goes on where it stopped, and models can be added.
-    A model that full fine-tuning cannot bring above the majority class is noted, and the study goes on.
+    Full fine-tuning is measured once per model; where it is no better than the majority class, the study notes so and
+    goes on.
 
     Args:
         kind: a key of `KINDS`.
@@ -50,12 +51,15 @@ def study(
     rows: list[dict[str, Any]] = []
     out = Path(out)
     for place, model in enumerate(models):
+        baseline = None
         for said in (False, True) if kind == "methods" else (bool(options["said"]),):
             trials = {**options, "model": model, "said": said, "train_score": kind == "gap"}
             name = f"{model} {'SAID' if said else 'DID'}"
             row: dict[str, Any] = {"name": name, "parameters": _parameters(model)}
             try:
-                result = measure_text(trials, out / re.sub(r"[^\w.-]+", "_", name.strip("./")), **measure)
+                folder = out / re.sub(r"[^\w.-]+", "_", name.strip("./"))
+                result = measure_text(trials, folder, **{"baseline": baseline, **measure})
+                baseline = result.baseline  # full fine-tuning is the same by either method
                 row |= {"d": result.d, "interval": result.interval, "baseline": float(np.mean(result.baseline))}
                 row |= {"share": result.name, "top": result.points[-1][0], **_gap(result)}
             except NothingToMeasure as error:

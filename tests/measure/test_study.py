@@ -37,6 +37,8 @@ def test_methods(options, tmp_path, monkeypatch):
         report = json.loads((tmp_path / "study" / row["name"].replace(" ", "_") / "report.json").read_text())
         assert (report["d"], report["interval"]) == (row["d"], row["interval"])
         assert report["settings"]["said"] == row["name"].endswith("SAID")
+        assert any(trial["d"] is None for trial in report["trials"]) == row["name"].endswith(" DID")
+    assert rows[0]["baseline"] == rows[1]["baseline"]
     before = {path: path.read_text() for path in tmp_path.glob("study/*/trials.jsonl")}
     assert study("methods", ["base"], options, tmp_path / "study") == rows
     assert {path: path.read_text() for path in before} == before
