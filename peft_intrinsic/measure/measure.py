@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .curve import Curve, grid
 from .engine import Engine, InProcess, Trial
 from .search import Search
-from .store import Store, key
+from .store import Store
 from .versions import versions
 
 Fit = Callable[..., float | Mapping[str, float]]
@@ -224,7 +224,8 @@ class Runner:
 
     def _run(self, trials: Sequence[Trial]) -> list[float]:
         configurations = [dict(zip(("d", "seed", "learning_rate"), trial, strict=True)) for trial in trials]
-        new = [place for place, configuration in enumerate(configurations) if self.store.get(configuration) is None]
+        keys = [self.store.key(configuration) for configuration in configurations]
+        new = [place for place, name in enumerate(keys) if name not in self.store.rows]
         self.bar.initial += len(trials) - len(new)  # what is known tells nothing of the time that a trial takes
         self.bar.update(len(trials) - len(new))
         for place, found, seconds in self.engine.run(self.fit, [trials[place] for place in new]):
@@ -233,7 +234,7 @@ class Runner:
             row = {name: _plain(value) for name, value in row.items()}
             self.store.add(configurations[new[place]], {**row, "seconds": round(seconds, 3)})
             self.bar.update()
-        scores = [self.store.rows[key(configuration)]["score"] for configuration in configurations]
+        scores = [self.store.rows[name]["score"] for name in keys]
         return [math.nan if score is None else score for score in scores]
 
 

@@ -17,7 +17,7 @@ REPORTS = "report.json", "report.md", "curve.png"
 
 
 def key(configuration: Mapping[str, Any]) -> str:
-    """The name of a trial: a hash of everything that it depends on."""
+    """A name for a configuration: its hash."""
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -90,7 +90,7 @@ class Store:
 
     def add(self, configuration: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Note a finished trial, on disk before it counts."""
-        row = {"key": key(configuration), **configuration, **result}
+        row = {"key": self.key(configuration), **configuration, **result}
         line = (json.dumps(row) + "\n").encode()
         descriptor = os.open(self.folder / TRIALS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -103,9 +103,9 @@ class Store:
             os.close(descriptor)
         self.rows[row["key"]] = row
 
-    def get(self, configuration: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The row of a finished trial."""
-        return self.rows.get(key(configuration))
+    def key(self, configuration: Mapping[str, Any]) -> str:
+        """Of all that a trial depends on, the run's settings included: a row copied from another run does not count."""
+        return key({**self.settings, **configuration})
 
     def close(self) -> None:
         """Let other runs use the folder."""

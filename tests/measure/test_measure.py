@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -113,6 +114,20 @@ def test_folder_of_other_settings(tmp_path):
     with pytest.raises(ValueError, match=r"other settings \(target: 0.9 there, 0.5 now\).*--fresh"):
         measure_intrinsic_dimension(step, DIMS, target=0.5, out=tmp_path)
     assert measure_intrinsic_dimension(step, DIMS, target=0.5, out=tmp_path, fresh=True).target == pytest.approx(0.4)
+
+
+def test_a_row_of_other_settings_does_not_count(tmp_path):
+    for share in (0.5, 0.6):
+        measure_intrinsic_dimension(step, DIMS, target=share, out=tmp_path / str(share))
+    first, second = (tmp_path / str(share) / "trials.jsonl" for share in (0.5, 0.6))
+    row = json.loads(first.read_text().splitlines()[-1])
+    settings = json.loads((first.parent / "settings.json").read_text())
+    complete = {**settings, **{name: row[name] for name in ("d", "seed", "learning_rate")}}
+    assert row["key"] == hashlib.sha256(json.dumps(complete, sort_keys=True).encode()).hexdigest()[:16]
+    again, rows = [], second.read_text().splitlines()
+    second.write_text(first.read_text())
+    measure_intrinsic_dimension(lambda d, seed: again.append(d) or step(d, seed), DIMS, target=0.6, out=second.parent)
+    assert len(again) == len(rows)
 
 
 def test_a_folder_serves_one_run_at_a_time(tmp_path):
