@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from .curve import grid
 from .launch import LaunchedFit
 from .measure import Result, measure_intrinsic_dimension
 from .report import write_report
 from .tasks import load_task, settings
-from .text import text_fit
+from .text import check_dims, text_fit
 
 
 def measure_text(
@@ -18,29 +19,32 @@ def measure_text(
     out: str | os.PathLike,
     launcher: str | None = None,
     of: Literal["score", "gain"] | None = None,
+    dims: Sequence[int] | None = None,
     **search: Any,
 ) -> Result:
     """Measure, and write the report into `out`.
 
     Args:
-        options: of the trials, see `OPTIONS`.
+        options: of the trials: model, said, task, train, eval, columns, label, metric, task_type, max_length, patience,
+            arguments (of `TrainingArguments`), train_score.
         out: folder of the run.
         launcher: runs each trial, see `LaunchedFit`; None trains in the engine's processes.
         of: see `measure_intrinsic_dimension`; None is `"gain"` for a causal language model, whose loss has no share,
             and `"score"` else.
-        search: of `measure_intrinsic_dimension`.
+        dims, search: of `measure_intrinsic_dimension`.
 
     Raises:
-        ValueError, RuntimeError, OSError: as `measure_intrinsic_dimension`, `load_task`, `LaunchedFit`.
+        ValueError, RuntimeError, OSError: as `measure_intrinsic_dimension`, `load_task`, `check_dims`, `LaunchedFit`.
     """
     task = load_task(options)
     of = of or ("gain" if task.metric == "loss" else "score")
     if task.metric == "loss" and of == "score":
         raise ValueError("of='score': a share of a loss means nothing. Use of='gain', over the untrained model.")
+    check_dims(options, dims or grid())
     fit = LaunchedFit(options, launcher, out) if launcher else text_fit(options, out)
     common = {**settings(options), "columns": list(task.columns), "metric": task.metric}
     if launcher:
         common["launcher"] = launcher  # more processes make larger batches
-    result = measure_intrinsic_dimension(fit, of=of, majority=task.majority(), out=out, settings=common, **search)
+    result = measure_intrinsic_dimension(fit, dims, of=of, majority=task.majority(), out=out, settings=common, **search)
     write_report(result, out)
     return result

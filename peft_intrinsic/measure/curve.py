@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import isotonic_regression
+from scipy.stats import sem
 
 Scores = Mapping[int, Sequence[float]]
 """The scores found at each d, one per seed."""
@@ -87,18 +88,21 @@ class Curve:
         """A bootstrap interval of `index`.
 
         Scores are drawn anew around the fit from the residuals of all dimensions together (few seeds at each say little
-        about their own spread), the baseline's mean from its own, and each draw is fitted again. What lies between the
-        greatest measured d below the target and the least that reaches it belongs to the interval.
+        about their own spread), the baseline's mean from Student's t, and each draw is fitted again. What lies between
+        the greatest measured d below the target and the least that reaches it belongs to the interval.
         """
         rng = np.random.default_rng(seed)
         spread = _residuals([self.scores[d] for d in self.dims])
         noise = np.stack([rng.choice(spread, (RESAMPLES, n)).mean(1) for n in self.counts], 1)
-        own = rng.choice(_residuals([self.baseline]), (RESAMPLES, len(self.baseline))).mean(1)
+        n = len(self.baseline)
+        own = sem(self.baseline) * rng.standard_t(n - 1, RESAMPLES) if n > 1 else np.zeros(RESAMPLES)
         fit, counts = self.fit(), self.counts
         found = [
             crossing(self.grid, self.dims, monotone(self.dims, fit + row, counts), self.target + self.share * shift)
             for row, shift in zip(noise, own, strict=True)
         ]
+        smallest = self.grid.index(self.dims[0])
+        found = [0 if place == smallest else place for place in found]  # reached there: nothing is known below
         low, high = np.quantile([*found, self.index()], [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
         below = int(np.searchsorted(fit, self.target - 1e-12))
         places = [self.grid.index(d) for d in self.dims] + [len(self.grid)]

@@ -58,7 +58,10 @@ class RayEngine:
     """
 
     def __init__(self, address: str | None = None, cpus: float = 1.0, gpus: float = 0.0) -> None:
-        import ray
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError(f"{error}. pip install 'peft_intrinsic[ray]'") from None
 
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
@@ -92,7 +95,14 @@ class RayEngine:
                 for done in ray.wait(list(pending))[0]:
                     place, worker = pending.pop(done)
                     idle.append(worker)
-                    yield place, *ray.get(done)
+                    try:
+                        found = ray.get(done)
+                    except ray.exceptions.RayActorError as error:
+                        raise RuntimeError(
+                            f"The worker of trial {trials[place]} (d, seed, learning rate) died again and again. Does "
+                            f"it need more memory, or a larger share of a GPU (--cpus, --gpus)? {error}"
+                        ) from None
+                    yield place, *found
         finally:
             if pending:  # after a failure
                 self.close()

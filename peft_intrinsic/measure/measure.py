@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from numbers import Real
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
 from .curve import Curve, grid
-from .engine import Engine, InProcess, Trial
+from .engine import Engine, InProcess
+from .runner import FULL, Fit, Runner
 from .search import Search
 from .store import Store
 from .versions import versions
-
-Fit = Callable[..., float | Mapping[str, float]]
-"""`fit(d, seed)`, or `fit(d, seed, learning_rate)`: trains once, returns the score, or a mapping with a
-`score` that is kept whole. `d=None` is full fine-tuning."""
-
-FULL = None
 
 
 class NothingToMeasure(ValueError):
@@ -36,7 +30,7 @@ class Result:
 
     Args:
         d: the least d whose fitted score reaches the target, None where the largest does not.
-        interval: of d, 90 %; an end that lies beyond the grid is None.
+        interval: of d, 90 % (with one seed, merely the bracket); an end that lies beyond the grid is None.
         target: the score to reach.
         share, of: how the target was made.
         baseline: scores of full fine-tuning, one per seed.
@@ -47,7 +41,7 @@ class Result:
         stopped: why the search ended.
         trials: all that were run: d (None is full fine-tuning), seed, learning rate, score.
         settings: what the trials depend on.
-        versions: of what ran them.
+        versions: of the process that made this result; trials that it found in its folder may be of others.
     """
 
     d: int | None
@@ -137,6 +131,7 @@ def measure_intrinsic_dimension(
         ValueError: an option cannot work, a score is not a finite number, or the folder belongs to a run with other
             settings.
     """
+    start = time.monotonic()
     dims = list(grid() if dims is None else dims)
     _check(dims, target, of, seeds, learning_rates, trials)
     common = {"dims": dims, "target": target, "of": of, "majority": majority, "seeds": seeds, **(settings or {})}
@@ -148,22 +143,16 @@ def measure_intrinsic_dimension(
         engine = engine or InProcess()
         stack.callback(engine.close)
         runner = Runner(fit, store, engine, bar)
-        rates = None
-        if learning_rates is not None:
-            bar.set_postfix_str("learning rates")
-            full, subspace = learning_rates
-            rates = (
-                runner.best_rate(FULL, full) if baseline is None else None,
-                runner.best_rate(dims[len(dims) // 2], subspace),
-            )
         bar.set_postfix_str("full fine-tuning")
+        rate = None
         if baseline is None:
-            known = runner.scores([(FULL, seed) for seed in range(seeds)], rates and rates[0])
+            rate = runner.best_rate(FULL, learning_rates[0]) if learning_rates else None
+            known = runner.scores([(FULL, seed) for seed in range(seeds)], rate)
         else:
             known = [float(value) for value in (baseline if isinstance(baseline, Sequence) else [baseline])]
         untrained = None
         if of == "gain" and majority is None:
-            untrained = runner.scores([(0, 0)], rates and rates[1])[0]
+            untrained = runner.scores([(0, 0)], learning_rates and learning_rates[1][0])[0]
         least, what = (majority, "the majority class") if untrained is None else (untrained, "the untrained model")
         if least is not None and sum(known) / len(known) <= least + 1e-9:
             raise NothingToMeasure(
@@ -176,6 +165,10 @@ def measure_intrinsic_dimension(
                 "Use of='gain' (--of gain)."
             )
         floor = float(least or 0.0) if of == "gain" else 0.0
+        rates = None
+        if learning_rates:
+            bar.set_postfix_str("learning rates")
+            rates = rate, runner.best_rate(dims[len(dims) // 2], learning_rates[1])
 
         def progress(low: int, high: int, left: int) -> None:
             bar.total = bar.n + left
@@ -185,63 +178,10 @@ def measure_intrinsic_dimension(
             lambda wanted: runner.scores(wanted, rates and rates[1], float(least or 0.0)),
             *(dims, known, target, floor, range(seeds), trials, minutes, progress),
             at_once=runner.engine.slots // seeds,
+            start=start,
         )
         stopped = search.run(sweep)
     return _result(search.curve, stopped, of, majority, untrained, rates, store)
-
-
-class Runner:
-    """Runs trials that are not in the store yet."""
-
-    def __init__(self, fit: Fit, store: Store, engine: Engine, bar: Any) -> None:
-        self.fit, self.store, self.engine, self.bar = fit, store, engine, bar
-
-    def scores(
-        self, wanted: Sequence[tuple[int | None, int]], rate: float | None, diverged: float | None = None
-    ) -> list[float]:
-        """The score of each trial; `diverged` stands for one that is not a finite number.
-
-        Raises:
-            ValueError: a score is not a finite number, and nothing stands for it.
-        """
-        found = self._run([(d, seed, rate) for d, seed in wanted])
-        for (d, seed), score in zip(wanted, found, strict=True):
-            if diverged is None and not math.isfinite(score):
-                raise ValueError(f"fit returned no finite score for d={d}, seed={seed}, learning rate {rate}.")
-        return [score if math.isfinite(score) else float(diverged or 0.0) for score in found]
-
-    def best_rate(self, d: int | None, rates: Sequence[float]) -> float:
-        """The rate with the best score of one run; one that diverges is not chosen.
-
-        Raises:
-            ValueError: all diverge.
-        """
-        scores = {rate: score for rate, score in zip(rates, self._run([(d, 0, rate) for rate in rates]), strict=True)}
-        finite = [rate for rate in rates if math.isfinite(scores[rate])]
-        if not finite:
-            raise ValueError(f"fit returned no finite score for d={d} at any of the learning rates {list(rates)}.")
-        return max(finite, key=lambda rate: scores[rate])
-
-    def _run(self, trials: Sequence[Trial]) -> list[float]:
-        configurations = [dict(zip(("d", "seed", "learning_rate"), trial, strict=True)) for trial in trials]
-        keys = [self.store.key(configuration) for configuration in configurations]
-        new = [place for place, name in enumerate(keys) if name not in self.store.rows]
-        self.bar.initial += len(trials) - len(new)  # what is known tells nothing of the time that a trial takes
-        self.bar.update(len(trials) - len(new))
-        for place, found, seconds in self.engine.run(self.fit, [trials[place] for place in new]):
-            row = dict(found) if isinstance(found, Mapping) else {"score": found}
-            # null: JSON has no NaN
-            row = {name: _plain(value) for name, value in row.items()}
-            self.store.add(configurations[new[place]], {**row, "seconds": round(seconds, 3)})
-            self.bar.update()
-        scores = [self.store.rows[name]["score"] for name in keys]
-        return [math.nan if score is None else score for score in scores]
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, Real):
-        return value
-    return float(value) if math.isfinite(value) else None
 
 
 def _check(dims: Sequence[int], target: float, of: str, seeds: int, learning_rates: Any, trials: int | None) -> None:

@@ -63,7 +63,7 @@ def plot(result: Result, path: str | os.PathLike) -> None:
     dims = [d for d, _, _ in result.points]
     edge = dims[-1] * 1.15
     low, high = (end if end is not None else edge for end in result.interval)
-    axes.axvspan(low, max(high, low * 1.01), color="0.85", label="90 % interval")
+    axes.axvspan(low, max(high, low * 1.01), color="0.85", label="90 % interval" if result.seeds > 1 else "bracket")
     for d, _, scores in result.points:
         axes.plot([d] * len(scores), scores, "o", color="0.35", markersize=3)
     axes.plot(dims, [fit for _, fit, _ in result.points], color="black", label="monotone fit")

@@ -32,6 +32,7 @@ class Search:
         share, floor: the target is `floor + share · (mean baseline − floor)`.
         seeds: of each d. A seed sets P and the order of the data.
         trials, minutes: the budget; None is no limit.
+        start: of the minutes, on the clock of `time.monotonic`; None is now.
         at_once: dimensions that are tried in one round of the bisection, where that many trials run side by side.
         progress: called before each round with the lowest and the highest d in question, and about how many trials are
             left.
@@ -49,13 +50,14 @@ class Search:
         minutes: float | None = None,
         progress: Callable[[int, int, int], None] = lambda low, high, left: None,
         at_once: int = 1,
+        start: float | None = None,
     ) -> None:
         self.at_once = max(at_once, 1)
         self.evaluate, self.grid, self.seeds = evaluate, list(grid), tuple(seeds)
         self.trials, self.minutes, self.progress = trials, minutes, progress
         self.curve = Curve(self.grid, {}, list(baseline), share, floor)
         self.scores: dict[int, list[float]] = self.curve.scores  # type: ignore[assignment]
-        self.start = time.monotonic()
+        self.start = time.monotonic() if start is None else start
 
     def run(self, sweep: bool = False) -> str:
         """Search, or measure the whole grid. Fills `curve`, and says why it stopped."""
@@ -80,13 +82,16 @@ class Search:
             wanted = wanted[: left // len(self.seeds) * len(self.seeds)]
             if not wanted:
                 raise Spent(f"the budget of {self.trials} trials is spent")
-        if self.minutes is not None and time.monotonic() - self.start > 60 * self.minutes:
-            raise Spent(f"the budget of {self.minutes:g} minutes is spent")
         halvings = math.log(max(high - low, 1), self.at_once + 1)
         left = len(dims) if after is None else after + math.ceil(halvings) * self.at_once
         self.progress(self.grid[low], self.grid[high], left * len(self.seeds))
-        for (d, _), score in zip(wanted, self.evaluate(wanted), strict=True):
-            self.scores.setdefault(d, []).append(float(score))
+        part = len(wanted) if self.minutes is None else self.at_once * len(self.seeds)
+        for first in range(0, len(wanted), part):
+            if self.minutes is not None and time.monotonic() - self.start > 60 * self.minutes:
+                raise Spent(f"the budget of {self.minutes:g} minutes is spent")
+            some = wanted[first : first + part]
+            for (d, _), score in zip(some, self.evaluate(some), strict=True):
+                self.scores.setdefault(d, []).append(float(score))
         return [i for i in indexes if self.grid[i] in self.scores]
 
     def _reaches(self, index: int) -> bool:
@@ -107,7 +112,9 @@ class Search:
             tops = self._measure([high - step for step in (2, 4, 7) if high > step], low, high)
             high = max((i for i in tops if self._reaches(i)), default=low)
             if high == low:
-                return "the target is not reached at the largest dimensions"
+                if self.curve.interval()[0] == len(self.grid):
+                    return "the target is not reached at the largest dimensions"
+                high = len(self.grid) - 1  # undecided: that it is reached somewhere is not excluded
         self._measure([low], low, high, support)
         while high - low > 1 and not self._reaches(low):
             parts = self.at_once + 1

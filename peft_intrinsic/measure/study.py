@@ -14,8 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from .command import measure_text
+from .curve import grid
 from .measure import NothingToMeasure, Result
 from .store import write_whole
+from .text import check_dims
 
 KINDS: dict[str, str] = {
     "checkpoints": "d90 over the checkpoints of one pretraining (section 5.1)",
@@ -50,19 +52,25 @@ def study(
     """
     rows: list[dict[str, Any]] = []
     out = Path(out)
+    if kind == "methods":
+        for model in models:  # DID's hours are lost if SAID asks for another grid
+            check_dims({**options, "model": model, "said": True}, measure.get("dims") or grid())
     for place, model in enumerate(models):
-        baseline = None
+        baseline, why_not = None, None
         for said in (False, True) if kind == "methods" else (bool(options["said"]),):
             trials = {**options, "model": model, "said": said, "train_score": kind == "gap"}
             name = f"{model} {'SAID' if said else 'DID'}"
             row: dict[str, Any] = {"name": name, "parameters": _parameters(model)}
             try:
+                if why_not:  # full fine-tuning is the same by either method
+                    raise why_not
                 folder = out / re.sub(r"[^\w.-]+", "_", name.strip("./"))
                 result = measure_text(trials, folder, **{"baseline": baseline, **measure})
-                baseline = result.baseline  # full fine-tuning is the same by either method
+                baseline = result.baseline
                 row |= {"d": result.d, "interval": result.interval, "baseline": float(np.mean(result.baseline))}
-                row |= {"share": result.name, "top": result.points[-1][0], **_gap(result)}
+                row |= {"share": result.name, "seeds": result.seeds, "top": result.points[-1][0], **_gap(result)}
             except NothingToMeasure as error:
+                why_not = error
                 row["why_not"] = str(error)
             row["x"] = {"checkpoints": _step(model, place), "models": row["parameters"], "gap": row.get("gap")}.get(
                 kind, len(rows)
@@ -107,7 +115,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ends = ["beyond the grid" if end is None else str(end) for end in row["interval"]]
     d = f"above {row['top']}" if row["d"] is None else str(row["d"])
     gap = f"{row['gap']:.4f}" if "gap" in row else ""
-    return [row["name"], f"{row['parameters']:,}", f"{row['baseline']:.4f}", d, f"[{ends[0]}, {ends[1]}]", gap]
+    interval = f"[{ends[0]}, {ends[1]}]{' (bracket of one seed)' if row['seeds'] == 1 else ''}"
+    return [row["name"], f"{row['parameters']:,}", f"{row['baseline']:.4f}", d, interval, gap]
 
 
 def _line(row: Mapping[str, Any]) -> str:

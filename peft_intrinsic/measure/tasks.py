@@ -112,6 +112,8 @@ def load_task(options: Mapping[str, Any]) -> Task:
     Raises:
         ValueError: an option does not fit the data; the message names it.
     """
+    if options["task"] is not None and options["task_type"] != "SEQ_CLS":
+        raise ValueError(f"task_type={options['task_type']!r}: the tasks of GLUE are SEQ_CLS. Name files for others.")
     if options["task"] is None:
         return files(*(options[name] for name in ("train", "eval", "columns", "label", "metric", "task_type")))
     return glue(options["task"], options["metric"])
@@ -163,7 +165,10 @@ def files(
         reader = READERS.get(Path(path).suffix)
         if reader is None:
             raise ValueError(f"{path}: the ending must be one of {', '.join(READERS)}.")
-        options: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if path.endswith(".tsv") else {}
+        # Only an empty cell is missing: None and NA may be classes, or texts.
+        options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if reader == "csv" else {}
+        if path.endswith(".tsv"):
+            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
         try:
             data = load_dataset(reader, data_files=str(path), split="train", **options)
         except FileNotFoundError:
@@ -181,6 +186,11 @@ def files(
             if column != label and not isinstance(data[0][column], list if task_type == "TOKEN_CLS" else str):
                 what = "lists of words" if task_type == "TOKEN_CLS" else "text"
                 raise ValueError(f"{path}: column {column!r} holds {data[0][column]!r}, not {what}.")
+            if column == label and task_type == "SEQ_CLS" and isinstance(data[0][column], list | dict):
+                raise ValueError(
+                    f"{path}: label={label!r} holds {data[0][column]!r}, not one class or number per row. For a class "
+                    "of each word: task_type='TOKEN_CLS' (--task-type)."
+                )
         splits[split] = data.select_columns(kept)
     task = Task(DatasetDict(splits), tuple(columns), label, metric, task_type)
     _check_labels(task, train, held_out)

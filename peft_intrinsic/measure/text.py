@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from datasets import DatasetDict
 from peft import get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -43,11 +46,17 @@ def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     own = sorted({"learning_rate", "seed", "output_dir"} & set(arguments))
     if own:
         raise ValueError(f"{', '.join(own)}: set by each trial. For learning rates to try: --full-rates and --rates.")
-    # YAML takes 1e-2 for a text.
-    numbers = {
-        name for name, value in arguments.items() if isinstance(value, str) and isinstance(defaults[name], float)
-    }
-    return {name: float(value) if name in numbers else value for name, value in arguments.items()}
+    return {name: _number(name, value, defaults[name]) for name, value in arguments.items()}
+
+
+def _number(name: str, value: Any, default: Any) -> Any:
+    if not isinstance(value, str) or isinstance(default, bool) or not isinstance(default, int | float):
+        return value
+    try:  # YAML takes 1e-2 for a text
+        number = float(value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r} of the TrainingArguments is not a number.") from None
+    return int(number) if isinstance(default, int) and number.is_integer() else number
 
 
 class TextFit:
@@ -82,9 +91,19 @@ class TextFit:
         train_score: bool = False,
         tokens: str | None = None,
     ) -> None:
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience must be at least 1, got {patience}. Leave it out to train to the end.")
         self.task, self.said, self.patience, self.max_length = task, said, patience, max_length
-        quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-        self.arguments = {**quiet, **_checked(arguments or {})}
+        self.arguments = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        if patience:
+            self.arguments |= {
+                "eval_strategy": "epoch",
+                "save_strategy": "epoch",
+                "save_total_limit": 1,
+                "load_best_model_at_end": True,
+                "metric_for_best_model": self.best,
+            }
+        self.arguments |= _checked(arguments or {})
         self.train_score = train_score
         self.tokenizer = AutoTokenizer.from_pretrained(model, **self.tokenizer_options)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -113,9 +132,11 @@ class TextFit:
         return DataCollatorWithPadding(self.tokenizer)
 
     def scored(self, prediction: Any) -> dict[str, float]:
-        """The metric, from the Trainer's predictions."""
+        """The metric, from the Trainer's predictions; NaN where they are not finite."""
         found = prediction.predictions
         found = found[0] if isinstance(found, tuple) else found  # encoder-decoders return states too
+        if not np.isfinite(found).all():
+            return {"score": math.nan}
         answers = found.squeeze(-1) if self.task.regression else found.argmax(-1)
         labels = prediction.label_ids[0] if isinstance(prediction.label_ids, tuple) else prediction.label_ids
         kept = labels != IGNORED
@@ -139,15 +160,8 @@ class TextFit:
 
     def run(self, model: Any, trained: dict[str, Any] | None) -> float | dict[str, float]:
         """Train, unless told no rate, and score."""
-        patience = self.patience if trained else None
         with tempfile.TemporaryDirectory() as folder:
-            options = {
-                "output_dir": folder,
-                **(trained or {}),
-                **self.arguments,
-                **(self.stopping() if patience else {}),
-            }
-            chosen = TrainingArguments(**options)
+            chosen = TrainingArguments(**{"output_dir": folder, **(trained or {}), **self.arguments})
             chosen._n_gpu = min(chosen.n_gpu, 1)  # no DataParallel, which multiplies the batch: --launch is for several
             trainer = Trainer(
                 model=model,
@@ -156,7 +170,7 @@ class TextFit:
                 eval_dataset=self.data["eval"],
                 data_collator=self.collator(),
                 compute_metrics=self.scored if self.best == "score" else None,
-                callbacks=[EarlyStoppingCallback(patience)] if patience else [],
+                callbacks=[EarlyStoppingCallback(self.patience)] if self.patience else [],
             )
             trainer.remove_callback(PrinterCallback)
             if trained:
@@ -168,16 +182,6 @@ class TextFit:
     def score(self, found: Mapping[str, float]) -> float:
         """The score, higher is better, from the Trainer's evaluation."""
         return found["eval_score"] if self.best == "score" else -found["eval_loss"]
-
-    def stopping(self) -> dict[str, Any]:
-        """What early stopping asks of the Trainer."""
-        return {
-            "eval_strategy": "epoch",
-            "save_strategy": "epoch",
-            "save_total_limit": 1,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": self.best,
-        }
 
 
 class TokenFit(TextFit):
@@ -222,6 +226,24 @@ class LanguageFit(TextFit):
 
 
 FITS: dict[str, type[TextFit]] = {"SEQ_CLS": TextFit, "TOKEN_CLS": TokenFit, "CAUSAL_LM": LanguageFit}
+
+
+def check_dims(options: Mapping[str, Any], dims: Sequence[int]) -> None:
+    """Whether the model, loaded without its weights, can have adapters of these d: asked before hours are spent.
+
+    Raises:
+        ValueError: the largest d exceeds the number of weights, or with SAID the least does not exceed that of λ.
+    """
+    with torch.device("meta"):
+        base = FITS[options["task_type"]].loader.from_config(AutoConfig.from_pretrained(options["model"]))
+    if dims[-1] > base.num_parameters():
+        raise ValueError(
+            f"dims (--dims): {options['model']} has {base.num_parameters()} weights, fewer than {dims[-1]}."
+        )
+    try:
+        get_peft_model(base, IntrinsicConfig(d=dims[0], said=options["said"], task_type=options["task_type"]))
+    except ValueError as error:
+        raise ValueError(f"dims (--dims): {error}") from None
 
 
 def text_fit(options: Mapping[str, Any], folder: str | os.PathLike | None = None) -> TextFit:

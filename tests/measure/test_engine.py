@@ -18,6 +18,7 @@ from texts import command, write
 
 from peft_intrinsic.cli import main
 from peft_intrinsic.measure import RayEngine, grid, measure_intrinsic_dimension
+from peft_intrinsic.measure.engine import _Worker
 from peft_intrinsic.measure.launch import LaunchedFit, _lives
 
 ray = pytest.importorskip("ray")
@@ -100,13 +101,20 @@ def test_a_trial_whose_worker_dies_is_repeated(engine, curve, tmp_path):
     assert marker.exists()
 
 
+def test_a_worker_that_dies_again_and_again(engine):
+    other = RayEngine()
+    other.worker = ray.remote(max_restarts=0)(_Worker)
+    with pytest.raises(RuntimeError, match=r"trial \(None, \d, None\).*died again and again.*--cpus"):
+        measure_intrinsic_dimension(lambda d, seed: os.kill(os.getpid(), signal.SIGKILL), DIMS, engine=other)
+
+
 def test_a_trial_that_fits_nowhere(engine):
     with pytest.raises(ValueError, match="A trial asks for 1 CPUs and 3 GPUs; the cluster has"):
         RayEngine(gpus=3)
 
 
 def test_each_trial_an_accelerate_launch_in_ray(engine, tmp_path):
-    """Two processes per trial with half the data each, under Ray, against one process here: the same scores."""
+    """Two processes per trial with half the data each, or one worker, under Ray, against one process here."""
     rng = random.Random(0)
     texts = [[rng.choice(["good", "bad", "film", "a", "very"]) for _ in range(6)] for _ in range(64)]
     rows = [{"text": " ".join(words), "label": words.count("good") - words.count("bad") + 0.0} for words in texts]
@@ -123,6 +131,7 @@ def test_each_trial_an_accelerate_launch_in_ray(engine, tmp_path):
     found = {}
     for name, more in {
         "launched": ["--engine", "ray", "--launch", launch, "--batch", "8"],
+        "there": ["--engine", "ray", "--batch", "16"],
         "here": ["--batch", "16"],
     }.items():
         options = ["--dims", "64,512,2", "--seeds", "1", "--metric", "spearman", "--patience", "2"]
@@ -131,6 +140,7 @@ def test_each_trial_an_accelerate_launch_in_ray(engine, tmp_path):
         report = json.loads((tmp_path / name / "report.json").read_text())
         found[name] = {row["d"]: row["score"] for row in report["trials"]}
     assert len(list((tmp_path / "launched" / "tokens").iterdir())) == 2
+    assert found["there"] == pytest.approx(found["here"], abs=1e-6)
     assert found["launched"] == pytest.approx(found["here"], abs=5e-3)  # ranks of near ties
     assert len({*found["here"].values()}) == 3
 

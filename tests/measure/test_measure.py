@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import random
 import signal
@@ -78,32 +77,6 @@ def test_learning_rates_are_chosen_on_the_same_terms():
 def test_refused(options, message):
     with pytest.raises(ValueError, match=message):
         measure_intrinsic_dimension(step, **{"dims": DIMS, **options})
-
-
-def test_a_score_that_is_no_number():
-    with pytest.raises(ValueError, match=r"fit returned no finite score for d=None, seed=0"):
-        measure_intrinsic_dimension(lambda d, seed: math.nan, DIMS)
-
-
-def test_a_trial_that_diverges_counts_as_the_trivial_answer(tmp_path):
-    fit = lambda d, seed: math.nan if (d, seed) == (1000, 1) else step(d, seed)  # noqa: E731
-    result = measure_intrinsic_dimension(fit, DIMS, majority=0.5, out=tmp_path)
-    assert dict((d, scores) for d, _, scores in result.points)[1000] == [0.8, 0.5, 0.8]
-    assert result.diverged == 1
-    assert "| diverged trials, counted as the trivial answer | 1 |" in markdown(result)
-    assert measure_intrinsic_dimension(fit, DIMS, majority=0.5, out=tmp_path) == result
-
-
-def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path):
-    def fit(d, seed, rate):
-        return math.nan if rate > 1 else step(d, seed)
-
-    result = measure_intrinsic_dimension(fit, DIMS, learning_rates=([9, 0.1], [0.1, 9]), out=tmp_path)
-    assert result.learning_rates == (0.1, 0.1)
-    assert measure_intrinsic_dimension(fit, DIMS, learning_rates=([9, 0.1], [0.1, 9]), out=tmp_path).d == result.d
-    assert "NaN" not in (tmp_path / "trials.jsonl").read_text()
-    with pytest.raises(ValueError, match=r"no finite score for d=None at any of the learning rates \[9, 8\]"):
-        measure_intrinsic_dimension(fit, DIMS, learning_rates=([9, 8], [0.1, 9]))
 
 
 def test_folder_of_other_settings(tmp_path):

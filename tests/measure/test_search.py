@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import sem, t
 from sklearn.isotonic import IsotonicRegression
 
 from peft_intrinsic.measure import grid
@@ -42,6 +43,15 @@ def test_monotone_fit_against_scikit_learn():
         means, counts = rng.normal(size=n) + np.arange(n) / 4, rng.integers(1, 5, n)
         expected = IsotonicRegression().fit_transform(np.arange(n), means, sample_weight=counts)
         np.testing.assert_allclose(monotone(list(range(n)), means, counts), expected, atol=1e-12)
+
+
+def test_the_spread_of_three_baselines_is_student_s():
+    """A score known at every d: the interval is that of the target, from scipy's t distribution."""
+    baseline = [0.85, 0.9, 0.95]
+    low, high = Curve(GRID, {d: [i / 63] * 2 for i, d in enumerate(GRID)}, baseline).interval()
+    ends = 0.9 * np.array(t.interval(0.9, 2, np.mean(baseline), sem(baseline)))
+    assert abs(low - 63 * ends[0]) <= 2
+    assert abs(high - min(63 * ends[1], 64)) <= 2
 
 
 def test_crossing_between_measured_dimensions():
@@ -148,6 +158,28 @@ def test_intervals_cover_and_searches_are_short():
     search, _, _ = searched(lambda d, seed: 0.9 / (1 + np.exp(-(np.log(d) - 8))) + 1e-4 * seed)
     low, high = search.curve.interval()
     assert high - low <= 1
+
+
+def plateau(number: int) -> bool:
+    """A step to a plateau little above the target, and full fine-tuning that is less certain than the curve."""
+    rng = np.random.default_rng(number)
+    level = rng.uniform(0.812, 0.825)
+    search, _, _ = searched(
+        lambda d, seed: (level if d >= GRID[30] else 0.5) + 0.003 * rng.normal(),
+        [0.9 + 0.02 * rng.normal() for _ in range(3)],
+    )
+    low, high = search.curve.interval()
+    return low <= 30 <= high
+
+
+def test_an_interval_covers_where_the_largest_dimensions_are_near_the_target():
+    assert np.mean([plateau(number) for number in range(100)]) >= 0.85
+
+
+def test_a_crossing_below_what_was_measured_is_not_excluded():
+    """The largest dimensions fail by less than full fine-tuning is uncertain."""
+    curve = Curve(GRID, {d: [0.8, 0.801, 0.799] for d in GRID[-8:]}, [0.87, 0.9, 0.93])
+    assert (curve.index(), curve.interval()) == (64, (0, 64))
 
 
 def test_interval_without_repeated_seeds_is_the_bracket():

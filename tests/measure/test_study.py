@@ -44,11 +44,23 @@ def test_methods(options, tmp_path, monkeypatch):
     assert {path: path.read_text() for path in before} == before
 
 
+def test_a_grid_that_said_cannot_have_is_refused_before_did_begins(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny("bert", tmp_path / "base")
+    with pytest.raises(SystemExit):
+        main(["study", "methods", "base", *options, "--dims", "2,512,3"])
+    assert "dims (--dims): d=2 must exceed the number of λ" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
 def test_models_that_cannot_be_measured_are_noted(options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "small")
     tiny("electra", tmp_path / "other")
     never = [*options, "--full-rates", "0"]
+    both = study("methods", ["small"], [*never, "--out", "methods"], tmp_path / "methods")
+    assert [row["why_not"] for row in both] == [both[0]["why_not"]] * 2
+    assert not (tmp_path / "methods" / "small_SAID").exists()
     rows = study("models", ["small"], never, tmp_path / "study")
     assert "no better than the majority class" in rows[0]["why_not"]
     assert "small DID" in capsys.readouterr().out

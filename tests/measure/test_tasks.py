@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,13 @@ def test_metrics_by_hand():
         ({"--dims": "many"}, "argument --dims: 'many'"),
         ({"--metric": "spearman"}, "metric='spearman' is for numbers; column 'label' holds others"),
         ({"--task-type": "TOKEN_CLS", "--metric": "spearman"}, "metric='spearman' is for texts"),
+        ({"--train": "tags.jsonl"}, "label='label' holds ['O', 'B'], not one class or number per row"),
         ({"--task-type": "TOKEN_CLS"}, "column 'text' holds 'a very bad film', not lists of words"),
     ],
 )
-def test_bad_input(change, message, data, tmp_path, capsys):
+def test_bad_input(change, message, data, tmp_path, capsys, monkeypatch):
+    write(tmp_path, "tags.jsonl", [{"text": GOOD, "label": ["O", "B"]}])
+    monkeypatch.chdir(tmp_path)
     arguments = command(data, "no-model", tmp_path / "run")
     for option, value in change.items():
         if option in arguments:
@@ -57,6 +61,7 @@ def test_bad_input(change, message, data, tmp_path, capsys):
     [
         ("learning_rate: 0.1", "learning_rate: set by each trial"),
         ("learning_rat: 0.1", "TrainingArguments have no learning_rat"),
+        ("warmup_steps: a tenth", "warmup_steps='a tenth' of the TrainingArguments is not a number"),
         ("- a list", "more.yaml must hold names and values"),
     ],
 )
@@ -65,6 +70,33 @@ def test_bad_arguments(yaml, message, data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(command(data, tiny("bert", tmp_path / "base"), tmp_path / "run", "--config", str(tmp_path / "more.yaml")))
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--patience", "0"], "patience must be at least 1, got 0"),
+        (["--said", "--dims", "2,512,3"], "dims (--dims): d=2 must exceed the number of λ"),
+        (["--dims", "8,1000000,3"], "weights, fewer than 1000000"),
+        (["--engine", "ray"], "pip install 'peft_intrinsic[ray]'"),
+    ],
+)
+def test_bad_options(options, message, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    tiny("bert", tmp_path / "base")
+    with pytest.raises(SystemExit):
+        main(command(data, "base", tmp_path / "run", *options))
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "trials.jsonl").exists()
+
+
+def test_classes_named_as_if_they_were_missing(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\nn/a,None\na film,NA\nnull,null\n")
+    task = files(str(path), str(path), ["text"])
+    assert list(task.data["eval"]["text"]) == ["n/a", "a film", "null"]
+    assert task.classes == ["NA", "None", "null"]
 
 
 def test_rows_with_holes(tmp_path):
@@ -87,6 +119,9 @@ def test_a_task_that_is_not_in_glue(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["measure", "--model", "x", "--task", "glue/none", "--out", str(tmp_path)])
     assert "task='glue/none' is unknown. Known are glue/cola" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["measure", "--model", "x", "--task", "glue/sst2", "--task-type", "CAUSAL_LM", "--out", str(tmp_path)])
+    assert "task_type='CAUSAL_LM': the tasks of GLUE are SEQ_CLS" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -190,5 +191,27 @@ def test_an_encoder_decoder(tmp_path):
 
 def test_yaml_s_numbers(data, tmp_path):
     task = files(data["train"], data["eval"], ["text"])
-    fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 1, "weight_decay": "1e-2"})
-    assert fit.arguments["weight_decay"] == 0.01
+    numbers = {"weight_decay": "1e-2", "warmup_steps": "1e-1", "max_steps": "1e0"}
+    fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, **numbers})
+    assert {name: fit.arguments[name] for name in numbers} == {
+        "weight_decay": 0.01,
+        "warmup_steps": 0.1,
+        "max_steps": 1,
+    }
+    assert 0 <= fit(8, 0, 0.01) <= 1
+
+
+def test_a_classifier_that_diverges_has_no_score(data, tmp_path):
+    task = files(data["train"], data["eval"], ["text"])
+    fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 2, "max_grad_norm": 0})
+    assert math.isnan(fit(None, 0, 1e30))
+    assert math.isfinite(fit(None, 0, 1e-3))
+
+
+def test_arguments_win_over_what_early_stopping_asks(data, tmp_path):
+    task = files(data["train"], data["eval"], ["text"])
+    more = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 20}
+    fit = TextFit(tiny("bert", tmp_path / "base"), task, patience=1, arguments={**QUICK, **more})
+    assert fit.arguments["eval_strategy"] == "steps"
+    assert fit.arguments["load_best_model_at_end"]
+    assert 0 <= fit(8, 0, 0.01) <= 1
