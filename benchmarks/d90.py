@@ -27,7 +27,7 @@ TASKS = {
     "mrpc": (
         CPU + "bf16: true\n",
         "--text sentence1 sentence2 --epochs 2 --batch 8 --max-length 80 --dims 512,32768,7 --full-rates 5e-5,1e-4 "
-        "--rates 0.005,0.01",
+        "--rates 0.005,0.01 --trials 15",
     ),
 }
 
