@@ -56,22 +56,22 @@ def study(
         for model in models:  # DID's hours are lost if SAID asks for another grid
             check_dims({**options, "model": model, "said": True}, measure.get("dims") or grid())
     for place, model in enumerate(models):
-        baseline, why_not = None, None
+        baseline: list[float] | None = None
+        why_not: dict[str, str] = {}
         for said in (False, True) if kind == "methods" else (bool(options["said"]),):
             trials = {**options, "model": model, "said": said, "train_score": kind == "gap"}
             name = f"{model} {'SAID' if said else 'DID'}"
             row: dict[str, Any] = {"name": name, "parameters": _parameters(model)}
             try:
-                if why_not:  # full fine-tuning is the same by either method
-                    raise why_not
-                folder = out / re.sub(r"[^\w.-]+", "_", name.strip("./"))
-                result = measure_text(trials, folder, **{"baseline": baseline, **measure})
-                baseline = result.baseline
-                row |= {"d": result.d, "interval": result.interval, "baseline": float(np.mean(result.baseline))}
-                row |= {"share": result.name, "seeds": result.seeds, "top": result.points[-1][0], **_gap(result)}
+                if not why_not:  # full fine-tuning is the same by either method
+                    folder = out / re.sub(r"[^\w.-]+", "_", name.strip("./"))
+                    result = measure_text(trials, folder, **{"baseline": baseline, **measure})
+                    baseline = result.baseline
+                    row |= {"d": result.d, "interval": result.interval, "baseline": float(np.mean(result.baseline))}
+                    row |= {"share": result.name, "seeds": result.seeds, "top": result.points[-1][0], **_gap(result)}
             except NothingToMeasure as error:
-                why_not = error
-                row["why_not"] = str(error)
+                why_not = {"why_not": str(error)}
+            row |= why_not
             row["x"] = {"checkpoints": _step(model, place), "models": row["parameters"], "gap": row.get("gap")}.get(
                 kind, len(rows)
             )
