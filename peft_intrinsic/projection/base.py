@@ -53,8 +53,12 @@ class TensorProjection(ABC):
     cols: int
 
     @abstractmethod
+    def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of the offset: `[d] -> [stop − start, cols]`; with `[batch, d]`, batch first."""
+
     def materialise(self, theta: torch.Tensor) -> torch.Tensor:
         """The offset itself: `[d] -> [rows, cols]`, or `[batch, d] -> [batch, rows, cols]`."""
+        return self.slab(theta, 0, self.rows)
 
     def linear(self, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         """x times the transposed offset: `[..., cols], [d] -> [..., rows]`. With `[batch, d]`, x is batch first."""

@@ -20,13 +20,13 @@ class DenseTensor(TensorProjection):
         self.rows, self.cols = rows, cols
         self._state = {matrix.device: matrix}
 
-    def materialise(self, theta: torch.Tensor) -> torch.Tensor:
+    def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         if theta.device not in self._state:
             with torch.inference_mode(False):
                 self._state[theta.device] = next(iter(self._state.values())).to(theta.device)
         with torch.autocast(theta.device.type, enabled=False):
-            flat = theta.float() @ self._state[theta.device].T
-            return flat.unflatten(-1, (self.rows, self.cols))
+            flat = theta.float() @ self._state[theta.device][start * self.cols : stop * self.cols].T
+            return flat.unflatten(-1, (stop - start, self.cols))
 
 
 @torch.inference_mode(False)

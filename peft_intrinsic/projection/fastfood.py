@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from functools import lru_cache
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -19,9 +19,30 @@ ROWS = 16384
 DEFAULT_BLOCK_SIZE = 64
 
 
-@lru_cache(maxsize=8)
-def _gaussian(seed: int, n: int, rows: int) -> torch.Tensor:
-    return torch.from_numpy(normal_rows(seed, "gaussian", "", rows, n))
+class Gaussian:
+    """G, `float32[rows, n]`: one for all tensors of a projection, with one copy for each device."""
+
+    def __init__(self, seed: int, n: int, rows: int) -> None:
+        matrix = torch.from_numpy(normal_rows(seed, "gaussian", "", rows, n))
+        self._copies = {matrix.device: matrix}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """G on `device`."""
+        if device not in self._copies:
+            with torch.inference_mode(False):
+                self._copies[device] = next(iter(self._copies.values())).to(device)
+        return self._copies[device]
+
+
+_ALIVE: WeakValueDictionary[tuple[int, int, int], Gaussian] = WeakValueDictionary()
+"""G of the adapters that exist, by (seed, n, rows): adapters of one seed share it."""
+
+
+def _gaussian(seed: int, n: int, rows: int) -> Gaussian:
+    found = _ALIVE.get((seed, n, rows))
+    if found is None:
+        found = _ALIVE[seed, n, rows] = Gaussian(seed, n, rows)
+    return found
 
 
 class FastfoodTensor(TensorProjection):
@@ -29,7 +50,7 @@ class FastfoodTensor(TensorProjection):
 
     Args:
         rows, cols: of the tensor.
-        gaussian: G, `float32[≥ min(rows, R), n]`, shared by all tensors.
+        gaussian: G, `[≥ min(rows, R), n]`, shared by all tensors.
         before: B, `float32[tiles, n]`.
         permutation: Π, `int64[tiles, n]`.
         after: B' times the tile's scale, `float32[tiles, n]`.
@@ -41,7 +62,7 @@ class FastfoodTensor(TensorProjection):
         self,
         rows: int,
         cols: int,
-        gaussian: torch.Tensor,
+        gaussian: Gaussian,
         before: torch.Tensor,
         permutation: torch.Tensor,
         after: torch.Tensor,
@@ -53,12 +74,13 @@ class FastfoodTensor(TensorProjection):
         self.n = before.shape[1]
         self.chunks = -(-rows // ROWS)
         self.blocks = -(-cols // self.n)
+        self.gaussian = gaussian
         self._state: dict[torch.device, tuple[torch.Tensor, ...]] = {
-            before.device: (gaussian, before, permutation, after, slices)
+            before.device: (before, permutation, after, slices)
         }
 
     def state(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """G, B, Π, scaled B' and slices on `device`."""
+        """B, Π, scaled B' and slices on `device`."""
         if device not in self._state:
             with torch.inference_mode(False):
                 self._state[device] = tuple(t.to(device) for t in self._state[next(iter(self._state))])
@@ -66,7 +88,7 @@ class FastfoodTensor(TensorProjection):
 
     def mixed(self, theta: torch.Tensor) -> torch.Tensor:
         """u = scale · B' Π (1/√n) H B θ of every tile: `[..., d] -> [..., chunks, blocks, n]`."""
-        _, before, permutation, after, slices = self.state(theta.device)
+        before, permutation, after, slices = self.state(theta.device)
         with torch.autocast(theta.device.type, enabled=False):
             theta = F.pad(theta.float(), (0, self.count * self.width - theta.shape[-1]))
             theta = F.pad(theta.unflatten(-1, (self.count, self.width)), (0, self.n - self.width))  # [..., count, n]
@@ -83,17 +105,21 @@ class FastfoodTensor(TensorProjection):
 
     def basis(self, theta: torch.Tensor, chunk: int) -> torch.Tensor:
         """The rows of G that a row chunk uses: `[height, n]`."""
-        return self.state(theta.device)[0][: min(ROWS, self.rows - chunk * ROWS)]
+        return self.gaussian.on(theta.device)[: min(ROWS, self.rows - chunk * ROWS)]
 
     def factors(self, theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The offset as a product, `[d] -> [rows, k], [k, cols]` with k = chunks · n."""
         left = torch.block_diag(*(self.basis(theta, r) for r in range(self.chunks)))
         return left, self.factor(theta).flatten(0, 1)
 
-    def materialise(self, theta: torch.Tensor) -> torch.Tensor:
+    def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         with torch.autocast(theta.device.type, enabled=False):
             a = self.factor(theta)
-            return torch.cat([self.basis(theta, r) @ a[..., r, :, :] for r in range(self.chunks)], -2)
+            parts = []
+            for r in range(start // ROWS, -(-stop // ROWS)):
+                rows = self.basis(theta, r)[max(start - r * ROWS, 0) : stop - r * ROWS]
+                parts.append(rows @ a[..., r, :, :])
+            return torch.cat(parts, -2)
 
     def linear(self, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         each = theta.dim() > 1
@@ -114,7 +140,7 @@ class FastfoodTensor(TensorProjection):
         with torch.autocast(theta.device.type, enabled=False):
             place = (*samples(theta, index), index // ROWS)
             u = self.mixed(theta)[place]  # [..., blocks, n]
-            g = F.embedding(index % ROWS, self.state(theta.device)[0])  # [..., n]
+            g = F.embedding(index % ROWS, self.gaussian.on(theta.device))  # [..., n]
             return fwht(g.unsqueeze(-2) * u).flatten(-2)[..., : self.cols]
 
 

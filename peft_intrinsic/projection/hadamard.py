@@ -7,6 +7,7 @@ from functools import cache
 import torch
 
 _FACTOR = 128  # order up to which one product is cheaper than splitting
+_KEPT = 1024  # order up to which matrices are kept: 4 MiB
 
 
 def _built(n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -23,8 +24,10 @@ def _cached(n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _sylvester(n: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    # A compiled graph cannot look into the cache; it makes the matrix once for all of its uses.
-    return _built(n, device, dtype) if torch.compiler.is_compiling() else _cached(n, device, dtype)
+    # A compiled graph cannot look into the cache; it makes the matrix once for all of its uses. The cache lasts as
+    # long as the process, so it is for small matrices.
+    small = n <= _KEPT and not torch.compiler.is_compiling()
+    return _cached(n, device, dtype) if small else _built(n, device, dtype)
 
 
 def hadamard(n: int, width: int, like: torch.Tensor) -> torch.Tensor:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
-from peft.utils import TaskType
+from peft.utils import PeftType, TaskType
 
 from ..projection import ALGORITHM_VERSION, PROJECTIONS
 from ..version import __version__
-from .plugin import add_peft_type
 
-HEAD_NAMES: dict[str, tuple[str, ...]] = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
-"""What task heads are called in transformers models."""
+SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "scale", "algorithm_version")
+"""Options that must agree for the numbers of two adapters to mean the same."""
+
+
+WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+"""Tasks whose models have a head that PEFT would train in full."""
 
 
 class NoModules(list):
@@ -98,10 +99,14 @@ class IntrinsicConfig(PeftConfig):
             `"subspace"` (section 3.3): whatever the checkpoint did not bring starts from a fixed random stream, the
             same for every adapter, and the task head is moved by P whatever `target_modules` says; so d numbers are
             the whole classifier. `"keep"`: the head is left as it is, and moved only if `target_modules` names it.
+        redrawn (`list[str]`, *optional*):
+            Names of the parameters that start from the fixed stream. `None` takes those that transformers reported as
+            missing from the checkpoint, if nothing has changed them since.
         init_weights (`bool`):
-            `True` starts at θ = 0, the pretrained model itself. `False` draws θ, for tests.
+            `True` starts at θ = 0, the pretrained model itself. `False` draws θ, from torch's generator, for tests.
 
-    The remaining fields are filled in by the library and checked when an adapter is loaded.
+    The remaining fields are filled in when the adapter is attached, and checked when it is loaded. A configuration that
+    was filled in for one model can be passed for another: it then begins again, as a copy, from what was asked for.
 
     Raises:
         ValueError, TypeError: an option has a value that cannot work; the message names it and a remedy.
@@ -127,12 +132,18 @@ class IntrinsicConfig(PeftConfig):
     requires: str = f"peft_intrinsic>={__version__}"
     redrawn: list[str] | None = field(default=None, metadata={"help": "Parameters that start from the fixed stream."})
     manifest: str | None = field(default=None, metadata={"help": "Marks of the targeted names and shapes."})
+    checksum: str | None = field(default=None, metadata={"help": "Of the numbers in the file beside it."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = add_peft_type()
+        self.peft_type = PeftType("INTRINSIC")
         self._check()
-        self.modules_to_save = NoModules() if self.modules_to_save is None else list(self.modules_to_save)
+        whole = self.modules_to_save
+        loaded = self.manifest is not None  # and so perhaps by a class for such a task
+        if isinstance(whole, NoModules) or (whole is None and (loaded or self.task_type in WITH_HEAD)):
+            self.modules_to_save = NoModules()
+        else:
+            self.modules_to_save = None if whole is None else list(whole)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):
@@ -140,14 +151,43 @@ class IntrinsicConfig(PeftConfig):
         # Present and empty, it keeps PEFT from writing targeted embeddings into the adapter file.
         self.trainable_token_indices: dict[str, Any] = {}
         self.head_modules: set[str] = set()
+        self.asked: dict[str, Any] | None = None
+        self.checksum_to_save: str | None = None
+
+    def remember(self) -> dict[str, Any]:
+        """The options that an attachment may fill in, as they are now."""
+        now = {name: copy.copy(getattr(self, name)) for name in ("target_modules", "block_size", "redrawn", "manifest")}
+        if self.manifest is None:
+            self.asked = now
+        return now
+
+    def restore(self, options: dict[str, Any]) -> None:
+        """Undo a failed attachment: `options` are what `remember` returned."""
+        self.__dict__.update(options)
+        self.asked = None if options is self.asked else self.asked
+
+    def as_asked(self) -> IntrinsicConfig:
+        """A copy as it was before an attachment filled it in."""
+        fresh = copy.copy(self)
+        fresh.restore(self.asked or {})
+        return fresh
+
+    def differences(self, other: IntrinsicConfig) -> list[str]:
+        """What keeps the numbers of two adapters from meaning the same: options and values, none if they agree."""
+        return [
+            name + (f" ({getattr(self, name)!r} and {getattr(other, name)!r})" if name in SAME else "")
+            for name in (*SAME, "manifest", "redrawn")
+            if getattr(self, name) != getattr(other, name)
+        ]
 
     def _check(self) -> None:
         for name, low in (("d", 1), ("seed", 0), ("block_size", 1), ("algorithm_version", 1)):
             value = getattr(self, name)
             if name == "block_size" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}.")
+            setattr(self, name, value := int(value))  # numpy's integers cannot be written to a file
             if not low <= value < 2**63:
                 raise ValueError(f"{name} must be at least {low} and below 2**63, got {value}.")
         if self.block_size is not None and self.block_size & (self.block_size - 1):
@@ -162,6 +202,10 @@ class IntrinsicConfig(PeftConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        for name in ("manifest", "checksum", "requires"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name == "requires"):
+                raise TypeError(f"{name} must be a string, got {value!r}. Save the adapter again.")
         for name in ("said", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -182,19 +226,22 @@ class IntrinsicConfig(PeftConfig):
             )
 
     def _check_names(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "target_parameters", "modules_to_save"):
+        whole = ("target_parameters", "modules_to_save", "redrawn")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", *whole):
             value = getattr(self, name)
-            alone = name not in ("target_parameters", "modules_to_save")
+            alone = name not in whole
             listed = isinstance(value, list | set | tuple) and all(isinstance(item, str) for item in value)
             if not (value is None or listed or (alone and isinstance(value, str))):
                 kinds = "a string or a list of strings" if alone else "a list of strings"
                 raise TypeError(f"{name} must be None or {kinds}, got {value!r}.")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), str):
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            patterns = [value] if isinstance(value, str) else value if name == "layers_pattern" else ()
+            for pattern in patterns or ():
                 try:
-                    re.compile(value)
-                except re.error as error:
-                    raise ValueError(f"{name}={value!r} is not a regular expression: {error}.") from None
+                    re.compile(pattern)
+                except (re.error, RecursionError, OverflowError) as error:
+                    raise ValueError(f"{name}={pattern!r} is not a regular expression: {error}.") from None
         indexes = self.layers_to_transform
         for index in indexes if isinstance(indexes, list | tuple) else [0 if indexes is None else indexes]:
             if isinstance(index, bool) or not isinstance(index, int):
@@ -207,7 +254,8 @@ class IntrinsicConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary."""
-        return {**super().to_dict(), "modules_to_save": self.full_modules}
+        checksum = self.checksum_to_save or self.checksum
+        return {**super().to_dict(), "modules_to_save": self.full_modules, "checksum": checksum}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and say in an existing model card how the adapter is loaded."""

@@ -1,19 +1,21 @@
-"""What the tuner's layers share: offsets, numbers of each sample, effective parameters, merging."""
+"""What the tuner's layers share: offsets, effective parameters, merging."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..projection import TensorProjection
-from .merging import kept, read, restore, write
+from .effective import EffectiveTensor
+from .merging import add_offsets, kept, restore
+from .targets import HOLDER, canonical, foreign
+from .vector import IntrinsicVector
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Offset:
     """One parameter's share of P.
 
     Args:
+        name: of the parameter, in the plain base model.
         projection: its rows of P, with the parameter seen as a matrix `[rows, cols]`.
         shape: of the parameter itself.
         transposed: the matrix is the parameter's transpose (Conv1D of GPT-2).
@@ -28,6 +31,7 @@ class Offset:
         merges: whether this module does the merging of a parameter that several share.
     """
 
+    name: str
     projection: TensorProjection
     shape: tuple[int, ...]
     transposed: bool
@@ -40,81 +44,56 @@ class Offset:
         return matrix.mT if self.transposed else matrix.view((*theta.shape[:-1], *self.shape))
 
 
-@dataclass(frozen=True)
-class Route:
-    """Numbers of its own for every sample of a batch, in the projection of one adapter.
-
-    Args:
-        adapter: whose projection.
-        theta: `[batch, d − m]`.
-        scales: λ, `[batch, m]`.
-    """
-
-    adapter: str
-    theta: torch.Tensor
-    scales: torch.Tensor
-
-    def scaled(self, group: int | None) -> torch.Tensor:
-        """θ, or λ_group · θ, of every sample: `[batch, d − m]`."""
-        return self.theta if group is None else self.theta * self.scales[:, group, None]
-
-
-class _Current(threading.local):
-    """The routes that are in force, by the holder they are for: each thread has its own."""
-
-    def __init__(self) -> None:
-        self.routes: dict[nn.Module, list[Route]] = {}
-
-
-CURRENT = _Current()
-_SHADOWING = threading.RLock()
-
-
-@contextmanager
-def shadowed(module: nn.Module, values: Mapping[str, torch.Tensor | None]) -> Iterator[None]:
-    """Let readers of `module` see `values` in place of its parameters.
-
-    An entry in the instance dictionary is found before `nn.Module` looks among the parameters. Unlike
-    `torch.func.functional_call`, this also holds under FSDP 1, which keeps its views there.
-    """
-    hidden = {name: module.__dict__[name] for name in values if name in module.__dict__}
-    module.__dict__.update(values)
-    if "_flat_weights" in module.__dict__:  # recurrent layers of torch read this list
-        flat = module.__dict__["_flat_weights"]
-        module.__dict__["_flat_weights"] = [getattr(module, name) for name in module.__dict__["_flat_weights_names"]]
-    try:
-        yield
-    finally:
-        for name in values:
-            module.__dict__.pop(name, None)
-        module.__dict__.update(hidden)
-        if "_flat_weights" in module.__dict__:
-            module.__dict__["_flat_weights"] = flat
-
-
 class IntrinsicLayer(BaseTunerLayer):
-    """What all tuner layers share: which offsets they apply for which adapter, and merging."""
+    """What all tuner layers share: which offsets they apply for which adapter, and merging.
 
+    θ and λ belong to the holder. Every layer shows the holder's dictionaries as its own, which is how PEFT freezes,
+    deletes and counts them.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("intrinsic_theta", "intrinsic_lambda")
     other_param_names: tuple[str, ...] = ("offsets",)
     mixable = False  # whether the samples of a batch can have different adapters
+    in_features: int
+    out_features: int
 
-    def __init__(self, vector: Any) -> None:
+    def __init__(self, vector: IntrinsicVector) -> None:
         self.offsets: dict[str, dict[str, Offset]] = {}
         self.merged_adapters: list[str] = []
-        self.rounding = (0.0, 0.0)  # squared norms: what merging lost of the offsets, and the offsets
+        self.rounding: tuple[Any, Any] = (0.0, 0.0)  # squared norms: what merging lost of the offsets, and the offsets
         self._originals: dict[str, Any] = {}
         self._vector = (vector,)  # in a tuple: the holder must not become a sub-module of every layer
 
     @property
-    def vector(self) -> Any:
+    def vector(self) -> IntrinsicVector:
         """The holder of θ and λ."""
         return self._vector[0]
+
+    @property
+    def intrinsic_theta(self) -> nn.ModuleDict:
+        """θ of every adapter of the model."""
+        return self.vector.intrinsic_theta
+
+    @property
+    def intrinsic_lambda(self) -> nn.ModuleDict:
+        """λ of every adapter of the model."""
+        return self.vector.intrinsic_lambda
+
+    @property
+    def weight(self) -> Any:
+        """The weight with its offset, for readers that do not call the layer; None where there is none."""
+        return self.read("weight")
+
+    @property
+    def bias(self) -> Any:
+        """Likewise."""
+        return self.read("bias")
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.offsets)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Nothing to move: θ lives on the holder."""
+        self.vector.move_to_base(adapter_name, device)
 
     def enable_adapters(self, enabled: bool) -> None:
         """As in PEFT, but unmerge at once: a tied parameter has one owner, which a forward pass need not visit."""
@@ -122,12 +101,12 @@ class IntrinsicLayer(BaseTunerLayer):
             self.unmerge()
         super().enable_adapters(enabled)
 
-    def _applied(self) -> list[tuple[str, Offset, torch.Tensor]]:
+    def applied(self) -> list[tuple[str, Offset, torch.Tensor]]:
         """Parameter name, offset and λθ of everything that a forward pass adds. λθ of routes is `[batch, d − m]`."""
         if self.disable_adapters or self.merged:
             return []
         vector = self.vector
-        routes = CURRENT.routes.get(vector)
+        routes = vector.choices.routes()
         if routes is not None:
             return [
                 (name, offset, route.scaled(offset.group))
@@ -140,6 +119,45 @@ class IntrinsicLayer(BaseTunerLayer):
             for name, offset in self.offsets.get(adapter, {}).items()
         ]
 
+    def base_parameter(self, name: str) -> Any:
+        """A parameter of the base layer, as it is; None where there is none."""
+        return getattr(self.get_base_layer(), name, None)
+
+    def read(self, name: str) -> Any:
+        """A parameter for readers: with its offset, unless it is quantised or offloaded.
+
+        Its numbers are made when they are used. A compiler drops what is not used by itself, so it gets them at once.
+        An offloaded parameter is not there to be read.
+        """
+        base = self.base_parameter(name)
+        plain = isinstance(base, torch.Tensor) and base.is_floating_point() and base.element_size() > 1
+        if not plain or base.is_meta:
+            return base
+        applied = [(offset, theta) for own, offset, theta in self.applied() if own == name]
+        if not applied:
+            return base
+        offsets = [offset for offset, _ in applied]
+
+        def value(*thetas: torch.Tensor) -> torch.Tensor:
+            result = base
+            for offset, theta in zip(offsets, thetas, strict=True):
+                if theta.dim() > 1:
+                    raise ValueError(
+                        f"{offset.name} is read by another module than its own, so the samples of a batch cannot have "
+                        f"different adapters there. Leave it out: exclude_modules=['{offset.name.rpartition('.')[0]}']."
+                    )
+                result = result + offset.materialise(theta.to(base.device)).to(base.dtype)
+            return result
+
+        thetas = [theta for _, theta in applied]
+        if torch.compiler.is_compiling():
+            return value(*thetas)
+        if base.dim() > 1:
+            return EffectiveTensor.of(base, thetas, value)
+        result: Any = value(*thetas)
+        result._is_param = True  # as an EffectiveTensor, but it costs nothing to make
+        return result
+
     def get_delta_weight(self, adapter: str, parameter: str = "weight") -> torch.Tensor:
         """The offset of one parameter, λ included, in its own shape: float32.
 
@@ -149,50 +167,38 @@ class IntrinsicLayer(BaseTunerLayer):
         offset = self.offsets[adapter][parameter]
         return offset.materialise(self.vector.scaled(adapter, offset.group).float())
 
-    def _effective(self) -> dict[str, torch.Tensor]:
-        """The moved parameters with their offsets added, in their own dtype."""
-        values: dict[str, torch.Tensor] = {}
-        for name, offset, theta in self._applied():
-            base = values.get(name, getattr(self.get_base_layer(), name))
-            values[name] = base + offset.materialise(theta.to(base.device)).to(base.dtype)
-        return values
-
-    @contextmanager
-    def _in_place(self, values: Mapping[str, torch.Tensor | None] | None = None) -> Iterator[None]:
-        """`values`, or the effective parameters, in place of the base ones: in one thread at a time."""
-        with nullcontext() if torch.compiler.is_compiling() else _SHADOWING:
-            values = self._effective() if values is None else values
-            with shadowed(self.get_base_layer(), values):
-                yield
-
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the offsets to the base parameters. The originals are kept, so that `unmerge` is exact.
+        """Add the offsets to the base parameters, in place. The originals are kept, so that `unmerge` is exact.
 
         Raises:
             ValueError: with `safe_merge`, a merged parameter would not be finite; or the base is quantised in a way
                 that PEFT cannot merge into.
         """
         adapters = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.offsets]
-        deltas: dict[str, torch.Tensor] = {}
+        before = list(self.merged_adapters)
+        parts: dict[str, list[tuple[Offset, torch.Tensor]]] = {}
         for adapter in adapters:
             for name, offset in self.offsets[adapter].items():
                 if offset.merges:
-                    delta = self.get_delta_weight(adapter, name)
-                    deltas[name] = deltas[name] + delta if name in deltas else delta
+                    theta = self.vector.scaled(adapter, offset.group).float()
+                    parts.setdefault(name, []).append((offset, theta))
+        sound: Any = True
         lost, whole = self.rounding
-        for name, delta in deltas.items():
-            base = read(self, name)
-            delta = delta.to(base.device)
-            merged = (base + delta).to(base.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"Merging {adapters} would give NaN or infinite weights. Is θ sound?")
+        for name, offsets in parts.items():
             self._originals.setdefault(name, kept(self, name))
-            write(self, name, merged)
-            lost += float((read(self, name).float() - base.float() - delta).square().sum())
-            whole += float(delta.square().sum())
+            finite, gone, norm = add_offsets(self, name, offsets)
+            sound, lost, whole = finite & sound, lost + gone, whole + norm
         self.rounding = lost, whole
         self.merged_adapters += adapters
+        if safe_merge and not sound:
+            self.unmerge()
+            if before:
+                self.merge(adapter_names=before)
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: a weight "
+                "would be NaN or infinite."
+            )
 
     def unmerge(self) -> None:
         """Put the original parameters back, to the bit."""
@@ -200,3 +206,11 @@ class IntrinsicLayer(BaseTunerLayer):
             restore(self, name, original)
         self._originals, self.rounding = {}, (0.0, 0.0)
         self.merged_adapters = []
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the base model and their names in it, whatever adapters are already attached."""
+    for name, module in model.named_modules():
+        own = name.partition(".")[0] == HOLDER or isinstance(module, IntrinsicLayer | AuxiliaryTrainingWrapper)
+        if not own and not foreign(name):
+            yield canonical(name), module

@@ -1,18 +1,26 @@
-"""Reading and writing one base parameter, plain or quantised, so that the original can be put back to the bit."""
+"""Adding offsets to one base parameter, plain or quantised, so that the original can be put back to the bit."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.utils import resolve_quantization_backend
 
+STEP = 2**20
+"""Entries of a weight that are merged at a time, so that merging needs little memory beside the originals."""
+
 
 def _backend(layer: Any, name: str) -> Any:
-    """PEFT's access to a quantised weight; None where the parameter is plain."""
+    """PEFT's access to a quantised weight; None where the parameter is plain.
+
+    Raises:
+        ValueError: it is quantised in a way that PEFT cannot merge into.
+    """
     base = layer.get_base_layer()
-    data = getattr(base, name).data
+    data = layer.base_parameter(name).data
     if type(data) is torch.Tensor and data.is_floating_point() and data.element_size() > 1:
         return None
     backend, reason = None, f"PEFT does not know how to write a {name} of type {data.dtype}"
@@ -28,39 +36,64 @@ def _backend(layer: Any, name: str) -> Any:
     return backend
 
 
-def read(layer: Any, name: str) -> torch.Tensor:
-    """The base parameter as it is, dequantised.
+def add_offsets(layer: Any, name: str, parts: Sequence[tuple[Any, torch.Tensor]]) -> tuple[Any, Any, Any]:
+    """Add offsets to a base parameter, some rows at a time.
 
-    Raises:
-        ValueError: it is quantised in a way that PEFT cannot merge into.
+    Args:
+        layer: a tuner layer.
+        name: of the parameter.
+        parts: offsets and the λθ of each, `[d − m]`.
+
+    Returns:
+        Whether the result is finite, and the squared norms of what rounding lost and of the offsets: tensors on the
+        parameter's device, so that nothing waits for it here.
     """
     backend = _backend(layer, name)
-    base = layer.get_base_layer()
-    return backend.get_base_weight(base) if backend else getattr(base, name).data
-
-
-def write(layer: Any, name: str, value: torch.Tensor) -> None:
-    """Replace the base parameter, quantised again where it was."""
-    backend = _backend(layer, name)
+    data = backend.get_base_weight(layer.get_base_layer()) if backend else layer.base_parameter(name).data
+    first = parts[0][0]
+    rows, cols = first.projection.rows, first.projection.cols
+    offloaded = hasattr(layer.get_base_layer(), "_hf_hook")  # tied weights may share what the hook keeps
+    whole_at_once = backend or offloaded or not (data.is_contiguous() or first.transposed)
+    target = data.clone(memory_format=torch.contiguous_format) if whole_at_once else data
+    matrix = target.mT if first.transposed else target.view(rows, cols)
+    finite = torch.ones((), dtype=torch.bool, device=data.device)
+    lost, norm = torch.zeros((2,), device=data.device)
+    step = max(1, STEP // cols)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        delta = sum(offset.projection.slab(theta, start, stop) for offset, theta in parts).to(data.device)
+        old = matrix[start:stop]
+        new = (old + delta).to(data.dtype)
+        finite &= torch.isfinite(new).all()
+        lost += (new.float() - old.float() - delta).square().sum()
+        norm += delta.square().sum()
+        old.copy_(new)
     if backend:
-        backend.set_base_weight(layer, value)
-    else:
-        getattr(layer.get_base_layer(), name).data = value
+        before = data.float()
+        backend.set_base_weight(layer, target)
+        data = backend.get_base_weight(layer.get_base_layer())
+        lost = (data.float() - before - (target.float() - before)).square().sum()
+    elif whole_at_once:
+        layer.base_parameter(name).data = target
+    return finite, lost, norm
 
 
 def kept(layer: Any, name: str) -> Any:
-    """What `restore` needs to undo any number of writes."""
-    base = layer.get_base_layer()
+    """What `restore` needs to undo any number of merges.
+
+    A plain parameter is copied: `base + offset − offset` is not the base to the bit. A quantised one is kept by
+    reference, as merging replaces it.
+    """
+    base, parameter = layer.get_base_layer(), layer.base_parameter(name)
     if _backend(layer, name):
-        return base, getattr(base, name), copy.copy(getattr(base, "state", None))
-    return getattr(base, name).data
+        return base, parameter, copy.copy(getattr(base, "state", None))
+    return parameter.data.clone()
 
 
 def restore(layer: Any, name: str, original: Any) -> None:
     """Put back what `kept` returned."""
     if isinstance(original, torch.Tensor):
-        parameter = getattr(layer.get_base_layer(), name)
-        parameter.data = original.to(parameter.device, parameter.dtype)  # the model may have moved since
+        layer.base_parameter(name).data.copy_(original)  # the model may have changed its type or device since
         return
     base, parameter, state = original
     layer.base_layer = base  # some backends replace the whole layer

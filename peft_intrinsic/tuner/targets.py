@@ -3,31 +3,76 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
+import regex
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..projection import Shapes
-from .layer import IntrinsicLayer
-from .modules import linear_features
+
+HOLDER = "intrinsic"
+"""The attribute of the root that holds θ and λ."""
+
+QUANTISED = (
+    *("bitsandbytes", "hqq", "aqlm", "eetq", "gptqmodel", "awq", "vptq", "spqr_quant", "auto_round"),
+    *("compressed_tensors", "optimum", "neural_compressor"),
+)
+"""Packages whose layers named …Linear… compute x·Wᵀ + b from weights that only they can read."""
+
+PATIENCE = 0.2
+"""Seconds that a regular expression may take for one name: an adapter's configuration can come from a stranger."""
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer that the factored form fits, quantised ones included."""
-    if isinstance(module, nn.Linear | Conv1D):
-        return True
-    return "Linear" in type(module).__name__ and hasattr(module, "in_features") and hasattr(module, "out_features")
+    """Whether the layer's own forward is known to compute x·Wᵀ + b.
+
+    Plain layers, quantised tensors in plain layers (torchao), and the layers of known quantisation libraries. A
+    subclass may compute anything from its weight (a router, a mask, a cosine), and so may a layer whose forward was
+    replaced or whose weight is made by a hook (weight norm, pruning).
+    """
+    kind = type(module)
+    if kind in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")  # accelerate calls the layer's own
+        return not replaced and "weight" in module._parameters
+    known = kind.__module__.partition(".")[0] in QUANTISED or kind.__module__.startswith("transformers.integrations.")
+    return known and "Linear" in kind.__name__ and hasattr(module, "in_features") and hasattr(module, "out_features")
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether the layer's own forward is known to look rows up, and at most to scale them."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None or "forward" in module.__dict__:
+        return False
+    kind = type(module)
+    scaled = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("ScaledWordEmbedding")
+    return (kind is nn.Embedding or scaled) and "weight" in module._parameters
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module multiplies and adds its parameters along the last axis."""
+    if type(module) in (nn.LayerNorm, nn.RMSNorm):
+        return len(module.normalized_shape) == 1  # type: ignore[arg-type]
+    named = "RMSNorm" in type(module).__name__ or type(module).__name__.endswith("LayerNorm")
+    return named and not isinstance(module, nn.LayerNorm) and all(p.dim() == 1 for p in module.parameters())
+
+
+def linear_features(layer: Any) -> tuple[int, int]:
+    """(in, out) features of a linear layer, plain, Conv1D or quantised."""
+    if hasattr(layer, "in_features"):
+        return layer.in_features, layer.out_features
+    nx, nf = layer.weight.shape  # Conv1D stores [in, out]
+    return nx, nf
 
 
 def movable(module: nn.Module) -> list[str]:
     """Names of the parameters that sit directly on `module` and can get an offset."""
-    if is_linear(module):
-        return [name for name in ("weight", "bias") if getattr(module, name, None) is not None]
-    return [name for name, parameter in module.named_parameters(recurse=False) if parameter.is_floating_point()]
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    real = [name for name, p in own.items() if p.is_floating_point() and p.element_size() > 1]
+    return ["weight", *(name for name in real if name == "bias")] if is_linear(module) else real
 
 
 def logical_shape(module: nn.Module, name: str) -> tuple[tuple[int, ...], bool]:
@@ -35,7 +80,7 @@ def logical_shape(module: nn.Module, name: str) -> tuple[tuple[int, ...], bool]:
     if name == "weight" and is_linear(module):
         cols, rows = linear_features(module)
         return ((cols, rows), True) if isinstance(module, Conv1D) else ((rows, cols), False)
-    return tuple(getattr(module, name).shape), False
+    return tuple(module._parameters[name].shape), False  # type: ignore[union-attr]
 
 
 def matrix_view(module: nn.Module, shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
@@ -69,6 +114,62 @@ def lambda_groups(names: Iterable[str], granularity: str) -> dict[str, int]:
     return {name: index[label] for name, label in labels.items()}
 
 
+def fits(option: str, pattern: str, key: str) -> bool:
+    """Whether a regular expression matches the whole of a name.
+
+    Raises:
+        ValueError: it takes longer than `PATIENCE`.
+    """
+    try:
+        return regex.fullmatch(pattern, key, timeout=PATIENCE) is not None
+    except TimeoutError:
+        raise ValueError(f"{option}={pattern!r} takes too long to match {key!r}. Use a simpler expression.") from None
+
+
+def named(names: Iterable[str], key: str) -> bool:
+    """Whether a name is among `names` or ends with one of them, as in LoRA."""
+    return any(key == name or key.endswith(f".{name}") for name in names)
+
+
+def inside(modules: Iterable[str], key: str) -> bool:
+    """Whether a module or parameter is one of `modules`, or lies in one."""
+    return any(f".{module}." in f".{key}." for module in modules)
+
+
+def excluded(config: Any, key: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` keeps a module where it is."""
+    left_out = config.exclude_modules or ()
+    if isinstance(left_out, str) and fits("exclude_modules", left_out, key):
+        return True
+    return (not isinstance(left_out, str) and named(left_out, key)) or inside(config.full_modules or (), key)
+
+
+def targeted(config: Any, key: str) -> bool:
+    """Whether `target_modules`, `layers_to_transform` and `layers_pattern` choose a module, as in LoRA.
+
+    Raises:
+        ValueError: a regular expression takes too long.
+    """
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return fits("target_modules", targets, key)
+    if targets is None and config.target_parameters:
+        return False
+    if targets is not None and not named(targets, key):
+        return False
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        # The first number is the layer's; experts inside it have numbers of their own.
+        for index in re.finditer(r"\.(\d+)\.", key):
+            path = key[: index.start()]
+            if fits("layers_pattern", rf"(?:.*\.)?(?:{pattern})", path):
+                return int(index[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
 def _marks(shapes: Shapes) -> dict[bytes, str]:
     lines = [f"{name} {rows}x{cols}" for name, (rows, cols) in sorted(shapes.items())]
     return {hashlib.sha256(line.encode()).digest()[:3]: line for line in lines}
@@ -89,7 +190,12 @@ def check_manifest(saved: str, shapes: Shapes) -> None:
     """
     if saved == manifest(shapes):
         return
-    raw = base64.b64decode(saved.partition(":")[2])
+    try:
+        raw = base64.b64decode(saved.partition(":")[2], validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError(
+            f"manifest={saved[:40]!r} is damaged: it must be digest:marks. Save the adapter again."
+        ) from None
     known = {raw[i : i + 3] for i in range(0, len(raw), 3)}
     marks = _marks(shapes)
     new = sorted(line for mark, line in marks.items() if mark not in known)
@@ -112,19 +218,3 @@ def canonical(name: str) -> str:
 def foreign(name: str) -> bool:
     """Whether a module or parameter is another adapter's full copy (`modules_to_save`), not the base model's."""
     return ".modules_to_save." in f".{name}."
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the base model and their names in it, whatever adapters are already attached."""
-    for name, module in model.named_modules():
-        if not isinstance(module, IntrinsicLayer | AuxiliaryTrainingWrapper) and not foreign(name):
-            yield canonical(name), module
-
-
-def fresh_parameters(parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """Parameters that the checkpoint did not bring, in the order of the model.
-
-    transformers marks what it loaded; in a model without any mark nothing is known to be fresh.
-    """
-    loaded = {name: getattr(p, "_is_hf_initialized", False) for name, p in parameters.items()}
-    return [name for name, mark in loaded.items() if not mark] if any(loaded.values()) else []

@@ -1,5 +1,8 @@
 """What Fastfood promises of P as a whole: norms, isometry, coverage, independence, and the numbers themselves."""
 
+import gc
+import weakref
+
 import numpy as np
 import oracle
 import pytest
@@ -166,3 +169,15 @@ def test_seed_and_name_change_the_offset():
     assert oracle.error(first["a"], first["b"].double().numpy()) > 0.5
     second = offsets({"a": (20, 70)}, 30, 32, seed=1)
     assert oracle.error(first["a"], second["a"].double().numpy()) > 0.5
+
+
+def test_one_g_for_each_device_and_none_when_unused():
+    tensors = list(build_fastfood(Spec(30, 123, 16, "fan_in"), {"a": (20, 30), "b": (40, 8), "c": (7, 1)}).values())
+    for device in ("cpu", "meta"):
+        assert len({id(tensor.gaussian.on(torch.device(device))) for tensor in tensors}) == 1
+    again = build_fastfood(Spec(5, 123, 16, "fan_in"), {"d": (40, 5)})
+    assert again["d"].gaussian is tensors[0].gaussian
+    gone = weakref.ref(tensors[0].gaussian)
+    del tensors, again
+    gc.collect()
+    assert gone() is None

@@ -80,10 +80,13 @@ def test_several_adapters(family):
     first = evaluate(model, family)
     targets = {"custom": ["head.0", "norm"]}.get(family, "all-linear")
     second = IntrinsicConfig(d=31, seed=5, said=True, target_modules=targets, init_weights=False)
+    torch.manual_seed(3)
     model.add_adapter("second", second)
     assert same(evaluate(model, family), first, family)
     model.set_adapter("second")
-    alone = get_peft_model(build(family), copy.copy(second)).eval()
+    base = build(family)
+    torch.manual_seed(3)
+    alone = get_peft_model(base, copy.copy(second)).eval()
     assert same(evaluate(model, family), evaluate(alone, family), family)
     model.base_model.set_adapter(["default", "second"])
     both = evaluate(model, family)
@@ -117,11 +120,16 @@ def test_adapters_keep_their_names_when_loaded_under_another(tmp_path):
 
 @torch.no_grad()
 def test_a_configuration_serves_two_models():
-    config = IntrinsicConfig(d=20)
-    get_peft_model(build("bert"), config)
-    get_peft_model(build("gpt2"), config)
-    assert config.manifest is None
-    assert config.block_size is None
+    """It is filled in for the first, and the second begins again from what was asked for."""
+    config = IntrinsicConfig(d=20, target_modules="all-linear")
+    first = get_peft_model(build("bert"), config)
+    assert first.peft_config["default"] is config
+    manifest = config.manifest
+    second = get_peft_model(build("gpt2"), config)
+    assert config.manifest == manifest
+    assert second.peft_config["default"].manifest != manifest
+    again = get_peft_model(build("bert"), config)
+    assert again.peft_config["default"] is config
 
 
 def several(**options) -> PeftModel:
@@ -211,7 +219,7 @@ def test_status():
     model.merge_adapter(["second"])
     assert model.get_model_status().merged_adapters == ["second"]
     kinds = {layer.module_type for layer in model.get_layer_status()}
-    assert kinds == {f"intrinsic.Intrinsic{kind}" for kind in ("Vector", "Linear", "Embedding", "Norm")}
+    assert kinds == {f"intrinsic.Intrinsic{kind}" for kind in ("Parameters", "Linear", "Embedding")}
     assert all(layer.merged_adapters == ["second"] for layer in model.get_layer_status())
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
 from conftest import build, evaluate
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import nn
 
 from peft_intrinsic import IntrinsicConfig
@@ -45,7 +48,9 @@ def test_options(options, error, message):
         ({"target_modules": ["nothing"]}, "nothing.* not found"),
         ({"target_modules": ["attention"]}, "attention.* matched no module with parameters of its own"),
         ({"d": 10_000, "block_size": 4}, "d=10000 with block_size=4 needs 2500 blocks.*larger block_size"),
-        ({"d": 200_000, "projection": "dense"}, "projection='dense' would store"),
+        ({"d": 13_000, "projection": "dense"}, "projection='dense' would store"),
+        ({"d": 1_000_000}, r"d=1000000 is more than the \d+ weights that are moved"),
+        ({"block_size": 2**26}, r"block_size=67108864 needs .* random numbers for the \d+ weights"),
     ],
 )
 def test_refused_at_attachment_leaves_the_model_as_it_was(options, message):
@@ -73,21 +78,34 @@ def test_taken_attribute():
         get_peft_model(model, IntrinsicConfig(d=2))
 
 
-def test_reused_configuration_is_not_changed():
-    config = IntrinsicConfig(d=20, target_modules=["query"])
+def test_a_refused_configuration_is_not_changed():
+    config = IntrinsicConfig(d=2, said=True, target_modules=["query"])
     before = config.to_dict()
-    model = get_peft_model(build("bert"), config)
+    with pytest.raises(ValueError, match="d=2 must exceed"):
+        get_peft_model(build("bert"), config)
     assert {**config.to_dict(), "base_model_name_or_path": None} == {**before, "base_model_name_or_path": None}
-    assert model.peft_config["default"].manifest
+
+
+def test_replace_keeps_what_was_asked_for():
+    config = IntrinsicConfig(d=20, task_type="SEQ_CLS")
+    other = dataclasses.replace(config, seed=1)
+    assert get_peft_model(build("bert"), other).get_nb_trainable_parameters()[0] == 20
+    assert other.to_dict()["modules_to_save"] is None
+
+
+def test_numpy_integers(tmp_path):
+    config = IntrinsicConfig(d=np.int64(20), seed=np.int32(3), block_size=np.uint8(16))
+    get_peft_model(build("bert"), config).save_pretrained(tmp_path)
+    assert (PeftConfig.from_pretrained(tmp_path).d, PeftConfig.from_pretrained(tmp_path).seed) == (20, 3)
 
 
 def moved(options: dict) -> set[str]:
     """Names of the parameters that get an offset."""
     model = get_peft_model(build("bert"), IntrinsicConfig(d=30, **options))
     names = {}
-    for key, module in model.get_base_model().named_modules():
-        for name in getattr(module, "offsets", {}).get("default", {}):
-            names[f"{key}.{name}"] = True
+    for layer in model.base_model.layers():
+        for offset in layer.offsets.get("default", {}).values():
+            names[offset.name] = True
     return set(names)
 
 
@@ -103,9 +121,10 @@ def test_targets():
         name for name in everything if ".1." in name and "LayerNorm" in name
     }
     assert moved({"exclude_modules": r".*embeddings.*"}) == {n for n in everything if "embeddings" not in n}
-    assert moved({"layers_to_transform": [1]}) == {
-        n for n in everything if "layer.1." in n or n.startswith("classifier")
-    }
+    block = {n for n in everything if "layer.1." in n}
+    head = {"classifier.weight", "classifier.bias"}
+    assert moved({"layers_to_transform": [1]}) == block
+    assert moved({"layers_to_transform": 1, "layers_pattern": "layer", "task_type": "SEQ_CLS"}) == block | head
     assert moved({"target_parameters": ["query.weight"]}) == {
         f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (0, 1)
     }

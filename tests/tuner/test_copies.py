@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import copy
 import io
 import pickle
@@ -71,14 +73,65 @@ def test_threads_share_a_model(name):
     assert torch.equal(evaluate(model, name), expected)
 
 
-def test_threads_choose_their_own_adapters():
+def with_bank() -> tuple[torch.nn.Module, AdapterBank, list[torch.Tensor]]:
+    """A model, four adapters for it, and the output with each of them."""
     model = trained("bert")
-    generator = torch.Generator().manual_seed(0)
-    bank = AdapterBank(model, torch.randn(4, 200, generator=generator))
+    bank = AdapterBank(model, torch.randn(4, 200, generator=torch.Generator().manual_seed(0)))
     expected = []
     for i in range(4):
         with bank.select([i] * 4):
             expected.append(evaluate(model, "bert"))
+    return model, bank, expected
+
+
+def test_coroutines_choose_their_own_adapters():
+    """They take turns inside their contexts, in one thread; one of them has no choice."""
+    model, bank, expected = with_bank()
+    plain = evaluate(model, "bert")
+
+    async def user(i: int) -> None:
+        with bank.select([i] * 4):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                assert torch.equal(evaluate(model, "bert"), expected[i])
+
+    async def nobody() -> None:
+        for _ in range(4):
+            await asyncio.sleep(0)
+            assert torch.equal(evaluate(model, "bert"), plain)
+
+    async def all_at_once() -> None:
+        await asyncio.gather(*map(user, range(4)), nobody())
+
+    asyncio.run(all_at_once())
+    assert torch.equal(evaluate(model, "bert"), plain)
+
+
+def test_a_thread_started_inside_a_choice():
+    """It does not inherit the choice, and is told so; in a copy of the context it has it."""
+    model, bank, expected = with_bank()
+    with bank.select([1] * 4):
+        (refused,) = run_at_once(lambda i: evaluate(model, "bert"), 1)
+        assert "not in this thread" in str(refused)
+        context = contextvars.copy_context()
+        found: list[torch.Tensor] = []
+        thread = threading.Thread(target=context.run, args=(lambda: found.append(evaluate(model, "bert")),))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], expected[1])
+    assert run_at_once(lambda i: evaluate(model, "bert"), 1) == []
+
+
+def test_a_copy_starts_without_a_choice():
+    model, bank, _ = with_bank()
+    plain = evaluate(model, "bert")
+    with bank.select([1] * 4):
+        copied = copy.deepcopy(model)
+    assert torch.equal(evaluate(copied, "bert"), plain)
+
+
+def test_threads_choose_their_own_adapters():
+    model, bank, expected = with_bank()
 
     def work(i: int) -> None:
         for _ in range(40):

@@ -124,13 +124,15 @@ def test_layers_in_several_places(where, tmp_path, monkeypatch):
             tmp_path / "base", device_map=places, offload_folder=str(tmp_path / "offload")
         )
         assert base.model.layers[1].mlp.up_proj.weight.is_meta
-        # PEFT's own loading sends a model that fits into memory back to memory, so the same θ is drawn instead.
-        model = get_peft_model(base, IntrinsicConfig(d=200, init_weights=False)).eval()
+        # PEFT's own loading sends a model that fits into memory back to memory, so θ is copied instead.
+        model = get_peft_model(base, IntrinsicConfig(d=200)).eval()
+        numbers = load_file(tmp_path / "adapter" / "adapter_model.safetensors")[THETA]
+        model.get_base_model().intrinsic.intrinsic_theta["default"].weight.data.copy_(numbers)
     else:
         base = cpu_offload(base, execution_device="cpu")
         assert base.model.layers[1].mlp.up_proj.weight.is_meta
         model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    torch.testing.assert_close(evaluate(model, "llama"), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(evaluate(model, "llama"), expected, rtol=1e-5, atol=1e-5)
     with model.disable_adapter():
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         torch.testing.assert_close(evaluate(model, "llama"), evaluate(plain, "llama"), rtol=1e-5, atol=1e-6)
@@ -250,6 +252,10 @@ def test_a_file_of_half_precision_loads(dtype, tmp_path):
     model = trained("bert")
     model.save_pretrained(tmp_path)
     damaged(tmp_path, lambda t: t.update({THETA: t[THETA].to(dtype)}))
+    with pytest.raises(ValueError, match=r"not the numbers and options that were saved.*remove the checksum"):
+        PeftModel.from_pretrained(build("bert"), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "checksum": None}))
     loaded = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
     theta = loaded.get_base_model().intrinsic.intrinsic_theta["default"].weight
     assert theta.dtype == torch.float32

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import batch, build, evaluate, output, trained
 from peft import PeftModel, get_peft_model
+from torch import nn
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig
 
@@ -79,7 +80,7 @@ def test_bank(name):
 
 @pytest.mark.parametrize("projection", ["fastfood", "dense"])
 def test_either_projection_and_single_targets(projection):
-    for targets in ("all-linear", ["embed_tokens"], ["norm"]):
+    for targets in ("all-linear", ["embed_tokens"], ["norm", "input_layernorm"]):
         model = several("llama", projection=projection, target_modules=targets)
         adapters = ["third", "__base__", "other", "default"]
         with torch.no_grad():
@@ -136,7 +137,7 @@ def test_modules_to_save_follow_the_sample():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vit", "projection.weight.*cls_token.*exclude_modules"),
+        ("vit", "cls_token.*projection.weight.*exclude_modules"),
         ("t5", "relative_attention_bias.weight.*exclude_modules"),
         ("moe", "experts.*exclude_modules"),
     ],
@@ -152,10 +153,10 @@ def test_what_cannot_be_mixed_is_named(name, message):
 def test_bad_choices():
     model = several("bert")
     names = ["default"] * 4
-    with pytest.raises(ValueError, match=r"adapter_names=\['nobody'\] are not attached"):
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): nobody"):
         model(**batch("bert"), adapter_names=["nobody", *names[1:]])
     for short in (names[:3], names[:2]):
-        with pytest.raises(ValueError, match=f"adapter_names has {len(short)} entries for a batch of 4"):
+        with pytest.raises(ValueError, match=f"but got {len(short)} and 4 respectively"):
             model(**batch("bert"), adapter_names=short)
     with pytest.raises(ValueError, match=r"shape \[K, 60\].*\(2, 61\)"):
         AdapterBank(model, torch.zeros(2, 61))
@@ -174,3 +175,58 @@ def test_bad_choices():
         model(**batch("bert"), adapter_names=names)
     with pytest.raises(ValueError, match="training mode"), bank.select([0] * 4):
         pass
+
+
+class Positions(nn.Module):
+    """nanoGPT's way: positions `[tokens]`, looked up once for all samples."""
+
+    def __init__(self, first: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte, self.wpe, self.out, self.first = nn.Embedding(20, 8), nn.Embedding(9, 8), nn.Linear(8, 5), first
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        x = self.wte(index) + self.wpe(torch.arange(index.shape[1]))
+        return self.out(x) if self.first else self.out(x.transpose(0, 1)).transpose(0, 1)
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 8])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_not_batch_first_is_refused(tokens, first):
+    """Also where a length happens to equal the size of the batch, or is a multiple of it."""
+    index = torch.randint(20, (4, tokens), generator=torch.Generator().manual_seed(0))
+    for targets, sound in ((["wpe"], False), (["out"], first and tokens != 4), (["wte"], tokens != 4)):
+        model = get_peft_model(Positions(first), IntrinsicConfig(d=20, target_modules=targets)).eval()
+        bank = AdapterBank(model, torch.randn(3, 20, generator=torch.Generator().manual_seed(1)))
+        with torch.no_grad(), bank.select([2, 0, -1, 1]):
+            if sound:
+                found = model(index)
+            else:
+                with pytest.raises(ValueError, match=rf"layer of {targets[0]}.* does not show .*exclude_modules"):
+                    model(index)
+        for i, adapter in enumerate([2, 0, -1, 1] if sound else []):
+            with torch.no_grad(), bank.select([adapter]):
+                torch.testing.assert_close(found[i : i + 1], model(index[i : i + 1]), **CLOSE)
+
+
+def test_transformers_models_are_batch_first():
+    """Even where the sequences are as long as the batch is large."""
+    model = several("llama")
+    bank = AdapterBank(model, torch.randn(3, 60, generator=torch.Generator().manual_seed(1)))
+    ids = batch("llama")["input_ids"][:, :4]
+    with torch.no_grad(), bank.select([2, 0, -1, 1]):
+        found = output(model, {"input_ids": ids})
+    for i, adapter in enumerate([2, 0, -1, 1]):
+        with torch.no_grad(), bank.select([adapter]):
+            torch.testing.assert_close(found[i : i + 1], output(model, {"input_ids": ids[i : i + 1]}), **CLOSE)
+
+
+def test_a_weight_that_others_read_cannot_differ():
+    class Reader(Positions):
+        def forward(self, index: torch.Tensor) -> torch.Tensor:
+            return self.wte(index) @ self.wte.weight.T
+
+    model = get_peft_model(Reader(), IntrinsicConfig(d=20, target_modules=["wte"])).eval()
+    bank = AdapterBank(model, torch.ones(3, 20))
+    with torch.no_grad(), bank.select([0, 1]), pytest.raises(ValueError, match=r"wte.weight is read by another module"):
+        model(torch.zeros(2, 7, dtype=torch.long))

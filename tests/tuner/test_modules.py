@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.tuner.modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicNorm
+from peft_intrinsic.tuner.layer import Offset
+from peft_intrinsic.tuner.modules import IntrinsicEmbedding, IntrinsicLinear
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -35,6 +36,15 @@ class Attention(nn.Module):
         return self.attention(x, x, x)[0]
 
 
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bilinear = nn.Bilinear(5, 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bilinear(x, x)
+
+
 def noise(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
 
@@ -48,7 +58,7 @@ KINDS = {
     "GroupNorm": (lambda: nn.Sequential(nn.GroupNorm(2, 4)), noise(2, 4, 5)),
     "RMSNorm": (lambda: nn.Sequential(nn.RMSNorm(6)), noise(2, 3, 6)),
     "PReLU": (lambda: nn.Sequential(nn.PReLU(4)), noise(2, 4, 5)),
-    "Bilinear": (lambda: nn.Sequential(nn.Bilinear(5, 5, 3)), noise(2, 5)),
+    "Bilinear": (Twice, noise(2, 5)),
     "LSTM": (lambda: Recurrent(nn.LSTM), noise(2, 4, 6)),
     "GRU": (lambda: Recurrent(nn.GRU), noise(2, 4, 6)),
     "attention": (Attention, noise(2, 4, 6)),
@@ -67,14 +77,15 @@ def call(model: nn.Module, kind: str, x: torch.Tensor) -> torch.Tensor:
     return model(x, x) if kind in ("TransformerDecoderLayer",) else model(x)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "Bilinear"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_merged_as_unmerged_with_and_without_gradients(kind):
     """Merging writes plain parameters into a plain module: an independent account of what the forward pass must do."""
     make, x = KINDS[kind]
     torch.manual_seed(0)
     base = make().eval()
     plain = call(base, kind, x).detach()
-    model = get_peft_model(base, IntrinsicConfig(d=20, init_weights=False)).eval()
+    d = min(20, sum(p.numel() for p in base.parameters()))
+    model = get_peft_model(base, IntrinsicConfig(d=d, init_weights=False)).eval()
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     with torch.no_grad():
         quick = call(model, kind, x)
@@ -118,9 +129,9 @@ def test_embedding_options_as_in_full_fine_tuning(options):
     )
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     plain = nn.Embedding(5, 6, **options)
-    layer = model.get_base_model()[0]
+    (layer,) = model.base_model.layers()
     with torch.no_grad():
-        plain.weight.copy_(layer.base_layer.weight + layer.get_delta_weight("default"))
+        plain.weight.copy_(layer.base_parameter("weight") + layer.get_delta_weight("default"))
         columns = []
         saved = theta.clone()
         for j in range(7):
@@ -141,14 +152,25 @@ def test_embedding_options_as_in_full_fine_tuning(options):
 def test_what_is_wrapped_how():
     model = trained("whisper").get_base_model()
     assert isinstance(model.model.decoder.embed_tokens, IntrinsicEmbedding)
-    assert isinstance(model.model.decoder.layer_norm, IntrinsicNorm)
     assert isinstance(model.model.decoder.layers[0].fc1, IntrinsicLinear)
-    # Read by its parent: it keeps its place and class.
-    mixer = trained("mamba").get_base_model().backbone.layers[0].mixer
-    assert type(mixer.conv1d) is nn.Conv1d
-    assert mixer._forward_pre_hooks
-    # T5 asks its layers for the dtype of a weight alone: no reason to make the weight.
-    assert isinstance(trained("t5").get_base_model().encoder.block[0].layer[1].DenseReluDense.wo, IntrinsicLinear)
+    assert isinstance(model.model.decoder.layer_norm, nn.LayerNorm)  # in place, under its own name
+    assert "weight" in dict(model.model.decoder.layer_norm.named_parameters())
+    assert isinstance(trained("mamba").get_base_model().backbone.layers[0].mixer.conv1d, nn.Conv1d)
+
+
+def test_a_type_is_told_without_making_the_weight(monkeypatch):
+    """T5 asks its layers for the dtype of a weight alone."""
+    layer = trained("t5").get_base_model().encoder.block[0].layer[1].DenseReluDense.wo
+    assert isinstance(layer, IntrinsicLinear)
+    expected = layer.base_layer.weight + layer.get_delta_weight("default")
+    made = []
+    monkeypatch.setattr(Offset, "materialise", lambda self, theta: made.append(self.name))
+    weight = layer.weight
+    assert (weight.dtype, weight.device, weight.shape) == (torch.float32, torch.device("cpu"), expected.shape)
+    assert isinstance(weight, nn.Parameter)
+    assert made == []
+    monkeypatch.undo()
+    torch.testing.assert_close(weight + 0, expected, **CLOSE)
 
 
 def test_mamba_decodes_as_the_merged_model():
@@ -201,7 +223,7 @@ def test_parameters_that_hold_no_real_numbers_are_named_once(caplog):
 def test_fast_path_of_torch_encoders_is_not_silently_unadapted():
     """In evaluation without gradients torch's encoder layer reads the weights of its children itself."""
     for targets in (None, ["linear1"], ["self_attn"], ["out_proj"], ["norm1"]):
-        model = trained("custom", target_modules=targets)
+        model = trained("custom", target_modules=targets, d=20)
         adapted = evaluate(model, "custom")
         with torch.enable_grad():
             slow = evaluate(model, "custom")

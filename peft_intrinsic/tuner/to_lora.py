@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from ..projection import FastfoodTensor
-from .layer import IntrinsicLayer
+from .layer import IntrinsicLayer, base_modules
 from .modules import IntrinsicEmbedding, IntrinsicLinear
-from .targets import base_modules
 
 PREFIX = "base_model.model."
 KEYS: dict[type, tuple[str, str]] = {
@@ -26,7 +25,7 @@ KEYS: dict[type, tuple[str, str]] = {
 
 @torch.no_grad()
 def convert_to_lora(
-    model: Any, adapter_name: str = "default", accept_loss: bool = False
+    model: Any, adapter_name: str = "default", accept_loss: bool = False, dtype: torch.dtype | None = None
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """An intrinsic adapter as a LoRA, without singular values: outputs are equal within rounding.
 
@@ -37,6 +36,7 @@ def convert_to_lora(
         model: a `PeftModel` with an intrinsic adapter.
         adapter_name: which one.
         accept_loss: leave out what a LoRA cannot hold (biases, norms, convolutions, direct parameters).
+        dtype: of the LoRA's weights; by default the base model's.
 
     Returns:
         The configuration and the state dict, as PEFT's own `convert_to_lora` gives them.
@@ -60,7 +60,7 @@ def convert_to_lora(
             delta = layer.get_delta_weight(adapter_name, own)
             norms[f"{module}.{own}"] = float(delta.square().sum()) if offset.merges else 0.0
             if module in whole:
-                state[f"{PREFIX}{module}.{own}"] = getattr(layer.get_base_layer(), own) + delta
+                state[f"{PREFIX}{module}.{own}"] = layer.base_parameter(own) + delta
             elif own == "weight" and isinstance(offset.projection, FastfoodTensor) and type(layer) in KEYS:
                 theta = layer.vector.scaled(adapter_name, offset.group).float()
                 left, right = offset.projection.factors(theta)
@@ -77,21 +77,22 @@ def convert_to_lora(
         )
     if not ranks:
         raise ValueError(f"Adapter {adapter_name!r} moves no linear layer or embedding in a form that a LoRA can hold.")
-    rank = min(ranks.values())
-    larger = {name: r for name, r in ranks.items() if r != rank}
+    rank = max(ranks.values())  # servers that check r alone must not admit more than they can hold
+    smaller = {name: r for name, r in ranks.items() if r != rank}
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(ranks),
-        rank_pattern=larger,
-        alpha_pattern=larger,
+        rank_pattern=smaller,
+        alpha_pattern=smaller,
         fan_in_fan_out=all(isinstance(base.get_submodule(name).base_layer, Conv1D) for name in ranks),
         modules_to_save=sorted(whole) or None,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    return lora, state
+    dtype = dtype or getattr(base, "dtype", None) or next(p.dtype for p in base.parameters() if p.is_floating_point())
+    return lora, {name: value.to(dtype) for name, value in state.items()}
 
 
 def _arranged(layer: IntrinsicLayer, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,13 +100,19 @@ def _arranged(layer: IntrinsicLayer, left: torch.Tensor, right: torch.Tensor) ->
     return (left.T, right.T) if isinstance(layer, IntrinsicEmbedding) else (right, left)
 
 
-def save_as_lora(path: str | os.PathLike, model: Any, adapter_name: str = "default", accept_loss: bool = False) -> None:
+def save_as_lora(
+    path: str | os.PathLike,
+    model: Any,
+    adapter_name: str = "default",
+    accept_loss: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write what `convert_to_lora` returns to a folder that plain PEFT loads without this package.
 
     Raises:
         ValueError: see `convert_to_lora`.
     """
-    config, state = convert_to_lora(model, adapter_name, accept_loss)
+    config, state = convert_to_lora(model, adapter_name, accept_loss, dtype)
     os.makedirs(path, exist_ok=True)
     save_file(state, os.path.join(path, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
     config.save_pretrained(str(path))

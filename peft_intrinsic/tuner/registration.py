@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
+
+from .config import IntrinsicConfig
+from .head import watch_loading
+from .model import IntrinsicModel
 
 NAME = "INTRINSIC"
 
 
-def add_peft_type() -> PeftType:
+def _add_peft_type() -> PeftType:
     """The member `PeftType.INTRINSIC`, added to the enumeration when it is not there yet."""
     if NAME in PeftType.__members__:
         return PeftType.__members__[NAME]
@@ -29,21 +35,18 @@ def add_peft_type() -> PeftType:
 
 
 def register() -> None:
-    """Make PEFT know `IntrinsicConfig` and `IntrinsicModel`. Importing `peft_intrinsic` calls it; again is harmless.
+    """Make PEFT know `IntrinsicConfig` and `IntrinsicModel`, and transformers note what a checkpoint did not bring.
+
+    Importing `peft_intrinsic` calls it; again is harmless.
 
     Raises:
         RuntimeError: PEFT already has another method of this name.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    from peft.utils import register_peft_method
-
-    from .config import IntrinsicConfig
-    from .model import IntrinsicModel
-
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(add_peft_type())
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(_add_peft_type())
     if known is None:
         register_peft_method(name=NAME.lower(), config_cls=IntrinsicConfig, model_cls=IntrinsicModel)
     elif known is not IntrinsicConfig:
         raise RuntimeError(
             f"PEFT already has a method {NAME} ({known.__module__}.{known.__qualname__}). Use one or the other."
         )
+    watch_loading()

@@ -1,53 +1,44 @@
-"""Batches in which every sample has an adapter of its own."""
+"""Choosing an adapter for every sample of a batch: by name among the attached, or by index from a bank of thousands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft import load_peft_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .batches import Route
 from .config import IntrinsicConfig
-from .layer import IntrinsicLayer, Route
-from .targets import base_modules
-from .vector import IntrinsicVector
+from .files import checked_numbers
 
 BASE = "__base__"
 """PEFT's name for no adapter at all."""
 
-_SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "scale", "algorithm_version")
 
-
-def differences(one: IntrinsicConfig, other: IntrinsicConfig) -> list[str]:
-    """What keeps the numbers of two adapters from meaning the same: options and their values, none if they agree."""
-    names = [*_SAME, "manifest", "redrawn"]
-    return [
-        name + (f" ({getattr(one, name)!r} and {getattr(other, name)!r})" if name in _SAME else "")
-        for name in names
-        if getattr(one, name) != getattr(other, name)
-    ]
-
-
-def check_mixable(model: nn.Module, adapters: set[str]) -> None:
+def check_mixable(layers: Iterable[Any], adapters: set[str]) -> None:
     """Refuse what cannot differ from sample to sample.
+
+    Args:
+        layers: the tuner layers of the model.
+        adapters: names of those that samples may have.
 
     Raises:
         ValueError: an adapter is merged, or moves parameters whose module has no batched form.
     """
     stuck: list[str] = []
-    names = {id(module): name for name, module in base_modules(model)}
-    for name, layer in model.named_modules():
-        if isinstance(layer, IntrinsicLayer) and not isinstance(layer, IntrinsicVector):
-            if layer.merged:
-                raise ValueError("Adapters are merged, so samples cannot differ. Call unmerge_adapter() first.")
-            # Tables of relative positions are not looked up by sample.
-            if not layer.mixable or "relative" in name:
-                path = names[id(layer.get_base_layer())]
-                moved = {own for adapter in adapters for own in layer.offsets.get(adapter, {})}
-                stuck += [f"{path}.{own}".lstrip(".") for own in sorted(moved)]
+    for layer in layers:
+        if layer.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        moved = {offset.name for adapter in adapters for offset in layer.offsets.get(adapter, {}).values()}
+        # Tables of relative positions are looked up once for all samples.
+        stuck += sorted(name for name in moved if not layer.mixable or "relative" in name)
     if stuck:
         raise ValueError(
             f"Samples of one batch cannot have different offsets for: {', '.join(stuck)}. Leave these out with "
@@ -59,13 +50,45 @@ def routes_by_name(vector: Any, configs: Mapping[str, IntrinsicConfig], names: S
     """One route for all adapters of the same projection: their numbers for their samples, zeros for the others."""
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for adapter in sorted(set(names) - {BASE}):
-        like = next((known for known in groups if not differences(configs[known], configs[adapter])), adapter)
+        like = next((known for known in groups if not configs[known].differences(configs[adapter])), adapter)
         groups.setdefault(like, {})[adapter] = vector.numbers(adapter)
     routes = []
     for like, members in groups.items():
         zeros = torch.zeros_like(members[like])
         routes.append(_route(vector, like, torch.stack([members.get(name, zeros) for name in names])))
     return routes
+
+
+@contextmanager
+def chosen_by_name(tuner: Any, names: Sequence[str], batch: int) -> Iterator[None]:
+    """PEFT's `adapter_names`: sample i of the batch has the attached adapter `names[i]`.
+
+    Raises:
+        ValueError: the model is in training mode, a name is unknown, or a targeted module cannot be mixed.
+    """
+    if tuner.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first.")
+    if unknown := sorted(set(names) - {BASE, *tuner.peft_config}):
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Attached: {list(tuner.peft_config)}."
+        )
+    if batch != len(names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {batch} respectively. Name one per sample."
+        )
+    check_mixable(tuner.layers(), set(names))
+    with ExitStack() as stack:
+        for module in tuner.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save
+                hook = partial(_with_names, names=list(names))
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(tuner.vector.choices.made(routes_by_name(tuner.vector, tuner.peft_config, names)))
+        yield
+
+
+def _with_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": names}
 
 
 def _route(vector: Any, adapter: str, numbers: torch.Tensor) -> Route:
@@ -102,8 +125,8 @@ class AdapterBank:
             raise ValueError(
                 f"numbers must have the shape [K, {config.d}] for adapter {self.adapter!r}, got {tuple(numbers.shape)}."
             )
-        self._vector: Any = model.get_base_model().get_submodule("intrinsic")
-        check_mixable(model.get_base_model(), {self.adapter})
+        self._vector: Any = model.base_model.vector
+        check_mixable(model.base_model.layers(), {self.adapter})
         self.numbers = numbers.to(self._vector.numbers(self.adapter))
 
     @classmethod
@@ -117,18 +140,18 @@ class AdapterBank:
         rows = []
         for path in paths:
             config = IntrinsicConfig.from_pretrained(path)
-            if unlike := differences(own, config):
+            if unlike := own.differences(config):
                 raise ValueError(f"{path} cannot join the bank: it differs from the attached adapter in {unlike}.")
             weights = load_peft_weights(path, device="cpu")
-            ordered = [value for key in ("theta", "lambda") for name, value in weights.items() if f"_{key}." in name]
-            rows.append(torch.cat(ordered).float())
+            rows.append(torch.cat(checked_numbers(config, weights)).float())
         return cls(model, torch.stack(rows), adapter)
 
     @contextmanager
     def select(self, index: Sequence[int] | torch.Tensor) -> Iterator[None]:
-        """Within this context and thread, sample i of a batch has the adapter `index[i]`; −1 is the base model.
+        """Within this context, sample i of a batch has the adapter `index[i]`; −1 is the base model.
 
-        Beam search and several returned sequences repeat samples by themselves.
+        Each coroutine and each thread has a choice of its own. Beam search and several returned sequences repeat
+        samples by themselves.
 
         Raises:
             IndexError: an index is not in the bank.
@@ -142,5 +165,5 @@ class AdapterBank:
         if self.model.training:
             raise ValueError("The model is in training mode; mixed batches are for inference. Call model.eval() first.")
         numbers = torch.where(chosen[:, None] < 0, 0, self.numbers[chosen.clamp(min=0)])
-        with self._vector.routed([_route(self._vector, self.adapter, numbers)]):
+        with self._vector.choices.made([_route(self._vector, self.adapter, numbers)]):
             yield

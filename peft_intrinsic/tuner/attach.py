@@ -1,0 +1,269 @@
+"""Putting tuner layers into a model and taking them out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..projection import PROJECTIONS, Spec, choose_block_size
+from ..projection.randomness import normals, words
+from .config import IntrinsicConfig
+from .in_place import IntrinsicParameters
+from .layer import IntrinsicLayer, Offset, base_modules
+from .modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicModule
+from .targets import (
+    HOLDER,
+    canonical,
+    check_manifest,
+    is_embedding,
+    is_linear,
+    lambda_groups,
+    logical_shape,
+    manifest,
+    matrix_view,
+    movable,
+)
+from .vector import IntrinsicVector
+
+logger = logging.getLogger(__name__)
+
+NUMBERS = 2**22
+"""Random numbers that a projection may always have (16 MiB); beyond, a small multiple of the moved weights."""
+
+Match = tuple[nn.Module, list[str]]
+"""A base module and which of its parameters are moved."""
+
+Users = dict[str, list[tuple[nn.Module, str]]]
+"""All modules that hold a parameter, and its name there, by the parameter's name in the plain base model."""
+
+
+def users_of(model: nn.Module, matched: Iterable[Match], config: IntrinsicConfig) -> Users:
+    """Every holder of every matched parameter, so that tied parameters move together.
+
+    Raises:
+        ValueError: nothing was matched.
+    """
+    wanted = {_identity(module, name) for module, names in matched for name in names}
+    users: Users = {}
+    firsts: dict[int, str] = {}
+    ties = getattr(model, "all_tied_weights_keys", None) or {}  # offloaded, tied parameters are no longer one object
+    for key, module in base_modules(model):
+        for name in movable(module):
+            if (identity := _identity(module, name)) in wanted:
+                full = f"{key}.{name}" if key else name
+                parameter = module._parameters.get(name)
+                offloaded = parameter is not None and parameter.is_meta
+                first = firsts.setdefault(identity, ties.get(full, full) if offloaded else full)
+                users.setdefault(first, []).append((module, name))
+    if not users:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} and target_parameters={config.target_parameters!r} matched "
+            "no module with parameters of its own. Name linear layers, norms or embeddings, or pass None for all."
+        )
+    return users
+
+
+def _identity(module: nn.Module, name: str) -> int:
+    parameter = module._parameters.get(name)
+    return id(module) if parameter is None else id(parameter)  # some quantised layers have no parameter `weight`
+
+
+def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig) -> None:
+    """Give every user of a parameter its offset, and the holder this adapter's θ and λ.
+
+    Fills in `config.manifest` and `config.block_size`.
+
+    Raises:
+        ValueError: d does not exceed the number of λ, or exceeds the number of moved weights; the projection would be
+            out of proportion to the model; or the model is not the one that a saved adapter was made for.
+    """
+    groups = lambda_groups(users, config.lambda_granularity) if config.said else {}
+    count = len(set(groups.values()))
+    forms = {name: logical_shape(*held[0]) for name, held in users.items()}
+    shapes = {name: matrix_view(users[name][0][0], *form) for name, form in forms.items()}
+    spec = _spec(config, count, shapes)
+    if config.manifest is not None:
+        check_manifest(config.manifest, shapes)
+    projections = PROJECTIONS[config.projection](spec, shapes)
+    config.manifest, config.block_size = manifest(shapes), spec.block_size
+
+    if not hasattr(model, HOLDER):
+        _add_holder(model)
+        _name_the_rest(model, users, config)
+    holder: Any = model.get_submodule(HOLDER)
+    layers = _layers(model, holder, [module for held in users.values() for module, _ in held])
+    merged: set[int] = set()
+    for name, held in users.items():
+        for module, own in held:
+            merges = _identity(module, own) not in merged
+            merged.add(_identity(module, own))
+            offset = Offset(name, projections[name], *forms[name], groups.get(name), merges)
+            layers[id(module)].offsets.setdefault(adapter, {})[own] = offset
+
+    theta = np.zeros(spec.d) if config.init_weights else random_theta(int(torch.randint(2**62, ())), spec.d)
+    module, own = next(iter(users.values()))[0]
+    like = module._parameters.get(own)
+    holder.add(adapter, theta, np.ones(count), like=next(module.buffers()) if like is None else like)
+
+
+def random_theta(seed: int, length: int) -> np.ndarray:
+    """θ for tests: standard normal numbers, `float64[length]`."""
+    return normals(words(seed, "theta", "", length))
+
+
+def _spec(config: IntrinsicConfig, count: int, shapes: Mapping[str, tuple[int, int]]) -> Spec:
+    """What the projection is made from, checked before anything is allocated: the configuration can be a stranger's."""
+    total = sum(rows * cols for rows, cols in shapes.values())
+    if config.d <= count:
+        raise ValueError(
+            f"d={config.d} must exceed the number of λ, which is {count} with lambda_granularity="
+            f"{config.lambda_granularity!r}. Use a larger d, a coarser granularity, or said=False."
+        )
+    if config.d > total:
+        raise ValueError(
+            f"d={config.d} is more than the {total} weights that are moved. Use d={total} at most, or target more."
+        )
+    length = config.d - count
+    n = config.block_size or choose_block_size(length, shapes)
+    height = min(max(rows for rows, _ in shapes.values()), 16384)
+    numbers = n * (height + sum(-(-cols // n) for _, cols in shapes.values()))
+    if config.projection == "fastfood" and numbers > max(NUMBERS, 16 * total):
+        raise ValueError(
+            f"block_size={n} needs {numbers:.2g} random numbers for the {total} weights that are moved. Use a smaller "
+            "block_size, or None."
+        )
+    return Spec(length, config.seed, n, config.scale)
+
+
+def _name_the_rest(model: nn.Module, users: Users, config: IntrinsicConfig) -> None:
+    """Say once which parameters stay still although every parameter was asked for."""
+    if config.target_modules is not None or config.target_parameters:
+        return
+    sizes = {canonical(name): p.numel() for name, p in model.named_parameters() if not name.startswith(f"{HOLDER}.")}
+    rest = [canonical(name) for name, p in model.named_parameters() if not p.is_floating_point()]
+    if rest := [name for name in rest if name not in users]:
+        share = sum(sizes[name] for name in rest) / sum(sizes.values())
+        logger.warning("Not moved, as they hold no real numbers: %s (%.2g of all parameters).", ", ".join(rest), share)
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Parent and name of every module, by the module's id."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((parent, name))
+    return found
+
+
+def _layers(model: nn.Module, holder: IntrinsicVector, modules: Iterable[nn.Module]) -> dict[int, IntrinsicLayer]:
+    """The tuner layer of each base module, by the module's id, made where it is missing.
+
+    Linear layers and embeddings are wrapped, under every name that they have. All others keep their place.
+    """
+    known = [module for module in model.modules() if isinstance(module, IntrinsicLayer)]
+    layers: dict[int, Any] = {id(layer.get_base_layer()): layer for layer in known}
+    places = _places(model)
+    for module in modules:
+        if id(module) in layers:
+            continue
+        kind = IntrinsicLinear if is_linear(module) else IntrinsicEmbedding if is_embedding(module) else None
+        at = places.get(id(module), [])
+        if kind is None or not at:  # the root has no place
+            layers[id(module)] = IntrinsicParameters(module, holder)
+            continue
+        layers[id(module)] = layer = kind(module, holder)
+        for parent, name in at:
+            setattr(parent, name, layer)
+    return layers
+
+
+def unwrap(model: nn.Module, layers: Iterable[Any]) -> None:
+    """Give base modules their places and classes back."""
+    places = _places(model)
+    for layer in layers:
+        if isinstance(layer, IntrinsicParameters):
+            layer.remove()
+        elif isinstance(layer, IntrinsicModule):
+            for parent, name in places.get(id(layer), []):
+                setattr(parent, name, layer.base_layer)
+
+
+def detach(model: nn.Module, adapter: str) -> None:
+    """Undo a failed attachment."""
+    layers = [module for module in model.modules() if isinstance(module, IntrinsicLayer)]
+    for layer in layers:
+        layer.delete_adapter(adapter)
+    unwrap(model, [layer for layer in layers if not layer.offsets])
+    holder: Any = getattr(model, HOLDER, None)
+    if isinstance(holder, IntrinsicVector) and not holder.intrinsic_theta:
+        remove_holder(model)
+
+
+def _tie_weights(model: Any, *args: Any, **kwargs: Any) -> None:
+    """transformers' call, which looks parameters up by the names that they have in the plain model."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, IntrinsicLayer)]
+    places = _places(model)
+    with ExitStack() as stack:
+        for layer in layers:
+            if isinstance(layer, IntrinsicParameters):
+                stack.enter_context(layer.absent())
+            for parent, name in places[id(layer)] if isinstance(layer, IntrinsicModule) else ():
+                stack.callback(setattr, parent, name, layer)
+                setattr(parent, name, layer.base_layer)
+        type(model).tie_weights(model, *args, **kwargs)
+
+
+def _add_holder(model: nn.Module) -> None:
+    setattr(model, HOLDER, IntrinsicVector(model))
+    if hasattr(model, "tie_weights"):
+        model.__dict__["tie_weights"] = partial(_tie_weights, model)
+    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        kind: Any = type(model)
+        model.__class__ = _without_holder(kind)
+
+
+def remove_holder(model: nn.Module) -> None:
+    """Take θ and λ off the model."""
+    holder: Any = model.get_submodule(HOLDER)
+    holder.detach_from(model)
+    model.__dict__.pop("tie_weights", None)
+    if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        model.__class__ = type(model).__mro__[1]
+
+
+@cache
+def _without_holder(kind: Any) -> Any:
+    """A container that runs or counts its items, without the holder among them."""
+
+    def items(module: Any) -> dict[str, nn.Module]:
+        return {name: child for name, child in module._modules.items() if name != HOLDER}
+
+    members: dict[str, Any] = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__len__": lambda module: len(items(module)),
+        "__reduce_ex__": lambda module, protocol: (_container, (kind,), kind.__reduce_ex__(module, 2)[2]),
+    }
+    if issubclass(kind, nn.ModuleDict):
+        members |= {
+            "items": lambda module: items(module).items(),
+            "keys": lambda module: items(module).keys(),
+            "values": lambda module: items(module).values(),
+            "__iter__": lambda module: iter(items(module)),
+        }
+    else:
+        members["__iter__"] = lambda module: iter(items(module).values())
+    return type(kind.__name__, (kind,), members)
+
+
+def _container(kind: Any) -> nn.Module:
+    subclass = _without_holder(kind)
+    return subclass.__new__(subclass)

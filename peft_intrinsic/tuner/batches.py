@@ -1,0 +1,179 @@
+"""Batches in which every sample has an adapter of its own: what the layers need to know."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+SEQUENCE_FIRST = ("xlnet",)
+"""Architectures of transformers whose layers get the sequence as the first axis."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Numbers of its own for every sample of a batch, in the projection of one adapter.
+
+    Args:
+        adapter: whose projection.
+        theta: `[batch, d − m]`.
+        scales: λ, `[batch, m]`.
+    """
+
+    adapter: str
+    theta: torch.Tensor
+    scales: torch.Tensor
+
+    def scaled(self, group: int | None) -> torch.Tensor:
+        """θ, or λ_group · θ, of every sample: `[batch, d − m]`."""
+        return self.theta if group is None else self.theta * self.scales[:, group, None]
+
+
+_CHOSEN: contextvars.ContextVar[Mapping[Any, list[Route]]] = contextvars.ContextVar("chosen")
+
+
+class _Here(threading.local):
+    """What holds in this thread: its latest choice, and the forward pass that runs."""
+
+    routes: list[Route] | None = None
+    rows: int | None = None
+    first = False
+
+
+@torch.library.custom_op("peft_intrinsic::confirmed", mutates_args=())
+def _confirmed(theta: torch.Tensor) -> torch.Tensor:
+    """θ of a compiled forward pass, which knows threads but no contexts.
+
+    Raises:
+        RuntimeError: the coroutine that runs did not choose it.
+    """
+    routes = [route for chosen in _CHOSEN.get({}).values() for route in chosen]
+    if not any(route.theta.data_ptr() == theta.data_ptr() for route in routes):
+        raise RuntimeError(_ELSEWHERE)
+    return theta.clone()
+
+
+@_confirmed.register_fake
+def _(theta: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(theta)
+
+
+_ELSEWHERE = (
+    "Adapters are chosen for the samples of a batch, but not in this thread or coroutine. Start a thread with "
+    "Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=…), or call select() inside it."
+)
+
+
+class Choices:
+    """Which adapters each context (coroutine, thread) has chosen for the samples of one model.
+
+    A copy of a model, by `deepcopy` or `pickle`, starts without any choice.
+    """
+
+    def __init__(self) -> None:
+        self.open = self.crowded = False  # whether there is a choice, and more than one
+        self._threads: Counter[int] = Counter()
+        self._lock = threading.Lock()
+        self._here = _Here()
+
+    def __reduce__(self) -> tuple[type[Choices], tuple[()]]:
+        return Choices, ()
+
+    @contextmanager
+    def made(self, routes: list[Route]) -> Iterator[None]:
+        """In this context, every sample has its own numbers in place of the active adapters'."""
+        token = _CHOSEN.set({**_CHOSEN.get({}), self: routes})
+        before, self._here.routes = self._here.routes, routes
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+            self._here.routes = before
+            _CHOSEN.reset(token)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._threads[threading.get_ident()] += change
+            self._threads += Counter()  # without zeros
+            self.open, self.crowded = bool(self._threads), self._threads.total() > 1
+
+    def routes(self) -> list[Route] | None:
+        """This context's choice, None without one.
+
+        Raises:
+            RuntimeError: only another thread has chosen. A thread started inside `select` does not inherit the choice,
+                and would get another adapter without a word.
+        """
+        if not self.open:
+            return None
+        if torch.compiler.is_compiling() and not self.crowded:  # a compiler cannot follow a context variable
+            if self._here.routes is None:
+                raise RuntimeError(_ELSEWHERE)
+            return [Route(route.adapter, _confirmed(route.theta), route.scales) for route in self._here.routes]
+        found = _CHOSEN.get({}).get(self)
+        if found is None and threading.get_ident() not in self._threads:
+            raise RuntimeError(_ELSEWHERE)
+        return found
+
+    def enter(self, root: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before a forward pass of `root`: how many rows its batch has, whether layers get them first for certain."""
+        if not self.open:
+            return
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
+        tensors = [value for value in tensors if value.dim() > 1] or tensors  # rather than positions, `[tokens]`
+        kind = getattr(getattr(root, "config", None), "model_type", None)
+        self._here.rows = len(tensors[0]) if tensors else None
+        self._here.first = isinstance(root, PreTrainedModel) and kind not in SEQUENCE_FIRST
+
+    def leave(self) -> None:
+        """After that forward pass."""
+        self._here.rows, self._here.first = None, False
+
+    def match(
+        self, name: str, theta: torch.Tensor, x: torch.Tensor, features: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """θ on x's device. Where every sample has its own, θ and x brought to the same length.
+
+        Beams and returned sequences repeat each sample; positions and the like come once for all.
+
+        Args:
+            name: of the parameter, for the message.
+            theta: `[d − m]` or `[batch, d − m]`.
+            x: input of its layer, `[batch, …]`.
+            features: how many of x's last axes are features: 0 for an index.
+
+        Raises:
+            ValueError: x does not show that its first axis is the batch.
+        """
+        theta = theta.to(x.device)
+        if theta.dim() == 1:
+            return theta, x
+        count = len(theta)
+        rows, first = self._here.rows or count, self._here.first
+        others = x.shape[1 : x.dim() - features]
+        if x.dim() > 1 and len(x) == 1:
+            return theta, x.expand(count, *x.shape[1:])
+        repeats = rows // count
+        known = x.dim() > 1 and len(x) == rows == repeats * count and (first or (repeats == 1 and rows not in others))
+        if not known:
+            raise ValueError(
+                f"Adapters were chosen for {count} samples, but the layer of {name} got an input of shape "
+                f"{tuple(x.shape)} in a batch of {rows}, which does not show that its first axis is the batch. Choose "
+                "one adapter per sample, pass batches whose size differs from the length of the sequences, or leave "
+                f"the layer out: exclude_modules=['{name.rpartition('.')[0]}']."
+            )
+        return theta.repeat_interleave(repeats, 0), x
+
+
+def spread(vectors: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A vector for every sample, `[batch, k]`, shaped to broadcast over x, `[batch, …, k]`. A single one as it is."""
+    return vectors if vectors.dim() == 1 else vectors.view(len(x), *[1] * (x.dim() - 2), -1)

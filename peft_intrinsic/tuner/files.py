@@ -1,0 +1,91 @@
+"""θ and λ on their way to and from an adapter's file, which may be damaged or a stranger's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .config import SAME, IntrinsicConfig
+from .targets import HOLDER
+
+REMEDY = "File and configuration do not belong together, or the file is damaged: save the adapter again."
+
+
+def _own(adapter: str = "") -> re.Pattern[str]:
+    """What the keys of θ and λ look like, in a model or (without the adapter's name) in a file."""
+    return re.compile(rf"(?:^|\.){HOLDER}\.(intrinsic_\w+){re.escape(f'.{adapter}' if adapter else '')}\.weight$")
+
+
+def _checksum(config: IntrinsicConfig, numbers: Mapping[str, torch.Tensor]) -> str | None:
+    """Of θ, λ and all options that say what they mean; None where they are not at hand (sharded, or on meta)."""
+    meaning = [getattr(config, name) for name in (*SAME, "manifest", "redrawn")]
+    digest = hashlib.sha256(json.dumps(meaning).encode())
+    for name, values in sorted(numbers.items()):
+        if type(values) not in (torch.Tensor, nn.Parameter) or values.is_meta:
+            return None
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def numbers_to_save(
+    config: IntrinsicConfig, adapter: str, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The θ and λ of an adapter in a model's state. Their checksum goes into the next configuration that is written."""
+    found = {name: (match[1], value) for name, value in state.items() if (match := _own(adapter).search(name))}
+    config.checksum_to_save = _checksum(config, dict(found.values())) if found else None
+    return {name: value for name, (_, value) in found.items()}
+
+
+def checked_numbers(config: IntrinsicConfig, state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """θ, and λ if there is one, from the contents of a file: `[d − m]`, `[m]`.
+
+    Raises:
+        ValueError: they are not what was saved with this configuration. Once they have been found right, or there is no
+            checksum, other numbers may be loaded with the same configuration.
+    """
+    found = {match[1]: value for name, value in state.items() if (match := _own().search(name))}
+    for name, values in found.items():
+        if not values.is_floating_point():
+            raise ValueError(f"{name}: the file holds {values.dtype}, not floating-point numbers. {REMEDY}")
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name}: the file holds NaN or infinite values. {REMEDY}")
+    if found and config.checksum is not None and config.checksum != _checksum(config, found):
+        raise ValueError(
+            f"These are not the numbers and options that were saved (checksum={config.checksum!r} in the file). "
+            f"{REMEDY} If you changed them on purpose, remove the checksum from adapter_config.json."
+        )
+    config.checksum = None
+    return [found[name] for name in ("intrinsic_theta", "intrinsic_lambda") if name in found]
+
+
+def numbers_to_load(
+    model: nn.Module, config: IntrinsicConfig, adapter: str, state: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The contents of a file under the names that they have in the model.
+
+    Raises:
+        ValueError: the file does not hold exactly the θ and λ that the configuration asks for.
+    """
+    expected = {
+        match[1]: (name, parameter)
+        for name, parameter in model.named_parameters()
+        if (match := _own(adapter).search(name))
+    }
+    names = {name: match[1] for name in state if (match := _own().search(name))}
+    if extra := sorted(name for name in state if "intrinsic_" in name and names.get(name) not in expected):
+        raise ValueError(f"The file holds {extra}, which this adapter does not have. {REMEDY}")
+    for own, (name, parameter) in expected.items():
+        found = [tuple(state[key].shape) for key in names if names[key] == own]
+        if found != [tuple(parameter.shape)]:
+            raise ValueError(
+                f"{name}: the file holds {found[0] if found else 'nothing'}, the configuration (d={config.d}, "
+                f"said={config.said}) asks for {tuple(parameter.shape)}. {REMEDY}"
+            )
+    checked_numbers(config, state)
+    return {expected[names[key]][0] if key in names else key: value for key, value in state.items()}

@@ -1,0 +1,243 @@
+"""The task head: what the checkpoint did not bring, its fixed start, and what is checked when an adapter is loaded.
+
+A parameter is fresh if transformers reported it as missing from the checkpoint and nothing has changed it since. Only
+fresh parameters are drawn again, from a stream that is the same for every adapter and in every process. Which they were
+for an adapter stands in `IntrinsicConfig.redrawn`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from peft.utils import TaskType
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..projection.randomness import normals, words
+from .config import IntrinsicConfig
+from .layer import base_modules
+from .targets import inside
+
+logger = logging.getLogger(__name__)
+
+HEAD_NAMES: dict[str, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""What task heads are called in transformers models."""
+
+_FRESH = "_intrinsic_fresh"
+"""Attribute of a loaded model: a sample of every parameter that its checkpoint did not bring, by name."""
+
+_SAMPLE = 2**16
+
+_LOADING: ContextVar[bool] = ContextVar("loading", default=False)
+
+Place = tuple[nn.Module, str]
+"""Where a parameter of the base model is: its module and its name there."""
+
+Note = dict[str, torch.Tensor]
+
+Drawn = tuple[Place, torch.Tensor, Note, str]
+"""A parameter that was drawn again, its value before, the note of it and its name in that note."""
+
+
+def watch_loading() -> None:
+    """Let `PreTrainedModel.from_pretrained` note on the model what it reports as missing from the checkpoint.
+
+    The report is a return value (`output_loading_info=True`) that few callers ask for, and it cannot be had later.
+    """
+    original = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+    if getattr(original, "watched", False):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        token = _LOADING.set(True)
+        try:
+            model, info = original(cls, *args, output_loading_info=True, **kwargs)
+        finally:
+            _LOADING.reset(token)
+        if not hasattr(model, "peft_config"):  # else the report is of the adapter that was loaded too
+            missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+            note = {name: _sample(p) for name, p in model.named_parameters() if name in missing}
+            model.__dict__.setdefault(_FRESH, note)
+        return (model, info) if output_loading_info else model
+
+    from_pretrained.watched = True  # type: ignore[attr-defined]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """Enough of a parameter to tell whether it was changed. A copy, on the CPU."""
+    flat = parameter.detach().reshape(-1)
+    return flat[:: -(-flat.numel() // _SAMPLE) or 1].to("cpu", copy=True)
+
+
+def _fresh(model: nn.Module, places: Mapping[str, Place]) -> dict[str, tuple[Note, str]]:
+    """The notes of fresh parameters, and their names in them. What is constant starts the same everywhere: left out."""
+    found = {}
+    for prefix, module in base_modules(model):
+        note = module.__dict__.get(_FRESH, {})
+        for key, sample in note.items():
+            name = f"{prefix}.{key}" if prefix else key
+            if name not in places or sample.unique().numel() < 2:
+                continue
+            parameter = _parameter(places[name])
+            if parameter.is_meta or torch.equal(sample.to(parameter.dtype), _sample(parameter)):
+                found[name] = (note, key)
+    return found
+
+
+def _unmarked(model: nn.Module, places: Mapping[str, Place]) -> dict[str, tuple[Note, str]]:
+    """What transformers did not mark as loaded, in a model of whose loading there is no note."""
+    if any(_FRESH in module.__dict__ for _, module in base_modules(model)):
+        return {}
+    loaded = {name: getattr(_parameter(place), "_is_hf_initialized", False) for name, place in places.items()}
+    note: Note = {}
+    return {
+        name: (note, name)
+        for name, mark in loaded.items()
+        if not mark and any(loaded.values()) and not (p := _parameter(places[name])).is_meta and p.unique().numel() > 1
+    }
+
+
+def _parameter(place: Place) -> torch.Tensor:
+    module, own = place
+    return module._parameters[own]  # type: ignore[return-value]
+
+
+class Head:
+    """What one adapter needs of the head: which modules are moved in any case, and which parameters start anew.
+
+    Args:
+        model: the base model, with or without adapters.
+        config: of the new adapter. Its `redrawn` is filled in, or checked where an adapter is loaded.
+        attached: the configurations of the adapters that the model has already.
+
+    Raises:
+        ValueError: it is not known what the checkpoint brought; or the base model does not start where a loaded
+            adapter, or one that is already attached, starts.
+    """
+
+    def __init__(self, model: nn.Module, config: IntrinsicConfig, attached: Mapping[str, IntrinsicConfig]) -> None:
+        self._model = model
+        self._places = places = {
+            f"{key}.{own}" if key else own: (module, own)
+            for key, module in base_modules(model)
+            for own, parameter in module._parameters.items()
+            if parameter is not None and parameter.is_floating_point()
+        }
+        unknown = _unmarked(model, places)
+        self._fresh = unknown if _LOADING.get() else _fresh(model, places)
+        drawn = {name for known in attached.values() for name in known.redrawn or []}
+        whole = config.full_modules or ()
+        fresh = [name for name in places if name in self._fresh and name not in drawn and not inside(whole, name)]
+        if config.redrawn is not None and config.manifest is not None:
+            self._check_loaded(config, fresh, drawn)
+            self.start = [name for name in config.redrawn if name in fresh]
+        elif config.redrawn is not None:
+            if absent := sorted(set(config.redrawn) - set(places)):
+                raise ValueError(f"redrawn={absent} are no parameters of the model.")
+            self.start = [name for name in config.redrawn if name not in drawn]
+        elif config.head == "keep":
+            config.redrawn = self.start = []
+        else:
+            unsure = [name for name in unknown if name not in drawn and not inside(whole, name)]
+            if unsure and not _LOADING.get():
+                raise ValueError(
+                    f"It is not known whether these were loaded, trained or drawn at random: {', '.join(unsure)}. "
+                    "Import peft_intrinsic before the model is loaded. Or decide: redrawn=[names] starts them from the "
+                    "fixed stream, redrawn=[] leaves all as they are."
+                )
+            self.start = fresh
+            config.redrawn = [name for name in places if name in {*fresh, *drawn} and not inside(whole, name)]
+            if fresh:
+                logger.warning(
+                    "Not from the checkpoint, so drawn again from a fixed stream (head='keep' leaves it as it is): %s",
+                    ", ".join(fresh),
+                )
+        for adapter, known in attached.items():
+            if self.start and not known.full_modules:
+                raise ValueError(
+                    f"{', '.join(self.start)} would be drawn again under adapter {adapter!r}, which was attached with "
+                    f"head={known.head!r} and relies on the present values. Pass head={known.head!r} here too."
+                )
+        owners = {name.rpartition(".")[0] for name in config.redrawn}
+        names = HEAD_NAMES.get(config.task_type or "", ())
+        found = {key for key, _ in base_modules(model) if key.partition(".")[0] in names}
+        self.modules: set[str] = set() if config.head == "keep" else owners | found
+
+    def _check_loaded(self, config: IntrinsicConfig, fresh: list[str], drawn: set[str]) -> None:
+        """Whether the base starts where the adapter's did."""
+        redrawn = config.redrawn or []
+        absent = [name for name in redrawn if name not in self._places]
+        known = {*fresh, *drawn, *absent}
+        trained = [name for name in redrawn if name not in known and not self._as_drawn(name)]
+        if absent or trained:
+            raise ValueError(
+                f"The adapter starts {', '.join(absent + trained)} from the fixed stream, but this base model "
+                + ("lacks it." if absent else "has values of its own there, loaded or trained.")
+                + " Load the checkpoint that the adapter was trained on, after importing peft_intrinsic."
+            )
+        lacking = [name for name in fresh if name not in redrawn]
+        if lacking and config.head == "subspace":
+            raise ValueError(
+                f"{', '.join(lacking)} was drawn at random when this base model was loaded, but the adapter was "
+                "trained on a base model that had it. Load that checkpoint, head included."
+            )
+        if lacking:
+            logger.warning("Drawn at random, and not part of the adapter (head='keep'): %s", ", ".join(lacking))
+
+    def _stream(self, name: str) -> torch.Tensor:
+        """The fixed start of a parameter. The adapter's seed is left out: adapters of all seeds share one base."""
+        parameter = _parameter(self._places[name])
+        std = getattr(getattr(self._model, "config", None), "initializer_range", None) or 0.02  # BERT's and GPT-2's
+        values = normals(words(0, "head", name, parameter.numel())) * std
+        return torch.from_numpy(values).view(parameter.shape).to(parameter.dtype)
+
+    def _as_drawn(self, name: str) -> bool:
+        parameter = _parameter(self._places[name])
+        return not parameter.is_meta and torch.equal(_sample(parameter), _sample(self._stream(name)))
+
+    def check_reachable(self) -> None:
+        """Raises ValueError where a parameter that must start anew is offloaded."""
+        for name in self.start:
+            module, own = self._places[name]
+            if _parameter((module, own)).is_meta and hasattr(module, "_hf_hook"):
+                raise ValueError(
+                    f"{name} is offloaded and was not in the checkpoint, so it must be drawn again. Keep its module in "
+                    "memory (device_map), or pass head='keep'."
+                )
+
+    @torch.no_grad()
+    def draw(self, drawn: list[Drawn]) -> None:
+        """Put the parameters at their fixed start. `drawn` gets what `restore` needs."""
+        for name in self.start:
+            place = self._places[name]
+            if not (parameter := _parameter(place)).is_meta:
+                note, key = self._fresh.get(name, ({}, name))
+                drawn.append((place, parameter.detach().clone(), note, key))
+                parameter.copy_(self._stream(name))
+                note[key] = _sample(parameter)
+
+
+@torch.no_grad()
+def restore(drawn: list[Drawn]) -> None:
+    """Put back what `Head.draw` replaced."""
+    for place, value, note, key in drawn:
+        _parameter(place).copy_(value)
+        note[key] = _sample(value)
+
+
+def settle(model: nn.Module) -> None:
+    """After a merge for good: nothing in the model is fresh any more."""
+    for module in model.modules():
+        if module is model or _FRESH in module.__dict__:
+            module.__dict__[_FRESH] = {}

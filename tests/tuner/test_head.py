@@ -1,0 +1,181 @@
+"""What starts from the fixed stream: only what transformers reported as missing, and nothing that was changed since."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batch, build, evaluate, output
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.projection.randomness import normals, words
+from peft_intrinsic.tuner.attach import random_theta
+
+TASK = {"d": 40, "task_type": "SEQ_CLS"}
+
+
+def headless(folder: Path, seed: int = 1) -> nn.Module:
+    """A classifier whose head the checkpoint did not bring."""
+    if not folder.exists():
+        build("bert").bert.save_pretrained(folder)
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
+
+
+def unchanged(base: nn.Module, name: str, **options) -> bool:
+    """Whether attaching at θ = 0 leaves the output as it is, to the bit."""
+    expected = evaluate(base, name)
+    model = get_peft_model(base, IntrinsicConfig(**{**TASK, **options})).eval()
+    assert model.peft_config["default"].redrawn == []
+    return torch.equal(evaluate(model, name), expected)
+
+
+def test_golden_streams():
+    """Drawn once, by the definition in the projection's README, with numpy and scipy alone."""
+    head = normals(words(0, "head", "classifier.weight", 4)).tolist()
+    theta = random_theta(7, 4).tolist()
+    assert head == [-0.46936798095703125, -0.17726898193359375, 0.5326766967773438, -0.8354873657226562]
+    assert theta == [
+        0.13002777099609375,
+        2.2782211303710938,
+        0.6849136352539062,
+        -0.6203384399414062,
+    ]
+
+
+def test_a_fresh_head_starts_from_the_stream(tmp_path):
+    model = get_peft_model(headless(tmp_path / "encoder"), IntrinsicConfig(**TASK))
+    weight = model.get_base_model().classifier.base_layer.weight
+    expected = normals(words(0, "head", "classifier.weight", weight.numel())) * 0.02
+    assert torch.equal(weight.flatten(), torch.from_numpy(expected).float())
+
+
+def test_trained_head_from_a_state_dict(tmp_path):
+    base = headless(tmp_path / "encoder")
+    base.load_state_dict({**base.state_dict(), "classifier.weight": torch.randn(3, 24)})
+    assert unchanged(base, "bert")
+
+
+def test_head_trained_by_lora_and_merged(tmp_path):
+    for options in ({}, {"modules_to_save": []}):
+        model = get_peft_model(headless(tmp_path / "encoder"), LoraConfig(target_modules=["query", "classifier"]))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.1)
+        assert unchanged(model.merge_and_unload(), "bert", **options)
+
+
+def test_resized_embeddings(tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    for tied in (True, False):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path, tie_word_embeddings=tied).eval()
+        base.resize_token_embeddings(101)
+        assert unchanged(base, "llama", task_type=None)
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda base: base.bfloat16(), lambda base: base.double()])
+def test_a_copy_of_the_base_is_known_too(change, tmp_path):
+    base = headless(tmp_path / "encoder")
+    model = get_peft_model(change(base), IntrinsicConfig(**TASK, init_weights=False)).eval()
+    assert model.peft_config["default"].redrawn == ["classifier.weight"]
+    model.save_pretrained(tmp_path / "adapter")
+    expected = evaluate(model, "bert")
+    loaded = PeftModel.from_pretrained(change(headless(tmp_path / "encoder", 2)), tmp_path / "adapter").eval()
+    assert torch.equal(evaluate(loaded, "bert"), expected)
+
+
+def test_loading_compares_what_is_fresh(tmp_path):
+    """The base of a loaded adapter must start where the adapter's did."""
+    model = get_peft_model(headless(tmp_path / "encoder"), IntrinsicConfig(**TASK))
+    model.save_pretrained(tmp_path / "adapter")
+    trained = headless(tmp_path / "encoder")
+    trained.classifier.weight.data.mul_(2)
+    with pytest.raises(ValueError, match=r"starts classifier.weight from the fixed stream.*values of its own"):
+        PeftModel.from_pretrained(trained, tmp_path / "adapter")
+    build("bert").save_pretrained(tmp_path / "whole")
+    whole = AutoModelForSequenceClassification.from_pretrained(tmp_path / "whole")
+    get_peft_model(whole, IntrinsicConfig(**TASK)).save_pretrained(tmp_path / "second")
+    with pytest.raises(ValueError, match=r"classifier.weight was drawn at random.*head included"):
+        PeftModel.from_pretrained(headless(tmp_path / "encoder"), tmp_path / "second")
+
+
+def test_a_base_that_was_saved_with_the_drawn_head(tmp_path):
+    model = get_peft_model(headless(tmp_path / "encoder"), IntrinsicConfig(**TASK, init_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = evaluate(model, "bert")
+    drawn = headless(tmp_path / "encoder")
+    drawn.classifier.weight.data.copy_(model.get_base_model().classifier.base_layer.weight)
+    drawn.save_pretrained(tmp_path / "drawn")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "drawn")
+    assert torch.equal(evaluate(PeftModel.from_pretrained(base, tmp_path / "adapter").eval(), "bert"), expected)
+
+
+def test_unload_gives_the_head_back(tmp_path):
+    base = headless(tmp_path / "encoder")
+    expected = evaluate(base, "bert")
+    model = get_peft_model(base, IntrinsicConfig(**TASK, init_weights=False))
+    unloaded = model.unload()
+    assert torch.equal(evaluate(unloaded, "bert"), expected)
+    again = get_peft_model(unloaded, IntrinsicConfig(**TASK))  # it is fresh as before
+    assert again.peft_config["default"].redrawn == ["classifier.weight"]
+
+
+def test_an_adapter_added_while_another_is_merged(tmp_path):
+    model = get_peft_model(headless(tmp_path / "encoder"), IntrinsicConfig(**TASK, init_weights=False)).eval()
+    expected = evaluate(model, "bert")
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):  # as PEFT does for all methods
+        model.add_adapter("second", IntrinsicConfig(**TASK))
+    assert model.peft_config["second"].redrawn == ["classifier.weight"]
+    assert torch.equal(evaluate(model, "bert"), expected)
+
+
+def test_the_user_decides(tmp_path):
+    """`redrawn` names what starts from the stream, whatever it held."""
+    base = build("bert")
+    assert unchanged(headless(tmp_path / "encoder"), "bert", redrawn=[])
+    model = get_peft_model(base, IntrinsicConfig(**TASK, redrawn=["classifier.weight"]))
+    assert not torch.equal(model.get_base_model().classifier.base_layer.weight, build("bert").classifier.weight)
+    with pytest.raises(ValueError, match=r"redrawn=\['nowhere'\] are no parameters"):
+        get_peft_model(build("bert"), IntrinsicConfig(**TASK, redrawn=["nowhere"]))
+
+
+def test_a_model_loaded_before_the_import_is_refused(tmp_path):
+    headless(tmp_path / "encoder")
+    code = f"""
+import torch
+from transformers import AutoModelForSequenceClassification
+base = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "encoder")!r}, num_labels=3)
+from peft import get_peft_model
+from peft_intrinsic import IntrinsicConfig
+try:
+    get_peft_model(base, IntrinsicConfig(d=20))
+except ValueError as error:
+    print(error)
+print(get_peft_model(base, IntrinsicConfig(d=20, redrawn=[])).peft_config["default"].redrawn)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert "not known whether these were loaded, trained or drawn at random: classifier.weight" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+def test_loading_information_is_returned_as_before(tmp_path):
+    headless(tmp_path / "encoder")
+    _, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", output_loading_info=True)
+    assert "classifier.weight" in info["missing_keys"]
+
+
+def test_tie_weights_after_attaching():
+    model = get_peft_model(build("bert_mlm"), IntrinsicConfig(d=40, init_weights=False)).eval()
+    expected = evaluate(model, "bert_mlm")
+    model.get_base_model().tie_weights()
+    assert torch.equal(evaluate(model, "bert_mlm"), expected)
+    output(model, batch("bert_mlm")).square().sum().backward()
+    assert model.get_base_model().intrinsic.intrinsic_theta["default"].weight.grad.abs().min() > 0

@@ -1,0 +1,88 @@
+"""Which parameter shares its λ with which, on an encoder, a decoder and both."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import build
+from peft import get_peft_model
+
+from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.tuner.targets import fits, targeted
+
+
+def groups(name: str, granularity: str) -> list[set[str]]:
+    """The parameters of each λ, in the order of λ."""
+    config = IntrinsicConfig(d=100, said=True, lambda_granularity=granularity)
+    model = get_peft_model(build(name), config)
+    count = len(model.get_base_model().intrinsic.intrinsic_lambda["default"].weight)
+    found: list[set[str]] = [set() for _ in range(count)]
+    for layer in model.base_model.layers():
+        for offset in layer.offsets["default"].values():
+            found[offset.group].add(offset.name)
+    return found
+
+
+PREFIXES = {  # of the names in each group
+    "bert": [
+        ("bert.embeddings.",),
+        ("bert.encoder.layer.0.",),
+        ("bert.encoder.layer.1.",),
+        ("bert.pooler.", "classifier."),
+    ],
+    "llama": [("model.embed_tokens.",), ("model.layers.0.",), ("model.layers.1.",), ("model.norm.",)],
+    "t5": [
+        ("shared.",),
+        ("encoder.block.0.",),
+        ("encoder.block.1.",),
+        ("encoder.final_layer_norm.", "decoder.final_layer_norm."),
+        ("decoder.block.0.",),
+        ("decoder.block.1.",),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_a_lambda_for_each_block_for_what_lies_before_and_for_what_lies_after(name):
+    names = [full for full, _ in build(name).named_parameters()]
+    expected = [{full for full in names if full.startswith(prefixes)} for prefixes in PREFIXES[name]]
+    assert groups(name, "layer") == expected
+    assert set.union(*expected) == set(names)
+
+
+@pytest.mark.parametrize("name", PREFIXES)
+def test_a_lambda_for_each_module_or_tensor(name):
+    names = [full for full, _ in build(name).named_parameters()]
+    modules = list(dict.fromkeys(full.rpartition(".")[0] for full in names))
+    assert groups(name, "module") == [{n for n in names if n.rpartition(".")[0] == module} for module in modules]
+    if len(names) < 100:
+        assert groups(name, "tensor") == [{full} for full in names]
+
+
+def test_an_expression_that_never_ends_is_refused():
+    assert fits("target_modules", r".*\.query", "layer.0.query")
+    assert not fits("target_modules", "query", "layer.0.query")
+    with pytest.raises(ValueError, match=r"exclude_modules=.*takes too long"):
+        fits("exclude_modules", "(a|aa)+", "a" * 60 + "?")
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "expected"),
+    [
+        ({}, "any.thing", True),
+        ({"target_modules": ["query"]}, "layer.0.query", True),
+        ({"target_modules": ["query"]}, "layer.0.subquery", False),
+        ({"target_modules": ["layer.0.query"]}, "layer.0.query", True),
+        ({"target_modules": r"layer\.\d\.query"}, "layer.0.query", True),
+        ({"target_modules": r"layer\.\d"}, "layer.0.query", False),
+        ({"layers_to_transform": 1}, "model.layers.1.mlp.experts.0.up", True),
+        ({"layers_to_transform": 0}, "model.layers.1.mlp.experts.0.up", False),
+        ({"layers_to_transform": [0, 2]}, "model.layers.2.mlp", True),
+        ({"layers_to_transform": [0, 2]}, "model.norm", False),
+        ({"layers_to_transform": 0, "layers_pattern": "experts"}, "model.layers.1.mlp.experts.0.up", True),
+        ({"layers_to_transform": 1, "layers_pattern": ["h", "layers"]}, "model.layers.1.mlp.experts.0.up", True),
+        ({"layers_to_transform": 1, "layers_pattern": "ayers"}, "model.layers.1.mlp", False),
+        ({"target_parameters": ["up"]}, "model.up", False),
+    ],
+)
+def test_modules_are_chosen_as_in_lora(options, key, expected):
+    assert targeted(IntrinsicConfig(**options), key) is expected
