@@ -1,0 +1,80 @@
+"""Peak memory of merging and unmerging, beside the weights that are merged.
+
+    python benchmarks/merging.py
+
+SmolLM2-135M (see examples/carriers.py) in a fresh process for each dtype: the highest resident memory between
+`merge_adapter()` and `unmerge_adapter()`, less what the process held before, as a multiple of the merged weights' size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from peft_intrinsic import IntrinsicConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from carriers import smollm2
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+class Peak:
+    """The highest resident memory while the block runs, sampled every millisecond."""
+
+    def __enter__(self) -> Peak:
+        self.bytes, self._running = resident(), True
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while self._running:
+            self.bytes = max(self.bytes, resident())
+            time.sleep(0.001)
+
+    def __exit__(self, *exception: object) -> None:
+        self._running = False
+        self._thread.join()
+
+
+def measure(dtype: str) -> None:
+    base = AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=getattr(torch, dtype))
+    model = get_peft_model(base, IntrinsicConfig(d=200, init_weights=False))
+    parameters = {p.data_ptr(): p for n, p in model.named_parameters() if "intrinsic_" not in n}
+    size = sum(p.numel() * p.element_size() for p in parameters.values())
+    for parameter in parameters.values():
+        parameter.data.copy_(parameter.data.clone())  # every page of the weights is in memory before
+    gc.collect()
+    before = resident()
+    with Peak() as peak:
+        model.merge_adapter()
+        model.unmerge_adapter()
+    print(f"{dtype:9} weights {size / 2**20:.0f} MiB, peak above the model {(peak.bytes - before) / size:.2f} x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.dtype:
+        measure(args.dtype)
+        return
+    for dtype in ("float32", "bfloat16"):
+        subprocess.run([sys.executable, "-W", "ignore", __file__, "--dtype", dtype], check=True)
+
+
+if __name__ == "__main__":
+    main()
