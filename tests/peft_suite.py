@@ -98,6 +98,7 @@ def save_models(folder: Path) -> None:
 def ours(given: dict[str, Any]) -> dict[str, Any]:
     """The options of another tuner that we have too."""
     kept = {key: value for key, value in given.items() if key in IntrinsicConfig.__dataclass_fields__}
+    kept.setdefault("d", 12)  # some of the models have layers of a few weights
     return kept | ({"init_weights": bool(given["init_lora_weights"])} if "init_lora_weights" in given else {})
 
 
@@ -123,9 +124,9 @@ def rows_for_us(names: list[str], rows: list[tuple[Any, ...]]) -> list[tuple[Any
         options = variants[0].get("config_kwargs", {"target_parameters": None})
         if "target_parameters" not in options and "Conv2dGroups2" not in row:  # that one overflows when all is trained
             task = {key: value for key, value in options.items() if key == "task_type"}
-            variants.append({**variants[0], "config_kwargs": {**task, "said": True}})
+            variants.append({**variants[0], "config_kwargs": ours({**task, "said": True})})
             if options.get("target_modules") is None:
-                variants[0]["config_kwargs"] = {**task, "target_modules": "all-linear"}
+                variants[0]["config_kwargs"] = ours({**task, "target_modules": "all-linear"})
         for variant in variants:
             found.setdefault(repr({**variant, "test_name": None}), tuple(variant.values()))
     return list(found.values())

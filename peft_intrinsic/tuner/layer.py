@@ -159,13 +159,14 @@ class IntrinsicLayer(BaseTunerLayer):
         return result
 
     def get_delta_weight(self, adapter: str, parameter: str = "weight") -> torch.Tensor:
-        """The offset of one parameter, λ included, in its own shape: float32.
+        """The offset of one parameter, λ included, in its own shape and θ's type.
 
         Raises:
             KeyError: the adapter does not move that parameter of this layer.
         """
         offset = self.offsets[adapter][parameter]
-        return offset.materialise(self.vector.scaled(adapter, offset.group).float())
+        theta = self.vector.scaled(adapter, offset.group)
+        return offset.materialise(theta.float()).to(theta.dtype)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

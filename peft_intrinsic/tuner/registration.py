@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import register_peft_method
+from peft.utils import register_peft_method, save_and_load
 from peft.utils.peft_types import PeftType
 
 from .config import IntrinsicConfig
 from .head import watch_loading
 from .model import IntrinsicModel
+from .targets import HOLDER
 
 NAME = "INTRINSIC"
 
@@ -34,6 +36,23 @@ def _add_peft_type() -> PeftType:
     return member
 
 
+def _know_the_holder() -> None:
+    """Let PEFT's `get_base_model_state_dict` and its counterpart leave θ and λ out.
+
+    They look for adapters inside tuner layers. The holder is none, or PEFT's LoRA conversion would convert it too.
+    """
+    original = getattr(save_and_load, "_get_adapter_state_dict_key_prefixes", None)
+    if original is None or getattr(original, "knows_the_holder", False):
+        return
+
+    @functools.wraps(original)
+    def prefixes(model: Any) -> set[str]:
+        return original(model) | ({HOLDER} if isinstance(model.base_model, IntrinsicModel) else set())
+
+    prefixes.knows_the_holder = True  # type: ignore[attr-defined]
+    save_and_load._get_adapter_state_dict_key_prefixes = prefixes
+
+
 def register() -> None:
     """Make PEFT know `IntrinsicConfig` and `IntrinsicModel`, and transformers note what a checkpoint did not bring.
 
@@ -49,4 +68,5 @@ def register() -> None:
         raise RuntimeError(
             f"PEFT already has a method {NAME} ({known.__module__}.{known.__qualname__}). Use one or the other."
         )
+    _know_the_holder()
     watch_loading()
