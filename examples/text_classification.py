@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import DatasetDict, load_dataset
 from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from transformers import (
@@ -55,6 +56,7 @@ def trainer(model: Any, tokenizer: Any, data: DatasetDict, **arguments: Any) -> 
         "warmup_steps": 20,
         "logging_steps": 20,
         "save_strategy": "no",
+        "dataloader_pin_memory": torch.accelerator.is_available(),
         "report_to": "none",
     }
     return Trainer(

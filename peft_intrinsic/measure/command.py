@@ -29,20 +29,24 @@ def measure_text(
             arguments (of `TrainingArguments`), train_score.
         out: folder of the run.
         launcher: runs each trial, see `LaunchedFit`; None trains in the engine's processes.
-        of: see `measure_intrinsic_dimension`; None is `"gain"` for a causal language model, whose loss has no share,
-            and `"score"` else.
+        of: see `measure_intrinsic_dimension`; None is `"gain"` where less is better, as of a loss or an error, which
+            have no share, and `"score"` else.
         dims, search: of `measure_intrinsic_dimension`.
 
     Raises:
-        ValueError, RuntimeError, OSError: as `measure_intrinsic_dimension`, `load_task`, `check_dims`, `LaunchedFit`.
+        ValueError, RuntimeError, OSError, ImportError: as `measure_intrinsic_dimension`, `load_task`, `check_dims`,
+            `LaunchedFit`.
     """
     task = load_task(options)
-    of = of or ("gain" if task.metric == "loss" else "score")
-    if task.metric == "loss" and of == "score":
-        raise ValueError("of='score': a share of a loss means nothing. Use of='gain', over the untrained model.")
+    options = {**options, "metric": task.metric}
+    of = of or ("gain" if task.sign < 0 else "score")
+    if task.sign < 0 and of == "score":
+        raise ValueError(f"of='score': a share of a loss or an error ({task.metric}) means nothing. Use of='gain'.")
     check_dims(options, dims or grid())
     fit = LaunchedFit(options, launcher, out) if launcher else text_fit(options, out)
-    common = {**settings(options), "columns": list(task.columns), "metric": task.metric}
+    common = {**settings(options), "columns": list(task.columns)}
+    if task.best not in (None, 1):
+        common["best"] = task.best
     if launcher:
         common["launcher"] = launcher  # more processes make larger batches
     result = measure_intrinsic_dimension(fit, dims, of=of, majority=task.majority(), out=out, settings=common, **search)

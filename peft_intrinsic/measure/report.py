@@ -75,7 +75,8 @@ def plot(result: Result, path: str | os.PathLike) -> None:
     if result.d is not None:
         axes.axvline(result.d, color="black", linewidth=0.8)
         axes.annotate(f"{result.name} = {result.d}", (result.d, axes.get_ylim()[0]), (4, 4), textcoords="offset points")
-    axes.set(xscale="log", xlabel="d, trained numbers", ylabel=result.settings.get("metric", "score"))
+    metric = str(result.settings.get("metric", "score")).partition(", sha256")[0]
+    axes.set(xscale="log", xlabel="d, trained numbers", ylabel=metric)
     axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=150)
 

@@ -95,7 +95,7 @@ def _step(model: str, place: int) -> int:
 
 
 def _gap(result: Result) -> dict[str, float]:
-    """Scores on training and held-out data at d90; their gap over what is left to 1 (of a loss, their difference)."""
+    """Scores on training and held-out data at d90; their gap over what is left to the best (of a loss, the gap)."""
     rate = result.learning_rates and result.learning_rates[1]
     rows = [
         row
@@ -105,7 +105,7 @@ def _gap(result: Result) -> dict[str, float]:
     if result.d is None or not rows:
         return {}
     train, held_out = (float(np.mean([row[name] for row in rows])) for name in ("train_score", "score"))
-    left = 1.0 if result.settings["metric"] == "loss" else max(1 - held_out, 1e-9)
+    left = 1.0 if result.settings["metric"] == "loss" else max(result.settings.get("best", 1.0) - held_out, 1e-9)
     return {"train": train, "eval": held_out, "gap": (train - held_out) / left}
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -13,24 +14,9 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
-from scipy.stats import spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from .metrics import METRICS, load_metric, parts, script
 from .store import key
-
-
-def _spearman(labels: np.ndarray, answers: np.ndarray) -> float:
-    # A constant ranks nothing.
-    return 0.0 if len(set(answers)) == 1 else float(spearmanr(labels, answers).statistic)
-
-
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": accuracy_score,
-    "f1": f1_score,
-    "matthews": matthews_corrcoef,
-    "spearman": _spearman,
-}
-"""Scores of (labels, answers), higher is better."""
 
 GLUE: dict[str, tuple[tuple[str, ...], str]] = {
     "cola": (("sentence",), "matthews"),
@@ -53,6 +39,9 @@ MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM")
 """As PEFT names them: classify or rate texts; classify each word; predict the next token."""
 
+IGNORED = -100
+"""The label of a token that is not scored, as torch's cross entropy has it."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -62,7 +51,7 @@ class Task:
         data: splits `train` and `eval`.
         columns: of the one or two texts; of lists of words for TOKEN_CLS.
         label: its column; None for CAUSAL_LM.
-        metric: a key of `METRICS`, or `loss`. Spearman makes it a regression.
+        metric: the name of one (`load_metric`), or `loss`. One of numbers makes it a regression.
         task_type: one of `TASK_TYPES`.
     """
 
@@ -75,7 +64,7 @@ class Task:
     @property
     def regression(self) -> bool:
         """Whether a number is to be predicted."""
-        return self.metric == "spearman"
+        return self.metric != "loss" and load_metric(self.metric).numbers
 
     def labels(self, split: str) -> list[Any]:
         """All labels of a split, word by word for TOKEN_CLS."""
@@ -87,23 +76,74 @@ class Task:
         """The labels that occur in training, sorted; empty for a regression and for CAUSAL_LM."""
         return [] if self.regression or self.label is None else sorted(set(self.labels("train")))
 
+    def numbers(self, split: str) -> np.ndarray:
+        """The labels of a split as the Trainer has them: numbers, or indexes into `classes`; of words, in rows."""
+        if self.regression:
+            return np.array(self.labels(split), dtype=float)
+        index = {label: i for i, label in enumerate(self.classes)}
+        if self.task_type != "TOKEN_CLS":
+            return np.array([index[label] for label in self.labels(split)])
+        rows = [[index[label] for label in row] for row in self.data[split][self.label]]
+        width = max(map(len, rows))
+        return np.array([row + [IGNORED] * (width - len(row)) for row in rows])
+
+    @cached_property
+    def sign(self) -> int:
+        """-1 where less is better, as of a loss or an error, else 1: right answers are better than wrong ones.
+
+        Raises:
+            ValueError: the metric scores them alike, or does not fit the data.
+        """
+        if self.metric in METRICS:
+            return 1
+        if self.metric == "loss":
+            return -1
+        labels = self.numbers("eval")
+        wrong = labels.min() + labels.max() - labels if self.regression else (labels + 1) % len(self.classes)
+        right, worse = self._value(labels, labels), self._value(labels, np.where(labels == IGNORED, labels, wrong))
+        if not (right < worse or right > worse):
+            raise ValueError(
+                f"metric={self.metric!r} (--metric) gives right answers {right:g} and wrong ones {worse:g}: it does "
+                "not tell them apart on the held-out data."
+            )
+        return 1 if right > worse else -1
+
+    @cached_property
+    def best(self) -> float | None:
+        """The score of right answers: 1 by a built-in metric, whatever the data; None for a loss."""
+        if self.label is None:
+            return None
+        if self.metric in METRICS:
+            return 1.0
+        labels = self.numbers("eval")
+        return round(self.score(labels, labels), 6)  # its last digits are not the same on every machine
+
     def score(self, labels: np.ndarray, answers: np.ndarray) -> float:
-        """The metric of numbers, or of indexes into `classes`. F1 of more than two classes is their mean."""
-        if self.metric == "f1" and len(self.classes) > 2:
-            everywhere = range(len(self.classes))
-            return float(f1_score(labels, answers, labels=everywhere, average="macro", zero_division=0))
-        return float(METRICS[self.metric](labels, answers))
+        """The metric, or minus it where less is better, of numbers or of indexes into `classes`.
+
+        Of more than two classes it is the mean over them where the metric is one of a single class.
+        """
+        return self.sign * self._value(labels, answers)
+
+    def _value(self, labels: np.ndarray, answers: np.ndarray) -> float:
+        found = load_metric(self.metric)
+        kept = labels != IGNORED if labels.ndim > 1 else np.full(len(labels), True)
+        if not found.rows:
+            return float(found.compute(labels[kept], answers[kept], self.classes))
+        right, given = ([row[here] for row, here in zip(rows, kept, strict=True)] for rows in (labels, answers))
+        return float(found.compute(right, given, self.classes))
 
     def majority(self) -> float | None:
-        """The score of always answering the most frequent class of the training split; None for CAUSAL_LM."""
-        if self.regression:
-            return 0.0  # a constant ranks nothing
-        index = {label: i for i, label in enumerate(self.classes)}
-        if not index:
+        """The score of one answer to everything, the most frequent class or the mean of the training split.
+
+        None for CAUSAL_LM, and where the metric gives a constant no finite score.
+        """
+        if self.label is None:
             return None
-        most = np.bincount([index[label] for label in self.labels("train")]).argmax()
-        labels = np.array([index[label] for label in self.labels("eval")])
-        return self.score(labels, np.full(len(labels), most))
+        train, labels = self.numbers("train"), self.numbers("eval")
+        one = train.mean() if self.regression else np.bincount(train[train != IGNORED]).argmax()
+        score = self.score(labels, np.full(labels.shape, one))
+        return score if math.isfinite(score) else None
 
 
 def load_task(options: Mapping[str, Any]) -> Task:
@@ -111,6 +151,7 @@ def load_task(options: Mapping[str, Any]) -> Task:
 
     Raises:
         ValueError: an option does not fit the data; the message names it.
+        ImportError: the metric is one of `evaluate`, which is missing.
     """
     if options["task"] is not None and options["task_type"] != "SEQ_CLS":
         raise ValueError(f"task_type={options['task_type']!r}: the tasks of GLUE are SEQ_CLS. Name files for others.")
@@ -129,10 +170,10 @@ def glue(task: str, metric: str | None = None) -> Task:
     if name not in GLUE:
         raise ValueError(f"task={task!r} is unknown. Known are {', '.join(f'glue/{known}' for known in GLUE)}.")
     columns, own = GLUE[name]
-    _check_metric(metric or own)
+    metric = _check_metric(metric or own, "SEQ_CLS")
     data = load_dataset("nyu-mll/glue", name)
     held_out = data["validation_matched" if name == "mnli" else "validation"]
-    found = Task(DatasetDict({"train": data["train"], "eval": held_out}), columns, "label", metric or own)
+    found = Task(DatasetDict({"train": data["train"], "eval": held_out}), columns, "label", metric)
     _check_labels(found, f"{name}'s training split", f"{name}'s validation split")
     return found
 
@@ -155,9 +196,7 @@ def files(
         if metric != "loss":
             raise ValueError(f"metric={metric!r}: a causal language model is measured by its loss.")
     else:
-        metric = _check_metric(metric or "accuracy")
-    if metric == "spearman" and task_type != "SEQ_CLS":
-        raise ValueError(f"metric='spearman' is for texts (SEQ_CLS), not for {task_type}.")
+        metric = _check_metric(metric or "accuracy", task_type)
     if len(columns) not in ((1, 2) if task_type == "SEQ_CLS" else (1,)):
         raise ValueError(f"text={list(columns)}: name one column, or two for pairs of sentences (SEQ_CLS).")
     splits: dict[str, Dataset] = {}
@@ -197,16 +236,20 @@ def files(
     return task
 
 
-def _check_metric(metric: str) -> str:
-    if metric not in METRICS:
-        raise ValueError(f"metric={metric!r} is unknown. Known are {', '.join(METRICS)}.")
-    return metric
+def _check_metric(metric: str, task_type: str) -> str:
+    found = load_metric(metric)
+    if found.numbers and task_type != "SEQ_CLS":
+        raise ValueError(f"metric={metric!r} is for texts (SEQ_CLS), not for {task_type}.")
+    if found.rows and task_type != "TOKEN_CLS":
+        raise ValueError(f"metric={metric!r} is for lists of words (TOKEN_CLS), not for {task_type}.")
+    path, key = script(metric), parts(metric)[1]
+    return f"{path}:{key}".rstrip(":") if path else metric  # absolute: other processes may run elsewhere
 
 
 def _check_labels(task: Task, train: str, held_out: str) -> None:
     if task.regression:
         if not all(isinstance(value, int | float) for split in task.data for value in task.labels(split)):
-            raise ValueError(f"metric='spearman' is for numbers; column {task.label!r} holds others.")
+            raise ValueError(f"metric={task.metric!r} is for numbers; column {task.label!r} holds others.")
         return
     if task.label is None:
         return
@@ -231,19 +274,21 @@ def settings(options: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(options)
     for name in ("model", "train", "eval"):
         if options[name] is not None and Path(options[name]).exists():
-            path = Path(options[name])
-            parts = [part for part in path.iterdir() if part.suffix in MODEL_FILES] if path.is_dir() else [path]
-            found[name] = f"{path.name}, sha256 {_digest(sorted(parts))}"
+            found[name] = _named(Path(options[name]))
+    metric = options.get("metric") or ""
+    if path := script(metric):
+        found["metric"] = ":".join(filter(None, (_named(path), parts(metric)[1])))
     return found
 
 
-def _digest(parts: Sequence[Path]) -> str:
+def _named(path: Path) -> str:
+    files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES) if path.is_dir() else [path]
     found = hashlib.sha256()
-    for part in parts:
-        with part.open("rb") as file:
+    for place in files:
+        with place.open("rb") as file:
             while block := file.read(1 << 20):
                 found.update(block)
-    return found.hexdigest()
+    return f"{path.name}, sha256 {found.hexdigest()}"
 
 
 def tokens_name(options: Mapping[str, Any]) -> str:

@@ -32,10 +32,7 @@ from transformers import (
 )
 
 from ..tuner import IntrinsicConfig
-from .tasks import Task, load_task, tokens_name
-
-IGNORED = -100
-"""The label of a token that is not scored, as torch's cross entropy has it."""
+from .tasks import IGNORED, Task, load_task, tokens_name
 
 
 def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,8 +136,7 @@ class TextFit:
             return {"score": math.nan}
         answers = found.squeeze(-1) if self.task.regression else found.argmax(-1)
         labels = prediction.label_ids[0] if isinstance(prediction.label_ids, tuple) else prediction.label_ids
-        kept = labels != IGNORED
-        return {"score": self.task.score(labels[kept], answers[kept])}
+        return {"score": self.task.score(labels, answers)}
 
     def config(self, d: int, seed: int, head: Any = "keep") -> IntrinsicConfig:
         """The adapter of a trial."""

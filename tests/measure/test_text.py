@@ -29,6 +29,7 @@ def test_the_command_measures_and_goes_on(data, tmp_path, capsys):
     assert told.startswith(f"d90 = {report['d']}, 90 % interval [")
     assert report["majority"] == pytest.approx(2 / 3)
     assert report["learning_rates"] == [0.01, 0.1]
+    assert report["settings"]["metric"] == "accuracy"
     assert all(score == pytest.approx(1) for score in report["baseline"])
     assert report["d"] in [18, 42, 97, 222, 512]  # 8 numbers, less the scales, do not learn it
     assert (out / "curve.png").exists()

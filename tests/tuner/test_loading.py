@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import batch, build, evaluate, output, trained
+from conftest import adapter_calls, batch, build, evaluate, output, trained
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -73,10 +73,18 @@ def test_options_of_from_pretrained(options, tmp_path):
     assert torch.equal(evaluate(loaded, "llama"), expected)
 
 
+def test_transformers_load_an_adapter(tmp_path):
+    expected = saved("llama", tmp_path)
+    assert torch.equal(evaluate(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), "llama"), expected)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.load_adapter(str(tmp_path / "adapter"), adapter_name="one")
+    assert torch.equal(evaluate(model, "llama"), expected)
+
+
+@adapter_calls
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_transformers_own_calls(tmp_path):
     expected = saved("llama", tmp_path)
-    assert torch.equal(evaluate(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), "llama"), expected)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     plain = evaluate(model, "llama")
     model.load_adapter(str(tmp_path / "adapter"), adapter_name="one")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -73,14 +73,16 @@ def test_train_resume_reload_merge(tmp_path, said):
 
 
 def test_load_best_model_at_end(tmp_path):
-    """The learning rate is so high that an early checkpoint is the best."""
-    run = trainer(tmp_path, 12, False, load_best_model_at_end=True, eval_strategy="steps", eval_steps=4)
-    run.create_optimizer()
-    for group in run.optimizer.param_groups:
-        group["lr"] = 1.5
+    """The second of three checkpoints is the best, because the metric says so."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    run = trainer(tmp_path, 12, False, eval_strategy="steps", eval_steps=4, **best)
+    scores = iter([1.0, 3.0, 2.0])
+    run.compute_metrics = lambda _: {"score": next(scores)}
     run.train()
-    history = {row["step"]: row["eval_loss"] for row in run.state.log_history if "eval_loss" in row}
-    best = min(history, key=history.get)
-    assert run.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    assert run.evaluate()["eval_loss"] == pytest.approx(history[best], abs=1e-5)
-    assert best != 12
+    assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-8")
+    saved = {step: load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (4, 8, 12)}
+    found = get_peft_model_state_dict(run.model)
+    assert found.keys() == saved[8].keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, saved[8][name])
+        assert not any(torch.equal(tensor, saved[step][name]) for step in (4, 12))
