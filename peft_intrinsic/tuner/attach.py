@@ -114,8 +114,8 @@ def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig
 
 
 def random_theta(seed: int, length: int) -> np.ndarray:
-    """θ for tests: standard normal numbers, `float64[length]`."""
-    return normals(words(seed, "theta", "", length))
+    """θ for tests: normal numbers with a standard deviation of .2, `float64[length]`."""
+    return normals(words(seed, "theta", "", length)) / 5
 
 
 def _spec(config: IntrinsicConfig, count: int, shapes: Mapping[str, tuple[int, int]]) -> Spec:

@@ -77,7 +77,7 @@ def chosen_by_name(tuner: Any, names: Sequence[str], batch: int) -> Iterator[Non
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(names)} and {batch} respectively. Name one per sample."
         )
-    check_mixable(tuner.layers(), set(names))
+    check_mixable(tuner.tuner_layers(), set(names))
     with ExitStack() as stack:
         for module in tuner.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save
@@ -126,7 +126,7 @@ class AdapterBank:
                 f"numbers must have the shape [K, {config.d}] for adapter {self.adapter!r}, got {tuple(numbers.shape)}."
             )
         self._vector: Any = model.base_model.vector
-        check_mixable(model.base_model.layers(), {self.adapter})
+        check_mixable(model.base_model.tuner_layers(), {self.adapter})
         self.numbers = numbers.to(self._vector.numbers(self.adapter))
 
     @classmethod

@@ -129,6 +129,12 @@ def _with_offsets(kind: Any, names: tuple[str, ...], norm: bool) -> type[nn.Modu
     def reduce(module: nn.Module, protocol: Any) -> Any:  # the subclass has no name to be imported by
         return _restored, (kind, names, norm), kind.__reduce_ex__(module, 2)[2]
 
+    def register(module: Any, own: str, parameter: Any) -> None:  # FSDP 1 takes parameters out and puts them back
+        if own in names:
+            module._parameters[own] = parameter
+        else:
+            kind.register_parameter(module, own, parameter)
+
     def forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = module.__dict__[_LAYER]
         if not layer.vector.choices.open:
@@ -149,7 +155,8 @@ def _with_offsets(kind: Any, names: tuple[str, ...], norm: bool) -> type[nn.Modu
         return [value.clone() if isinstance(value, EffectiveTensor) else value for value in values]
 
     members: dict[str, Any] = {name: _moved(name) for name in names}
-    members |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__reduce_ex__": reduce}
+    members |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    members |= {"__reduce_ex__": reduce, "register_parameter": register}
     if norm:
         members["forward"] = forward
     if issubclass(kind, nn.RNNBase):

@@ -44,7 +44,7 @@ class IntrinsicModel(BaseTuner):
         """The holder of θ and λ."""
         return cast(IntrinsicVector, self.model.get_submodule(HOLDER))
 
-    def layers(self) -> list[IntrinsicLayer]:
+    def tuner_layers(self) -> list[IntrinsicLayer]:
         """All tuner layers."""
         return [module for module in self.model.modules() if isinstance(module, IntrinsicLayer)]
 
@@ -176,7 +176,7 @@ class IntrinsicModel(BaseTuner):
         Raises:
             ValueError: with `safe_merge`, a merged weight would not be finite; or a quantised weight cannot be merged.
         """
-        layers = self.layers()
+        layers = self.tuner_layers()
         before = [list(layer.merged_adapters) for layer in layers]
         try:
             super().merge_adapter(adapter_names, safe_merge)
@@ -217,7 +217,7 @@ class IntrinsicModel(BaseTuner):
     ) -> Any:
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
-        if any(layer.merged for layer in self.layers()):
+        if any(layer.merged for layer in self.tuner_layers()):
             settle(self.model)
         else:
             restore(self.vector.drawn)

@@ -103,7 +103,7 @@ def moved(options: dict) -> set[str]:
     """Names of the parameters that get an offset."""
     model = get_peft_model(build("bert"), IntrinsicConfig(d=30, **options))
     names = {}
-    for layer in model.base_model.layers():
+    for layer in model.base_model.tuner_layers():
         for offset in layer.offsets.get("default", {}).values():
             names[offset.name] = True
     return set(names)

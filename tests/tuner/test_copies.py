@@ -139,3 +139,22 @@ def test_threads_choose_their_own_adapters():
                 assert torch.equal(evaluate(model, "bert"), expected[i])
 
     assert run_at_once(work) == []
+
+
+def test_models_do_not_wait_for_each_other():
+    """Two models are inside the same kind of layer at the same time, each in a thread of its own."""
+    barrier = threading.Barrier(2, timeout=60)
+    models = [trained("custom"), trained("custom")]
+    expected = evaluate(models[0], "custom")
+
+    def meet(*arguments) -> None:
+        barrier.wait()
+
+    for model in models:
+        model.get_base_model().conv.register_forward_pre_hook(meet)
+        model.get_base_model().conv.register_forward_hook(meet)
+
+    def work(i: int) -> None:
+        assert torch.equal(evaluate(models[i], "custom"), expected)
+
+    assert run_at_once(work, 2) == []

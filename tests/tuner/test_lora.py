@@ -11,6 +11,8 @@ from conftest import batch, build, evaluate, output, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora as peft_convert
 from peft.tuners.lora.conversion import save_as_lora as peft_save
+from peft.utils.save_and_load import get_base_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -140,3 +142,17 @@ assert config.peft_type == "LORA" and "peft_intrinsic" not in sys.modules
     with torch.no_grad():
         found = output(lora, batch("llama"))
     torch.testing.assert_close(found, torch.load(tmp_path / "expected"), **CLOSE)
+
+
+def test_type_of_the_export(tmp_path):
+    """The base model's, or what was asked for."""
+    model = get_peft_model(build("llama").bfloat16(), IntrinsicConfig(d=60, target_modules=["q_proj"])).eval()
+    for dtype, expected in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+        assert {value.dtype for value in convert_to_lora(model, dtype=dtype)[1].values()} == {expected}
+        save_as_lora(tmp_path / str(dtype), model, dtype=dtype)
+        assert {v.dtype for v in load_file(tmp_path / str(dtype) / "adapter_model.safetensors").values()} == {expected}
+
+
+def test_peft_s_base_state_dict_has_no_theta():
+    model = trained("llama")
+    assert set(get_base_model_state_dict(model)) == set(build("llama").state_dict())

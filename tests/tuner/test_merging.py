@@ -83,7 +83,7 @@ def test_rounding_is_told(dtype):
     before = values(model)
     wanted = {}
     names = {id(p): name for name, p in model.named_parameters()}
-    for layer in model.base_model.layers():
+    for layer in model.base_model.tuner_layers():
         for own in layer.offsets.get("default", {}):
             wanted[names[id(layer.base_parameter(own))]] = layer.get_delta_weight("default", own).detach()
     with pytest.warns(UserWarning, match="kept .*% of the merged offset's norm.*float32") as caught:
@@ -129,7 +129,7 @@ def test_merging_some_rows_at_a_time_gives_the_same_weights(name, monkeypatch):
 
 def test_a_layer_that_fails_to_merge_is_left_as_it_was():
     model = trained("llama", target_modules=["q_proj"])
-    (layer, *_) = model.base_model.layers()
+    (layer, *_) = model.base_model.tuner_layers()
     before = layer.base_layer.weight.clone()
     layer.vector.intrinsic_theta["default"].weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="The adapter default seems to be broken"):

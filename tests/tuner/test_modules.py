@@ -129,7 +129,7 @@ def test_embedding_options_as_in_full_fine_tuning(options):
     )
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     plain = nn.Embedding(5, 6, **options)
-    (layer,) = model.base_model.layers()
+    (layer,) = model.base_model.tuner_layers()
     with torch.no_grad():
         plain.weight.copy_(layer.base_parameter("weight") + layer.get_delta_weight("default"))
         columns = []

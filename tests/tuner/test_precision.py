@@ -66,3 +66,21 @@ def test_learning_below_the_rounding_step(dtype):
     assert learnt[dtype].abs().min() > 1e-8
     cosine = torch.nn.functional.cosine_similarity(learnt[dtype], learnt[torch.float64], dim=0)
     assert cosine > 0.9
+
+
+@pytest.mark.parametrize("targets", ["all-linear", None])
+def test_no_copy_of_the_input_in_another_type_is_kept(targets):
+    """Of a bfloat16 model, backward needs the inputs as they are."""
+    model = get_peft_model(build("llama").bfloat16(), IntrinsicConfig(d=60, target_modules=targets))
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    x = torch.randn(5, 7, 24, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept)
+    assert not any(tensor.dtype == torch.float32 and tensor.numel() == x.numel() for tensor in kept)

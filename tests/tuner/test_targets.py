@@ -16,7 +16,7 @@ def groups(name: str, granularity: str) -> list[set[str]]:
     model = get_peft_model(build(name), config)
     count = len(model.get_base_model().intrinsic.intrinsic_lambda["default"].weight)
     found: list[set[str]] = [set() for _ in range(count)]
-    for layer in model.base_model.layers():
+    for layer in model.base_model.tuner_layers():
         for offset in layer.offsets["default"].values():
             found[offset.group].add(offset.name)
     return found
