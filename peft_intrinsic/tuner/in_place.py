@@ -61,6 +61,9 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
         return own[name] if name in own else own["_parameters"].get(name)  # FSDP 1 keeps its views among the attributes
 
     def read(self, name: str) -> Any:
+        base = self.base_parameter(name)
+        if getattr(base, "_fsdp_flattened", False):
+            return base  # FSDP 1 looks at its own parameter; while the module runs, it puts a view there
         values = self._values.mixed if self.vector.choices.open else None
         return super().read(name) if values is None else values[name]
 

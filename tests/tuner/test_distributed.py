@@ -70,3 +70,30 @@ def test_zero_3_is_refused():
         parameter.ds_id = 0
     with pytest.raises(RuntimeError, match=r"ZeRO-3.*ZeRO-2, DDP or FSDP2"):
         output(model, batch("bert"))
+
+
+FSDP_1 = """
+import sys, torch
+sys.path[:0] = [{tests!r}]
+from conftest import batch, evaluate, output, trained
+from torch.distributed.fsdp import FullyShardedDataParallel
+torch.distributed.init_process_group("gloo", init_method="file://{folder}/meet", rank=0, world_size=1)
+model = trained({name!r})
+expected = evaluate(model, {name!r})
+theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
+output(model, batch({name!r})).square().sum().backward()
+gradient = theta.grad.clone()
+theta.grad = None
+wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+for _ in range(2):  # what FSDP takes for a changed parameter it writes back
+    torch.testing.assert_close(evaluate(wrapped, {name!r}), expected)
+output(wrapped, batch({name!r})).square().sum().backward()
+torch.testing.assert_close(theta.grad, gradient)
+"""
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_fsdp_1_sees_its_own_parameters(name, tmp_path):
+    code = FSDP_1.format(tests=str(Path(__file__).parents[1]), folder=tmp_path, name=name)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
