@@ -171,12 +171,6 @@ def test_built_in_memory_under_a_meta_device():
     assert p.materialise(torch.ones(5, device="cpu")).any()
 
 
-def test_follows_theta_to_another_device(small):
-    p, theta = small
-    assert p.materialise(theta.to("meta")).device.type == "meta"
-    assert p.materialise(theta).any()
-
-
 def test_copies_share_the_projection(small):
     p, _ = small
     assert copy.deepcopy([p])[0] is p
