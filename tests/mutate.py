@@ -37,7 +37,7 @@ TESTS = {
     "tuner/bank.py": "tuner/test_mixed",
     "tuner/batches.py": "tuner/test_mixed",
     "tuner/config.py": "tuner/test_config",
-    "tuner/effective.py": "tuner/test_readers",
+    "tuner/effective.py": "tuner/test_readers tuner/test_modules",
     "tuner/files.py": "tuner/test_loading",
     "tuner/head.py": "tuner/test_head",
     "tuner/in_place.py": "tuner/test_modules tuner/test_copies tuner/test_mixed",
