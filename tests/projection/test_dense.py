@@ -57,6 +57,29 @@ def test_materialise_linear_and_gather(case):
         assert error(parameter.grad, np.tensordot(matrix, outer, 2)) < TOLERANCE[torch.float32]
 
 
+def test_some_rows_at_a_time(case):
+    projections, matrices, theta = case
+    p, w = projections["w"], np.tensordot(theta.double().numpy(), matrices["w"], 1)
+    for start, stop in [(0, 4), (4, 5), (3, 9)]:
+        assert error(p.slab(theta, start, stop), w[start:stop]) < TOLERANCE[torch.float32]
+
+
+def test_a_theta_for_each_sample(case, d):
+    projections, matrices, _ = case
+    theta = draw(3, d, seed=3)
+    for name, p in projections.items():
+        w = np.tensordot(theta.double().numpy(), matrices[name], 1)
+        assert error(p.materialise(theta), w) < TOLERANCE[torch.float32]
+        assert error(p.slab(theta, 0, 1), w[:, :1]) < TOLERANCE[torch.float32]
+        for between in ((), (2,), (2, 4)):
+            x = draw(3, *between, p.cols, seed=4)
+            expected = np.einsum("b...c,brc->b...r", x.double().numpy(), w)
+            assert error(p.linear(x, theta), expected) < TOLERANCE[torch.float32]
+            index = torch.arange(x[..., 0].numel()).view(x.shape[:-1]) % p.rows
+            expected = np.stack([w[i][index[i]] for i in range(3)])
+            assert error(p.gather(index, theta), expected) < TOLERANCE[torch.float32]
+
+
 def columns(p: dense.DenseTensor, d: int) -> torch.Tensor:
     return torch.stack([p.materialise(unit) for unit in torch.eye(d)])
 

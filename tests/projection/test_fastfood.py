@@ -78,6 +78,15 @@ def test_materialise(case):
     assert error(parameter.grad, total) < TOLERANCE[torch.float32]  # <Pθ, g> = <θ, Pᵀg>, for every θ
 
 
+def test_some_rows_at_a_time(case):
+    projections, matrices, theta = case
+    for name, p in projections.items():
+        w, middle = offset(theta, matrices[name]), p.rows // 2
+        for start, stop in {(0, middle), (middle, p.rows), (p.rows - 1, p.rows), (middle, middle + 1)}:
+            if start < stop:
+                assert error(p.slab(theta, start, stop), w[start:stop]) < TOLERANCE[torch.float32]
+
+
 def test_linear(case):
     projections, matrices, theta = case
     for name, p in projections.items():
@@ -103,6 +112,21 @@ def test_gather(case):
         (y * g).sum().backward()
         dense = torch.zeros(p.rows, p.cols).index_add_(0, index.flatten(), g.flatten(0, 1))
         assert error(parameter.grad, adjoint(dense, matrices[name])) < TOLERANCE[torch.float32]
+
+
+def test_a_theta_for_each_sample(case):
+    projections, matrices, theta = case
+    theta = draw(3, len(theta), seed=3)
+    for name, p in projections.items():
+        w = np.tensordot(theta.double().numpy(), matrices[name], 1)
+        assert error(p.materialise(theta), w) < TOLERANCE[torch.float32]
+        for between in ((), (2,), (2, 2)):
+            x = draw(3, *between, p.cols, seed=4)
+            expected = np.einsum("b...c,brc->b...r", x.double().numpy(), w)
+            assert error(p.linear(x, theta), expected) < TOLERANCE[torch.float32]
+            index = torch.arange(x[..., 0].numel()).view(x.shape[:-1]) * 7 % p.rows
+            expected = np.stack([w[i][index[i]] for i in range(3)])
+            assert error(p.gather(index, theta), expected) < TOLERANCE[torch.float32]
 
 
 def test_linearity(case):

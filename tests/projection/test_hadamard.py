@@ -63,3 +63,11 @@ def test_cached_matrix_survives_inference_mode():
     x = draw(1, 512).requires_grad_()
     (fwht(x) * hadamard(512, 512, x)[1]).sum().backward()
     np.testing.assert_allclose(x.grad.numpy(), 512 * np.eye(512)[1:2], rtol=0, atol=1e-9)
+
+
+def test_small_matrices_are_kept_and_large_ones_are_not():
+    for n, kept in ((64, 1), (1024, 1), (2048, 0)):
+        _cached.cache_clear()
+        for _ in range(3):
+            hadamard(n, n, draw(1))
+        assert (_cached.cache_info().currsize, _cached.cache_info().hits) == (kept, 2 * kept)

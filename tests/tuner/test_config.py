@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, evaluate
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
 from peft_intrinsic import IntrinsicConfig
@@ -91,6 +91,12 @@ def test_replace_keeps_what_was_asked_for():
     other = dataclasses.replace(config, seed=1)
     assert get_peft_model(build("bert"), other).get_nb_trainable_parameters()[0] == 20
     assert other.to_dict()["modules_to_save"] is None
+
+
+@pytest.mark.parametrize("names", [None, "query", ["query", "key", "query"]])
+def test_names_of_modules_are_held_as_lora_holds_them(names):
+    for option in ("target_modules", "exclude_modules"):
+        assert getattr(IntrinsicConfig(**{option: names}), option) == getattr(LoraConfig(**{option: names}), option)
 
 
 def test_numpy_integers(tmp_path):

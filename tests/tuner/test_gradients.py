@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import nullcontext
+
 import pytest
 import torch
 from conftest import batch, build, output, same
@@ -101,3 +104,17 @@ def test_exactly_d_numbers_are_trained(family, capsys):
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 200
         model.print_trainable_parameters()
         assert "trainable params: 200 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_reentrant_checkpointing_in_several_processes_is_refused_while_training(reentrant, monkeypatch):
+    model = get_peft_model(build("llama"), IntrinsicConfig(d=30))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    processes = [1]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes[0])
+    for count, training in itertools.product((1, 2), (True, False)):
+        processes[0] = count
+        wrong = reentrant and training and count > 1
+        with pytest.raises(RuntimeError, match="Reentrant gradient checkpointing") if wrong else nullcontext():
+            model.train(training)(**batch("llama"))

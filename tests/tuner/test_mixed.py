@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import batch, build, evaluate, output, trained
@@ -175,6 +177,17 @@ def test_bad_choices():
         model(**batch("bert"), adapter_names=names)
     with pytest.raises(ValueError, match="training mode"), bank.select([0] * 4):
         pass
+
+
+def test_a_choice_ends_for_all_threads():
+    """Within it, a thread that has not chosen is refused; after it, all run the active adapter."""
+    model = trained("bert")
+    expected = evaluate(model, "bert")
+    bank = AdapterBank(model, torch.zeros(1, 200))
+    with ThreadPoolExecutor(1) as pool:
+        with bank.select([0] * 4), pytest.raises(RuntimeError, match="not in this thread or coroutine"):
+            pool.submit(evaluate, model, "bert").result()
+        assert torch.equal(pool.submit(evaluate, model, "bert").result(), expected)
 
 
 class Positions(nn.Module):

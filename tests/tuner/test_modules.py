@@ -158,6 +158,16 @@ def test_what_is_wrapped_how():
     assert isinstance(trained("mamba").get_base_model().backbone.layers[0].mixer.conv1d, nn.Conv1d)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_each_layer_keeps_its_mode(training):
+    base = build("bert").train(training)
+    base.classifier.train(not training)
+    before = {name: module.training for name, module in base.named_modules() if not list(module.children())}
+    model = get_peft_model(base, IntrinsicConfig(d=30)).get_base_model()
+    assert {name: model.get_submodule(name).training for name in before} == before
+    assert model.classifier.base_layer.training is not training
+
+
 def test_a_type_is_told_without_making_the_weight(monkeypatch):
     """T5 asks its layers for the dtype of a weight alone."""
     layer = trained("t5").get_base_model().encoder.block[0].layer[1].DenseReluDense.wo
