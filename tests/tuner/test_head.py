@@ -150,11 +150,9 @@ def test_the_user_decides(tmp_path):
 
 def test_what_is_constant_is_not_drawn_again():
     """Here the bias, of one number; the weight has two."""
-    model = nn.Linear(2, 1)
-    model.__dict__[_FRESH] = {
-        name: parameter.detach().flatten().clone() for name, parameter in model.named_parameters()
-    }
-    assert get_peft_model(model, IntrinsicConfig(d=2)).peft_config["default"].redrawn == ["weight"]
+    model = nn.Sequential(nn.Linear(2, 1))
+    model.__dict__[_FRESH] = {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
+    assert get_peft_model(model, IntrinsicConfig(d=2)).peft_config["default"].redrawn == ["0.weight"]
 
 
 def test_a_model_loaded_before_the_import_is_refused(tmp_path):
