@@ -41,10 +41,10 @@ TESTS = {
     "tuner/files.py": "tuner/test_loading",
     "tuner/head.py": "tuner/test_head",
     "tuner/in_place.py": "tuner/test_modules tuner/test_copies tuner/test_mixed",
-    "tuner/layer.py": "tuner/test_merging tuner/test_adapters",
+    "tuner/layer.py": "tuner/test_readers tuner/test_merging tuner/test_adapters",
     "tuner/merging.py": "tuner/test_merging tuner/test_quantised",
-    "tuner/model.py": "tuner/test_merging tuner/test_adapters",
-    "tuner/modules.py": "tuner/test_modules",
+    "tuner/model.py": "tuner/test_head tuner/test_merging tuner/test_adapters",
+    "tuner/modules.py": "tuner/test_modules tuner/test_readers tuner/test_lora",
     "tuner/registration.py": "tuner/test_adapters",
     "tuner/targets.py": "tuner/test_targets tuner/test_modules",
     "tuner/to_lora.py": "tuner/test_lora",
@@ -107,7 +107,7 @@ def altered(node: ast.AST) -> Iterator[str]:
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         yield f"bool({ast.unparse(node.operand)})"
     elif isinstance(node, ast.Constant) and isinstance(value := node.value, bool | int | float):
-        yield repr(not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value * 2)
+        yield repr(not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else 2 * value or 1.0)
     elif isinstance(node, ast.Name) and node.id in NAMES:
         yield NAMES[node.id]
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import batch, build, evaluate, output, same, trained
 from peft import PeftModel, PeftType, get_peft_model, inject_adapter_in_model
+from peft.utils import save_and_load
 from torch import nn
 
 import peft_intrinsic
@@ -24,6 +25,17 @@ def test_registration_is_idempotent():
     peft_intrinsic.register()
     assert PeftType("INTRINSIC") is PeftType.INTRINSIC
     assert "INTRINSIC" in [member.value for member in PeftType]
+    before = vars(save_and_load).copy()
+    peft_intrinsic.register()
+    assert vars(save_and_load) == before
+
+
+@pytest.mark.skipif(not hasattr(save_and_load, "get_base_model_state_dict"), reason="this PEFT has no such call")
+def test_the_state_of_the_base_holds_nothing_of_the_adapter():
+    state = save_and_load.get_base_model_state_dict(trained("bert", said=True))
+    plain = build("bert").state_dict()
+    assert state.keys() == plain.keys()
+    assert all(torch.equal(state[name], plain[name]) for name in plain)
 
 
 @torch.no_grad()

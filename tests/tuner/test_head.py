@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.projection.randomness import normals, words
 from peft_intrinsic.tuner.attach import random_theta
+from peft_intrinsic.tuner.head import _FRESH
 
 TASK = {"d": 40, "task_type": "SEQ_CLS"}
 
@@ -140,6 +141,13 @@ def test_the_user_decides(tmp_path):
     assert not torch.equal(model.get_base_model().classifier.base_layer.weight, build("bert").classifier.weight)
     with pytest.raises(ValueError, match=r"redrawn=\['nowhere'\] are no parameters"):
         get_peft_model(build("bert"), IntrinsicConfig(**TASK, redrawn=["nowhere"]))
+
+
+def test_what_is_constant_is_not_drawn_again():
+    """Here the bias, of one number; the weight has two."""
+    model = nn.Sequential(nn.Linear(2, 1))
+    model.__dict__[_FRESH] = {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
+    assert get_peft_model(model, IntrinsicConfig(d=2)).peft_config["default"].redrawn == ["0.weight"]
 
 
 def test_a_model_loaded_before_the_import_is_refused(tmp_path):

@@ -158,6 +158,13 @@ def test_what_is_wrapped_how():
     assert isinstance(trained("mamba").get_base_model().backbone.layers[0].mixer.conv1d, nn.Conv1d)
 
 
+def test_what_a_wrapper_lacks_is_its_layer_s():
+    layer = trained("bert").get_base_model().bert.embeddings.word_embeddings
+    assert (layer.num_embeddings, layer.padding_idx) == (97, 0)
+    with pytest.raises(AttributeError, match="nowhere"):
+        layer.nowhere  # noqa: B018
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_each_layer_keeps_its_mode(training):
     base = build("bert").train(training)

@@ -110,6 +110,21 @@ def test_merge_and_exact_unmerge(kind, checkpoint):
     assert torch.equal(evaluate(unloaded, "llama"), merged)
 
 
+@pytest.mark.filterwarnings("ignore:Rounding to the base model's precision")
+def test_what_rounding_lost_is_measured(kind, checkpoint):
+    """Weights are read off a layer's own output, those before the merge on a model of their own."""
+    path = "model.layers.1.mlp.up_proj"
+    model = attached(kind, checkpoint, init_weights=False, target_modules=["up_proj"])
+    layer, plain = model.get_base_model().get_submodule(path), quantised(kind, checkpoint).get_submodule(path)
+    model.merge_adapter()
+    with torch.no_grad():
+        offset = layer.get_delta_weight("default")
+        gone = layer.base_layer(torch.eye(64)).T - plain(torch.eye(64)).T - offset
+    lost, whole = map(float, layer.rounding)
+    assert whole == pytest.approx(float(offset.square().sum()), rel=1e-4)
+    assert lost == pytest.approx(float(gone.square().sum()), rel=0.02)
+
+
 class CodeBookLinear(nn.Module):
     """A quantised linear layer of a library that neither PEFT nor this package knows."""
 

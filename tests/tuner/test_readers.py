@@ -138,6 +138,16 @@ def test_a_weight_that_is_read_by_a_grandparent():
     merged_as_unmerged(Tied(), torch.tensor([[0, 1, 5]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_weight_that_is_read_in_any_precision(dtype):
+    model = get_peft_model(build("bert").to(dtype), IntrinsicConfig(d=30, init_weights=False))
+    layer = model.get_base_model().classifier
+    for name in ("weight", "bias"):
+        offset = layer.get_delta_weight("default", name)
+        assert offset.abs().max() > 0
+        assert torch.equal(getattr(layer, name) + 0, layer.base_parameter(name) + offset.to(dtype))
+
+
 class Scaled(Tied):
     """A parameter of its own, read in another method than forward."""
 

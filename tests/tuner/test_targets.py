@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 from conftest import build
 from peft import get_peft_model
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.pytorch_utils import Conv1D
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.tuner.targets import fits, targeted
+from peft_intrinsic.tuner.targets import excluded, fits, is_norm, matrix_view, targeted
 
 
 def groups(name: str, granularity: str) -> list[set[str]]:
@@ -58,6 +61,35 @@ def test_a_lambda_for_each_module_or_tensor(name):
         assert groups(name, "tensor") == [{full} for full in names]
 
 
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.LayerNorm(4), True),
+        (nn.LayerNorm((2, 4)), False),
+        (LlamaRMSNorm(4), True),
+        (nn.GroupNorm(2, 4), False),
+        (nn.Linear(4, 4), False),
+    ],
+)
+def test_norms(module, expected):
+    assert is_norm(module) is expected
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "transposed", "expected"),
+    [
+        (nn.Linear(5, 3), (3, 5), False, (3, 5)),
+        (nn.Linear(5, 3), (3,), False, (3, 1)),
+        (Conv1D(3, 5), (5, 3), True, (3, 5)),
+        (nn.Conv2d(2, 3, (4, 5)), (3, 2, 4, 5), False, (3, 40)),
+        (nn.Module(), (2, 3, 4), False, (6, 4)),
+        (nn.Module(), (), False, (1, 1)),
+    ],
+)
+def test_a_parameter_is_seen_as_a_matrix(module, shape, transposed, expected):
+    assert matrix_view(module, shape, transposed) == expected
+
+
 def test_an_expression_that_never_ends_is_refused():
     assert fits("target_modules", r".*\.query", "layer.0.query")
     assert not fits("target_modules", "query", "layer.0.query")
@@ -86,3 +118,18 @@ def test_an_expression_that_never_ends_is_refused():
 )
 def test_modules_are_chosen_as_in_lora(options, key, expected):
     assert targeted(IntrinsicConfig(**options), key) is expected
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "expected"),
+    [
+        ({}, "layer.0.query", False),
+        ({"exclude_modules": ["query"]}, "layer.0.query", True),
+        ({"exclude_modules": ["query"]}, "layer.0.subquery", False),
+        ({"exclude_modules": "query"}, "layer.0.query", False),
+        ({"exclude_modules": r".*query"}, "layer.0.subquery", True),
+        ({"modules_to_save": ["head"]}, "head.out", True),
+    ],
+)
+def test_modules_are_left_out_as_in_lora(options, key, expected):
+    assert excluded(IntrinsicConfig(**options), key) is expected
