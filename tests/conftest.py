@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,14 @@ from peft_intrinsic import IntrinsicConfig
 
 transformers.utils.logging.set_verbosity_error()
 
-SIZES = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
-TWO_STACKS = {
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+}
+TWO_STACKS: dict[str, Any] = {
     "vocab_size": 97,
     "d_model": 24,
     "encoder_layers": 2,

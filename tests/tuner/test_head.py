@@ -60,7 +60,8 @@ def test_trained_head_from_a_state_dict(tmp_path):
 
 
 def test_head_trained_by_lora_and_merged(tmp_path):
-    for options in ({}, {"modules_to_save": []}):
+    both: list[dict] = [{}, {"modules_to_save": []}]
+    for options in both:
         model = get_peft_model(headless(tmp_path / "encoder"), LoraConfig(target_modules=["query", "classifier"]))
         for parameter in model.parameters():
             if parameter.requires_grad:
