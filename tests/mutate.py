@@ -48,7 +48,7 @@ TESTS = {
     "tuner/registration.py": "tuner/test_adapters",
     "tuner/targets.py": "tuner/test_targets tuner/test_modules",
     "tuner/to_lora.py": "tuner/test_lora",
-    "tuner/vector.py": "tuner/test_precision tuner/test_gradients",
+    "tuner/vector.py": "tuner/test_mixed tuner/test_precision tuner/test_gradients tuner/test_loading",
 }
 """The tests that belong to a file, fastest first."""
 

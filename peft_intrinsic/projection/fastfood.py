@@ -123,6 +123,8 @@ class FastfoodTensor(TensorProjection):
 
     def linear(self, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         each = theta.dim() > 1
+        if each:  # sums with the signs of H cancel, so they want more than half precision; there is no backward pass
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
         z = self._products(x, theta) if each else [F.linear(x, a) for a in self.factor(theta).to(x.dtype)]
         return torch.cat([F.linear(z[r], self.basis(theta, r).to(x.dtype)) for r in range(self.chunks)], -1)
 
