@@ -7,11 +7,10 @@ import copy
 import pytest
 import torch
 from conftest import batch, build, evaluate, output, same, trained
-from peft import PeftModel, PeftType, get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import save_and_load
 from torch import nn
 
-import peft_intrinsic
 from peft_intrinsic import IntrinsicConfig
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -19,15 +18,6 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def test_registration_is_idempotent():
-    peft_intrinsic.register()
-    assert PeftType("INTRINSIC") is PeftType.INTRINSIC
-    assert "INTRINSIC" in [member.value for member in PeftType]
-    before = vars(save_and_load).copy()
-    peft_intrinsic.register()
-    assert vars(save_and_load) == before
 
 
 @pytest.mark.skipif(not hasattr(save_and_load, "get_base_model_state_dict"), reason="this PEFT has no such call")
@@ -299,9 +289,3 @@ def test_a_failed_attachment_leaves_no_trace():
     with pytest.raises(ValueError, match="'default' is attached already"):
         inject_adapter_in_model(IntrinsicConfig(d=20), base)
     assert torch.equal(evaluate(base, "llama"), expected)
-
-
-def test_merging_an_unknown_adapter_marks_nothing():
-    model = trained("bert")
-    model.merge_adapter(["typo"])
-    assert model.get_model_status().merged_adapters == []

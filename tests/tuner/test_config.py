@@ -11,6 +11,7 @@ from conftest import build, evaluate
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
+import peft_intrinsic
 from peft_intrinsic import IntrinsicConfig
 
 
@@ -155,3 +156,12 @@ def test_lambda_granularity(granularity, count):
     assert len(holder.intrinsic_lambda["default"].weight) == count
     assert len(holder.intrinsic_theta["default"].weight) == 100 - count
     assert torch.equal(evaluate(model.eval(), "bert"), evaluate(build("bert"), "bert"))
+
+
+def test_registration_is_idempotent():
+    peft_intrinsic.register()
+    assert PeftType("INTRINSIC") is PeftType.INTRINSIC
+    assert "INTRINSIC" in [member.value for member in PeftType]
+    before = vars(save_and_load).copy()
+    peft_intrinsic.register()
+    assert vars(save_and_load) == before

@@ -136,3 +136,9 @@ def test_a_layer_that_fails_to_merge_is_left_as_it_was():
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before)
     assert not layer.merged
+
+
+def test_merging_an_unknown_adapter_marks_nothing():
+    model = trained("bert")
+    model.merge_adapter(["typo"])
+    assert model.get_model_status().merged_adapters == []

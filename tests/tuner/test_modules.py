@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.tuner.layer import Offset
 from peft_intrinsic.tuner.modules import IntrinsicEmbedding, IntrinsicLinear
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -173,21 +172,6 @@ def test_each_layer_keeps_its_mode(training):
     model = get_peft_model(base, IntrinsicConfig(d=30)).get_base_model()
     assert {name: model.get_submodule(name).training for name in before} == before
     assert model.classifier.base_layer.training is not training
-
-
-def test_a_type_is_told_without_making_the_weight(monkeypatch):
-    """T5 asks its layers for the dtype of a weight alone."""
-    layer = trained("t5").get_base_model().encoder.block[0].layer[1].DenseReluDense.wo
-    assert isinstance(layer, IntrinsicLinear)
-    expected = layer.base_layer.weight + layer.get_delta_weight("default")
-    made = []
-    monkeypatch.setattr(Offset, "materialise", lambda self, theta: made.append(self.name))
-    weight = layer.weight
-    assert (weight.dtype, weight.device, weight.shape) == (torch.float32, torch.device("cpu"), expected.shape)
-    assert isinstance(weight, nn.Parameter)
-    assert made == []
-    monkeypatch.undo()
-    torch.testing.assert_close(weight + 0, expected, **CLOSE)
 
 
 def test_mamba_decodes_as_the_merged_model():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import build, evaluate
+from conftest import build, evaluate, trained
 from peft import get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -13,6 +13,8 @@ from transformers import PhimoeConfig
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 
 from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.tuner.layer import Offset
+from peft_intrinsic.tuner.modules import IntrinsicLinear
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -254,3 +256,18 @@ def test_offloaded_models_with_parameters_of_their_own(name):
     torch.testing.assert_close(evaluate(offloaded, name), expected, rtol=1e-5, atol=1e-5)
     offloaded.merge_adapter()
     torch.testing.assert_close(evaluate(offloaded, name), expected, **CLOSE)
+
+
+def test_a_type_is_told_without_making_the_weight(monkeypatch):
+    """T5 asks its layers for the dtype of a weight alone."""
+    layer = trained("t5").get_base_model().encoder.block[0].layer[1].DenseReluDense.wo
+    assert isinstance(layer, IntrinsicLinear)
+    expected = layer.base_layer.weight + layer.get_delta_weight("default")
+    made = []
+    monkeypatch.setattr(Offset, "materialise", lambda self, theta: made.append(self.name))
+    weight = layer.weight
+    assert (weight.dtype, weight.device, weight.shape) == (torch.float32, torch.device("cpu"), expected.shape)
+    assert isinstance(weight, nn.Parameter)
+    assert made == []
+    monkeypatch.undo()
+    torch.testing.assert_close(weight + 0, expected, **CLOSE)
