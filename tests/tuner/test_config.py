@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, evaluate
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
+from peft.utils import save_and_load
 from torch import nn
 
 import peft_intrinsic
