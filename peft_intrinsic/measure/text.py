@@ -116,7 +116,7 @@ class TextFit:
         self.base = self.loader.from_pretrained(model, dtype="float32", **classes)
         self.base.config.pad_token_id = self.tokenizer.pad_token_id
         # A fresh head is drawn from a fixed stream when an adapter is attached: let full training start there too.
-        get_peft_model(self.base, self.config(1000, 0, head="subspace")).unload()
+        self.base = get_peft_model(self.base, self.config(1000, 0, head="subspace")).merge_and_unload()  # θ is zero
 
     def tokenise(self, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
         """Rows of text as rows of numbers."""

@@ -134,8 +134,8 @@ class IntrinsicLayer(BaseTunerLayer):
         if not plain or base.is_meta:
             return base
         applied = [(offset, theta) for own, offset, theta in self.applied() if own == name]
-        if not applied:
-            return base
+        if not applied or any(hasattr(theta, "full_tensor") for _, theta in applied):
+            return base  # sharded by FSDP 2, as it is only while no forward pass runs
         offsets = [offset for offset, _ in applied]
 
         def value(*thetas: torch.Tensor) -> torch.Tensor:

@@ -177,6 +177,7 @@ def test_each_layer_keeps_its_mode(training):
 def test_mamba_decodes_as_the_merged_model():
     """Its step-by-step decoding reads the convolution's weight."""
     model = trained("mamba")
+    model.get_base_model().intrinsic.intrinsic_theta["default"].weight.data.mul_(5)
     ids = batch("mamba")["input_ids"]
     fixed = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
     found = model.generate(input_ids=ids, **fixed)
