@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import random
@@ -14,7 +15,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from peft_intrinsic.measure import NothingToMeasure, Result, grid, measure_intrinsic_dimension, write_report
 from peft_intrinsic.measure.report import markdown, summary
@@ -196,7 +196,7 @@ def test_report(tmp_path):
     assert report["trials"][0] == {"d": None, "seed": 0, "learning_rate": None, "score": 0.8}
     assert len(report["trials"]) == count(tmp_path)
     assert report["settings"]["dims"] == DIMS
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     text = markdown(result)
     assert f"d90 = {result.d}, 90 % interval [{result.d}, {result.d}]" in text
