@@ -22,6 +22,7 @@ from torch import nn
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.measure import grid, measure_intrinsic_dimension, write_report
+from peft_intrinsic.measure.text import PAPER
 
 STEPS, BATCH = 400, 128
 
@@ -49,7 +50,7 @@ def main() -> None:
         def fit(d: int | None, seed: int, rate: float, width: int = width) -> float:
             model = network(width)
             if d is not None:
-                model = get_peft_model(model, IntrinsicConfig(d=d, seed=seed, head="keep"))
+                model = get_peft_model(model, IntrinsicConfig(d=d, seed=seed, head="keep", **PAPER))
             parameters = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.Adam(parameters, lr=rate)
             generator = torch.Generator().manual_seed(seed)
@@ -66,7 +67,7 @@ def main() -> None:
             fit,
             grid(10, 2000, 48),
             majority=float((test_y == test_y.mode().values).float().mean()),
-            learning_rates=([1e-3, 3e-3, 1e-2], [0.02, 0.05, 0.1]),
+            learning_rates=([1e-3, 3e-3, 1e-2], [1e-4, 2e-4, 4e-4]),
             out=folder,
             settings={"width": width, "steps": STEPS, "batch": BATCH},
         )

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--targets", help="such as all-linear; every parameter without it")
     parser.add_argument("--length", type=int, default=128, help="tokens in a block")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--lr", type=float, default=0.05)
+    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--out", default="runs/causal_lm")
     args = parser.parse_args()
     if args.dataset:

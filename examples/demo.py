@@ -2,8 +2,9 @@
 
     make demo
 
-Prints the accuracy before and after, d, and the adapter's size; loads the adapter in a fresh process and compares;
-draws the loss and the accuracies into OUT/demo.png.
+Prints the accuracy before and after, d, and the adapter's size; loads the adapter in a fresh process and compares.
+Beside it a logistic regression on the features of the frozen encoder, and how many weights that trains. Draws the loss
+and the accuracies into OUT/demo.png.
 """
 
 # ruff: noqa: E402 - some packages warn when they are imported
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 # The head for the two classes is new, and meant to be: no need to report it.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -27,10 +29,14 @@ for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 import matplotlib as mpl
+import numpy as np
+import torch
 from carriers import minilm, rotten_tomatoes
+from datasets import Dataset, DatasetDict
 from peft import get_peft_model
+from sklearn.linear_model import LogisticRegression
 from text_classification import adapter_size, evaluate, tokenised, trainer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from peft_intrinsic import IntrinsicConfig
 
@@ -38,7 +44,27 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def plot(log: list[dict[str, float]], before: float, after: float, d: int, path: Path) -> None:
+def logistic_regression(model: Any, tokenizer: Any, data: DatasetDict) -> tuple[float, int]:
+    """Accuracy on the mean of the frozen encoder's last states, and how many weights were trained for it."""
+    collate = DataCollatorWithPadding(tokenizer)
+
+    @torch.no_grad()
+    def features(part: Dataset) -> np.ndarray:
+        order = np.argsort([len(ids) for ids in part["input_ids"]])
+        rows = []
+        for index in np.array_split(order, -(-len(order) // 64)):
+            batch = collate([{"input_ids": part[int(i)]["input_ids"]} for i in index])
+            mask = batch["attention_mask"].unsqueeze(-1)
+            states = model(**batch).last_hidden_state
+            rows.append(((states * mask).sum(1) / mask.sum(1)).numpy())
+        return np.concatenate(rows)[np.argsort(order)]
+
+    found = LogisticRegression(max_iter=1000).fit(features(data["train"]), data["train"]["labels"])
+    score = found.score(features(data["test"]), data["test"]["labels"])
+    return float(score), found.coef_.size + found.intercept_.size
+
+
+def plot(log: list[dict[str, float]], before: float, after: float, d: int, frozen: float, path: Path) -> None:
     """Training loss against steps, and accuracy before and after."""
     points = [(row["step"], row["loss"]) for row in log if "loss" in row]
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
@@ -47,6 +73,7 @@ def plot(log: list[dict[str, float]], before: float, after: float, d: int, path:
     bars = right.bar(["before", "after"], [before, after], color=["lightgrey", "black"])
     right.bar_label(bars, fmt="%.3f")
     right.axhline(0.5, color="grey", linestyle=":", label="majority class")
+    right.axhline(frozen, color="grey", linestyle="--", label="logistic regression, encoder frozen")
     right.set(ylim=(0, 1), ylabel="accuracy on 1,000 held-out sentences")
     right.legend(loc="lower right")
     figure.savefig(path, dpi=150)
@@ -55,7 +82,7 @@ def plot(log: list[dict[str, float]], before: float, after: float, d: int, path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hub name or folder; the packaged all-MiniLM-L6-v2 without it")
-    parser.add_argument("--d", type=int, default=1000)
+    parser.add_argument("--d", type=int, default=200)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--train", type=int, default=7530, help="training sentences")
     parser.add_argument("--test", type=int, default=1000, help="test sentences")
@@ -80,7 +107,8 @@ def main() -> None:
     run.train()
     after = run.evaluate()["eval_accuracy"]
     model.save_pretrained(args.out)
-    plot(run.state.log_history, before, after, args.d, Path(args.out, "demo.png"))
+    frozen, weights = logistic_regression(AutoModel.from_pretrained(path), tokenizer, data)
+    plot(run.state.log_history, before, after, args.d, frozen, Path(args.out, "demo.png"))
 
     command = [sys.executable, __file__, "--evaluate", args.out, "--test", str(args.test)]
     here = {**os.environ, "HF_HUB_OFFLINE": "1"}  # the model is on this machine by now; PEFT would look for a tokenizer
@@ -89,6 +117,7 @@ def main() -> None:
     print(f"\ntrained numbers       d = {args.d}")
     print(f"accuracy before       {before:.4f}")
     print(f"accuracy after        {after:.4f}")
+    print(f"frozen encoder        {frozen:.4f} by a logistic regression with {weights} weights")
     print(f"in a fresh process    {fresh}")
     print(f"adapter               {adapter_size(args.out)} bytes in {args.out}")
     print(f"plot                  {args.out}/demo.png")

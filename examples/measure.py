@@ -29,7 +29,7 @@ def fit(d: int | None, seed: int, learning_rate: float) -> float:
     torch.manual_seed(0)  # every trial starts from the same weights
     model: nn.Module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     if d is not None:
-        model = get_peft_model(model, IntrinsicConfig(d=d, seed=seed))
+        model = get_peft_model(model, IntrinsicConfig(d=d, seed=seed, target_modules="all", projection="global"))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(200):
@@ -50,7 +50,7 @@ def main() -> None:
         fit,
         grid(10, 1000, 24),
         majority=0.1,
-        learning_rates=([3e-3, 1e-2], [0.05, 0.1]),
+        learning_rates=([3e-3, 1e-2], [2e-4, 4e-4]),
         out=args.out,
         engine=RayEngine() if args.ray else None,
     )

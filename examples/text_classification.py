@@ -27,7 +27,7 @@ from transformers import (
 
 from peft_intrinsic import IntrinsicConfig
 
-LEARNING_RATE = 0.05  # docs/defaults.md
+LEARNING_RATE = 2e-4  # docs/defaults.md
 
 
 def accuracy(prediction: Any) -> dict[str, float]:

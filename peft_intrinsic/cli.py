@@ -64,7 +64,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument_group("trials").add_argument
     add("--full-rates", type=_rates, default=[1e-5, 3e-5, 1e-4], help="learning rates to try in full (1e-5,3e-5,1e-4)")
-    add("--rates", type=_rates, default=[0.005, 0.02, 0.05], help="… in the subspace, as many (0.005,0.02,0.05)")
+    add("--rates", type=_rates, default=[5e-5, 2e-4, 4e-4], help="… in the subspace, as many (5e-5,2e-4,4e-4)")
     add("--epochs", type=float, default=3, help="of every trial (3)")
     add("--batch", type=int, default=32, help="batch size (32)")
     add("--max-length", type=int, default=128, help="tokens of an input (128)")

@@ -120,8 +120,10 @@ def build(family: str) -> nn.Module:
 
 
 def trained(family: str, **options) -> PeftModel:
-    """An adapter with a θ and λ of its own."""
-    model = get_peft_model(build(family), IntrinsicConfig(**{"d": 200, "init_weights": False, **options})).eval()
+    """An adapter with a θ and λ of its own, by default on every parameter."""
+    targets = {} if "target_parameters" in options else {"target_modules": "all"}
+    config = IntrinsicConfig(**{"d": 200, "init_weights": False, **targets, **options})
+    model = get_peft_model(build(family), config).eval()
     for vectors in (
         model.get_base_model().intrinsic.intrinsic_lambda,
         model.get_base_model().intrinsic.intrinsic_theta,

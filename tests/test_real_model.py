@@ -31,9 +31,9 @@ def test_a_classifier_in_two_kilobytes(path, tmp_path):
         torch.manual_seed(seed)
         return AutoModelForSequenceClassification.from_pretrained(path, num_labels=2).eval()
 
-    model = get_peft_model(base(1), IntrinsicConfig(d=200, said=True, task_type="SEQ_CLS")).eval()
+    model = get_peft_model(base(1), IntrinsicConfig(d=200, said=True, task_type="SEQ_CLS", target_modules="all")).eval()
     assert model.get_nb_trainable_parameters()[0] == 200
-    losses = train(model, {**batch, "labels": labels}, 12, 0.05)
+    losses = train(model, {**batch, "labels": labels}, 12, 2e-4)
     assert losses[-1] < losses[0] - 0.01
 
     model.save_pretrained(tmp_path)
@@ -65,8 +65,8 @@ def test_a_decoder_in_half_precision(decoder, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(**decoder, dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(**decoder)
     batch = tokenizer(["The capital of France is", "Water boils at a high"], return_tensors="pt")
-    model = get_peft_model(base, IntrinsicConfig(d=200, task_type="CAUSAL_LM"))
-    losses = train(model, {**batch, "labels": batch["input_ids"]}, 6, 0.01)
+    model = get_peft_model(base, IntrinsicConfig(d=200, task_type="CAUSAL_LM", target_modules="all"))
+    losses = train(model, {**batch, "labels": batch["input_ids"]}, 6, 2e-4)
     assert losses[-1] < losses[0] - 0.1
     model.eval().save_pretrained(tmp_path)
 

@@ -34,6 +34,9 @@ from transformers import (
 from ..tuner import IntrinsicConfig
 from .tasks import IGNORED, Task, load_task, tokens_name
 
+PAPER: dict[str, Any] = {"target_modules": "all", "projection": "global"}
+"""An intrinsic dimension is that of all weights, with θ spread over all of them (Aghajanyan et al. 2020, 3.1)."""
+
 
 def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
@@ -140,7 +143,7 @@ class TextFit:
 
     def config(self, d: int, seed: int, head: Any = "keep") -> IntrinsicConfig:
         """The adapter of a trial."""
-        return IntrinsicConfig(d=d, seed=seed, said=self.said, head=head, task_type=self.task.task_type)
+        return IntrinsicConfig(d=d, seed=seed, said=self.said, head=head, task_type=self.task.task_type, **PAPER)
 
     def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> float | dict[str, float]:
         model: Any = self.base
@@ -237,7 +240,7 @@ def check_dims(options: Mapping[str, Any], dims: Sequence[int]) -> None:
             f"dims (--dims): {options['model']} has {base.num_parameters()} weights, fewer than {dims[-1]}."
         )
     try:
-        get_peft_model(base, IntrinsicConfig(d=dims[0], said=options["said"], task_type=options["task_type"]))
+        get_peft_model(base, IntrinsicConfig(d=dims[0], said=options["said"], task_type=options["task_type"], **PAPER))
     except ValueError as error:
         raise ValueError(f"dims (--dims): {error}") from None
 

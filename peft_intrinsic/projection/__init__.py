@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 
+from .base import Shape as Shape
 from .base import Shapes as Shapes
 from .base import Spec as Spec
 from .base import TensorProjection as TensorProjection
 from .dense import build_dense
+from .fastfood import BLOCK_SIZE as BLOCK_SIZE
 from .fastfood import FastfoodTensor as FastfoodTensor
-from .fastfood import build_fastfood
-from .fastfood import choose_block_size as choose_block_size
+from .fastfood import build_fastfood, build_global
 from .randomness import ALGORITHM_VERSION as ALGORITHM_VERSION
 
 PROJECTIONS: dict[str, Callable[[Spec, Shapes], dict[str, TensorProjection]]] = {
     "fastfood": build_fastfood,
+    "global": build_global,
     "dense": build_dense,
 }

@@ -6,12 +6,42 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 Scale = Literal["fan_in", "isometric"]
-Shapes = Mapping[str, tuple[int, int]]
+Kind = Literal["matrix", "embedding", "norm", "bias", "head"]
+
+UNIT = 2**9
+"""What θ is counted in under `fan_in`, divided by the fourth root of d, so that one rate serves every d."""
+
+FACTORS: dict[str, int] = {"matrix": 1, "embedding": 1, "norm": 8, "bias": 8, "head": 8}
+"""How much further than its natural size a tensor of each kind moves. UNIT, FACTORS and PARTS: docs/defaults.md."""
+
+PARTS: dict[str, int] = {"matrix": 1, "embedding": 1, "norm": 1, "bias": 1, "head": 16}
+"""How many parts of θ a tensor of each kind gets."""
+
+
+class Shape(NamedTuple):
+    """A targeted tensor as a matrix, and its kind. A bias or norm is a column: `cols` is 1."""
+
+    rows: int
+    cols: int
+    kind: Kind = "matrix"
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.rows * self.cols
+
+    @property
+    def natural(self) -> float:
+        """c: the size of an entry, `factor / √fan-in`. A bias or norm counts its own length as the fan-in."""
+        return FACTORS[self.kind] / math.sqrt(self.rows if self.kind in ("norm", "bias") else self.cols)
+
+
+Shapes = Mapping[str, Shape]
 
 
 @dataclass(frozen=True)
@@ -23,17 +53,19 @@ class Spec:
         seed: of the random stream.
         block_size: order n of the Fastfood blocks, a power of two.
         scale: `"fan_in"` or `"isometric"` (see the README beside this file).
+        factor: of all of P: the unit of λ.
     """
 
     d: int
     seed: int
     block_size: int
     scale: Scale
+    factor: int = 1
 
-
-def natural_size(rows: int, cols: int) -> float:
-    """c of a tensor: 1/√fan-in. A vector (`cols == 1`) counts its own length as the fan-in."""
-    return 1 / math.sqrt(cols if cols > 1 else rows)
+    @property
+    def unit(self) -> float:
+        """What every row of P is multiplied by under `fan_in`."""
+        return UNIT * self.factor / math.sqrt(math.sqrt(self.d))
 
 
 def samples(theta: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .base import Shapes, Spec, TensorProjection, natural_size
+from .base import Shapes, Spec, TensorProjection
 from .randomness import normal_rows
 
 LIMIT = 2**28
@@ -36,14 +36,14 @@ def build_dense(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
     Raises:
         ValueError: P would have more than `LIMIT` entries.
     """
-    total = sum(rows * cols for rows, cols in shapes.values())
+    total = sum(shape.size for shape in shapes.values())
     if total * spec.d > LIMIT:
         raise ValueError(
             f"projection='dense' would store {total} x {spec.d} numbers, more than {LIMIT}. Use projection='fastfood'."
         )
     result: dict[str, TensorProjection] = {}
-    for name, (rows, cols) in shapes.items():
-        scale = 1 / math.sqrt(total) if spec.scale == "isometric" else natural_size(rows, cols) / math.sqrt(spec.d)
-        matrix = torch.from_numpy(normal_rows(spec.seed, "dense", name, rows * cols, spec.d))
-        result[name] = DenseTensor(rows, cols, matrix * scale)
+    for name, shape in shapes.items():
+        scale = 1 / math.sqrt(total) if spec.scale == "isometric" else spec.unit * shape.natural / math.sqrt(spec.d)
+        matrix = torch.from_numpy(normal_rows(spec.seed, "dense", name, shape.size, spec.d))
+        result[name] = DenseTensor(shape.rows, shape.cols, matrix * scale)
     return result

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import heapq
+from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .base import Shapes, Spec, TensorProjection, natural_size, samples
+from .base import Shapes, Spec, TensorProjection, samples
+from .dealing import Tiling, Window, global_windows, own_windows, shares, tiling
 from .hadamard import fwht, hadamard
-from .randomness import normal_rows, signs_and_permutations
+from .randomness import normal_rows, signs_and_permutations, words
 
-ROWS = 16384
-"""R: tensors with more rows are cut into chunks of this height, each with its own signs and permutations."""
+BLOCK_SIZE = 64
 
-DEFAULT_BLOCK_SIZE = 64
+OFFSETS = 4096
+"""How many places a window into G may begin at."""
 
 
 class Gaussian:
@@ -46,78 +47,95 @@ def _gaussian(seed: int, n: int, rows: int) -> Gaussian:
 
 
 class FastfoodTensor(TensorProjection):
-    """Tiles of one tensor: row chunk r and column block b give tile t = r · blocks + b.
+    """The tiles of one tensor: row chunk r, column block b, and in each tile the slots 0 to depth − 1.
 
     Args:
         rows, cols: of the tensor.
-        gaussian: G, `[≥ min(rows, R), n]`, shared by all tensors.
-        before: B, `float32[tiles, n]`.
-        permutation: Π, `int64[tiles, n]`.
-        after: B' times the tile's scale, `float32[tiles, n]`.
-        slices: which slice of θ each tile mixes, `int64[tiles]`.
-        count, width: how many slices θ is cut into, and the coordinates in each.
+        cut: how it is cut into tiles and slots.
+        gaussian: G, shared by all tensors.
+        starts: first row of G of every chunk.
+        windows: of θ, for every slot.
+        before: B, `int8[slots, n]`.
+        permutation: Π, `int64[slots, n]`.
+        after: B' times the slot's scale, `float32[slots, n]`.
     """
 
     def __init__(
         self,
         rows: int,
         cols: int,
+        cut: Tiling,
         gaussian: Gaussian,
-        before: torch.Tensor,
-        permutation: torch.Tensor,
-        after: torch.Tensor,
-        slices: torch.Tensor,
-        count: int,
-        width: int,
+        starts: Sequence[int],
+        windows: Sequence[Window],
+        before: np.ndarray,
+        permutation: np.ndarray,
+        after: np.ndarray,
     ) -> None:
-        self.rows, self.cols, self.count, self.width = rows, cols, count, width
+        self.rows, self.cols, self.cut, self.gaussian, self.starts = rows, cols, cut, gaussian, starts
         self.n = before.shape[1]
-        self.chunks = -(-rows // ROWS)
-        self.blocks = -(-cols // self.n)
-        self.gaussian = gaussian
-        self._state: dict[torch.device, tuple[torch.Tensor, ...]] = {
-            before.device: (before, permutation, after, slices)
-        }
+        first, counts = np.array(windows).T
+        column = np.arange(counts.max())
+        inside = column < counts[:, None]
+        # Beyond the end of a window B is zero, and any coordinate will do.
+        index = first[:, None] + np.where(inside, column, 0)
+        before = np.where(inside, before[:, : len(column)], 0).astype(np.float32)
+        self._only = slice(*(index[0, [0, -1]] + [0, 1]).tolist()) if len(set(windows)) == 1 else None
+        state = (index, before, permutation, after.astype(np.float32), np.array(starts))
+        self._state = {torch.device("cpu"): tuple(torch.from_numpy(array) for array in state)}
 
     def state(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """B, Π, scaled B' and slices on `device`."""
+        """Coordinates, B, Π and scaled B' of the slots, and the first rows of G, on `device`."""
         if device not in self._state:
             with torch.inference_mode(False):
-                self._state[device] = tuple(t.to(device) for t in self._state[next(iter(self._state))])
+                self._state[device] = tuple(t.to(device) for t in self._state[torch.device("cpu")])
         return self._state[device]
 
     def mixed(self, theta: torch.Tensor) -> torch.Tensor:
-        """u = scale · B' Π (1/√n) H B θ of every tile: `[..., d] -> [..., chunks, blocks, n]`."""
-        before, permutation, after, slices = self.state(theta.device)
+        """u = scale · B' Π (1/√n) H B θ of every slot: `[..., d] -> [..., chunks, blocks, depth, n]`."""
+        index, before, permutation, after, _ = self.state(theta.device)
         with torch.autocast(theta.device.type, enabled=False):
-            theta = F.pad(theta.float(), (0, self.count * self.width - theta.shape[-1]))
-            theta = F.pad(theta.unflatten(-1, (self.count, self.width)), (0, self.n - self.width))  # [..., count, n]
-            u = fwht(theta[..., slices, :] * before)  # [..., tiles, n]
+            theta = theta.float()
+            theta = theta[..., index] if self._only is None else theta[..., self._only].unsqueeze(-2)
+            u = fwht(theta * before, self.n)  # [..., slots, n]
             u = u.gather(-1, permutation.expand_as(u)) * after
-        return u.unflatten(-2, (self.chunks, self.blocks))
+        return u.unflatten(-2, (self.cut.chunks, self.cut.blocks, self.cut.depth))
+
+    def banded(self, theta: torch.Tensor) -> torch.Tensor:
+        """U of every tile, slot j on its j-th cyclic diagonal: `[..., d] -> [..., chunks, blocks, n, n]`."""
+        u = self.mixed(theta).mT  # [..., n, depth]
+        row, slot = torch.arange(self.n, device=u.device), torch.arange(self.cut.depth, device=u.device)
+        column = ((row[:, None] + slot) % self.n).expand_as(u)
+        return u.new_zeros(*u.shape[:-1], self.n).scatter(-1, column, u)
 
     def factor(self, theta: torch.Tensor) -> torch.Tensor:
-        """A(θ), the low-rank factor of every row chunk: `[..., d] -> [..., chunks, n, cols]`."""
-        u = self.mixed(theta)
-        h = hadamard(self.n, min(self.n, self.cols), u)  # [n, ≤ n]
-        a = u.transpose(-1, -2).unsqueeze(-1) * h.unsqueeze(1)  # [..., chunks, n, blocks, ≤ n]
+        """A(θ) = U H, the low-rank factor of every row chunk: `[..., d] -> [..., chunks, n, cols]`."""
+        if self.cut.depth == 1:
+            u = self.mixed(theta).squeeze(-2)
+            h = hadamard(self.n, min(self.n, self.cols), u)  # [n, ≤ n]
+            a = u.transpose(-1, -2).unsqueeze(-1) * h.unsqueeze(1)  # [..., chunks, n, blocks, ≤ n]
+        else:
+            u = self.banded(theta)
+            a = (u @ hadamard(self.n, min(self.n, self.cols), u)).transpose(-3, -2)
         return a.flatten(-2)[..., : self.cols]
 
     def basis(self, theta: torch.Tensor, chunk: int) -> torch.Tensor:
         """The rows of G that a row chunk uses: `[height, n]`."""
-        return self.gaussian.on(theta.device)[: min(ROWS, self.rows - chunk * ROWS)]
+        start = self.starts[chunk]
+        return self.gaussian.on(theta.device)[start : start + min(self.cut.height, self.rows - chunk * self.cut.height)]
 
     def factors(self, theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The offset as a product, `[d] -> [rows, k], [k, cols]` with k = chunks · n."""
-        left = torch.block_diag(*(self.basis(theta, r) for r in range(self.chunks)))
+        left = torch.block_diag(*(self.basis(theta, r) for r in range(self.cut.chunks)))
         return left, self.factor(theta).flatten(0, 1)
 
     def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        height = self.cut.height
         with torch.autocast(theta.device.type, enabled=False):
             a = self.factor(theta)
             parts = []
-            for r in range(start // ROWS, -(-stop // ROWS)):
-                rows = self.basis(theta, r)[max(start - r * ROWS, 0) : stop - r * ROWS]
+            for r in range(start // height, -(-stop // height)):
+                rows = self.basis(theta, r)[max(start - r * height, 0) : stop - r * height]
                 parts.append(rows @ a[..., r, :, :])
             return torch.cat(parts, -2)
 
@@ -126,93 +144,92 @@ class FastfoodTensor(TensorProjection):
         if each:  # sums with the signs of H cancel, so they want more than half precision; there is no backward pass
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         z = self._products(x, theta) if each else [F.linear(x, a) for a in self.factor(theta).to(x.dtype)]
-        return torch.cat([F.linear(z[r], self.basis(theta, r).to(x.dtype)) for r in range(self.chunks)], -1)
+        return torch.cat([F.linear(part, self.basis(theta, r).to(x.dtype)) for r, part in enumerate(z)], -1)
 
     def _products(self, x: torch.Tensor, theta: torch.Tensor) -> list[torch.Tensor]:
         """x A(θ)ᵀ of every row chunk, `[batch, ..., n]`, each sample with its own θ, without any A(θ).
 
-        A is diagonal matrices times H, and only the diagonals depend on θ: x H serves all samples.
+        A is U times H, and only U depends on θ: x H serves all samples.
         """
-        u = self.mixed(theta).to(x.dtype)  # [batch, chunks, blocks, n]
-        h = F.pad(x, (0, self.blocks * self.n - self.cols)).reshape(len(x), -1, self.blocks, self.n)
+        h = F.pad(x, (0, self.cut.blocks * self.n - self.cols)).reshape(len(x), -1, self.cut.blocks, self.n)
         h = fwht(h)  # [batch, tokens, blocks, n]
-        return [(h * u[:, r, None]).sum(-2).view(*x.shape[:-1], self.n) for r in range(self.chunks)]
+        if self.cut.depth == 1:
+            u = self.mixed(theta).to(x.dtype).squeeze(-2)  # [batch, chunks, blocks, n]
+            z = [(h * u[:, r, None]).sum(-2) for r in range(self.cut.chunks)]
+        else:
+            u = self.banded(theta).to(x.dtype)  # [batch, chunks, blocks, n, n]
+            z = [torch.einsum("stbi,sboi->sto", h, u[:, r]) for r in range(self.cut.chunks)]
+        return [part.view(*x.shape[:-1], self.n) for part in z]
 
     def gather(self, index: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+        *_, starts = self.state(theta.device)
+        chunk = index // self.cut.height
         with torch.autocast(theta.device.type, enabled=False):
-            place = (*samples(theta, index), index // ROWS)
-            u = self.mixed(theta)[place]  # [..., blocks, n]
-            g = F.embedding(index % ROWS, self.gaussian.on(theta.device))  # [..., n]
-            return fwht(g.unsqueeze(-2) * u).flatten(-2)[..., : self.cols]
+            place = (*samples(theta, index), chunk)
+            g = F.embedding(index % self.cut.height + starts[chunk], self.gaussian.on(theta.device)).unsqueeze(-2)
+            if self.cut.depth == 1:
+                u = g * self.mixed(theta).squeeze(-2)[place]  # [..., blocks, n]
+            else:
+                u = (g.unsqueeze(-2) @ self.banded(theta)[place]).squeeze(-2)
+            return fwht(u).flatten(-2)[..., : self.cols]
 
 
-def _tile_widths(cols: int, chunks: int, n: int) -> list[int]:
-    return [min(n, cols - start) for _ in range(chunks) for start in range(0, cols, n)]
+def build_fastfood(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
+    """Fastfood projections for the tensors named in `shapes`, each of which mixes coordinates of its own.
+
+    Raises:
+        ValueError: there are fewer weights than coordinates, so that some would move nothing.
+    """
+    return _build(spec, shapes, False)
 
 
-def _tiles(rows: int, cols: int, n: int) -> int:
-    return -(-rows // ROWS) * -(-cols // n)
+def build_global(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
+    """Fastfood projections that cut θ once for the whole model; with n ≥ d, every tensor mixes all of it.
 
+    The paper's (Aghajanyan et al. 2020, section 3.1).
 
-def choose_block_size(d: int, shapes: Shapes) -> int:
-    """`DEFAULT_BLOCK_SIZE`, doubled until every slice of θ has a tile."""
-    n = DEFAULT_BLOCK_SIZE
-    while sum(_tiles(rows, cols, n) for rows, cols in shapes.values()) < -(-d // n):
-        n *= 2
-    return n
+    Raises:
+        ValueError: see `build_fastfood`.
+    """
+    return _build(spec, shapes, True)
 
 
 @torch.inference_mode(False)
-def build_fastfood(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
-    """Fastfood projections for the tensors named in `shapes`.
+def _build(spec: Spec, shapes: Shapes, whole: bool) -> dict[str, TensorProjection]:
+    n = spec.block_size
+    share = shares(spec.d, shapes)
+    cuts = {name: tiling(shape, share[name][1], n) for name, shape in shapes.items()}
+    weights = {name: cuts[name].weights(shape, n) for name, shape in shapes.items()}
+    if whole:
+        windows = global_windows(spec.d, weights, n)
+    else:
+        windows = {name: own_windows(share[name], weights[name], n) for name in shapes}
+    moved = np.zeros(spec.d)  # weights that each coordinate moves
+    for name in shapes:
+        for (start, count), weight in zip(windows[name], weights[name], strict=True):
+            moved[start : start + count] += weight
 
-    θ is cut into K = ⌈d/n⌉ slices of equal width. Tiles, in the order of the sorted names, go to the slice that has
-    got the fewest columns so far.
-
-    Raises:
-        ValueError: there are fewer tiles than slices, so that some coordinates would move nothing.
-    """
-    n, d = spec.block_size, spec.d
-    count = -(-d // n)
-    width = -(-d // count)
-    tiles = {name: _tiles(rows, cols, n) for name, (rows, cols) in shapes.items()}
-    if sum(tiles.values()) < count:
-        raise ValueError(
-            f"d={d} with block_size={n} needs {count} blocks, but the targeted tensors hold only "
-            f"{sum(tiles.values())}. Use a larger block_size, a smaller d, or target more tensors."
-        )
-
-    load = [(0, k) for k in range(count)]
-    weights = np.zeros(count)  # weights moved by each slice
-    slices: dict[str, list[int]] = {}
-    for name in sorted(shapes):
-        rows, cols = shapes[name]
-        chunks = -(-rows // ROWS)
-        slices[name] = []
-        for t, columns in enumerate(_tile_widths(cols, chunks, n)):
-            filled, k = heapq.heappop(load)
-            heapq.heappush(load, (filled + columns, k))
-            slices[name].append(k)
-            weights[k] += columns * min(ROWS, rows - t // (tiles[name] // chunks) * ROWS)
-
-    height = min(ROWS, max(rows for rows, _ in shapes.values()))
+    starts = {name: [int(w % OFFSETS) for w in words(spec.seed, "window", name, cuts[name].chunks)] for name in shapes}
+    height = max(max(starts[name]) + cuts[name].height for name in shapes)
     gaussian = _gaussian(spec.seed, n, height)
     result: dict[str, TensorProjection] = {}
-    for name, (rows, cols) in shapes.items():
-        signs, permutation = signs_and_permutations(spec.seed, name, tiles[name], n)
+    for name, shape in shapes.items():
+        signs, permutation = signs_and_permutations(spec.seed, name, len(windows[name]), n)
         if spec.scale == "isometric":
-            scale = 1 / np.sqrt(weights[slices[name]])
+            scale = np.array([1 / np.sqrt(moved[start : start + count].mean()) for start, count in windows[name]])
         else:
-            scale = np.full(tiles[name], natural_size(rows, cols) / np.sqrt(width))
+            mixed = np.array(windows[name])[:, 1].reshape(-1, cuts[name].depth).sum(1)  # coordinates in each tile
+            scale = spec.unit * shape.natural / np.sqrt(mixed).repeat(cuts[name].depth)
+        after = signs[:, 1] * (scale / np.sqrt(n))[:, None]
         result[name] = FastfoodTensor(
-            rows,
-            cols,
+            shape.rows,
+            shape.cols,
+            cuts[name],
             gaussian,
-            torch.from_numpy(signs[:, 0].astype(np.float32)),
-            torch.from_numpy(permutation),
-            torch.from_numpy((signs[:, 1] * (scale / np.sqrt(n))[:, None]).astype(np.float32)),
-            torch.tensor(slices[name], device="cpu"),
-            count,
-            width,
+            starts[name],
+            windows[name],
+            signs[:, 0],
+            permutation,
+            after,
         )
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 
 _FACTOR = 128  # order up to which one product is cheaper than splitting
 _KEPT = 1024  # order up to which matrices are kept: 4 MiB
@@ -39,13 +40,14 @@ def hadamard(n: int, width: int, like: torch.Tensor) -> torch.Tensor:
     return _sylvester(period, like.device, like.dtype)[:, :width].repeat(n // period, 1)
 
 
-def fwht(x: torch.Tensor) -> torch.Tensor:
-    """H x along the last axis, unnormalised: `[..., n] -> [..., n]`, n a power of two.
+def fwht(x: torch.Tensor, n: int | None = None) -> torch.Tensor:
+    """H x along the last axis, unnormalised: `[..., ≤ n] -> [..., n]`, n a power of two. What x lacks is zero.
 
     H of order a·b is the Kronecker product of those of order a and b, so one product per factor replaces log2 n passes.
     """
-    n = x.shape[-1]
+    n = n or x.shape[-1]
     if n <= _FACTOR:
-        return x @ _sylvester(n, x.device, x.dtype)
+        return x @ _sylvester(n, x.device, x.dtype)[: x.shape[-1]]
+    x = F.pad(x, (0, n - x.shape[-1]))
     x = x.unflatten(-1, (n // _FACTOR, _FACTOR)) @ _sylvester(_FACTOR, x.device, x.dtype)
     return fwht(x.transpose(-1, -2)).transpose(-1, -2).flatten(-2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..projection import PROJECTIONS, Spec, choose_block_size
+from ..projection import BLOCK_SIZE, PROJECTIONS, Shapes, Spec
 from ..projection.randomness import normals, words
 from .config import IntrinsicConfig
 from .in_place import IntrinsicParameters
@@ -24,6 +25,7 @@ from .targets import (
     check_manifest,
     is_embedding,
     is_linear,
+    is_vector,
     lambda_groups,
     logical_shape,
     manifest,
@@ -37,11 +39,25 @@ logger = logging.getLogger(__name__)
 NUMBERS = 2**22
 """Random numbers that a projection may always have (16 MiB); beyond, a small multiple of the moved weights."""
 
+LAMBDA = {"fan_in": 256, "isometric": 1}
+"""What λ is counted in: under `fan_in` a λ of 1 is stored as 1/256, so that it trains at the rate of θ."""
+
 Match = tuple[nn.Module, list[str]]
 """A base module and which of its parameters are moved."""
 
 Users = dict[str, list[tuple[nn.Module, str]]]
 """All modules that hold a parameter, and its name there, by the parameter's name in the plain base model."""
+
+
+def default_targets(model: nn.Module, config: IntrinsicConfig) -> str:
+    """What `target_modules=None` stands for: norms, biases and head, or everything where those hold too few weights."""
+    vectors = {
+        _identity(module, name): math.prod(logical_shape(module, name)[0])
+        for key, module in base_modules(model)
+        for name in movable(module)
+        if key in config.head_modules or is_vector(module, name)
+    }
+    return "vectors" if config.d <= sum(vectors.values()) else "all"
 
 
 def users_of(model: nn.Module, matched: Iterable[Match], config: IntrinsicConfig) -> Users:
@@ -87,7 +103,9 @@ def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig
     groups = lambda_groups(users, config.lambda_granularity) if config.said else {}
     count = len(set(groups.values()))
     forms = {name: logical_shape(*held[0]) for name, held in users.items()}
-    shapes = {name: matrix_view(users[name][0][0], *form) for name, form in forms.items()}
+    shapes = {
+        name: matrix_view(*held[0], head=name.rpartition(".")[0] in config.head_modules) for name, held in users.items()
+    }
     spec = _spec(config, count, shapes)
     if config.manifest is not None:
         check_manifest(config.manifest, shapes)
@@ -107,10 +125,13 @@ def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig
             offset = Offset(name, projections[name], *forms[name], groups.get(name), merges)
             layers[id(module)].offsets.setdefault(adapter, {})[own] = offset
 
-    theta = np.zeros(spec.d) if config.init_weights else random_theta(int(torch.randint(2**62, ())), spec.d)
+    unit = spec.unit / spec.factor if config.scale == "fan_in" else 1
+    theta = np.zeros(spec.d) if config.init_weights else random_theta(int(torch.randint(2**62, ())), spec.d) / unit
     module, own = next(iter(users.values()))[0]
     like = module._parameters.get(own)
-    holder.add(adapter, theta, np.ones(count), like=next(module.buffers()) if like is None else like)
+    holder.add(
+        adapter, theta, np.ones(count) / LAMBDA[config.scale], like=next(module.buffers()) if like is None else like
+    )
 
 
 def random_theta(seed: int, length: int) -> np.ndarray:
@@ -118,9 +139,9 @@ def random_theta(seed: int, length: int) -> np.ndarray:
     return normals(words(seed, "theta", "", length)) / 5
 
 
-def _spec(config: IntrinsicConfig, count: int, shapes: Mapping[str, tuple[int, int]]) -> Spec:
+def _spec(config: IntrinsicConfig, count: int, shapes: Shapes) -> Spec:
     """What the projection is made from, checked before anything is allocated: the configuration can be a stranger's."""
-    total = sum(rows * cols for rows, cols in shapes.values())
+    total = sum(shape.size for shape in shapes.values())
     if config.d <= count:
         raise ValueError(
             f"d={config.d} must exceed the number of λ, which is {count} with lambda_granularity="
@@ -131,20 +152,20 @@ def _spec(config: IntrinsicConfig, count: int, shapes: Mapping[str, tuple[int, i
             f"d={config.d} is more than the {total} weights that are moved. Use d={total} at most, or target more."
         )
     length = config.d - count
-    n = config.block_size or choose_block_size(length, shapes)
-    height = min(max(rows for rows, _ in shapes.values()), 16384)
-    numbers = n * (height + sum(-(-cols // n) for _, cols in shapes.values()))
-    if config.projection == "fastfood" and numbers > max(NUMBERS, 16 * total):
+    n = config.block_size or BLOCK_SIZE
+    height = min(max(shape.rows for shape in shapes.values()), 16384)
+    numbers = n * (height + sum(-(-shape.cols // n) for shape in shapes.values()))
+    if config.projection != "dense" and numbers > max(NUMBERS, 16 * total):
         raise ValueError(
             f"block_size={n} needs {numbers:.2g} random numbers for the {total} weights that are moved. Use a smaller "
             "block_size, or None."
         )
-    return Spec(length, config.seed, n, config.scale)
+    return Spec(length, config.seed, n, config.scale, LAMBDA[config.scale] if config.said else 1)
 
 
 def _name_the_rest(model: nn.Module, users: Users, config: IntrinsicConfig) -> None:
     """Say once which parameters stay still although every parameter was asked for."""
-    if config.target_modules is not None or config.target_parameters:
+    if config.target_modules != "all":
         return
     sizes = {canonical(name): p.numel() for name, p in model.named_parameters() if not name.startswith(f"{HOLDER}.")}
     rest = [canonical(name) for name, p in model.named_parameters() if not p.is_floating_point()]

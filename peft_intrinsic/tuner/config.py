@@ -16,6 +16,7 @@ from peft.utils import PeftType, TaskType
 
 from ..projection import ALGORITHM_VERSION, PROJECTIONS
 from ..version import __version__
+from .targets import KEYWORDS
 
 SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "scale", "algorithm_version")
 """Options that must agree for the numbers of two adapters to mean the same."""
@@ -72,23 +73,25 @@ class IntrinsicConfig(PeftConfig):
             What shares one λ. `"layer"`: each transformer block, what lies before the blocks, and what lies after.
         seed (`int`):
             Of the projection (0 to 2**63 − 1). Same seed and model, same P, on every device and platform.
-        projection (`"fastfood"` or `"dense"`):
-            How P is made. `"fastfood"` (section 3.1, Le et al. 2013) costs no memory; `"dense"` stores a Gaussian P
-            (Li et al. 2018, section 2) and is for small models.
+        projection (`"fastfood"`, `"global"` or `"dense"`):
+            How P is made. `"fastfood"` (section 3.1, Le et al. 2013): each tensor mixes coordinates of its own.
+            `"global"`: Fastfood over θ as a whole, as in the paper. `"dense"` stores a Gaussian P (Li et al. 2018,
+            section 2) and is for small models.
         block_size (`int`, *optional*):
-            Order n of the Fastfood blocks, a power of two. With n < d each block mixes one slice of θ; with n ≥ d all
-            of it. Larger blocks cost more time and memory. `None` chooses: see docs/defaults.md.
+            Order n of the Fastfood blocks, a power of two; `None` is 64. It bounds the rank of an offset, and larger
+            blocks cost more. With `"global"` and n ≥ d every block mixes all of θ.
         scale (`"fan_in"` or `"isometric"`):
             `"fan_in"`: the size of an offset is relative to its tensor's fan-in, so that one learning rate serves every
             d and model. `"isometric"`: P is an isometry of the whole model (Li et al. 2018, section 2), to replicate
             papers; its learning rate depends on d and on the model.
         target_modules (`str` or `list[str]`, *optional*):
-            Which modules are moved, as in LoRA: name suffixes, a regular expression, or `"all-linear"`. `None` is
-            every parameter of the model, as in the paper.
+            Which modules are moved, as in LoRA: name suffixes, a regular expression, or `"all-linear"`. `"vectors"`:
+            norms, biases and the task's head. `"all"`: every parameter, as in the paper. `None` is `"vectors"`, or
+            `"all"` where those have fewer weights than d.
         exclude_modules (`str` or `list[str]`, *optional*):
             Modules that stay as they are: name suffixes or a regular expression.
         layers_to_transform (`int` or `list[int]`, *optional*):
-            Indexes of the blocks to move. Not together with a `target_modules` string.
+            Indexes of the blocks to move. Not together with a regular expression or `"all-linear"`.
         layers_pattern (`str` or `list[str]`, *optional*):
             Name of the block list, where it is not found by itself. Needs `layers_to_transform`.
         target_parameters (`list[str]`, *optional*):
@@ -210,10 +213,11 @@ class IntrinsicConfig(PeftConfig):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_names()
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        alone = isinstance(self.target_modules, str) and self.target_modules not in KEYWORDS
+        if alone and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} does not work with the target_modules string "
-                f"{self.target_modules!r}. Pass target_modules as a list, or None for every parameter."
+                f'{self.target_modules!r}. Pass target_modules as a list, "vectors" or "all".'
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(

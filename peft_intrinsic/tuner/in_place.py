@@ -18,10 +18,8 @@ from torch import nn
 from .batches import spread
 from .effective import EffectiveTensor
 from .layer import IntrinsicLayer
-from .targets import is_norm, logical_shape, matrix_view, movable
+from .targets import LAYER, is_norm, matrix_view, movable
 from .vector import IntrinsicVector
-
-_LAYER = "_intrinsic_layer"
 
 
 class _Values(threading.local):
@@ -34,7 +32,7 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
     """The tuner layer of a module whose parameters stay in place. Lives in the holder's list."""
 
     base_layer: nn.Module
-    _kind: Any
+    kind: Any
 
     def __init__(self, owner: nn.Module, vector: IntrinsicVector) -> None:
         nn.Module.__init__(self)
@@ -42,11 +40,11 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
         object.__setattr__(self, "base_layer", owner)  # not as a sub-module: it already has its place in the model
         self.mixable = is_norm(owner)
         names = movable(owner)
-        self.out_features, self.in_features = matrix_view(owner, *logical_shape(owner, names[0]))
+        self.out_features, self.in_features, _ = matrix_view(owner, names[0])
         self._values = _Values()
-        self._kind = type(owner)
-        owner.__dict__[_LAYER] = self
-        owner.__class__ = _with_offsets(self._kind, tuple(names), self.mixable)
+        self.kind = type(owner)
+        owner.__dict__[LAYER] = self
+        owner.__class__ = _with_offsets(self.kind, tuple(names), self.mixable)
         vector.in_place.append(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,7 +89,7 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
     @contextmanager
     def absent(self) -> Iterator[None]:
         """While the module must be its plain self."""
-        self.base_layer.__class__, kind = self._kind, type(self.base_layer)
+        self.base_layer.__class__, kind = self.kind, type(self.base_layer)
         try:
             yield
         finally:
@@ -99,8 +97,8 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
 
     def remove(self) -> None:
         """Leave the module as it was."""
-        self.base_layer.__class__ = self._kind
-        del self.base_layer.__dict__[_LAYER]
+        self.base_layer.__class__ = self.kind
+        del self.base_layer.__dict__[LAYER]
         self.vector.in_place = nn.ModuleList(layer for layer in self.vector.in_place if layer is not self)
 
     def __repr__(self) -> str:
@@ -109,7 +107,7 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
 
 def _moved(name: str) -> property:
     def read(module: nn.Module) -> Any:
-        return module.__dict__[_LAYER].read(name)
+        return module.__dict__[LAYER].read(name)
 
     def write(module: nn.Module, value: Any) -> None:
         module.__dict__[name] = value
@@ -139,7 +137,7 @@ def _with_offsets(kind: Any, names: tuple[str, ...], norm: bool) -> type[nn.Modu
             kind.register_parameter(module, own, parameter)
 
     def forward(module: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        layer = module.__dict__[_LAYER]
+        layer = module.__dict__[LAYER]
         if not layer.vector.choices.open:
             return kind.forward(module, x, *args, **kwargs)
         with layer.mixed(x) as mixed:

@@ -15,14 +15,14 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .attach import Match, attach, detach, remove_holder, unwrap, users_of
+from .attach import Match, attach, default_targets, detach, remove_holder, unwrap, users_of
 from .bank import chosen_by_name
 from .config import IntrinsicConfig
 from .files import numbers_to_load, numbers_to_save
 from .head import Head, restore, settle
 from .in_place import IntrinsicParameters
 from .layer import IntrinsicLayer, base_modules
-from .targets import HOLDER, canonical, excluded, foreign, movable, named, targeted
+from .targets import HOLDER, KEYWORDS, canonical, excluded, foreign, is_vector, movable, named, targeted
 from .vector import IntrinsicVector
 
 SURVIVING = 0.95
@@ -103,7 +103,9 @@ class IntrinsicModel(BaseTuner):
             head = Head(model, config, {name: self.peft_config.get(name, config) for name in attached})
             config.head_modules = head.modules
             if config.target_modules is None and not config.target_parameters:
-                self._matched.append((model, movable(model)))  # PEFT visits every module but the root
+                config.target_modules = default_targets(model, config)
+            if config.target_modules in KEYWORDS:
+                self._match(config, model, "")  # PEFT visits every module but the root
             super().inject_adapter(model, adapter_name, **options)
             with init_empty_weights() if options["low_cpu_mem_usage"] else nullcontext():
                 attach(model, adapter_name, users_of(model, self._matched, config), config)
@@ -147,8 +149,13 @@ class IntrinsicModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         """Only note the match: the wrapping waits until all of the targeted parameters are known."""
-        module = target.get_base_layer() if isinstance(target, IntrinsicLayer) else target
-        self._matched.append((module, movable(module)))
+        self._match(peft_config, target.get_base_layer() if isinstance(target, IntrinsicLayer) else target, current_key)
+
+    def _match(self, config: Any, module: nn.Module, key: str) -> None:
+        names = movable(module)
+        if config.target_modules == "vectors" and canonical(key) not in config.head_modules:
+            names = [name for name in names if is_vector(module, name)]
+        self._matched.append((module, names))
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +14,7 @@ import regex
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..projection import Shapes
+from ..projection import Shape, Shapes
 
 HOLDER = "intrinsic"
 """The attribute of the root that holds θ and λ."""
@@ -24,8 +25,21 @@ QUANTISED = (
 )
 """Packages whose layers named …Linear… compute x·Wᵀ + b from weights that only they can read."""
 
+KEYWORDS = ("vectors", "all")
+"""Values of `target_modules` beside `"all-linear"` that are no regular expression."""
+
 PATIENCE = 0.2
 """Seconds that a regular expression may take for one name: an adapter's configuration can come from a stranger."""
+
+
+LAYER = "_intrinsic_layer"
+"""The attribute of a module whose parameters are moved in place that holds its tuner layer."""
+
+
+def own_class(module: nn.Module) -> type:
+    """The class of a module before its parameters were moved in place."""
+    layer = module.__dict__.get(LAYER)
+    return type(module) if layer is None else layer.kind
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -35,7 +49,7 @@ def is_linear(module: nn.Module) -> bool:
     subclass may compute anything from its weight (a router, a mask, a cosine), and so may a layer whose forward was
     replaced or whose weight is made by a hook (weight norm, pruning).
     """
-    kind = type(module)
+    kind = own_class(module)
     if kind in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear):
         replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")  # accelerate calls the layer's own
         return not replaced and "weight" in module._parameters
@@ -47,16 +61,17 @@ def is_embedding(module: nn.Module) -> bool:
     """Whether the layer's own forward is known to look rows up, and at most to scale them."""
     if not isinstance(module, nn.Embedding) or module.max_norm is not None or "forward" in module.__dict__:
         return False
-    kind = type(module)
+    kind = own_class(module)
     scaled = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("ScaledWordEmbedding")
     return (kind is nn.Embedding or scaled) and "weight" in module._parameters
 
 
 def is_norm(module: nn.Module) -> bool:
     """Whether the module multiplies and adds its parameters along the last axis."""
-    if type(module) in (nn.LayerNorm, nn.RMSNorm):
+    kind = own_class(module)
+    if kind in (nn.LayerNorm, nn.RMSNorm):
         return len(module.normalized_shape) == 1  # type: ignore[arg-type]
-    named = "RMSNorm" in type(module).__name__ or type(module).__name__.endswith("LayerNorm")
+    named = "RMSNorm" in kind.__name__ or kind.__name__.endswith("LayerNorm")
     return named and not isinstance(module, nn.LayerNorm) and all(p.dim() == 1 for p in module.parameters())
 
 
@@ -83,18 +98,27 @@ def logical_shape(module: nn.Module, name: str) -> tuple[tuple[int, ...], bool]:
     return tuple(module._parameters[name].shape), False  # type: ignore[union-attr]
 
 
-def matrix_view(module: nn.Module, shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
-    """(rows, cols) of the matrix that a parameter is seen as (definition: README of the projection)."""
-    if transposed:
-        return shape[1], shape[0]
-    size = 1
-    for extent in shape:
-        size *= extent
+def is_vector(module: nn.Module, name: str) -> bool:
+    """Whether a parameter has one axis at most: a bias, or the weight of a norm."""
+    return len(logical_shape(module, name)[0]) < 2
+
+
+def matrix_view(module: nn.Module, name: str, head: bool = False) -> Shape:
+    """The matrix that a parameter is seen as, and its kind (definition: README of the projection).
+
+    Args:
+        module: that holds it.
+        name: of the parameter there.
+        head: whether the module belongs to the task's head.
+    """
+    shape, transposed = logical_shape(module, name)
+    size = math.prod(shape)
     if len(shape) < 2:
-        return size, 1
+        return Shape(size, 1, "norm" if is_norm(module) else "bias")
+    cols = shape[0] if transposed else shape[-1]
     if isinstance(module, nn.modules.conv._ConvNd):
-        return shape[0], size // shape[0]
-    return size // shape[-1], shape[-1]
+        cols = size // shape[0]
+    return Shape(size // cols, cols, "head" if head else "embedding" if isinstance(module, nn.Embedding) else "matrix")
 
 
 def lambda_groups(names: Iterable[str], granularity: str) -> dict[str, int]:
@@ -151,6 +175,8 @@ def targeted(config: Any, key: str) -> bool:
         ValueError: a regular expression takes too long.
     """
     targets = config.target_modules
+    if targets in KEYWORDS:
+        targets = None
     if isinstance(targets, str):
         return fits("target_modules", targets, key)
     if targets is None and config.target_parameters:
@@ -171,15 +197,15 @@ def targeted(config: Any, key: str) -> bool:
 
 
 def _marks(shapes: Shapes) -> dict[bytes, str]:
-    lines = [f"{name} {rows}x{cols}" for name, (rows, cols) in sorted(shapes.items())]
+    lines = [f"{name} {s.rows}x{s.cols} {s.kind}" for name, s in sorted(shapes.items())]
     return {hashlib.sha256(line.encode()).digest()[:3]: line for line in lines}
 
 
 def manifest(shapes: Shapes) -> str:
     """A digest of the targeted names and matrix shapes, with a mark of three bytes for each: `digest:marks`."""
-    lines = "\n".join(f"{name} {rows}x{cols}" for name, (rows, cols) in sorted(shapes.items()))
-    digest = hashlib.sha256(lines.encode()).hexdigest()[:16]
-    return f"{digest}:{base64.b64encode(b''.join(sorted(_marks(shapes)))).decode()}"
+    marks = _marks(shapes)
+    digest = hashlib.sha256("\n".join(marks.values()).encode()).hexdigest()[:16]
+    return f"{digest}:{base64.b64encode(b''.join(sorted(marks))).decode()}"
 
 
 def check_manifest(saved: str, shapes: Shapes) -> None:

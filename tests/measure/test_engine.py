@@ -135,7 +135,7 @@ def test_each_trial_an_accelerate_launch_in_ray(engine, tmp_path):
         "here": ["--batch", "16"],
     }.items():
         options = ["--dims", "64,512,2", "--seeds", "1", "--metric", "spearman", "--patience", "2"]
-        options += ["--full-rates", "0.001", "--rates", "0.02", "--config", str(yaml), *more]
+        options += ["--full-rates", "0.001", "--rates", "2e-4", "--config", str(yaml), *more]
         main(command(data, str(base), tmp_path / name, *options))
         report = json.loads((tmp_path / name / "report.json").read_text())
         found[name] = {row["d"]: row["score"] for row in report["trials"]}

@@ -28,7 +28,7 @@ def test_the_command_measures_and_goes_on(data, tmp_path, capsys):
     report = json.loads((out / "report.json").read_text())
     assert told.startswith(f"d90 = {report['d']}, 90 % interval [")
     assert report["majority"] == pytest.approx(2 / 3)
-    assert report["learning_rates"] == [0.01, 0.1]
+    assert report["learning_rates"] == [0.01, 3e-4]
     assert report["settings"]["metric"] == "accuracy"
     assert all(score == pytest.approx(1) for score in report["baseline"])
     assert report["d"] in [18, 42, 97, 222, 512]  # 8 numbers, less the scales, do not learn it
@@ -48,8 +48,8 @@ def test_trials_share_the_base_and_leave_it_as_it_was(data, tmp_path):
     quick = {"max_steps": 6, "use_cpu": True, "dataloader_pin_memory": False, "per_device_train_batch_size": 8}
     fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments=quick)
     before = {name: p.clone() for name, p in fit.base.named_parameters()}
-    first = [fit(20, 0, 0.1), fit(300, 1, 0.1), fit(None, 0, 1e-3)]
-    again = [fit(None, 0, 1e-3), fit(300, 1, 0.1), fit(20, 0, 0.1)]
+    first = [fit(20, 0, 1e-3), fit(300, 1, 1e-3), fit(None, 0, 1e-3)]
+    again = [fit(None, 0, 1e-3), fit(300, 1, 1e-3), fit(20, 0, 1e-3)]
     assert first == again[::-1]
     assert all(torch.equal(p, before[name]) for name, p in fit.base.named_parameters())
     assert list(before) == [name for name, _ in fit.base.named_parameters()]
@@ -98,7 +98,7 @@ def test_classes_of_words(tmp_path):
     fit = TokenFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 60})
     assert fit.data["train"][0]["labels"] == [2, 1, 2]
     assert fit(None, 0, 1e-2) == pytest.approx(1)
-    assert fit(0, 0) < 1 <= fit(500, 0, 0.1) + 1e-9
+    assert fit(0, 0) < 1 <= fit(500, 0, 1e-3) + 1e-9
 
     class Halves:
         def __call__(self, words, **options):
@@ -160,11 +160,11 @@ def test_causal_language_model(tmp_path, capsys):
 def test_the_training_data_are_scored_too(data, tmp_path):
     task = files(data["train"], data["eval"], ["text"])
     fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 3}, train_score=True)
-    found = fit(20, 0, 0.05)
+    found = fit(20, 0, 2e-4)
     alone = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 3})
-    assert found["score"] == alone(20, 0, 0.05)
+    assert found["score"] == alone(20, 0, 2e-4)
     alone.data["eval"] = alone.data["train"]
-    assert found["train_score"] == alone(20, 0, 0.05)
+    assert found["train_score"] == alone(20, 0, 2e-4)
 
 
 def test_tokenised_once_per_folder(data, tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_an_encoder_decoder(tmp_path):
     tokenizer = tiny("bert", tmp_path / "tokenizer")
     build("bart").save_pretrained(tokenizer)
     fit = TextFit(tokenizer, task, arguments={**QUICK, "max_steps": 2})
-    assert 0 <= fit(50, 0, 0.05) <= 1
+    assert 0 <= fit(50, 0, 2e-4) <= 1
 
 
 def test_yaml_s_numbers(data, tmp_path):

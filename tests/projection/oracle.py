@@ -3,12 +3,14 @@
 from fractions import Fraction
 from functools import lru_cache
 from hashlib import sha256
-from math import floor, sqrt
+from math import ceil, floor, sqrt
 from statistics import NormalDist
 
 import numpy as np
 import scipy.linalg
 import torch
+
+from peft_intrinsic.projection import Shape
 
 TOLERANCE = {
     torch.float32: 1e-5,
@@ -71,45 +73,89 @@ def hadamard(n: int) -> np.ndarray:
     return scipy.linalg.hadamard(n, dtype=np.int8)
 
 
-def fan_in(rows: int, cols: int) -> int:
-    return rows if cols == 1 else cols
+def natural(shape: Shape) -> float:
+    """c of a tensor."""
+    factor = {"matrix": 1, "embedding": 1, "norm": 8, "bias": 8, "head": 8}[shape.kind]
+    return factor / sqrt(shape.rows if shape.kind in ("norm", "bias") else shape.cols)
 
 
-def fastfood(
-    d: int, seed: int, n: int, scale: str, shapes: dict[str, tuple[int, int]], limit: int = 16384
-) -> dict[str, np.ndarray]:
-    """P, column by column: `float64[d, rows, cols]` for each name. `limit` is the height of a row chunk."""
-    count = -(-d // n)
-    width = -(-d // count)
-    tiles, load, moved = [], [0] * count, [0] * count
-    for name in sorted(shapes):
-        rows, cols = shapes[name]
-        corners = [(top, left) for top in range(0, rows, limit) for left in range(0, cols, n)]
-        for (top, left), (signs, order, after) in zip(corners, blocks(seed, name, len(corners), n), strict=True):
-            part = np.s_[top : min(top + limit, rows), left : min(left + n, cols)]
-            height, columns = part[0].stop - top, part[1].stop - left
-            k = load.index(min(load))
-            load[k] += columns
-            moved[k] += height * columns
-            tiles.append((name, part, height, columns, signs, order, after, k))
-
-    h = hadamard(n)
-    g = normal_rows(seed, "gaussian", "", min(limit, max(rows for rows, _ in shapes.values())), n)
-    result = {name: np.zeros((d, *shape)) for name, shape in shapes.items()}
-    for name, part, height, columns, signs, order, after, k in tiles:
-        s = 1 / sqrt(moved[k]) if scale == "isometric" else 1 / sqrt(fan_in(*shapes[name]) * width)
-        right = h[:, :columns].astype(float)
-        for i in range(min(width, d - k * width)):
-            u = h[:, i][order] * after * (signs[i] / sqrt(n))
-            result[name][k * width + i][part] = s * (g[:height] * u) @ right
+def dealt(d: int, shapes: dict[str, Shape]) -> dict[str, tuple[int, int]]:
+    """First coordinate of every tensor, and how many it has."""
+    names = sorted(shapes)
+    amount: dict[str, Fraction] = {}
+    while True:  # equal parts of what the tensors that are full have left
+        open_ = [name for name in names if name not in amount]
+        parts = {name: 16 if shapes[name].kind == "head" else 1 for name in open_}
+        part = Fraction(d - sum(amount.values()), max(1, sum(parts.values())))
+        small = [name for name in open_ if shapes[name].size < part * parts[name]]
+        if not small:
+            break
+        amount |= {name: Fraction(shapes[name].size) for name in small}
+    result, end = {}, Fraction(0)
+    for name in names:
+        start, end = end, end + (amount[name] if name in amount else part * parts[name])
+        result[name] = floor(start), max(1, floor(end) - floor(start))
     return result
 
 
-def dense(d: int, seed: int, scale: str, shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+def fastfood(
+    d: int, seed: int, n: int, scale: str, shapes: dict[str, Shape], limit: int = 16384, whole: bool = False
+) -> dict[str, np.ndarray]:
+    """P, column by column: `float64[d, rows, cols]` for each name. `limit` is the height of a row chunk."""
+    deal = dealt(d, shapes)
+    slots, starts = [], {}
+    for name in sorted(shapes):
+        rows, cols, _ = shapes[name]
+        first, count = deal[name]
+        height = min(limit, rows, n * rows * cols // count)
+        depth = min(n, ceil(Fraction(count * height, rows * n * max(1, cols // n))))
+        tops = range(0, rows, height)
+        starts[name] = [word % 4096 for word in words(seed, "window", name, len(tops))]
+        corners = [(i, top, left, j) for i, top in enumerate(tops) for left in range(0, cols, n) for j in range(depth)]
+        slices, done, last = ceil(Fraction(count, n)), 0, -1
+        cuts = [floor(Fraction(k * count, slices)) for k in range(slices + 1)]
+        for s, ((i, top, left, j), block) in enumerate(zip(corners, blocks(seed, name, len(corners), n), strict=True)):
+            part = np.s_[top : min(top + height, rows), left : min(left + n, cols)]
+            weights = (part[0].stop - top) * (part[1].stop - left)
+            last = k = sorted([slices - len(corners) + s, slices * done // (rows * cols * depth), last + 1])[1]
+            done += weights
+            slots.append((name, i, part, weights, j, block, first + cuts[k], first + cuts[k + 1]))
+    if whole:
+        count = ceil(Fraction(d, n))
+        ends, load = [floor(Fraction(k * d, count)) for k in range(count + 1)], [0] * count
+        for s, (*rest, _, _) in enumerate(slots):
+            k = load.index(min(load))
+            load[k] += rest[3]
+            slots[s] = (*rest, ends[k], ends[k + 1])
+
+    moved = np.zeros(d)
+    mixed: dict[tuple, int] = {}
+    for name, _, part, weights, _, _, low, high in slots:
+        moved[low:high] += weights
+        mixed[name, str(part)] = mixed.get((name, str(part)), 0) + high - low
+    h = hadamard(n)
+    height = max(max(starts[name]) + min(limit, shapes[name].rows) for name in shapes)
+    g = normal_rows(seed, "gaussian", "", height, n)
+    result = {name: np.zeros((d, shape.rows, shape.cols)) for name, shape in shapes.items()}
+    for name, chunk, part, _, j, (signs, order, after), low, high in slots:
+        if scale == "isometric":
+            s = 1 / sqrt(moved[low:high].mean())
+        else:
+            s = 512 / sqrt(sqrt(d)) * natural(shapes[name]) / sqrt(mixed[name, str(part)])
+        top, bottom, right = starts[name][chunk], part[0].stop - part[0].start, part[1].stop - part[1].start
+        for i in range(high - low):
+            u = h[:, i][order] * after * (signs[i] / sqrt(n))
+            banded = np.zeros((n, n))
+            banded[np.arange(n), (np.arange(n) + j) % n] = u
+            result[name][low + i][part] += s * g[top : top + bottom] @ (banded @ h[:, :right])
+    return result
+
+
+def dense(d: int, seed: int, scale: str, shapes: dict[str, Shape]) -> dict[str, np.ndarray]:
     """P of the dense projection: `float64[d, rows, cols]` for each name."""
-    total = sum(rows * cols for rows, cols in shapes.values())
+    total = sum(shape.rows * shape.cols for shape in shapes.values())
     result = {}
-    for name, (rows, cols) in shapes.items():
-        p = normal_rows(seed, "dense", name, rows * cols, d).T.reshape(d, rows, cols)
-        result[name] = p / sqrt(total if scale == "isometric" else fan_in(rows, cols) * d)
+    for name, shape in shapes.items():
+        p = normal_rows(seed, "dense", name, shape.size, d).T.reshape(d, shape.rows, shape.cols)
+        result[name] = p * (1 / sqrt(total) if scale == "isometric" else 512 / sqrt(sqrt(d)) * natural(shape) / sqrt(d))
     return result

@@ -8,11 +8,11 @@ import pytest
 import torch
 from oracle import TOLERANCE, error
 
-from peft_intrinsic.projection import PROJECTIONS, Spec, dense
+from peft_intrinsic.projection import PROJECTIONS, Shape, Spec, dense
 from peft_intrinsic.projection.dense import build_dense
 from peft_intrinsic.projection.fastfood import build_fastfood
 
-SHAPES = {"w": (9, 7), "v": (5, 1), "one": (1, 1), "wide": (2, 30)}
+SHAPES = {"w": Shape(9, 7), "v": Shape(5, 1), "one": Shape(1, 1), "wide": Shape(2, 30)}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -86,12 +86,12 @@ def columns(p: dense.DenseTensor, d: int) -> torch.Tensor:
 
 def test_every_weight_has_the_same_norm(d):
     for name, p in build_dense(Spec(d, 0, 1, "fan_in"), SHAPES).items():
-        c = oracle.fan_in(*SHAPES[name]) ** -0.5
+        c = 512 / d**0.25 * oracle.natural(SHAPES[name])
         np.testing.assert_allclose(columns(p, d).norm(dim=0).numpy(), c, rtol=1e-5)
 
 
 def test_isometry():
-    d, shapes = 20, {"a": (100, 150), "b": (37, 135), "v": (5, 1)}  # D = 20,000
+    d, shapes = 20, {"a": Shape(100, 150), "b": Shape(37, 135), "v": Shape(5, 1)}  # D = 20,000
     parts = [columns(p, d).flatten(1) for p in build_dense(Spec(d, 0, 1, "isometric"), shapes).values()]
     gram = torch.cat(parts, 1) @ torch.cat(parts, 1).T
     eigenvalues = torch.linalg.eigvalsh(gram)
@@ -108,26 +108,26 @@ def test_tensors_do_not_depend_on_each_other():
 
 
 def test_golden_offset():
-    projections = build_dense(Spec(5, 1, 4, "fan_in"), {"w": (3, 5), "b": (2, 1)})
+    projections = build_dense(Spec(5, 1, 4, "fan_in"), {"w": Shape(3, 5), "b": Shape(2, 1)})
     theta = torch.tensor([1, -2, 3, 0.5, -0.25])
-    expected = [0.818778573, 0.140000255, -0.181289543, 1.456340099, -0.099389485]
+    expected = [280.345719, 47.9353925, -62.0726396, 498.643621, -34.0304662]
     np.testing.assert_allclose(projections["w"].materialise(theta)[0].numpy(), expected, rtol=1e-6, atol=2e-7)
-    expected = [[-0.294134379], [-0.4288712]]
+    expected = [[-142.425662], [-207.667886]]
     np.testing.assert_allclose(projections["b"].materialise(theta).numpy(), expected, rtol=1e-6, atol=2e-7)
 
 
 def test_limit(monkeypatch):
     with pytest.raises(ValueError, match=r"1099511627776 x 2 numbers.* Use projection='fastfood'"):
-        build_dense(Spec(2, 0, 1, "fan_in"), {"a": (2**20, 2**20)})
+        build_dense(Spec(2, 0, 1, "fan_in"), {"a": Shape(2**20, 2**20)})
     monkeypatch.setattr(dense, "LIMIT", 60)
-    build_dense(Spec(3, 0, 1, "fan_in"), {"a": (3, 5), "b": (5, 1)})  # 60 entries
+    build_dense(Spec(3, 0, 1, "fan_in"), {"a": Shape(3, 5), "b": Shape(5, 1)})  # 60 entries
     with pytest.raises(ValueError, match="21 x 3 numbers, more than 60"):
-        build_dense(Spec(3, 0, 1, "fan_in"), {"a": (3, 5), "b": (6, 1)})
+        build_dense(Spec(3, 0, 1, "fan_in"), {"a": Shape(3, 5), "b": Shape(6, 1)})
 
 
 @pytest.fixture(scope="module")
 def small():
-    return build_dense(Spec(20, 0, 1, "fan_in"), {"a": (24, 41)})["a"], draw(20)
+    return build_dense(Spec(20, 0, 1, "fan_in"), {"a": Shape(24, 41)})["a"], draw(20)
 
 
 @pytest.mark.parametrize("shape", [(0,), (), (1,), (2, 0, 3)])
@@ -158,7 +158,7 @@ def test_offsets_are_of_full_precision(small, dtype):
 
 def test_trains_after_being_built_and_used_in_inference_mode():
     with torch.inference_mode():
-        p = build_dense(Spec(5, 0, 1, "fan_in"), {"a": (7, 9)})["a"]
+        p = build_dense(Spec(5, 0, 1, "fan_in"), {"a": Shape(7, 9)})["a"]
         p.materialise(draw(5))
     theta = leaf(draw(5))
     p.materialise(theta).sum().backward()
@@ -167,7 +167,7 @@ def test_trains_after_being_built_and_used_in_inference_mode():
 
 def test_built_in_memory_under_a_meta_device():
     with torch.device("meta"):  # as while an empty model is made
-        p = build_dense(Spec(5, 0, 1, "fan_in"), {"a": (7, 9)})["a"]
+        p = build_dense(Spec(5, 0, 1, "fan_in"), {"a": Shape(7, 9)})["a"]
     assert p.materialise(torch.ones(5, device="cpu")).any()
 
 

@@ -9,44 +9,47 @@ import pytest
 import torch
 from oracle import TOLERANCE, error
 
-from peft_intrinsic.projection import Spec, fastfood
-from peft_intrinsic.projection.fastfood import build_fastfood
+from peft_intrinsic.projection import Shape, Spec, dealing
+from peft_intrinsic.projection.fastfood import build_fastfood, build_global
 
-ROWS = fastfood.ROWS
+ROWS = dealing.ROWS
 SEED = 3
 
-# name: (d, n, shapes, row limit). Names out of order, because the order of tiles is that of the sorted names.
+# name: (d, n, shapes, row limit). Names out of order, because coordinates are dealt in that of the sorted names.
 CASES = {
     "d1-n1": (1, 1, {"a": (3, 2)}, ROWS),
-    "d2-n1": (2, 1, {"b": (3, 5), "a": (7, 1)}, ROWS),
-    "d2-n4": (2, 4, {"b": (5, 9), "a": (7, 1)}, ROWS),
-    "d3-n2-last-slice-short": (3, 2, {"a": (1, 1), "b": (4, 7)}, ROWS),
-    "d3-n4-chunks": (3, 4, {"b": (21, 7), "a": (17, 1), "c": (8, 3)}, 8),
-    "d20-n4-chunks-narrow": (20, 4, {"b": (21, 9), "a": (17, 1)}, 8),
+    "d2-n1": (2, 1, {"b": (3, 5), "a": (7, 1, "bias")}, ROWS),
+    "d2-n4": (2, 4, {"b": (5, 9), "a": (7, 1, "norm")}, ROWS),
+    "d1-n4-shared": (1, 4, {"b": (5, 9), "a": (7, 1, "norm"), "c": (2, 6, "head")}, ROWS),
+    "d7-n4-chunks": (7, 4, {"b": (21, 7), "a": (17, 1, "bias"), "c": (8, 3, "embedding")}, 8),
+    "d20-n4-depth": (20, 4, {"b": (21, 9), "a": (17, 1, "bias")}, 8),
     "d5-n4-real-chunks": (5, 4, {"a": (16390, 3)}, ROWS),
-    "d200-n16": (200, 16, {"b": (9, 150), "a": (11, 1), "c": (20, 61)}, ROWS),
-    "d200-n64": (200, 64, {"z": (30, 129), "b": (13, 1), "a": (8, 100)}, ROWS),
-    "d200-n256": (200, 256, {"b": (30, 77), "a": (13, 1)}, ROWS),
-    "d200-n256-wide": (200, 256, {"a": (6, 700)}, ROWS),
-    "d257-n64": (257, 64, {"b": (10, 300), "a": (5, 33)}, ROWS),
-    "d257-n256": (257, 256, {"b": (9, 300), "a": (9, 8)}, ROWS),
-    "d5000-n64": (5000, 64, {"w": (2, 650)} | {f"v{i}": (8, 1) for i in range(70)}, ROWS),
-    "d5000-n8192": (5000, 8192, {"a": (2, 5)}, ROWS),
+    "d200-n16-depth": (200, 16, {"b": (9, 150), "a": (11, 1, "bias"), "c": (20, 61)}, ROWS),
+    "d200-n64": (200, 64, {"z": (30, 129), "b": (13, 1, "norm"), "a": (8, 100)}, ROWS),
+    "d200-n256": (200, 256, {"b": (30, 77), "a": (13, 1, "bias")}, ROWS),
+    "d300-n16-edge": (300, 16, {"a": (20, 33), "b": (5, 1)}, ROWS),
+    "d170-n8-all": (170, 8, {"b": (10, 13), "a": (7, 5), "v": (5, 1, "bias")}, ROWS),
+    "d5000-n64": (5000, 64, {"w": (20, 650)} | {f"v{i}": (80, 1, "bias") for i in range(70)}, ROWS),
+    "d40-n8192": (40, 8192, {"a": (12, 5)}, ROWS),
 }
-ISOMETRIC = ["d2-n4", "d20-n4-chunks-narrow", "d257-n64"]
-PARAMETERS = [(name, "fan_in") for name in CASES] + [(name, "isometric") for name in ISOMETRIC]
+OTHERS = ["d2-n4", "d20-n4-depth", "d200-n64"]
+PARAMETERS = [(name, "fan_in", False) for name in CASES]
+PARAMETERS += [(name, "fan_in", True) for name in OTHERS] + [(name, "isometric", True) for name in OTHERS]
+PARAMETERS += [(name, "isometric", False) for name in OTHERS]
 
 
-@pytest.fixture(params=PARAMETERS, ids="-".join, scope="module")
+@pytest.fixture(params=PARAMETERS, ids=lambda p: "-".join(map(str, p)), scope="module")
 def case(request):
     """The tensors' projections, their P from the oracle (`[d, rows, cols]`), and a θ."""
-    name, scale = request.param
-    d, n, shapes, limit = CASES[name]
+    name, scale, whole = request.param
+    d, n, sizes, limit = CASES[name]
+    shapes = {name: Shape(*size) for name, size in sizes.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastfood, "ROWS", limit)
-        projections = build_fastfood(Spec(d, SEED, n, scale), shapes)
+        patch.setattr(dealing, "ROWS", limit)
+        build = build_global if whole else build_fastfood
+        projections = build(Spec(d, SEED, n, scale), shapes)
         assert list(projections) == list(shapes)
-        yield projections, oracle.fastfood(d, SEED, n, scale, shapes, limit), draw(d)
+        yield projections, oracle.fastfood(d, SEED, n, scale, shapes, limit, whole), draw(d)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -144,20 +147,20 @@ def test_linearity(case):
 @pytest.fixture(scope="module")
 def small():
     """A matrix of two blocks."""
-    return build_fastfood(Spec(20, 0, 32, "fan_in"), {"a": (24, 41)})["a"], draw(20)
+    return build_fastfood(Spec(20, 0, 32, "fan_in"), {"a": Shape(24, 41)})["a"], draw(20)
 
 
 def test_row_limit_is_exact(monkeypatch):
-    monkeypatch.setattr(fastfood, "ROWS", 8)
+    monkeypatch.setattr(dealing, "ROWS", 8)
     for rows, chunks in [(1, 1), (7, 1), (8, 1), (9, 2), (16, 2), (17, 3)]:
-        p = build_fastfood(Spec(3, 0, 4, "fan_in"), {"a": (rows, 6)})["a"]
+        p = build_fastfood(Spec(3, 0, 4, "fan_in"), {"a": Shape(rows, 6)})["a"]
         assert p.factor(draw(3)).shape == (chunks, 4, 6)
         assert p.materialise(draw(3)).shape == (rows, 6)
 
 
 def test_offset_is_basis_times_factor(monkeypatch):
-    monkeypatch.setattr(fastfood, "ROWS", 8)
-    p = build_fastfood(Spec(3, 0, 4, "fan_in"), {"a": (21, 7)})["a"]
+    monkeypatch.setattr(dealing, "ROWS", 8)
+    p = build_fastfood(Spec(3, 0, 4, "fan_in"), {"a": Shape(21, 7)})["a"]
     theta = draw(3)
     product = torch.cat([p.basis(theta, r) @ p.factor(theta)[r] for r in range(3)])
     assert torch.equal(product, p.materialise(theta))
@@ -206,7 +209,7 @@ def test_offsets_ignore_autocast(small, dtype):
 
 
 def test_trains_after_being_built_and_used_in_inference_mode():
-    shapes = {"a": (7, 9)}
+    shapes = {"a": Shape(7, 9)}
     with torch.inference_mode():
         first = build_fastfood(Spec(5, 1234, 8, "fan_in"), shapes)["a"]
         first.materialise(draw(5))
@@ -220,7 +223,7 @@ def test_trains_after_being_built_and_used_in_inference_mode():
 
 def test_built_in_memory_under_a_meta_device():
     with torch.device("meta"):  # as while an empty model is made
-        p = build_fastfood(Spec(5, 0, 8, "fan_in"), {"a": (7, 9)})["a"]
+        p = build_fastfood(Spec(5, 0, 8, "fan_in"), {"a": Shape(7, 9)})["a"]
     assert p.materialise(torch.ones(5, device="cpu")).any()
 
 
@@ -230,7 +233,7 @@ def test_copies_share_the_projection(small):
 
 
 def test_threads_do_not_change_a_bit():
-    p = build_fastfood(Spec(300, 0, 64, "fan_in"), {"a": (700, 650)})["a"]
+    p = build_fastfood(Spec(300, 0, 64, "fan_in"), {"a": Shape(700, 650)})["a"]
     theta, threads = draw(300), torch.get_num_threads()
     try:
         torch.set_num_threads(1)

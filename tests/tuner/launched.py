@@ -37,13 +37,15 @@ def sharded(model: nn.Module) -> Any:
 
 def main(kind: str, folder: Path) -> None:
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
-    peft_model = get_peft_model(build("llama"), IntrinsicConfig(d=60, said=True, task_type="CAUSAL_LM"))
+    peft_model = get_peft_model(
+        build("llama"), IntrinsicConfig(d=60, said=True, task_type="CAUSAL_LM", target_modules="all")
+    )
     if kind == "reentrant":
         peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     peft_model.train()
     shard = kind == "fsdp2"
     model = sharded(peft_model) if shard else accelerator.prepare(peft_model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     ids = torch.randint(1, 90, (8, 7), generator=torch.Generator().manual_seed(5)).repeat(8, 1)
     loader = accelerator.prepare(DataLoader(ids, batch_size=8, shuffle=False))
     losses = []

@@ -101,8 +101,8 @@ def test_several_adapters(family):
 
 
 def test_trained_numbers_follow_the_active_adapter():
-    model = get_peft_model(build("bert"), IntrinsicConfig(d=20))
-    model.add_adapter("second", IntrinsicConfig(d=31, said=True))
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=20, target_modules="all"))
+    model.add_adapter("second", IntrinsicConfig(d=31, said=True, target_modules="all"))
     assert model.get_nb_trainable_parameters()[0] == 20
     model.set_adapter("second")
     assert model.get_nb_trainable_parameters()[0] == 31
@@ -136,13 +136,14 @@ def test_a_configuration_serves_two_models():
 
 def several(**options) -> PeftModel:
     """Adapters of one projection, and two that fit no other."""
+    options = {"target_modules": "all", **options}
     model = get_peft_model(build("llama"), IntrinsicConfig(d=60, **options))
     model.add_adapter("second", IntrinsicConfig(d=60, **options))
     model.add_adapter("wider", IntrinsicConfig(d=61, **options))
     model.add_adapter("elsewhere", IntrinsicConfig(d=60, seed=1, **options))
     generator = torch.Generator().manual_seed(0)
     for vector in model.get_base_model().intrinsic.intrinsic_theta.values():
-        vector.weight.data = torch.randn(vector.weight.shape, generator=generator)
+        vector.weight.data = torch.randn(vector.weight.shape, generator=generator) / 500
     return model.eval()
 
 
@@ -204,7 +205,7 @@ def test_requires_grad():
 
 
 def test_inference_mode():
-    model = get_peft_model(build("bert"), IntrinsicConfig(d=20, inference_mode=True))
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=20, inference_mode=True, target_modules="all"))
     assert model.get_nb_trainable_parameters()[0] == 0
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -245,13 +246,13 @@ def test_deleting_the_active_adapter_activates_another():
     assert "second" not in model.peft_config
     assert model.base_model.active_adapters != ["second"]
     output(model, batch("llama"))
-    model.add_adapter("second", IntrinsicConfig(d=10))
+    model.add_adapter("second", IntrinsicConfig(d=10, target_modules="all"))
     assert len(model.get_base_model().intrinsic.intrinsic_theta["second"].weight) == 10
 
 
 def test_adapters_of_different_types():
-    model = get_peft_model(build("llama"), IntrinsicConfig(d=60, init_weights=False))
-    small = IntrinsicConfig(d=31, init_weights=False)
+    model = get_peft_model(build("llama"), IntrinsicConfig(d=60, init_weights=False, target_modules="all"))
+    small = IntrinsicConfig(d=31, init_weights=False, target_modules="all")
     model.add_adapter("small", small, autocast_adapter_dtype=False)
     model.base_model.set_adapter(["default", "small"])
     numbers = model.get_base_model().intrinsic.intrinsic_theta
@@ -267,13 +268,13 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def test_other_adapters_stay_trainable_or_frozen(tmp_path):
-    model = get_peft_model(build("llama"), IntrinsicConfig(d=40))
+    model = get_peft_model(build("llama"), IntrinsicConfig(d=40, target_modules="all"))
     before = trainable(model)
     model.save_pretrained(tmp_path)
     model.load_adapter(str(tmp_path), "reference")
     assert trainable(model) == before
     model.set_requires_grad("default", False)
-    model.add_adapter("second", IntrinsicConfig(d=40))
+    model.add_adapter("second", IntrinsicConfig(d=40, target_modules="all"))
     assert trainable(model) == set()
 
 
@@ -282,10 +283,10 @@ def test_a_failed_attachment_leaves_no_trace():
     base = build("llama")
     before = trainable(base)
     with pytest.raises(ValueError, match="d=2 must exceed"):
-        get_peft_model(base, IntrinsicConfig(d=2, said=True))
+        get_peft_model(base, IntrinsicConfig(d=2, said=True, target_modules="all"))
     assert trainable(base) == before
-    inject_adapter_in_model(IntrinsicConfig(d=20, init_weights=False), base)
+    inject_adapter_in_model(IntrinsicConfig(d=20, init_weights=False, target_modules="all"), base)
     expected = evaluate(base, "llama")
     with pytest.raises(ValueError, match="'default' is attached already"):
-        inject_adapter_in_model(IntrinsicConfig(d=20), base)
+        inject_adapter_in_model(IntrinsicConfig(d=20, target_modules="all"), base)
     assert torch.equal(evaluate(base, "llama"), expected)

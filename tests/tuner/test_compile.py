@@ -60,7 +60,7 @@ def test_generated_code():
 @pytest.mark.skipif(OLD, reason="torch's compiler does not read values that belong to a thread; the call is refused")
 def test_mixed_batches_compile_once():
     model = trained("llama")
-    bank = AdapterBank(model, torch.randn(5, 200, generator=torch.Generator().manual_seed(0)))
+    bank = AdapterBank(model, torch.randn(5, 200, generator=torch.Generator().manual_seed(0)) / 500)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for index in ([0, 1, 2, -1], [3, 1, 0, 0], [4, 4, 2, 1]):
@@ -75,7 +75,7 @@ def test_mixed_batches_compile_once():
 def test_gradient_checkpointing(name, reentrant):
     gradients = []
     for checkpointing in (False, True):
-        model = get_peft_model(build(name), IntrinsicConfig(d=60, said=True, init_weights=False))
+        model = get_peft_model(build(name), IntrinsicConfig(d=60, said=True, init_weights=False, target_modules="all"))
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
             model.enable_input_require_grads()

@@ -33,9 +33,11 @@ def launch(kind: str, folder: Path) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def one_process() -> tuple[list[float], PeftModel]:
     """The same training without any of that."""
-    model = get_peft_model(build("llama"), IntrinsicConfig(d=60, said=True, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        build("llama"), IntrinsicConfig(d=60, said=True, task_type="CAUSAL_LM", target_modules="all")
+    )
     model.train()
-    losses = train(model, {"input_ids": IDS, "labels": IDS}, 8, 0.05)
+    losses = train(model, {"input_ids": IDS, "labels": IDS}, 8, 2e-4)
     return losses, model.eval()
 
 

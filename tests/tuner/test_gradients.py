@@ -45,7 +45,9 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("projection", ["fastfood", "dense"])
 def test_gradient_is_the_transposed_projection_of_the_full_gradient(family, said, projection):
     d = 23
-    config = IntrinsicConfig(d=d, said=said, projection=projection, init_weights=False, block_size=16)
+    config = IntrinsicConfig(
+        d=d, said=said, projection=projection, init_weights=False, block_size=16, target_modules="all"
+    )
     model = get_peft_model(build(family), config).eval()
     inputs = batch(family)
     holder = model.get_base_model().intrinsic
@@ -54,7 +56,7 @@ def test_gradient_is_the_transposed_projection_of_the_full_gradient(family, said
     with torch.no_grad():
         theta.mul_(0.3)
         if said:
-            scales.copy_(torch.linspace(0.5, 1.5, len(scales)))
+            scales.copy_(torch.linspace(0.5, 1.5, len(scales)) / 256)
     moved = offsets(model)
     plain = get_plain(model, merge=False)
 
@@ -85,21 +87,50 @@ def test_gradient_is_the_transposed_projection_of_the_full_gradient(family, said
 
 
 def test_every_parameter_is_moved(family):
-    model = get_peft_model(build(family), IntrinsicConfig(d=30, init_weights=False))
+    model = get_peft_model(build(family), IntrinsicConfig(d=30, init_weights=False, target_modules="all"))
     still = [name for name, offset in offsets(model).items() if not offset.abs().max() > 0]
     assert still == []
+
+
+def test_the_paper_s_projection_is_one_option_away():
+    """DID of the paper: every weight mixes all of θ, and the whole model moves as far as θ does."""
+    d = 200
+    paper = {"target_modules": "all", "projection": "global", "scale": "isometric", "block_size": 256}
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=d, **paper))
+    theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
+    for seed in range(3):
+        with torch.no_grad():
+            theta.copy_(torch.randn(d, generator=torch.Generator().manual_seed(seed)))
+        moved = offsets(model)
+        length = sum(offset.double().square().sum() for offset in moved.values()).sqrt()
+        assert 0.85 < length / theta.norm() < 1.15  # 13,000 weights for 200 numbers
+        assert all(offset.count_nonzero() == offset.numel() for offset in moved.values())
+
+
+def test_vectors_are_norms_biases_and_head(family):
+    """The offsets of the default, factored against merged; each tensor has numbers of its own."""
+    base = build(family)
+    vectors = {name for name, p in base.named_parameters() if p.dim() < 2}
+    if not vectors:
+        pytest.skip("no norms and no biases")
+    model = get_peft_model(base, IntrinsicConfig(d=min(len(vectors), 20), target_modules="vectors", init_weights=False))
+    moved = offsets(model.eval())
+    assert {name for name, offset in moved.items() if offset.any()} == vectors
+    expected = output(model, batch(family))
+    model.merge_adapter()
+    assert close(output(model, batch(family)), expected)
 
 
 def test_at_theta_zero_the_model_is_the_base_to_the_bit(family):
     expected = output(build(family), batch(family))
     for said in (False, True):
-        model = get_peft_model(build(family), IntrinsicConfig(d=30, said=said)).eval()
+        model = get_peft_model(build(family), IntrinsicConfig(d=30, said=said, target_modules="all")).eval()
         assert same(output(model, batch(family)), expected, family)
 
 
 def test_exactly_d_numbers_are_trained(family, capsys):
     for said in (False, True):
-        model = get_peft_model(build(family), IntrinsicConfig(d=200, said=said))
+        model = get_peft_model(build(family), IntrinsicConfig(d=200, said=said, target_modules="all"))
         assert model.get_nb_trainable_parameters()[0] == 200
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 200
         model.print_trainable_parameters()
@@ -108,7 +139,7 @@ def test_exactly_d_numbers_are_trained(family, capsys):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_reentrant_checkpointing_in_several_processes_is_refused_while_training(reentrant, monkeypatch):
-    model = get_peft_model(build("llama"), IntrinsicConfig(d=30))
+    model = get_peft_model(build("llama"), IntrinsicConfig(d=30, target_modules="all"))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     processes = [1]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

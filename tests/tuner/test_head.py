@@ -148,7 +148,9 @@ def test_what_is_constant_is_not_drawn_again():
     """Here the bias, of one number; the weight has two."""
     model = nn.Sequential(nn.Linear(2, 1))
     model.__dict__[_FRESH] = {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
-    assert get_peft_model(model, IntrinsicConfig(d=2)).peft_config["default"].redrawn == ["0.weight"]
+    assert get_peft_model(model, IntrinsicConfig(d=2, target_modules="all")).peft_config["default"].redrawn == [
+        "0.weight"
+    ]
 
 
 def test_a_model_loaded_before_the_import_is_refused(tmp_path):
@@ -160,10 +162,10 @@ base = AutoModelForSequenceClassification.from_pretrained({str(tmp_path / "encod
 from peft import get_peft_model
 from peft_intrinsic import IntrinsicConfig
 try:
-    get_peft_model(base, IntrinsicConfig(d=20))
+    get_peft_model(base, IntrinsicConfig(d=20, target_modules="all"))
 except ValueError as error:
     print(error)
-print(get_peft_model(base, IntrinsicConfig(d=20, redrawn=[])).peft_config["default"].redrawn)
+print(get_peft_model(base, IntrinsicConfig(d=20, redrawn=[], target_modules="all")).peft_config["default"].redrawn)
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert "not known whether these were loaded, trained or drawn at random: classifier.weight" in done.stdout
@@ -177,7 +179,7 @@ def test_loading_information_is_returned_as_before(tmp_path):
 
 
 def test_tie_weights_after_attaching():
-    model = get_peft_model(build("bert_mlm"), IntrinsicConfig(d=40, init_weights=False)).eval()
+    model = get_peft_model(build("bert_mlm"), IntrinsicConfig(d=40, init_weights=False, target_modules="all")).eval()
     expected = evaluate(model, "bert_mlm")
     model.get_base_model().tie_weights()
     assert torch.equal(evaluate(model, "bert_mlm"), expected)

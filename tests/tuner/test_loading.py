@@ -88,7 +88,7 @@ def test_transformers_own_calls(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     plain = evaluate(model, "llama")
     model.load_adapter(str(tmp_path / "adapter"), adapter_name="one")
-    model.add_adapter(IntrinsicConfig(d=20, init_weights=False), adapter_name="two")
+    model.add_adapter(IntrinsicConfig(d=20, init_weights=False, target_modules="all"), adapter_name="two")
     model.set_adapter("one")
     assert torch.equal(evaluate(model, "llama"), expected)
     model.disable_adapters()
@@ -133,7 +133,7 @@ def test_layers_in_several_places(where, tmp_path, monkeypatch):
         )
         assert base.model.layers[1].mlp.up_proj.weight.is_meta
         # PEFT's own loading sends a model that fits into memory back to memory, so θ is copied instead.
-        model = get_peft_model(base, IntrinsicConfig(d=200)).eval()
+        model = get_peft_model(base, IntrinsicConfig(d=200, target_modules="all")).eval()
         numbers = load_file(tmp_path / "adapter" / "adapter_model.safetensors")[THETA]
         model.get_base_model().intrinsic.intrinsic_theta["default"].weight.data.copy_(numbers)
     else:

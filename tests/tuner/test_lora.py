@@ -72,7 +72,7 @@ def test_the_share_that_is_lost():
 def test_chunks_of_a_tall_matrix_get_a_rank_of_their_own(tmp_path):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(8, 20_000, bias=False), nn.Linear(20_000, 3, bias=False))
-    config = IntrinsicConfig(d=9, block_size=4, init_weights=False)
+    config = IntrinsicConfig(d=9, block_size=4, init_weights=False, target_modules="all")
     model = get_peft_model(base, config)
     x = torch.randn(5, 8)
     expected = model(x).detach()
@@ -92,7 +92,11 @@ def test_a_fresh_head_goes_along_in_full(tmp_path):
         return AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=3).eval()
 
     config = IntrinsicConfig(
-        d=50, init_weights=False, task_type="SEQ_CLS", exclude_modules=".*(LayerNorm|embeddings).*"
+        d=50,
+        init_weights=False,
+        task_type="SEQ_CLS",
+        exclude_modules=".*(LayerNorm|embeddings).*",
+        target_modules="all",
     )
     model = get_peft_model(base(1), config).eval()
     save_as_lora(tmp_path / "lora", model, accept_loss=True)

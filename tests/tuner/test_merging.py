@@ -28,7 +28,7 @@ def equal(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("unload", [False, True])
 def test_safe_merge_is_all_or_nothing(bad, unload):
     """1e38 is finite, but not in half precision: some layers merge well before one fails."""
-    model = get_peft_model(build("bert").half(), IntrinsicConfig(d=200, init_weights=False))
+    model = get_peft_model(build("bert").half(), IntrinsicConfig(d=200, init_weights=False, target_modules="all"))
     before = values(model)
     with torch.no_grad():
         model.get_base_model().intrinsic.intrinsic_theta["default"].weight[-1] = bad
@@ -41,7 +41,7 @@ def test_safe_merge_is_all_or_nothing(bad, unload):
 
 def test_a_failed_merge_keeps_what_was_merged_before():
     model = trained("bert")
-    model.add_adapter("broken", IntrinsicConfig(d=20))
+    model.add_adapter("broken", IntrinsicConfig(d=20, target_modules="all"))
     model.merge_adapter(["default"])
     before, expected = values(model), evaluate(model, "bert")
     model.get_base_model().intrinsic.intrinsic_theta["broken"].weight.data.fill_(float("nan"))
@@ -57,7 +57,7 @@ def test_a_failed_merge_keeps_what_was_merged_before():
 
 def test_several_adapters_at_once_and_one_after_the_other(family):
     model = trained(family)
-    model.add_adapter("second", IntrinsicConfig(d=31, seed=5, said=True, init_weights=False))
+    model.add_adapter("second", IntrinsicConfig(d=31, seed=5, said=True, init_weights=False, target_modules="all"))
     model.base_model.set_adapter(["default", "second"])
     before, expected = values(model), evaluate(model, family)
     model.merge_adapter(["default", "second"])
@@ -76,10 +76,10 @@ def test_several_adapters_at_once_and_one_after_the_other(family):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_told(dtype):
     """The share in the warning against one computed here, from the weights themselves."""
-    model = get_peft_model(build("llama").to(dtype), IntrinsicConfig(d=200))
+    model = get_peft_model(build("llama").to(dtype), IntrinsicConfig(d=200, target_modules="all"))
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     with torch.no_grad():
-        theta.copy_(torch.randn(200, generator=torch.Generator().manual_seed(0)) * 1e-3)
+        theta.copy_(torch.randn(200, generator=torch.Generator().manual_seed(0)) * 1e-6)
     before = values(model)
     wanted = {}
     names = {id(p): name for name, p in model.named_parameters()}

@@ -84,7 +84,7 @@ def test_merged_as_unmerged_with_and_without_gradients(kind):
     base = make().eval()
     plain = call(base, kind, x).detach()
     d = min(20, sum(p.numel() for p in base.parameters()))
-    model = get_peft_model(base, IntrinsicConfig(d=d, init_weights=False)).eval()
+    model = get_peft_model(base, IntrinsicConfig(d=d, init_weights=False, target_modules="all")).eval()
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     with torch.no_grad():
         quick = call(model, kind, x)
@@ -102,7 +102,9 @@ def test_merged_as_unmerged_with_and_without_gradients(kind):
 def test_gradient_by_finite_differences(kind):
     make, x = KINDS[kind]
     torch.manual_seed(0)
-    model = get_peft_model(make().double().eval(), IntrinsicConfig(d=5, block_size=8, init_weights=False)).double()
+    model = get_peft_model(
+        make().double().eval(), IntrinsicConfig(d=5, block_size=8, init_weights=False, target_modules="all")
+    ).double()
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     weights = noise(*call(model, kind, x.double()).shape).double()
     (call(model, kind, x.double()) * weights).sum().backward()
@@ -110,11 +112,11 @@ def test_gradient_by_finite_differences(kind):
         for j in range(5):
             values = []
             for sign in (1, -1):
-                theta[j] += sign * 2e-3
+                theta[j] += sign * 1e-5
                 values.append((call(model, kind, x.double()) * weights).sum())
-                theta[j] -= sign * 2e-3
+                theta[j] -= sign * 1e-5
             # The projection computes in float32, so the step cannot be small.
-            slope = (values[0] - values[1]) / 4e-3
+            slope = (values[0] - values[1]) / 2e-5
             assert abs(slope - theta.grad[j]) < 2e-3 * theta.grad.abs().max()
 
 
@@ -124,7 +126,8 @@ def test_embedding_options_as_in_full_fine_tuning(options):
     torch.manual_seed(0)
     index = torch.tensor([[0, 1, 2, 2], [4, 0, 1, 0]])
     model = get_peft_model(
-        nn.Sequential(nn.Embedding(5, 6, **options)), IntrinsicConfig(d=7, block_size=8, init_weights=False)
+        nn.Sequential(nn.Embedding(5, 6, **options)),
+        IntrinsicConfig(d=7, block_size=8, init_weights=False, target_modules="all"),
     )
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     plain = nn.Embedding(5, 6, **options)
@@ -169,7 +172,7 @@ def test_each_layer_keeps_its_mode(training):
     base = build("bert").train(training)
     base.classifier.train(not training)
     before = {name: module.training for name, module in base.named_modules() if not list(module.children())}
-    model = get_peft_model(base, IntrinsicConfig(d=30)).get_base_model()
+    model = get_peft_model(base, IntrinsicConfig(d=30, target_modules="all")).get_base_model()
     assert {name: model.get_submodule(name).training for name in before} == before
     assert model.classifier.base_layer.training is not training
 
@@ -215,8 +218,8 @@ def test_parameters_that_hold_no_real_numbers_are_named_once(caplog):
             return self.linear(x)
 
     with caplog.at_level(logging.WARNING):
-        model = get_peft_model(Odd(), IntrinsicConfig(d=4))
-        model.add_adapter("second", IntrinsicConfig(d=3))
+        model = get_peft_model(Odd(), IntrinsicConfig(d=4, target_modules="all"))
+        model.add_adapter("second", IntrinsicConfig(d=3, target_modules="all"))
     told = [record.getMessage() for record in caplog.records if "Not moved" in record.getMessage()]
     assert told == ["Not moved, as they hold no real numbers: turn (0.25 of all parameters)."]
 
@@ -290,7 +293,7 @@ def test_parameters_that_are_read_without_a_call(kind):
             return use(self.part, self.first(x))
 
     x = noise(3, 4)
-    model = get_peft_model(Model(), IntrinsicConfig(d=12, init_weights=False)).eval()
+    model = get_peft_model(Model(), IntrinsicConfig(d=12, init_weights=False, target_modules="all")).eval()
     found = model(x)
     with model.disable_adapter():
         torch.testing.assert_close(model(x), Model()(x))

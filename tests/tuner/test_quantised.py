@@ -58,7 +58,7 @@ def attached(kind: str, checkpoint: str, **options) -> PeftModel:
     return get_peft_model(base, IntrinsicConfig(d=60, **{**LINEAR, **options})).eval()
 
 
-@pytest.mark.parametrize("targets", ["all-linear", None])
+@pytest.mark.parametrize("targets", ["all-linear", "all"])
 def test_inference_adds_the_same_offset_as_on_the_plain_base(kind, checkpoint, targets, tmp_path):
     """One linear layer of a quantised model: its output moves by x ΔWᵀ, ΔW taken from the unquantised model."""
     model = attached(kind, checkpoint, init_weights=False, target_modules=targets)
@@ -85,7 +85,7 @@ def test_training_learns(kind, checkpoint):
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     assert theta.dtype == torch.float32
     ids = batch("llama")["input_ids"]
-    losses = train(model, {"input_ids": ids, "labels": ids}, 15, 0.05)
+    losses = train(model, {"input_ids": ids, "labels": ids}, 15, 2e-4)
     assert losses[-1] < losses[0] - 0.05
 
 
@@ -94,7 +94,7 @@ def test_merge_and_exact_unmerge(kind, checkpoint):
     model = attached(kind, checkpoint)
     with torch.no_grad():
         theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
-        theta.copy_(torch.randn(60, generator=torch.Generator().manual_seed(0)))
+        theta.copy_(torch.randn(60, generator=torch.Generator().manual_seed(0)) / 500)
     expected = evaluate(model, "llama")
     with model.disable_adapter():
         base = evaluate(model, "llama")
@@ -150,7 +150,7 @@ def test_quantised_layers_that_nobody_knows_stay_still(caplog):
     """Their weight cannot be read, and whether they compute x·Wᵀ is not known."""
     with pytest.raises(ValueError, match=r"target_modules=.*up_proj.* matched no module with parameters of its own"):
         get_peft_model(unknown(), IntrinsicConfig(d=60, target_modules=["up_proj"]))
-    model = get_peft_model(unknown(), IntrinsicConfig(d=60, init_weights=False)).eval()
+    model = get_peft_model(unknown(), IntrinsicConfig(d=60, init_weights=False, target_modules="all")).eval()
     assert "layers.0.mlp.up_proj.weight, model.layers.1.mlp.up_proj.weight" in caplog.text
     expected = evaluate(model, "llama")
     assert (expected - evaluate(unknown(), "llama")).abs().max() > 1e-3
@@ -159,7 +159,7 @@ def test_quantised_layers_that_nobody_knows_stay_still(caplog):
 
 def test_a_merge_that_meets_a_quantised_layer_midway_changes_nothing(checkpoint, monkeypatch):
     """A backend that cannot write, as PEFT has for some types of torchao."""
-    model = attached("bnb 8 bit", checkpoint, init_weights=False, target_modules=None)
+    model = attached("bnb 8 bit", checkpoint, init_weights=False, target_modules="all")
     expected = evaluate(model, "llama")
     monkeypatch.setattr("peft.utils.quantization_utils.Bnb8bitBackend.supports_merge", False)
     with pytest.raises(ValueError, match=r"Cannot merge into the weight of a Linear8bitLt.*unquantised"):

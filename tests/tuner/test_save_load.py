@@ -103,7 +103,9 @@ def test_fresh_head_is_reproduced(tmp_path):
         return AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=3).eval()
 
     assert not torch.equal(base(1).classifier.weight, base(2).classifier.weight)
-    model = get_peft_model(base(1), IntrinsicConfig(d=50, init_weights=False, task_type="SEQ_CLS")).eval()
+    model = get_peft_model(
+        base(1), IntrinsicConfig(d=50, init_weights=False, task_type="SEQ_CLS", target_modules="all")
+    ).eval()
     model.save_pretrained(tmp_path / "adapter")
     expected = evaluate(model, "bert")
     assert model.peft_config["default"].redrawn == ["classifier.weight"]
@@ -112,7 +114,7 @@ def test_fresh_head_is_reproduced(tmp_path):
     native = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3).eval()
     assert torch.equal(evaluate(native, "bert"), expected)
     # A second adapter of another seed leaves the head, and so the first, as it was.
-    loaded.add_adapter("other", IntrinsicConfig(d=20, seed=9, task_type="SEQ_CLS"))
+    loaded.add_adapter("other", IntrinsicConfig(d=20, seed=9, task_type="SEQ_CLS", target_modules="all"))
     assert torch.equal(evaluate(loaded, "bert"), expected)
 
 
@@ -120,7 +122,7 @@ def test_head_that_the_checkpoint_brought_is_kept(tmp_path):
     build("bert").save_pretrained(tmp_path)
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     before = base.classifier.weight.clone()
-    model = get_peft_model(base, IntrinsicConfig(d=50, task_type="SEQ_CLS"))
+    model = get_peft_model(base, IntrinsicConfig(d=50, task_type="SEQ_CLS", target_modules="all"))
     assert torch.equal(model.get_base_model().classifier.base_layer.weight, before)
     assert model.peft_config["default"].redrawn == []
 
@@ -130,7 +132,7 @@ def test_refuses_another_model(tmp_path):
     other = build("bert")
     other.classifier = torch.nn.Linear(24, 5)
     with pytest.raises(
-        ValueError, match=r"2 of its 41 are not in this model.*classifier.bias 5x1, classifier.weight 5x24"
+        ValueError, match=r"2 of its 41 are not in this model.*classifier.bias 5x1 bias, classifier.weight 5x24 matrix"
     ):
         PeftModel.from_pretrained(other, tmp_path)
 
@@ -161,7 +163,7 @@ def test_golden_configuration_and_file(tmp_path):
         "base_model.model.intrinsic.intrinsic_theta.weight": (196,),
     }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["manifest"].startswith("f413112e6ea8e011:")
+    assert config["manifest"].startswith("d81582ccb7d02350:")
     assert config["algorithm_version"] == 1
 
 
@@ -188,7 +190,7 @@ def test_a_head_in_modules_to_save_is_its_own(tmp_path):
     for parameter in model.base_model.model.classifier.modules_to_save["default"].parameters():
         parameter.data.add_(0.3)
     first = evaluate(model, "bert")
-    model.add_adapter("second", IntrinsicConfig(d=40, init_weights=False, task_type="SEQ_CLS"))
+    model.add_adapter("second", IntrinsicConfig(d=40, init_weights=False, task_type="SEQ_CLS", target_modules="all"))
     assert torch.equal(evaluate(model, "bert"), first)
     assert model.peft_config["second"].redrawn == ["classifier.weight"]
     model.set_adapter("second")
@@ -206,19 +208,25 @@ def test_a_head_in_modules_to_save_is_its_own(tmp_path):
 
 
 def test_a_head_that_others_rely_on_is_not_drawn_again(tmp_path):
-    model = get_peft_model(headless(tmp_path / "a"), IntrinsicConfig(d=40, task_type="SEQ_CLS", head="keep"))
+    model = get_peft_model(
+        headless(tmp_path / "a"), IntrinsicConfig(d=40, task_type="SEQ_CLS", head="keep", target_modules="all")
+    )
     with pytest.raises(
         ValueError, match=r"classifier.weight would be drawn again under adapter 'default'.*head='keep'"
     ):
-        model.add_adapter("second", IntrinsicConfig(d=40, task_type="SEQ_CLS"))
-    model = get_peft_model(headless(tmp_path / "a"), IntrinsicConfig(d=40, task_type="SEQ_CLS", init_weights=False))
+        model.add_adapter("second", IntrinsicConfig(d=40, task_type="SEQ_CLS", target_modules="all"))
+    model = get_peft_model(
+        headless(tmp_path / "a"), IntrinsicConfig(d=40, task_type="SEQ_CLS", init_weights=False, target_modules="all")
+    )
     merged = model.merge_and_unload()
     expected = evaluate(merged, "bert")
-    again = get_peft_model(merged, IntrinsicConfig(d=40, task_type="SEQ_CLS")).eval()
+    again = get_peft_model(merged, IntrinsicConfig(d=40, task_type="SEQ_CLS", target_modules="all")).eval()
     assert torch.equal(evaluate(again, "bert"), expected)
 
 
 def test_a_moved_head_cannot_be_saved_in_full_by_another():
-    model = get_peft_model(build("bert"), IntrinsicConfig(d=40, task_type="SEQ_CLS"))
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=40, task_type="SEQ_CLS", target_modules="all"))
     with pytest.raises(ValueError, match=r"modules_to_save=.*classifier is already moved by another adapter"):
-        model.add_adapter("full", IntrinsicConfig(d=40, task_type="SEQ_CLS", modules_to_save=["classifier"]))
+        model.add_adapter(
+            "full", IntrinsicConfig(d=40, task_type="SEQ_CLS", modules_to_save=["classifier"], target_modules="all")
+        )

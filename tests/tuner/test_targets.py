@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import build
 from peft import get_peft_model
 from torch import nn
@@ -15,7 +16,7 @@ from peft_intrinsic.tuner.targets import excluded, fits, is_norm, matrix_view, t
 
 def groups(name: str, granularity: str) -> list[set[str]]:
     """The parameters of each λ, in the order of λ."""
-    config = IntrinsicConfig(d=100, said=True, lambda_granularity=granularity)
+    config = IntrinsicConfig(d=100, said=True, lambda_granularity=granularity, target_modules="all")
     model = get_peft_model(build(name), config)
     count = len(model.get_base_model().intrinsic.intrinsic_lambda["default"].weight)
     found: list[set[str]] = [set() for _ in range(count)]
@@ -75,19 +76,34 @@ def test_norms(module, expected):
     assert is_norm(module) is expected
 
 
+class Own(nn.Module):
+    """Parameters of its own."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+
 @pytest.mark.parametrize(
-    ("module", "shape", "transposed", "expected"),
+    ("module", "name", "expected"),
     [
-        (nn.Linear(5, 3), (3, 5), False, (3, 5)),
-        (nn.Linear(5, 3), (3,), False, (3, 1)),
-        (Conv1D(3, 5), (5, 3), True, (3, 5)),
-        (nn.Conv2d(2, 3, (4, 5)), (3, 2, 4, 5), False, (3, 40)),
-        (nn.Module(), (2, 3, 4), False, (6, 4)),
-        (nn.Module(), (), False, (1, 1)),
+        (nn.Linear(5, 3), "weight", (3, 5, "matrix")),
+        (nn.Linear(1, 3), "weight", (3, 1, "matrix")),
+        (nn.Linear(5, 3), "bias", (3, 1, "bias")),
+        (Conv1D(3, 5), "weight", (3, 5, "matrix")),
+        (nn.Conv2d(2, 3, (4, 5)), "weight", (3, 40, "matrix")),
+        (nn.Embedding(7, 3), "weight", (7, 3, "embedding")),
+        (nn.LayerNorm(4), "weight", (4, 1, "norm")),
+        (LlamaRMSNorm(4), "weight", (4, 1, "norm")),
+        (nn.LayerNorm(4), "bias", (4, 1, "norm")),
+        (Own(2, 3, 4), "weight", (6, 4, "matrix")),
+        (Own(), "weight", (1, 1, "bias")),
     ],
 )
-def test_a_parameter_is_seen_as_a_matrix(module, shape, transposed, expected):
-    assert matrix_view(module, shape, transposed) == expected
+def test_a_parameter_is_seen_as_a_matrix(module, name, expected):
+    assert matrix_view(module, name) == expected
+    kind = expected[2] if expected[2] in ("norm", "bias") else "head"
+    assert matrix_view(module, name, head=True) == (*expected[:2], kind)
 
 
 def test_an_expression_that_never_ends_is_refused():

@@ -27,12 +27,12 @@ class Parity(Dataset):
 
 
 def trainer(folder: Path, steps: int, said: bool, **options) -> Trainer:
-    model = get_peft_model(build("bert"), IntrinsicConfig(d=40, said=said, task_type="SEQ_CLS"))
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=40, said=said, task_type="SEQ_CLS", target_modules="all"))
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         save_steps=4,
-        learning_rate=0.05,
+        learning_rate=2e-4,
         lr_scheduler_type="constant",
         per_device_train_batch_size=8,
         report_to="none",

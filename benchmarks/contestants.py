@@ -1,0 +1,80 @@
+"""What benchmarks/quality.py compares: this tuner, PEFT's methods, a trained head, full fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import peft
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.projection import PROJECTIONS, base, dealing
+from peft_intrinsic.projection.base import Shapes, Spec, TensorProjection
+from peft_intrinsic.projection.randomness import words
+
+
+class OneHot(TensorProjection):
+    """A rejected candidate: every weight moves with one coordinate, which has a sign for it."""
+
+    def __init__(self, rows: int, cols: int, index: np.ndarray, size: np.ndarray) -> None:
+        self.rows, self.cols = rows, cols
+        self.index, self.size = torch.from_numpy(index), torch.from_numpy(size.astype(np.float32))
+
+    def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        part = slice(start * self.cols, stop * self.cols)
+        return (theta[self.index[part]] * self.size[part]).unflatten(-1, (stop - start, self.cols))
+
+
+def one_hot(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
+    """Each tensor has coordinates of its own, dealt to its weights at random."""
+    result: dict[str, TensorProjection] = {}
+    for name, (start, count) in dealing.shares(spec.d, shapes).items():
+        shape = shapes[name]
+        raw = words(spec.seed, "one-hot", name, shape.size)
+        signs = 1 - 2 * (raw & np.uint64(1)).astype(np.int64)
+        order = np.argsort(raw, kind="stable") * count // shape.size
+        result[name] = OneHot(shape.rows, shape.cols, start + order, spec.unit * shape.natural * signs)
+    return result
+
+
+PROJECTIONS["one_hot"] = one_hot
+
+
+def attach(model: Any, row: dict[str, Any]) -> Any:
+    """The model of one run, ready for training. `row["config"]` are options of the method's PEFT configuration.
+
+    `row["head"]`: `"subspace"` (this tuner: inside the d numbers), `"frozen"`, or `"free"` (trained, not counted).
+    `row["factors"]` replaces the sizes of the kinds of tensors, for this tuner's rejected candidates.
+    """
+    method, options = row["method"], dict(row.get("config", {}))
+    if method == "full":
+        return model
+    if method == "head":
+        model.requires_grad_(False)
+        model.classifier.requires_grad_(True)
+        return model
+    if row["head"] == "free":
+        options["modules_to_save"] = ["classifier"]
+    if method == "intrinsic":
+        with patch.dict(base.FACTORS, row.get("factors", {})), patch.dict(base.PARTS, row.get("parts", {})):
+            model = get_peft_model(model, IntrinsicConfig(d=row["d"], seed=row["seed"], task_type="SEQ_CLS", **options))
+        return model
+    if method == "bitfit":
+        free = ["classifier"] if row["head"] == "free" else []
+        for name, p in model.named_parameters():
+            p.requires_grad_(name.endswith("bias") or any(part in name for part in free))
+        return model
+    for name, value in options.items():
+        options[name] = row["seed"] if value == "seed" else value
+    kind = next(k for k in vars(peft) if k.lower() == f"{method}config")
+    return get_peft_model(model, getattr(peft, kind)(**options))
+
+
+def trained(model: nn.Module, row: dict[str, Any]) -> int:
+    """How many numbers were trained; a free head is not counted."""
+    own = [p for n, p in model.named_parameters() if p.requires_grad and not (row["head"] == "free" and "class" in n)]
+    return sum(p.numel() for p in own)

@@ -1,0 +1,226 @@
+"""The runs of benchmarks/quality.py, and how their rows become tables and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import mean
+from typing import Any
+
+Row = dict[str, Any]
+MEASURED = ("numbers", "accuracy", "loss", "train", "seconds")
+RATE = 2e-4
+BUDGETS = (256, 1024, 64, 4096)
+QUERY_VALUE, LINEAR = ["query", "value"], r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
+
+
+def ours(task: str, d: int, lr: float = RATE, seed: int = 0, **other: Any) -> Row:
+    """A run of this tuner. `factors` and `parts` replace the projection's; the rest are options of the config."""
+    changed = {name: other.pop(name) for name in ("factors", "parts") if name in other}
+    return {
+        "task": task,
+        "method": "intrinsic",
+        "d": d,
+        "lr": lr,
+        "seed": seed,
+        "head": "subspace",
+        **changed,
+        "config": other,
+    }
+
+
+def setting(row: Row) -> Row:
+    """What was planned, without what was measured."""
+    return {name: value for name, value in row.items() if name not in MEASURED}
+
+
+def found(rows: list[Row], planned: Row) -> Row | None:
+    """The row of a planned run."""
+    return next((row for row in rows if setting(row) == planned), None)
+
+
+def rates(task: str) -> list[Row]:
+    """One learning rate for every d."""
+    return [ours(task, d, lr) for lr in (2e-4, 4e-4, 1e-4) for d in (256, 1024, 4096, 64, 16384)]
+
+
+def sizes(task: str) -> list[Row]:
+    """What moves, how far, and with how many coordinates."""
+    every = {"target_modules": "all", "exclude_modules": ".*embeddings.*"}
+    candidates: list[Row] = [
+        {},
+        every,
+        {"target_modules": "all"},
+        *({"factors": {kind: size}} for kind in ("norm", "bias", "head") for size in (2, 32)),
+        {**every, "factors": {"matrix": 4}},
+        *({"parts": {"head": parts}} for parts in (1, 4)),
+        {"projection": "one_hot"},
+        {"projection": "global"},
+        {"said": True},
+    ]
+    return [ours(task, 256, seed=seed, **c) for seed in range(3) for c in candidates]
+
+
+def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
+    """Every contestant: its run, and the rates that it starts with, a factor of 4 apart."""
+    result: dict[str, tuple[Row, tuple[float, ...]]] = {}
+    base: Row = {"task": task, "seed": 0, "head": "frozen"}
+    for d in BUDGETS:
+        result[f"ours {d}"] = ours(task, d), (5e-5, 2e-4, 8e-4)
+        options: Row = {"r": 4, "theta_d_length": d, "target_modules": QUERY_VALUE, "proj_seed": "seed"}
+        result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (1.25e-2, 5e-2, 2e-1)
+        r, u, modules = {64: (4, 5, QUERY_VALUE), 256: (4, 7, LINEAR), 1024: (6, 28, LINEAR), 4096: (11, 113, LINEAR)}[
+            d
+        ]
+        options = {"r": r, "u": u, "target_modules": modules, "projection_seed": "seed"}
+        result[f"tinylora {d}"] = {**base, "method": "tinylora", "d": d, "config": options}, (3e-3, 1.25e-2, 5e-2)
+    return result
+
+
+def smallest(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
+    """Methods that cannot go lower, a trained head, full fine-tuning; heads frozen."""
+    base: Row = {"task": task, "seed": 0, "head": "frozen", "d": None, "config": {}}
+    options: dict[str, tuple[Row, tuple[float, ...]]] = {
+        "lora": ({"r": 1, "lora_alpha": 2, "target_modules": QUERY_VALUE}, (5e-4, 2e-3, 8e-3)),
+        "vera": ({"r": 16, "target_modules": QUERY_VALUE, "projection_prng_key": "seed"}, (2e-3, 8e-3, 3.2e-2)),
+        "fourierft": (
+            {"n_frequency": 16, "target_modules": QUERY_VALUE, "random_loc_seed": "seed"},
+            (2e-2, 8e-2, 3.2e-1),
+        ),
+        "vblora": (
+            {"r": 1, "num_vectors": 8, "vector_length": 64, "target_modules": QUERY_VALUE},
+            (1e-3, 4e-3, 1.6e-2),
+        ),
+        "beft": ({}, (1e-3, 4e-3, 1.6e-2)),
+        "bitfit": ({}, (5e-4, 2e-3, 8e-3)),
+        "lntuning": ({"target_modules": ["LayerNorm"]}, (1e-3, 4e-3, 1.6e-2)),
+        "ia3": (
+            {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]},
+            (2e-3, 8e-3, 3.2e-2),
+        ),
+    }
+    result = {method: ({**base, "method": method, "config": o}, r) for method, (o, r) in options.items()}
+    result["head"] = {**base, "method": "head"}, (1e-3, 4e-3, 1.6e-2)
+    result["full"] = {**base, "method": "full"}, (2.5e-5, 1e-4, 4e-4)
+    return result
+
+
+def tuned(
+    contestants: dict[str, tuple[Row, tuple[float, ...]]], rows: list[Row], model: str
+) -> Iterator[tuple[str, Row]]:
+    """The next runs: all rates; further ones while the best, by loss, is at an edge; two more seeds at the best."""
+    for name, (run, grid) in contestants.items():
+        done: dict[float, float] = {}
+        todo = list(grid)
+        while todo:
+            for lr in todo:
+                yield name, (planned := {**run, "lr": lr})
+                if row := found(rows, {"model": model, **planned}):
+                    done[lr] = row["loss"]
+            if any(lr not in done for lr in todo):
+                break
+            best, todo = min(done, key=done.__getitem__), []
+            if best in (min(done), max(done)):
+                todo = [best / 4 if best == min(done) else best * 4]
+            else:
+                for seed in (1, 2):
+                    yield name, {**run, "lr": best, "seed": seed}
+
+
+def group(name: str, rows: list[Row], model: str) -> list[Row]:
+    """The runs of a group: rates, sizes, peers or smallest, a dash, and the task.
+
+    Raises:
+        SystemExit: there is no such group.
+    """
+    kind, _, task = name.partition("-")
+    if kind in ("peers", "smallest"):
+        contestants = peers(task) if kind == "peers" else smallest(task)
+        return [run for _, run in tuned(contestants, rows, model)]
+    if kind not in ("rates", "sizes"):
+        raise SystemExit(f"unknown group {name!r}: rates, sizes, peers or smallest, a dash, and the task")
+    return (rates if kind == "rates" else sizes)(task)
+
+
+def described(row: Row) -> str:
+    """A run of this tuner in words."""
+    changed = {**row["config"], **{name: row[name] for name in ("factors", "parts") if name in row}}
+    return ", ".join(f"{name} {value}" for name, value in changed.items()) or "default"
+
+
+def line(*cells: Any) -> None:
+    """Print a row of a Markdown table."""
+    print(f"| {' | '.join(map(str, cells))} |")
+
+
+def cell(rows: list[Row]) -> str:
+    """Mean accuracy / mean cross-entropy of several seeds."""
+    if not rows:
+        return ""
+    return f"{mean(row['accuracy'] for row in rows):.3f} / {mean(row['loss'] for row in rows):.3f}"
+
+
+def jump(row: Row) -> float:
+    """The highest mean training loss over 25 steps, less the lowest one before it."""
+    return max(later - min(row["train"][: i + 1]) for i, later in enumerate(row["train"]))
+
+
+def table(rows: list[Row], name: str) -> None:
+    """Print a group as Markdown: accuracy / cross-entropy."""
+    kind, _, task = name.partition("-")
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model and row["task"] == task]
+        print(f"\n{name}, {model}\n")
+        if kind == "rates":
+            grid = sorted({run["lr"] for run in rates(task)})
+            line("d", *(f"lr {lr:g}" for lr in grid), f"jump at {RATE:g}")
+            line(*["---"] * (len(grid) + 2))
+            for d in sorted({run["d"] for run in rates(task)}):
+                done = [found(mine, {"model": model, **ours(task, d, lr)}) for lr in grid]
+                jumps = [f"{jump(row):.3f}" for row in done if row and row["lr"] == RATE]
+                line(d, *(cell([row] if row else []) for row in done), *jumps)
+        elif kind == "sizes":
+            line("candidate", "accuracy / cross-entropy", "seeds", "each")
+            line(*["---"] * 4)
+            planned = [{"model": model, **run} for run in sizes(task)]
+            for words in dict.fromkeys(map(described, planned)):
+                done = [row for run in planned if described(run) == words and (row := found(mine, run))]
+                line(words, cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
+        else:
+            contestants = peers(task) if kind == "peers" else smallest(task)
+            line("contestant", "numbers", "best rate", "accuracy / cross-entropy", "seeds")
+            line(*["---"] * 5)
+            for label in sorted(contestants, key=lambda label: (contestants[label][0]["d"] or 0, label)):
+                runs = [run for n, run in tuned({label: contestants[label]}, rows, model) if n == label]
+                done = [row for run in runs if (row := found(mine, {"model": model, **run}))]
+                if done:
+                    best = min((row for row in done if row["seed"] == 0), key=lambda row: row["loss"])["lr"]
+                    same = [row for row in done if row["lr"] == best]
+                    line(label, same[0]["numbers"], f"{best:g}", cell(same), len(same))
+
+
+def plot(rows: list[Row], path: str) -> None:
+    """Cross-entropy against trained numbers, each contestant at its best rate: a panel for each task."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    model = "all-MiniLM-L6-v2"
+    tasks = [t for t in ("sst2", "mrpc") if any(row["task"] == t and row["method"] == "unilora" for row in rows)]
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), layout="constrained", squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        points: dict[str, list[tuple[int, float]]] = {}
+        contestants = {**peers(task), **smallest(task)}
+        for label, run in tuned(contestants, rows, model):
+            if row := found(rows, {"model": model, **run}):
+                points.setdefault(label, []).append((row["numbers"], row["loss"]))
+        best = {label: (dots[0][0], min(loss for _, loss in dots)) for label, dots in points.items()}
+        for method in ("ours", "unilora", "tinylora"):
+            curve = sorted(dot for label, dot in best.items() if label.startswith(f"{method} "))
+            axis.plot(*zip(*curve, strict=True), marker="o", label=method)
+        for label in set(best) & set(smallest(task)):
+            axis.plot(*best[label], "k.")
+            axis.annotate(label, best[label])
+        axis.set(xscale="log", xlabel="trained numbers", ylabel="cross-entropy", title=task)
+        axis.legend()
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,183 @@
+"""Accuracy against trained numbers: this tuner beside others, every method at a learning rate tuned on equal terms.
+
+    python benchmarks/quality.py run GROUP [--data FOLDER] [--model FOLDER] [--threads N]
+    python benchmarks/quality.py table GROUP
+    python benchmarks/quality.py plot FILE.png
+
+A group is rates, sizes, peers or smallest, a dash, and a task: benchmarks/groups.py says what runs. Each run appends
+one JSON line to benchmarks/results/quality.jsonl; runs that are there already are skipped, so that an interrupted group
+goes on. Several processes share a group's runs.
+
+Protocol: AdamW without weight decay, Trainer's default schedule (linear decay, no warm-up), dropout on, batches of
+sentences of about the same length, bfloat16 autocast. sst2: 4,000 phrases, 250 batches of 32, accuracy and
+cross-entropy on the 872 of the validation set. rotten_tomatoes: 4,000 sentences, as many batches, 1,000 held out. mrpc:
+3,668 pairs, 500 batches of 16, on validation and test together (2,133). sst2 and mrpc are read from --data, which has
+GLUE's files as JSON lines. The encoders are sentence encoders, tuned on pairs of sentences.
+
+"Jump" is the highest mean training loss over 25 steps, less the lowest one before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from carriers import minilm, rotten_tomatoes
+from contestants import attach, trained
+from groups import found, group, plot, table
+
+LOCKS: list[FileLock] = []
+RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+Row = dict[str, Any]
+TASKS: Row = {
+    "sst2": {"text": ("sentence",), "train": 4000, "steps": 250, "batch": 32},
+    "rotten_tomatoes": {"text": ("text",), "train": 4000, "steps": 250, "batch": 32},
+    "mrpc": {"text": ("sentence1", "sentence2"), "train": 3668, "steps": 500, "batch": 16},
+}
+
+
+def lines(path: Path) -> list[Row]:
+    """Rows of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def load(task: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
+    """Training and test examples."""
+    if task == "rotten_tomatoes":
+        data = rotten_tomatoes(train=4000, test=1000)
+        return list(data["train"]), list(data["test"])
+    if folder is None:
+        raise SystemExit(f"{task} needs --data, a folder with {task}/train.jsonl and {task}/validation.jsonl.")
+    train, *test = (lines(folder / task / f"{part}.jsonl") for part in ("train", "validation", "test"))
+    order = np.random.default_rng(0).permutation(len(train))[: TASKS[task]["train"]]
+    return [train[i] for i in order], [row for part in test for row in part]
+
+
+def batches(lengths: np.ndarray, size: int, count: int, seed: int) -> Iterator[np.ndarray]:
+    """Indexes of `count` batches: sentences of about the same length together, in a random order."""
+    generator = np.random.default_rng(seed)
+    queue: list[np.ndarray] = []
+    for _ in range(count):
+        if not queue:
+            order = generator.permutation(len(lengths))
+            groups = [group[np.argsort(lengths[group], kind="stable")] for group in np.array_split(order, 4)]
+            queue = [group[i : i + size] for group in groups for i in range(0, len(group) - size + 1, size)]
+            queue = [queue[i] for i in generator.permutation(len(queue))]
+        yield queue.pop()
+
+
+class Runner:
+    """One model and one task, read once."""
+
+    def __init__(self, path: str, task: str, folder: Path | None) -> None:
+        self.path, self.task = path, TASKS[task]
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        self.parts = []
+        for examples in load(task, folder):
+            texts = [[row[column] for row in examples] for column in self.task["text"]]
+            inputs = tokenizer(*texts, truncation=True, max_length=128)["input_ids"]
+            self.parts.append(([torch.tensor(ids) for ids in inputs], torch.tensor([row["label"] for row in examples])))
+        self.pad = tokenizer.pad_token_id
+
+    def _loss(self, model: Any, part: int, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, labels = self.parts[part]
+        ids = torch.nn.utils.rnn.pad_sequence([inputs[i] for i in index], batch_first=True, padding_value=self.pad)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=(ids != self.pad).long()).logits
+        target = labels[torch.as_tensor(index)]
+        return torch.nn.functional.cross_entropy(logits.float(), target), (logits.argmax(-1) == target).sum()
+
+    def run(self, row: Row) -> Row:
+        """One training: accuracy, cross-entropy, trained numbers, the training loss every 25 steps, seconds."""
+        torch.manual_seed(row["seed"])
+        model = attach(AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=2), row)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=row["lr"], weight_decay=0.0)
+        steps, size = self.task["steps"], self.task["batch"]
+        schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
+        lengths = np.array([len(ids) for ids in self.parts[0][0]])
+        model.train()
+        if "dropout" in row:
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = row["dropout"]
+        start, losses = time.time(), []
+        for index in batches(lengths, size, steps, row["seed"]):
+            loss, _ = self._loss(model, 0, index)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        seconds = time.time() - start
+        model.eval()
+        order = np.argsort([len(ids) for ids in self.parts[1][0]], kind="stable")
+        with torch.inference_mode():
+            scores = [(*self._loss(model, 1, part), len(part)) for part in np.array_split(order, len(order) // 64)]
+        return {
+            "numbers": trained(model, row),
+            "accuracy": round(sum(int(hits) for _, hits, _ in scores) / len(order), 4),
+            "loss": round(sum(float(loss) * count for loss, _, count in scores) / len(order), 4),
+            "train": [round(float(np.mean(losses[i : i + 25])), 3) for i in range(0, steps, 25)],
+            "seconds": round(seconds),
+        }
+
+
+def claimed(name: str, model: str) -> Row | None:
+    """The next run of a group that is not there yet and that no other process does; None when all are done."""
+    for planned in group(name, lines(RESULTS), model):
+        row = {"model": model, **planned}
+        mark = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+        lock = FileLock(Path(tempfile.gettempdir(), f"quality-{mark}.lock"), blocking=False)
+        if found(lines(RESULTS), row):
+            continue
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        LOCKS.append(lock)  # held until this process ends
+        return row
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "table", "plot"))
+    parser.add_argument("group", nargs="?", help="a group, or the plot's file")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--model", help="folder of another encoder")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    if args.action != "run":
+        return (table if args.action == "table" else plot)(lines(RESULTS), args.group)
+    torch.set_num_threads(args.threads)
+    path = args.model or minilm()
+    model = Path(path).name if args.model else "all-MiniLM-L6-v2"
+    runners: dict[str, Runner] = {}
+    while row := claimed(args.group, model):
+        if row["task"] not in runners:
+            runners[row["task"]] = Runner(path, row["task"], args.data)
+        row.update(runners[row["task"]].run(row))
+        print(row, flush=True)
+        with open(RESULTS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""TRL's trainers take the default configuration as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import build
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from peft_intrinsic import IntrinsicConfig
+
+trl = pytest.importorskip("trl", reason="trl is not installed")
+
+ROWS: dict[str, dict[str, list[str]]] = {
+    "SFT": {"text": ["w1 w2 w3 w4"] * 8},
+    "DPO": {"prompt": ["w1 w2"] * 8, "chosen": ["w3 w4"] * 8, "rejected": ["w5"] * 8},
+    "GRPO": {"prompt": ["w1 w2", "w3"] * 4},
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(90))]
+    plain = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    plain.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def words(completions: list[str], **rest: Any) -> list[float]:
+    """A reward: how many different words there are."""
+    return [float(len(set(text.split()))) for text in completions]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # TRL's own call
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_default_configuration_trains(tmp_path, kind):
+    torch.manual_seed(0)
+    own: dict[str, Any] = {"GRPO": {"num_generations": 2, "max_completion_length": 6}}.get(kind, {})
+    arguments = getattr(trl, f"{kind}Config")(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=2e-4,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        **own,
+    )
+    base = build("llama")
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    trainer = getattr(trl, f"{kind}Trainer")(
+        model=base,
+        args=arguments,
+        train_dataset=Dataset.from_dict(ROWS[kind]),
+        processing_class=tokenizer(),
+        peft_config=IntrinsicConfig(d=20, task_type="CAUSAL_LM"),
+        **({"reward_funcs": words} if kind == "GRPO" else {}),
+    )
+    trainer.train()
+    model = trainer.model
+    assert model.get_nb_trainable_parameters()[0] == 20
+    theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
+    assert theta.count_nonzero() == 20
+    assert all(torch.equal(p.cpu(), before[name]) for name, p in model.unload().named_parameters())
