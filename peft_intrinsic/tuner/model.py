@@ -22,7 +22,7 @@ from .files import numbers_to_load, numbers_to_save
 from .head import Head, restore, settle
 from .in_place import IntrinsicParameters
 from .layer import IntrinsicLayer, base_modules
-from .targets import HOLDER, KEYWORDS, canonical, excluded, foreign, is_vector, movable, named, targeted
+from .targets import HOLDER, KEYWORDS, canonical, chosen, excluded, foreign, movable, named, targeted
 from .vector import IntrinsicVector
 
 SURVIVING = 0.95
@@ -71,10 +71,7 @@ class IntrinsicModel(BaseTuner):
             raise ValueError(f"The model already has an attribute {HOLDER!r}, which the adapter needs. Rename it.")
         if hasattr(model, HOLDER) and adapter_name in self.vector.intrinsic_theta:
             raise ValueError(f"An adapter {adapter_name!r} is attached already. Delete it, or choose another name.")
-        options: dict[str, Any] = {
-            "autocast_adapter_dtype": autocast_adapter_dtype,
-            "low_cpu_mem_usage": low_cpu_mem_usage,
-        }
+        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         before = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not hasattr(model, HOLDER)
         config = self.peft_config[adapter_name]
@@ -105,7 +102,7 @@ class IntrinsicModel(BaseTuner):
             if config.target_modules is None and not config.target_parameters:
                 config.target_modules = default_targets(model, config)
             if config.target_modules in KEYWORDS:
-                self._match(config, model, "")  # PEFT visits every module but the root
+                self._matched.append((model, chosen(config, "", model)))  # PEFT visits every module but the root
             super().inject_adapter(model, adapter_name, **options)
             with init_empty_weights() if options["low_cpu_mem_usage"] else nullcontext():
                 attach(model, adapter_name, users_of(model, self._matched, config), config)
@@ -149,13 +146,8 @@ class IntrinsicModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         """Only note the match: the wrapping waits until all of the targeted parameters are known."""
-        self._match(peft_config, target.get_base_layer() if isinstance(target, IntrinsicLayer) else target, current_key)
-
-    def _match(self, config: Any, module: nn.Module, key: str) -> None:
-        names = movable(module)
-        if config.target_modules == "vectors" and canonical(key) not in config.head_modules:
-            names = [name for name in names if is_vector(module, name)]
-        self._matched.append((module, names))
+        module = target.get_base_layer() if isinstance(target, IntrinsicLayer) else target
+        self._matched.append((module, chosen(peft_config, canonical(current_key), module)))
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool

@@ -103,6 +103,12 @@ def is_vector(module: nn.Module, name: str) -> bool:
     return len(logical_shape(module, name)[0]) < 2
 
 
+def chosen(config: Any, key: str, module: nn.Module) -> list[str]:
+    """Which parameters of a targeted module are moved: under `"vectors"` only vectors, but all of the head."""
+    whole = config.target_modules != "vectors" or key in config.head_modules
+    return [name for name in movable(module) if whole or is_vector(module, name)]
+
+
 def matrix_view(module: nn.Module, name: str, head: bool = False) -> Shape:
     """The matrix that a parameter is seen as, and its kind (definition: README of the projection).
 

@@ -102,9 +102,8 @@ def test_merged_as_unmerged_with_and_without_gradients(kind):
 def test_gradient_by_finite_differences(kind):
     make, x = KINDS[kind]
     torch.manual_seed(0)
-    model = get_peft_model(
-        make().double().eval(), IntrinsicConfig(d=5, block_size=8, init_weights=False, target_modules="all")
-    ).double()
+    config = IntrinsicConfig(d=5, block_size=8, init_weights=False, target_modules="all")
+    model = get_peft_model(make().double().eval(), config).double()
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     weights = noise(*call(model, kind, x.double()).shape).double()
     (call(model, kind, x.double()) * weights).sum().backward()
@@ -297,6 +296,5 @@ def test_parameters_that_are_read_without_a_call(kind):
     found = model(x)
     with model.disable_adapter():
         torch.testing.assert_close(model(x), Model()(x))
-    merged = model.merge_and_unload()
-    torch.testing.assert_close(merged(x), found, **CLOSE)
+    torch.testing.assert_close((merged := model.merge_and_unload())(x), found, **CLOSE)
     assert not any(torch.equal(p, q) for p, q in zip(merged.parameters(), Model().parameters(), strict=True))
