@@ -184,7 +184,8 @@ def table(rows: list[Row], name: str) -> None:
             planned = [{"model": model, **run} for run in sizes(task)]
             for words in dict.fromkeys(map(described, planned)):
                 done = [row for run in planned if described(run) == words and (row := found(mine, run))]
-                line(words, cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
+                if done:
+                    line(words, cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
         else:
             contestants = peers(task) if kind == "peers" else smallest(task)
             line("contestant", "numbers", "best rate", "accuracy / cross-entropy", "seeds")
