@@ -45,7 +45,7 @@ def main(kind: str, folder: Path) -> None:
     peft_model.train()
     shard = kind == "fsdp2"
     model = sharded(peft_model) if shard else accelerator.prepare(peft_model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-4)
     ids = torch.randint(1, 90, (8, 7), generator=torch.Generator().manual_seed(5)).repeat(8, 1)
     loader = accelerator.prepare(DataLoader(ids, batch_size=8, shuffle=False))
     losses = []

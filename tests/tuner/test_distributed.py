@@ -37,7 +37,7 @@ def one_process() -> tuple[list[float], PeftModel]:
         build("llama"), IntrinsicConfig(d=60, said=True, task_type="CAUSAL_LM", target_modules="all")
     )
     model.train()
-    losses = train(model, {"input_ids": IDS, "labels": IDS}, 8, 2e-4)
+    losses = train(model, {"input_ids": IDS, "labels": IDS}, 8, 4e-4)
     return losses, model.eval()
 
 
