@@ -17,7 +17,7 @@ from .randomness import normal_rows, signs_and_permutations, words
 BLOCK_SIZE = 64
 
 OFFSETS = 4096
-"""How many places a window into G may begin at."""
+"""At how many rows a window into G may begin: fewer for large blocks, so that G has at most 2^18 numbers for it."""
 
 
 class Gaussian:
@@ -209,7 +209,8 @@ def _build(spec: Spec, shapes: Shapes, whole: bool) -> dict[str, TensorProjectio
         for (start, count), weight in zip(windows[name], weights[name], strict=True):
             moved[start : start + count] += weight
 
-    starts = {name: [int(w % OFFSETS) for w in words(spec.seed, "window", name, cuts[name].chunks)] for name in shapes}
+    places = min(OFFSETS, max(1, 2**18 // n))
+    starts = {name: [int(w % places) for w in words(spec.seed, "window", name, cuts[name].chunks)] for name in shapes}
     height = max(max(starts[name]) + cuts[name].height for name in shapes)
     gaussian = _gaussian(spec.seed, n, height)
     result: dict[str, TensorProjection] = {}

@@ -23,6 +23,7 @@ from .targets import (
     HOLDER,
     canonical,
     check_manifest,
+    excluded,
     is_embedding,
     is_linear,
     is_vector,
@@ -31,6 +32,7 @@ from .targets import (
     manifest,
     matrix_view,
     movable,
+    targeted,
 )
 from .vector import IntrinsicVector
 
@@ -55,7 +57,8 @@ def default_targets(model: nn.Module, config: IntrinsicConfig) -> str:
         _identity(module, name): math.prod(logical_shape(module, name)[0])
         for key, module in base_modules(model)
         for name in movable(module)
-        if key in config.head_modules or is_vector(module, name)
+        if not excluded(config, key)
+        and (key in config.head_modules or (targeted(config, key) and is_vector(module, name)))
     }
     return "vectors" if config.d <= sum(vectors.values()) else "all"
 

@@ -110,7 +110,7 @@ def fastfood(
         height = min(limit, rows, n * rows * cols // count)
         depth = min(n, ceil(Fraction(count * height, rows * n * max(1, cols // n))))
         tops = range(0, rows, height)
-        starts[name] = [word % 4096 for word in words(seed, "window", name, len(tops))]
+        starts[name] = [word % min(4096, max(1, 2**18 // n)) for word in words(seed, "window", name, len(tops))]
         corners = [(i, top, left, j) for i, top in enumerate(tops) for left in range(0, cols, n) for j in range(depth)]
         slices, done, last = ceil(Fraction(count, n)), 0, -1
         cuts = [floor(Fraction(k * count, slices)) for k in range(slices + 1)]

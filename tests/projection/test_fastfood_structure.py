@@ -138,6 +138,12 @@ def offsets(shapes: Shapes, d: int, n: int, **other) -> dict[str, torch.Tensor]:
     return {name: p.materialise(draw(d)) for name, p in build_fastfood(spec, shapes).items()}
 
 
+@pytest.mark.parametrize("n", [64, 256, 2**14])
+def test_the_windows_cost_no_more_memory_than_that(n):
+    gaussian = build_fastfood(Spec(20, 0, n, "fan_in"), {"a": Shape(97, 24)})["a"].gaussian
+    assert gaussian.on(torch.device("cpu")).numel() <= n * 97 + 2**18
+
+
 def test_order_of_the_tensors_does_not_matter():
     shapes = {"m": Shape(20, 70), "a": Shape(50, 33), "z": Shape(3, 1)}
     forward, backward = offsets(shapes, 50, 8), offsets(dict(reversed(shapes.items())), 50, 8)

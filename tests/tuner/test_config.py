@@ -122,6 +122,8 @@ def test_targets():
     assert moved({}) == moved({"target_modules": "vectors"}) == vectors
     assert moved({"task_type": "SEQ_CLS"}) == vectors | {"classifier.weight"}
     assert moved({"d": 3_000}) == everything  # more than the vectors have weights
+    held = {"d": 500, "exclude_modules": r".*(LayerNorm|attention|pooler).*"}  # more than the vectors that are left
+    assert any("embeddings" in name and "LayerNorm" not in name for name in moved(held))
     assert everything == {name for name, _ in build("bert").named_parameters()}
     task = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}  # PEFT leaves the head of such a model out
     assert moved(task) - moved({**task, "head": "keep"}) == {"classifier.weight", "classifier.bias"}
