@@ -22,12 +22,12 @@ CPU = "use_cpu: true\ndataloader_pin_memory: false\ntrain_sampling_strategy: gro
 TASKS = {
     "sst2": (
         CPU,
-        "--text sentence --epochs 1 --max-length 64 --dims 64,16384,17 --full-rates 1e-4,2e-4 --rates 0.03,0.1",
+        "--text sentence --epochs 1 --max-length 64 --dims 64,16384,17 --full-rates 1e-4,2e-4 --rates 1e-4,4e-4",
     ),
     "mrpc": (
         CPU + "bf16: true\n",
         "--text sentence1 sentence2 --epochs 2 --batch 8 --max-length 80 --dims 512,32768,7 --full-rates 5e-5,1e-4 "
-        "--rates 0.005,0.01 --trials 15",
+        "--rates 5e-5,2e-4 --trials 15",
     ),
 }
 
