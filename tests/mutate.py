@@ -29,6 +29,7 @@ PACKAGE = ROOT / "peft_intrinsic"
 
 TESTS = {
     "projection/base.py": "projection/test_dense projection/test_fastfood",
+    "projection/dealing.py": "projection/test_fastfood_structure projection/test_fastfood",
     "projection/dense.py": "projection/test_dense",
     "projection/fastfood.py": "projection/test_fastfood_structure projection/test_fastfood",
     "projection/hadamard.py": "projection/test_hadamard projection/test_fastfood",

@@ -53,7 +53,7 @@ DIFFERENT = {
     "to_save_correctly_set|automatic_modules|seq_cls_mixed|targets_tuner_layer": "a head is not trained in full",
     "test_prepare_for_training.*said": "embeddings are moved too, so what comes out of them has a gradient",
     "layer_indexing": "θ is one tensor, however few layers it moves",
-    "TestDefaultTargetModules": "no target_modules means every parameter",
+    "TestDefaultTargetModules": "no target_modules means norms, biases and the head",
     r"targeting_lora_to_embedding_layer\[.*auto": "embeddings are never saved, so no warning that they are",
     "test_inject_from_state_dict_and_from_config": "θ names no modules",
     "batches_(lora_conv2d|mha_raises)|on_top_level_module": "what can be mixed or targeted, and what a refusal says",

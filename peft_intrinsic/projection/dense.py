@@ -14,10 +14,17 @@ LIMIT = 2**28
 
 
 class DenseTensor(TensorProjection):
-    """The rows of P of one tensor, `float32[rows · cols, d]`, stored."""
+    """The rows of P of one tensor, stored.
 
-    def __init__(self, rows: int, cols: int, matrix: torch.Tensor) -> None:
+    Args:
+        rows, cols: of the tensor.
+        matrix: `float32[rows · cols, count]`.
+        first: the first of the `count` coordinates of θ that it mixes.
+    """
+
+    def __init__(self, rows: int, cols: int, matrix: torch.Tensor, first: int = 0) -> None:
         self.rows, self.cols = rows, cols
+        self._window = slice(first, first + matrix.shape[1])
         self._state = {matrix.device: matrix}
 
     def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -25,7 +32,7 @@ class DenseTensor(TensorProjection):
             with torch.inference_mode(False):
                 self._state[theta.device] = next(iter(self._state.values())).to(theta.device)
         with torch.autocast(theta.device.type, enabled=False):
-            flat = theta.float() @ self._state[theta.device][start * self.cols : stop * self.cols].T
+            flat = theta[..., self._window].float() @ self._state[theta.device][start * self.cols : stop * self.cols].T
             return flat.unflatten(-1, (stop - start, self.cols))
 
 

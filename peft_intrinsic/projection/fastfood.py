@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from .base import Shapes, Spec, TensorProjection, samples
 from .dealing import Tiling, Window, global_windows, own_windows, shares, tiling
+from .dense import DenseTensor
 from .hadamard import fwht, hadamard
 from .randomness import normal_rows, signs_and_permutations, words
 
@@ -222,15 +223,11 @@ def _build(spec: Spec, shapes: Shapes, whole: bool) -> dict[str, TensorProjectio
             mixed = np.array(windows[name])[:, 1].reshape(-1, cuts[name].depth).sum(1)  # coordinates in each tile
             scale = spec.unit * shape.natural / np.sqrt(mixed).repeat(cuts[name].depth)
         after = signs[:, 1] * (scale / np.sqrt(n))[:, None]
-        result[name] = FastfoodTensor(
-            shape.rows,
-            shape.cols,
-            cuts[name],
-            gaussian,
-            starts[name],
-            windows[name],
-            signs[:, 0],
-            permutation,
-            after,
-        )
+        mixing = signs[:, 0], permutation, after
+        if shape.cols == 1 and len(windows[name]) == 1:  # P itself is smaller than what makes it
+            ((first, count),) = windows[name]
+            column = FastfoodTensor(*shape[:2], cuts[name], gaussian, starts[name], [(0, count)], *mixing)
+            result[name] = DenseTensor(*shape[:2], column.materialise(torch.eye(count)).squeeze(-1).T, first)
+        else:
+            result[name] = FastfoodTensor(*shape[:2], cuts[name], gaussian, starts[name], windows[name], *mixing)
     return result

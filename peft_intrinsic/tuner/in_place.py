@@ -148,8 +148,9 @@ def _with_offsets(kind: Any, names: tuple[str, ...], norm: bool) -> type[nn.Modu
                 return kind.forward(module, x, *args, **kwargs)
             # torch's own kernels insist on the shape of the parameters: normalise without any, then apply them.
             normalise: Any = nn.functional.layer_norm if kind is nn.LayerNorm else nn.functional.rms_norm
-            x = normalise(x, module.normalized_shape, eps=module.eps) * values["weight"]
-            return x if values.get("bias") is None else x + values["bias"]
+            x = normalise(x, module.normalized_shape, eps=module.eps)
+            bias = values.get("bias")
+            return x * values["weight"] if bias is None else torch.addcmul(bias, x, values["weight"])
 
     def flat(module: Any) -> list[torch.Tensor]:  # recurrent layers of torch hand this list to their kernels
         values = [getattr(module, name) for name in module._flat_weights_names]

@@ -159,11 +159,11 @@ def test_seed_and_name_change_the_offset():
 
 def test_one_g_for_each_device_and_none_when_unused():
     tensors = list(
-        build_fastfood(Spec(30, 123, 16, "fan_in"), {"a": Shape(20, 30), "b": Shape(20, 8), "c": Shape(20, 1)}).values()
+        build_fastfood(Spec(30, 123, 16, "fan_in"), {"a": Shape(20, 30), "b": Shape(20, 8), "c": Shape(20, 2)}).values()
     )
     for device in ("cpu", "meta"):
         assert len({id(tensor.gaussian.on(torch.device(device))) for tensor in tensors}) == 1
-    again = build_fastfood(Spec(5, 123, 16, "isometric"), {"c": Shape(20, 1), "b": Shape(20, 8), "a": Shape(20, 30)})
+    again = build_fastfood(Spec(5, 123, 16, "isometric"), {"c": Shape(20, 2), "b": Shape(20, 8), "a": Shape(20, 30)})
     assert again["b"].gaussian is tensors[0].gaussian
     gone = weakref.ref(tensors[0].gaussian)
     del tensors, again
