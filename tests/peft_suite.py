@@ -59,7 +59,6 @@ DIFFERENT = {
     "batches_(lora_conv2d|mha_raises)|on_top_level_module": "what can be mixed or targeted, and what a refusal says",
     r"PeftMixedModel|test_mixed_model_from|duplicate_name_without_mutation\[True": "PEFT mixes its own methods only",
     "naming_conflict_save_and_load": "a second adapter of the same name is refused",
-    "no_needless_copy_modules_to_save": "what one adapter moves is not trained in full by another",
     "modules_to_save_merging_adapters": "modules that are trained in full have no exact sum",
     "test_load_resized_embedding": "an adapter belongs to the shapes that it was trained on",
 }
@@ -125,7 +124,8 @@ def rows_for_us(names: list[str], rows: list[tuple[Any, ...]]) -> list[tuple[Any
         options = variants[0].get("config_kwargs", {"target_parameters": None})
         if "target_parameters" not in options and "Conv2dGroups2" not in row:  # that one overflows when all is trained
             task = {key: value for key, value in options.items() if key == "task_type"}
-            variants.append({**variants[0], "config_kwargs": ours({**task, "said": True})})
+            whole = {"said": True, "target_modules": "all", "scale": "isometric"}  # in other units SGD at 0.5 overflows
+            variants.append({**variants[0], "config_kwargs": ours({**task, **whole})})
             if options.get("target_modules") is None:
                 variants[0]["config_kwargs"] = ours({**task, "target_modules": "all-linear"})
         for variant in variants:
