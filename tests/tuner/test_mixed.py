@@ -23,7 +23,7 @@ LEFT_OUT = {
 
 def several(name: str, **options) -> PeftModel:
     """Three adapters of one projection, a fourth of another."""
-    common = {"d": 60, "init_weights": False, "exclude_modules": LEFT_OUT.get(name), **options}
+    common = {"d": 60, "init_weights": False, "target_modules": "all", "exclude_modules": LEFT_OUT.get(name), **options}
     model = get_peft_model(build(name), IntrinsicConfig(**common))
     for adapter in ("second", "third"):
         model.add_adapter(adapter, IntrinsicConfig(**common))
@@ -82,12 +82,26 @@ def test_bank(name):
 
 @pytest.mark.parametrize("projection", ["fastfood", "dense"])
 def test_either_projection_and_single_targets(projection):
-    for targets in ("all-linear", ["embed_tokens"], ["norm", "input_layernorm"]):
+    for targets in (None, "all-linear", ["embed_tokens"], ["norm", "input_layernorm"]):
         model = several("llama", projection=projection, target_modules=targets)
         adapters = ["third", "__base__", "other", "default"]
         with torch.no_grad():
             found = output(model, {**batch("llama"), "adapter_names": adapters})
         torch.testing.assert_close(found, alone(model, "llama", adapters), **CLOSE)
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm(6), nn.LayerNorm(6), nn.LayerNorm(6, bias=False)])
+def test_norms_of_torch(norm):
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6), norm), IntrinsicConfig(d=10, init_weights=False)).eval()
+    bank = AdapterBank(model, torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) / 500)
+    x = torch.randn(2, 5, 6)
+    with torch.no_grad():
+        with bank.select([2, 0]):
+            found = model(x)
+        for row, i in zip(found, (2, 0), strict=True):
+            model.base_model.vector.intrinsic_theta["default"].weight.copy_(bank.numbers[i])
+            torch.testing.assert_close(row, model(x)[(2, 0).index(i)], **CLOSE)
+    assert (found[0] - found[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
