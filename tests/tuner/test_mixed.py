@@ -90,9 +90,20 @@ def test_either_projection_and_single_targets(projection):
         torch.testing.assert_close(found, alone(model, "llama", adapters), **CLOSE)
 
 
-@pytest.mark.parametrize("norm", [nn.RMSNorm(6), nn.LayerNorm(6), nn.LayerNorm(6, bias=False)])
-def test_norms_of_torch(norm):
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 6), norm), IntrinsicConfig(d=10, init_weights=False)).eval()
+class Positions(nn.Module):
+    """Adds to every sample what a linear layer makes of one input for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layer(torch.ones(1, 5, 6))
+
+
+@pytest.mark.parametrize("last", [nn.RMSNorm(6), nn.LayerNorm(6), nn.LayerNorm(6, bias=False), Positions()])
+def test_modules_of_torch(last):
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6), last), IntrinsicConfig(d=10, init_weights=False)).eval()
     bank = AdapterBank(model, torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) / 500)
     x = torch.randn(2, 5, 6)
     with torch.no_grad():
