@@ -2,7 +2,9 @@
 
     python benchmarks/serving.py [--threads N] [--repeats N] [--batch N] [--tokens N] [--new N]
 
-Models have random weights: a 22 M BERT (6 × 384) and a 31 M Llama (8 × 384). d = 200, on every parameter.
+Models have random weights: a 22 M BERT (6 × 384) and a 31 M Llama (8 × 384). d = 200.
+First the encoder with the default targets, 32 tokens, 1 to 256 samples: one adapter as a multiple of the base model,
+and a bank of 100,000 with a different adapter for every sample as a multiple of one. Then every parameter is moved.
 Each row is the median over rounds of the ratio to the row "one adapter" in the same round:
     base model        no adapter
     one adapter       for the whole batch
@@ -96,6 +98,28 @@ def mixed(model: Any, run: Callable[[Any, torch.Tensor], torch.Tensor], ids: tor
         print(f"  {name:<16}{ratio:6.2f}", flush=True)
 
 
+@torch.inference_mode()
+def bank_of_many(repeats: int) -> None:
+    """Prints the ratios for a bank of 100,000 adapters."""
+    model = get_peft_model(encoder(), IntrinsicConfig(d=D, task_type="SEQ_CLS")).eval()
+    bank = AdapterBank(model, torch.randn(100_000, D) / 1000)
+    print(f"encoder, default targets, {len(bank.numbers):,} adapters of {bank.numbers[0].nbytes} bytes")
+    for size in (1, 8, 64, 256):
+        ids, chosen = torch.randint(5, 30000, (size, 32)), torch.randint(len(bank.numbers), (size,)).tolist()
+
+        def base(ids: torch.Tensor = ids) -> None:
+            with model.disable_adapter():
+                model(input_ids=ids)
+
+        def banked(ids: torch.Tensor = ids, chosen: list[int] = chosen) -> None:
+            with bank.select(chosen):
+                model(input_ids=ids)
+
+        calls = {"base": base, "one": lambda ids=ids: model(input_ids=ids), "bank": banked}
+        ratios = rounds(calls, max(repeats, 320 // size), "one")
+        print(f"  {size:>3} samples: one adapter {1 / ratios['base']:.2f}, bank {ratios['bank']:.2f}", flush=True)
+
+
 def step(model: Any, ids: torch.Tensor) -> Callable[[], None]:
     """A training step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -122,6 +146,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     ids = torch.randint(5, 30000, (args.batch, args.tokens))
 
+    bank_of_many(args.repeats)
     print(f"encoder, forward pass of {args.batch} × {args.tokens} tokens")
     mixed(encoder(), lambda model, x: model(input_ids=x).logits, ids, args.repeats)
 

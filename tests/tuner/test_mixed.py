@@ -90,7 +90,7 @@ def test_either_projection_and_single_targets(projection):
         torch.testing.assert_close(found, alone(model, "llama", adapters), **CLOSE)
 
 
-class Positions(nn.Module):
+class OneInput(nn.Module):
     """Adds to every sample what a linear layer makes of one input for all of them."""
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class Positions(nn.Module):
         return x + self.layer(torch.ones(1, 5, 6))
 
 
-@pytest.mark.parametrize("last", [nn.RMSNorm(6), nn.LayerNorm(6), nn.LayerNorm(6, bias=False), Positions()])
+@pytest.mark.parametrize("last", [nn.RMSNorm(6), nn.LayerNorm(6), nn.LayerNorm(6, bias=False), OneInput()])
 def test_modules_of_torch(last):
     model = get_peft_model(nn.Sequential(nn.Linear(6, 6), last), IntrinsicConfig(d=10, init_weights=False)).eval()
     bank = AdapterBank(model, torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) / 500)
