@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig
 
-OLD = Version(torch.__version__) < Version("2.13")  # tried: 2.8 and 2.9
+OLD = Version(torch.__version__) < Version("2.13")  # tried: 2.9.1
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 CHECKPOINTED = ["bert", "gpt2", "llama", "t5", "vit"]
 
