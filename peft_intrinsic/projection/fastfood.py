@@ -20,6 +20,9 @@ BLOCK_SIZE = 64
 OFFSETS = 4096
 """At how many rows a window into G may begin: fewer for large blocks, so that G has at most 2^18 numbers for it."""
 
+STORED = 16
+"""Coordinates up to which a norm or bias keeps its rows of P: one small product takes the place of ten operations."""
+
 
 class Gaussian:
     """G, `float32[rows, n]`: one for all tensors of a projection, with one copy for each device."""
@@ -223,11 +226,14 @@ def _build(spec: Spec, shapes: Shapes, whole: bool) -> dict[str, TensorProjectio
             mixed = np.array(windows[name])[:, 1].reshape(-1, cuts[name].depth).sum(1)  # coordinates in each tile
             scale = spec.unit * shape.natural / np.sqrt(mixed).repeat(cuts[name].depth)
         after = signs[:, 1] * (scale / np.sqrt(n))[:, None]
-        mixing = signs[:, 0], permutation, after
-        if shape.cols == 1 and len(windows[name]) == 1:  # P itself is smaller than what makes it
-            ((first, count),) = windows[name]
-            column = FastfoodTensor(*shape[:2], cuts[name], gaussian, starts[name], [(0, count)], *mixing)
-            result[name] = DenseTensor(*shape[:2], column.materialise(torch.eye(count)).squeeze(-1).T, first)
-        else:
-            result[name] = FastfoodTensor(*shape[:2], cuts[name], gaussian, starts[name], windows[name], *mixing)
+        (first, count), *more = windows[name]
+        stored = shape.cols == 1 and count <= STORED and not more
+        used = [(0, count)] if stored else windows[name]
+        projection: TensorProjection = FastfoodTensor(
+            shape.rows, shape.cols, cuts[name], gaussian, starts[name], used, signs[:, 0], permutation, after
+        )
+        if stored:
+            columns = projection.materialise(torch.eye(count, device="cpu")).squeeze(-1)
+            projection = DenseTensor(shape.rows, shape.cols, columns.T, first)
+        result[name] = projection
     return result

@@ -60,9 +60,7 @@ class IntrinsicLinear(IntrinsicModule):
         for name, offset, each in self.applied():
             theta, x = self.vector.choices.match(offset.name, each, x)
             added = offset.projection.linear(x, theta) if name == "weight" else spread(offset.materialise(theta), x)
-            added = added.to(result.dtype)
-            fresh = torch.is_grad_enabled() or len(x) != len(result)  # else in place, which saves a copy
-            result = result + added if fresh else result.add_(added)
+            result = result + added.to(result.dtype)
         return result
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -157,6 +157,23 @@ def test_seed_and_name_change_the_offset():
     assert oracle.error(first["a"], second["a"].double().numpy()) > 0.5
 
 
+@pytest.mark.parametrize("build", [build_fastfood, build_global])
+def test_vectors_store_few_numbers(build):
+    """The check before an attachment counts on it: however many coordinates a vector mixes, in whatever block."""
+    for d, n in ((6, 64), (16, 64), (17, 64), (300, 512)):
+        projection = build(Spec(d, 0, n, "fan_in"), {"a": Shape(400, 1)})["a"]
+        tensors = [t for state in projection._state.values() for t in (state if isinstance(state, tuple) else [state])]
+        assert sum(t.numel() for t in tensors) <= 16 * 400
+
+
+def test_a_default_device_changes_nothing():
+    shapes, theta = {"a": Shape(20, 1), "b": Shape(9, 7)}, draw(12)
+    expected = build_fastfood(Spec(12, 0, 8, "fan_in"), shapes)
+    with torch.device("meta"):
+        found = build_fastfood(Spec(12, 0, 8, "fan_in"), shapes)
+    assert all(torch.equal(found[name].materialise(theta), expected[name].materialise(theta)) for name in shapes)
+
+
 def test_one_g_for_each_device_and_none_when_unused():
     tensors = list(
         build_fastfood(Spec(30, 123, 16, "fan_in"), {"a": Shape(20, 30), "b": Shape(20, 8), "c": Shape(20, 2)}).values()

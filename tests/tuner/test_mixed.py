@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -93,26 +94,41 @@ def test_either_projection_and_single_targets(projection):
 class OneInput(nn.Module):
     """Adds to every sample what a linear layer makes of one input for all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.layer = nn.Linear(6, 6)
+        self.layer = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.layer(torch.ones(1, 5, 6))
+        return x + self.layer(torch.ones(1, *x.shape[1:]))
 
 
-@pytest.mark.parametrize("last", [nn.RMSNorm(6), nn.LayerNorm(6), nn.LayerNorm(6, bias=False), OneInput()])
+@pytest.mark.parametrize("last", [nn.RMSNorm, nn.LayerNorm, partial(nn.LayerNorm, bias=False), OneInput])
 def test_modules_of_torch(last):
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 6), last), IntrinsicConfig(d=10, init_weights=False)).eval()
-    bank = AdapterBank(model, torch.randn(3, 10, generator=torch.Generator().manual_seed(0)) / 500)
-    x = torch.randn(2, 5, 6)
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 6), last(6)), IntrinsicConfig(d=10)).eval()
+    bank = AdapterBank(model, torch.randn(3, 10) / 500)
+    x = torch.randn(1, 5, 6).repeat(2, 1, 1)  # only the adapters differ
     with torch.no_grad():
         with bank.select([2, 0]):
             found = model(x)
         for row, i in zip(found, (2, 0), strict=True):
             model.base_model.vector.intrinsic_theta["default"].weight.copy_(bank.numbers[i])
-            torch.testing.assert_close(row, model(x)[(2, 0).index(i)], **CLOSE)
+            torch.testing.assert_close(row, model(x)[0], **CLOSE)
     assert (found[0] - found[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_many_vectors_through_vmap(grad):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    model = get_peft_model(base, IntrinsicConfig(d=50, target_modules="all"))
+    ((name, theta),) = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    thetas, x = torch.randn(3, 50) / 500, torch.randn(4, 6)
+    with torch.set_grad_enabled(grad):
+        found = torch.func.vmap(lambda one: torch.func.functional_call(model, {name: one}, (x,)))(thetas)
+        for result, one in zip(found, thetas, strict=True):
+            theta.data.copy_(one)
+            torch.testing.assert_close(result, model(x), **CLOSE)
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
