@@ -50,6 +50,12 @@ def rounds(calls: dict[str, Callable[[], Any]], repeats: int, against: str) -> d
     return {n: statistics.median(t / o for t, o in zip(times[n], times[against], strict=True)) for n in calls}
 
 
+def agreed(mixed: torch.Tensor, alone: torch.Tensor) -> None:
+    """Raises SystemExit: a mixed batch differs from its samples run alone."""
+    if not torch.allclose(mixed.float(), alone.float(), rtol=1e-3, atol=1e-4):
+        raise SystemExit("A mixed batch differs from its samples run alone. Nothing is timed.")
+
+
 @torch.no_grad()
 def mixed(model: Any, run: Callable[[Any, torch.Tensor], torch.Tensor], ids: torch.Tensor, repeats: int) -> None:
     """Prints the ratios for one model; `run(model, ids)` returns something to compare."""
@@ -85,8 +91,7 @@ def mixed(model: Any, run: Callable[[Any, torch.Tensor], torch.Tensor], ids: tor
 
     expected = one_by_one()
     for call in (banked, named):
-        if not torch.allclose(call().float(), expected.float(), rtol=1e-3, atol=1e-4):
-            raise SystemExit("A mixed batch differs from its samples run alone. Nothing is timed.")
+        agreed(call(), expected)
     calls = {
         "base model": base,
         "one adapter": lambda: run(peft, ids),
@@ -115,6 +120,11 @@ def bank_of_many(repeats: int) -> None:
             with bank.select(chosen):
                 model(input_ids=ids)
 
+        with bank.select(chosen):
+            found = model(input_ids=ids[:1].expand_as(ids)).logits
+        for i, logits in list(zip(chosen, found, strict=True))[:4]:
+            model.base_model.vector.intrinsic_theta["default"].weight.copy_(bank.numbers[i])
+            agreed(logits, model(input_ids=ids[:1]).logits[0])
         calls = {"base": base, "one": lambda ids=ids: model(input_ids=ids), "bank": banked}
         ratios = rounds(calls, max(repeats, 320 // size), "one")
         print(f"  {size:>3} samples: one adapter {1 / ratios['base']:.2f}, bank {ratios['bank']:.2f}", flush=True)
