@@ -61,7 +61,8 @@ def attach(model: Any, row: dict[str, Any]) -> Any:
         options["modules_to_save"] = ["classifier"]
     if method == "intrinsic":
         with patch.dict(base.FACTORS, row.get("factors", {})), patch.dict(base.PARTS, row.get("parts", {})):
-            model = get_peft_model(model, IntrinsicConfig(d=row["d"], seed=row["seed"], task_type="SEQ_CLS", **options))
+            task = "CAUSAL_LM" if row["task"] == "reviews" else "SEQ_CLS"
+            model = get_peft_model(model, IntrinsicConfig(d=row["d"], seed=row["seed"], task_type=task, **options))
         return model
     if method == "bitfit":
         free = ["classifier"] if row["head"] == "free" else []

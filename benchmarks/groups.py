@@ -11,6 +11,11 @@ MEASURED = ("numbers", "accuracy", "loss", "train", "seconds")
 RATE = 2e-4
 BUDGETS = (256, 1024, 64, 4096)
 QUERY_VALUE, LINEAR = ["query", "value"], r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
+LARGER: dict[str, Row] = {
+    "sst2_150": {"qv": ["q", "v"], "linear": r".*encoder\.layer\.\d+\..*(q|k|v|o|dense)", "u": 3},  # MPNet
+    "reviews": {"qv": ["q_proj", "v_proj"], "linear": r".*_proj", "u": 1},  # Llama
+}
+"""Tasks for larger models, at d = 256: the linear layers, and TinyLoRA's u for as many numbers as there can be."""
 
 
 def ours(task: str, d: int, lr: float = RATE, seed: int = 0, **other: Any) -> Row:
@@ -40,11 +45,15 @@ def found(rows: list[Row], planned: Row) -> Row | None:
 
 def rates(task: str) -> list[Row]:
     """One learning rate for every d."""
+    if task in LARGER:
+        return [ours(task, d, lr) for d in (256, 4096) for lr in (2e-4, 4e-4, 1e-4)]
     return [ours(task, d, lr) for lr in (2e-4, 4e-4, 1e-4) for d in (256, 1024, 4096, 64, 16384)]
 
 
 def sizes(task: str) -> list[Row]:
     """What moves, how far, and with how many coordinates."""
+    if task == "reviews":
+        return [ours(task, 256, **c) for c in ({}, {"add_bias": True}, {"target_modules": "all-linear"})]
     every = {"target_modules": "all", "exclude_modules": ".*embeddings.*"}
     candidates: list[Row] = [
         {},
@@ -64,9 +73,18 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
     """Every contestant: its run, and the rates that it starts with, a factor of 4 apart."""
     result: dict[str, tuple[Row, tuple[float, ...]]] = {}
     base: Row = {"task": task, "seed": 0, "head": "frozen"}
+    if task in LARGER:
+        qv, linear, u = (LARGER[task][name] for name in ("qv", "linear", "u"))
+        options: Row = {"r": 4, "theta_d_length": 256, "target_modules": qv, "proj_seed": "seed"}
+        tiny = {"r": 4, "u": u, "target_modules": linear, "projection_seed": "seed"}
+        return {
+            "ours 256": (ours(task, 256), (5e-5, 2e-4, 8e-4)),
+            "unilora 256": ({**base, "method": "unilora", "d": 256, "config": options}, (1.25e-2, 5e-2, 2e-1)),
+            "tinylora 256": ({**base, "method": "tinylora", "d": 256, "config": tiny}, (3e-3, 1.25e-2, 5e-2)),
+        }
     for d in BUDGETS:
         result[f"ours {d}"] = ours(task, d), (5e-5, 2e-4, 8e-4)
-        options: Row = {"r": 4, "theta_d_length": d, "target_modules": QUERY_VALUE, "proj_seed": "seed"}
+        options = {"r": 4, "theta_d_length": d, "target_modules": QUERY_VALUE, "proj_seed": "seed"}
         result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (1.25e-2, 5e-2, 2e-1)
         r, u, modules = {64: (4, 5, QUERY_VALUE), 256: (4, 7, LINEAR), 1024: (6, 28, LINEAR), 4096: (11, 113, LINEAR)}[
             d

@@ -11,8 +11,10 @@ goes on. Several processes share a group's runs.
 Protocol: AdamW without weight decay, Trainer's default schedule (linear decay, no warm-up), dropout on, batches of
 sentences of about the same length, bfloat16 autocast. sst2: 4,000 phrases, 250 batches of 32, accuracy and
 cross-entropy on the 872 of the validation set. rotten_tomatoes: 4,000 sentences, as many batches, 1,000 held out. mrpc:
-3,668 pairs, 500 batches of 16, on validation and test together (2,133). sst2 and mrpc are read from --data, which has
-GLUE's files as JSON lines. The encoders are sentence encoders, tuned on pairs of sentences.
+3,668 pairs, 500 batches of 16, on validation and test together (2,133). sst2_150, for larger encoders: 150 batches.
+reviews, for decoders: the words of rotten_tomatoes, 150 batches of 8, accuracy and cross-entropy of the next token.
+sst2 and mrpc are read from --data, which has GLUE's files as JSON lines. The encoders are sentence encoders, tuned on
+pairs of sentences.
 
 "Jump" is the highest mean training loss over 25 steps, less the lowest one before it.
 """
@@ -34,7 +36,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    get_linear_schedule_with_warmup,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -49,6 +56,8 @@ TASKS: Row = {
     "sst2": {"text": ("sentence",), "train": 4000, "steps": 250, "batch": 32},
     "rotten_tomatoes": {"text": ("text",), "train": 4000, "steps": 250, "batch": 32},
     "mrpc": {"text": ("sentence1", "sentence2"), "train": 3668, "steps": 500, "batch": 16},
+    "sst2_150": {"text": ("sentence",), "train": 4000, "steps": 150, "batch": 32},
+    "reviews": {"text": ("text",), "train": 4000, "steps": 150, "batch": 8},
 }
 
 
@@ -59,12 +68,13 @@ def lines(path: Path) -> list[Row]:
 
 def load(task: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
     """Training and test examples."""
-    if task == "rotten_tomatoes":
+    if task in ("rotten_tomatoes", "reviews"):
         data = rotten_tomatoes(train=4000, test=1000)
         return list(data["train"]), list(data["test"])
     if folder is None:
         raise SystemExit(f"{task} needs --data, a folder with {task}/train.jsonl and {task}/validation.jsonl.")
-    train, *test = (lines(folder / task / f"{part}.jsonl") for part in ("train", "validation", "test"))
+    files = folder / task.partition("_")[0]
+    train, *test = (lines(files / f"{part}.jsonl") for part in ("train", "validation", "test"))
     order = np.random.default_rng(0).permutation(len(train))[: TASKS[task]["train"]]
     return [train[i] for i in order], [row for part in test for row in part]
 
@@ -87,6 +97,7 @@ class Runner:
 
     def __init__(self, path: str, task: str, folder: Path | None) -> None:
         self.path, self.task = path, TASKS[task]
+        self.kind = AutoModelForCausalLM if task == "reviews" else AutoModelForSequenceClassification
         tokenizer = AutoTokenizer.from_pretrained(path)
         self.parts = []
         for examples in load(task, folder):
@@ -95,18 +106,24 @@ class Runner:
             self.parts.append(([torch.tensor(ids) for ids in inputs], torch.tensor([row["label"] for row in examples])))
         self.pad = tokenizer.pad_token_id
 
-    def _loss(self, model: Any, part: int, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, model: Any, part: int, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Mean cross-entropy, hits and how many, of sentences or of next tokens."""
         inputs, labels = self.parts[part]
         ids = torch.nn.utils.rnn.pad_sequence([inputs[i] for i in index], batch_first=True, padding_value=self.pad)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=ids, attention_mask=(ids != self.pad).long()).logits
-        target = labels[torch.as_tensor(index)]
-        return torch.nn.functional.cross_entropy(logits.float(), target), (logits.argmax(-1) == target).sum()
+        if logits.dim() == 3:
+            seen = ids[:, 1:] != self.pad
+            logits, target = logits[:, :-1][seen], ids[:, 1:][seen]
+        else:
+            target = labels[torch.as_tensor(index)]
+        loss = torch.nn.functional.cross_entropy(logits.float(), target)
+        return loss, (logits.argmax(-1) == target).sum(), len(target)
 
     def run(self, row: Row) -> Row:
         """One training: accuracy, cross-entropy, trained numbers, the training loss every 25 steps, seconds."""
         torch.manual_seed(row["seed"])
-        model = attach(AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=2), row)
+        model = attach(self.kind.from_pretrained(self.path, num_labels=2, dtype=torch.float32), row)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=row["lr"], weight_decay=0.0)
         steps, size = self.task["steps"], self.task["batch"]
@@ -119,7 +136,7 @@ class Runner:
                     module.p = row["dropout"]
         start, losses = time.time(), []
         for index in batches(lengths, size, steps, row["seed"]):
-            loss, _ = self._loss(model, 0, index)
+            loss, *_ = self._loss(model, 0, index)
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -129,11 +146,12 @@ class Runner:
         model.eval()
         order = np.argsort([len(ids) for ids in self.parts[1][0]], kind="stable")
         with torch.inference_mode():
-            scores = [(*self._loss(model, 1, part), len(part)) for part in np.array_split(order, len(order) // 64)]
+            scores = [self._loss(model, 1, part) for part in np.array_split(order, len(order) // 64)]
+        count = sum(score[2] for score in scores)
         return {
             "numbers": trained(model, row),
-            "accuracy": round(sum(int(hits) for _, hits, _ in scores) / len(order), 4),
-            "loss": round(sum(float(loss) * count for loss, _, count in scores) / len(order), 4),
+            "accuracy": round(sum(int(hits) for _, hits, _ in scores) / count, 4),
+            "loss": round(sum(float(loss) * size for loss, _, size in scores) / count, 4),
             "train": [round(float(np.mean(losses[i : i + 25])), 3) for i in range(0, steps, 25)],
             "seconds": round(seconds),
         }

@@ -21,6 +21,7 @@ from .layer import IntrinsicLayer, Offset, base_modules
 from .modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicModule
 from .targets import (
     HOLDER,
+    candidates,
     canonical,
     check_manifest,
     excluded,
@@ -31,7 +32,6 @@ from .targets import (
     logical_shape,
     manifest,
     matrix_view,
-    movable,
     targeted,
 )
 from .vector import IntrinsicVector
@@ -56,7 +56,7 @@ def default_targets(model: nn.Module, config: IntrinsicConfig) -> str:
     vectors = {
         _identity(module, name): math.prod(logical_shape(module, name)[0])
         for key, module in base_modules(model)
-        for name in movable(module)
+        for name in candidates(config, key, module)
         if not excluded(config, key)
         and (key in config.head_modules or (targeted(config, key) and is_vector(module, name)))
     }
@@ -71,10 +71,10 @@ def users_of(model: nn.Module, matched: Iterable[Match], config: IntrinsicConfig
     """
     wanted = {_identity(module, name) for module, names in matched for name in names}
     users: Users = {}
-    firsts: dict[int, str] = {}
+    firsts: dict[Any, str] = {}
     ties = getattr(model, "all_tied_weights_keys", None) or {}  # offloaded, tied parameters are no longer one object
     for key, module in base_modules(model):
-        for name in movable(module):
+        for name in candidates(config, key, module):
             if (identity := _identity(module, name)) in wanted:
                 full = f"{key}.{name}" if key else name
                 parameter = module._parameters.get(name)
@@ -89,9 +89,9 @@ def users_of(model: nn.Module, matched: Iterable[Match], config: IntrinsicConfig
     return users
 
 
-def _identity(module: nn.Module, name: str) -> int:
-    parameter = module._parameters.get(name)
-    return id(module) if parameter is None else id(parameter)  # some quantised layers have no parameter `weight`
+def _identity(module: nn.Module, name: str) -> Any:
+    parameter = module._parameters.get(name)  # some quantised layers have none for `weight`, an added bias has none
+    return (id(module), name) if parameter is None else id(parameter)
 
 
 def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig) -> None:
@@ -120,7 +120,7 @@ def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig
         _name_the_rest(model, users, config)
     holder: Any = model.get_submodule(HOLDER)
     layers = _layers(model, holder, [module for held in users.values() for module, _ in held])
-    merged: set[int] = set()
+    merged: set[Any] = set()
     for name, held in users.items():
         for module, own in held:
             merges = _identity(module, own) not in merged
@@ -131,10 +131,8 @@ def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig
     unit = spec.unit / spec.factor if config.scale == "fan_in" else 1
     theta = np.zeros(spec.d) if config.init_weights else random_theta(int(torch.randint(2**62, ())), spec.d) / unit
     module, own = next(iter(users.values()))[0]
-    like = module._parameters.get(own)
-    holder.add(
-        adapter, theta, np.ones(count) / LAMBDA[config.scale], like=next(module.buffers()) if like is None else like
-    )
+    like = next(p for p in (module._parameters.get(own), *module.parameters(), *module.buffers()) if p is not None)
+    holder.add(adapter, theta, np.ones(count) / LAMBDA[config.scale], like)
 
 
 def random_theta(seed: int, length: int) -> np.ndarray:

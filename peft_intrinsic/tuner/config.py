@@ -96,6 +96,9 @@ class IntrinsicConfig(PeftConfig):
             Name of the block list, where it is not found by itself. Needs `layers_to_transform`.
         target_parameters (`list[str]`, *optional*):
             Single parameters to move, by name suffix, as in LoRA. Alone, nothing else is moved.
+        add_bias (`bool`):
+            Give the targeted linear layers that have no bias one that starts at zero, such as all of a Llama's; not
+            heads and output embeddings. Merging for good is refused where the model's class cannot hold them.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained and saved in full, outside the d numbers.
         head (`"subspace"` or `"keep"`):
@@ -127,6 +130,7 @@ class IntrinsicConfig(PeftConfig):
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     target_parameters: list[str] | None = None
+    add_bias: bool = False
     modules_to_save: list[str] | None = None
     head: Literal["subspace", "keep"] = "subspace"
     init_weights: bool = True
@@ -154,6 +158,7 @@ class IntrinsicConfig(PeftConfig):
         # Present and empty, it keeps PEFT from writing targeted embeddings into the adapter file.
         self.trainable_token_indices: dict[str, Any] = {}
         self.head_modules: set[str] = set()
+        self.output_module: str | None = None
         self.asked: dict[str, Any] | None = None
         self.checksum_to_save: str | None = None
 
@@ -209,7 +214,7 @@ class IntrinsicConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, str) and (value is not None or name == "requires"):
                 raise TypeError(f"{name} must be a string, got {value!r}. Save the adapter again.")
-        for name in ("said", "init_weights"):
+        for name in ("said", "add_bias", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_names()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..projection import TensorProjection
 from .effective import EffectiveTensor
-from .merging import add_offsets, kept, restore
+from .merging import add_offsets, blank, kept, restore
 from .targets import HOLDER, canonical, foreign
 from .vector import IntrinsicVector
 
@@ -129,11 +129,13 @@ class IntrinsicLayer(BaseTunerLayer):
         Its numbers are made when they are used. A compiler drops what is not used by itself, so it gets them at once.
         An offloaded parameter is not there to be read.
         """
+        applied = [(offset, theta) for own, offset, theta in self.applied() if own == name]
         base = self.base_parameter(name)
+        if base is None and applied:
+            base = blank(self, *applied[0])
         plain = isinstance(base, torch.Tensor) and base.is_floating_point() and base.element_size() > 1
         if not plain or base.is_meta:
             return base
-        applied = [(offset, theta) for own, offset, theta in self.applied() if own == name]
         if not applied or any(hasattr(theta, "full_tensor") for _, theta in applied):
             return base  # sharded by FSDP 2, as it is only while no forward pass runs
         offsets = [offset for offset, _ in applied]
@@ -187,7 +189,8 @@ class IntrinsicLayer(BaseTunerLayer):
         sound: Any = True
         lost, whole = self.rounding
         for name, offsets in parts.items():
-            self._originals.setdefault(name, kept(self, name))
+            if name not in self._originals:
+                self._originals[name] = kept(self, name, *offsets[0])
             finite, gone, norm = add_offsets(self, name, offsets)
             sound, lost, whole = finite & sound, lost + gone, whole + norm
         self.rounding = lost, whole
@@ -200,6 +203,13 @@ class IntrinsicLayer(BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken: a weight "
                 "would be NaN or infinite."
             )
+
+    def added(self, adapters: Iterable[str]) -> list[str]:
+        """Names of the biases that the base layer lacks, of some adapters and of the merged ones."""
+        if self._originals.get("bias", self.base_parameter("bias")) is not None:
+            return []
+        owners = [self.offsets.get(adapter, {}) for adapter in {*adapters, *self.merged_adapters}]
+        return [offsets["bias"].name for offsets in owners if "bias" in offsets]
 
     def unmerge(self) -> None:
         """Put the original parameters back, to the bit."""

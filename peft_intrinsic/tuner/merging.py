@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from peft.utils import resolve_quantization_backend
+from transformers import PreTrainedModel
 
 STEP = 2**20
 """Entries of a weight that are merged at a time, so that merging needs little memory beside the originals."""
@@ -78,20 +79,62 @@ def add_offsets(layer: Any, name: str, parts: Sequence[tuple[Any, torch.Tensor]]
     return finite, lost, norm
 
 
-def kept(layer: Any, name: str) -> Any:
-    """What `restore` needs to undo any number of merges.
+def blank(layer: Any, offset: Any, theta: torch.Tensor) -> torch.Tensor:
+    """Zeros for a bias that the layer lacks."""
+    weight = layer.base_parameter("weight")
+    plain = weight.is_floating_point() and weight.element_size() > 1
+    return torch.zeros(offset.shape, dtype=weight.dtype if plain else theta.dtype, device=weight.device)
+
+
+def kept(layer: Any, name: str, offset: Any, theta: torch.Tensor) -> Any:
+    """What `restore` needs to undo any number of merges. A bias that the layer lacks is put there.
 
     A plain parameter is copied: `base + offset − offset` is not the base to the bit. A quantised one is kept by
     reference, as merging replaces it.
     """
     base, parameter = layer.get_base_layer(), layer.base_parameter(name)
+    if parameter is None:
+        setattr(base, name, torch.nn.Parameter(blank(layer, offset, theta), requires_grad=False))
+        return None
     if _backend(layer, name):
         return base, parameter, copy.copy(getattr(base, "state", None))
     return parameter.data.clone()
 
 
+def hold(model: Any, names: Iterable[str]) -> None:
+    """Before added biases are merged for good: set what makes the model's class have them, in its configuration.
+
+    Raises:
+        ValueError: a transformers class has no place for them, so that they would be lost when it is saved and loaded.
+    """
+    wanted = set(names)
+    if not wanted or not isinstance(model, PreTrainedModel):
+        return
+
+    def made(*flags: str) -> set[str]:
+        config = copy.deepcopy(model.config)
+        for flag in flags:
+            setattr(config, flag, True)
+        with torch.device("meta"):
+            return {name for name, _ in type(model)(config).named_parameters()}
+
+    plain = made()
+    flags = [flag for flag, value in vars(model.config).items() if flag.endswith("bias") and value is False]
+    flags = [flag for flag in flags if set() < made(flag) - plain <= wanted]
+    if homeless := sorted(wanted - made(*flags)):
+        raise ValueError(
+            f"add_bias=True: a saved {type(model).__name__} cannot hold {', '.join(homeless)}. Leave the adapter "
+            "unmerged, or merge it in memory with merge_adapter()."
+        )
+    for flag in flags:
+        setattr(model.config, flag, True)
+
+
 def restore(layer: Any, name: str, original: Any) -> None:
     """Put back what `kept` returned."""
+    if original is None:
+        setattr(layer.get_base_layer(), name, None)
+        return
     if isinstance(original, torch.Tensor):
         layer.base_parameter(name).data.copy_(original)  # the model may have changed its type or device since
         return

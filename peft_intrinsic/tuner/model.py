@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,8 @@ from .files import numbers_to_load, numbers_to_save
 from .head import Head, restore, settle
 from .in_place import IntrinsicParameters
 from .layer import IntrinsicLayer, base_modules
-from .targets import HOLDER, KEYWORDS, canonical, chosen, excluded, foreign, movable, named, targeted
+from .merging import hold
+from .targets import HOLDER, KEYWORDS, candidates, canonical, chosen, excluded, foreign, named, output_module, targeted
 from .vector import IntrinsicVector
 
 SURVIVING = 0.95
@@ -98,7 +100,7 @@ class IntrinsicModel(BaseTuner):
         try:
             self._check_moved_heads(model, config)
             head = Head(model, config, {name: self.peft_config.get(name, config) for name in attached})
-            config.head_modules = head.modules
+            config.head_modules, config.output_module = head.modules, output_module(model)
             if config.target_modules is None and not config.target_parameters:
                 config.target_modules = default_targets(model, config)
             if config.target_modules in KEYWORDS:
@@ -154,7 +156,7 @@ class IntrinsicModel(BaseTuner):
     ) -> list[str]:
         names = []
         for key, module in base_modules(model):
-            for name in movable(module):
+            for name in candidates(peft_config, key, module):
                 full = f"{key}.{name}" if key else name
                 if named(peft_config.target_parameters, full):
                     self._matched.append((module, [name]))
@@ -214,6 +216,8 @@ class IntrinsicModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        wanted = (adapter_names or self.active_adapters) if merge else ()
+        hold(self.model, chain.from_iterable(layer.added(wanted) for layer in self.tuner_layers()))
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
         if any(layer.merged for layer in self.tuner_layers()):

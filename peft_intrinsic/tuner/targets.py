@@ -90,11 +90,26 @@ def movable(module: nn.Module) -> list[str]:
     return ["weight", *(name for name in real if name == "bias")] if is_linear(module) else real
 
 
+def output_module(model: Any) -> str | None:
+    """Name of the module that turns hidden states into words, as transformers knows it."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return next((canonical(name) for name, module in model.named_modules() if module is output), None)
+
+
+def candidates(config: Any, key: str, module: nn.Module) -> list[str]:
+    """What `movable` names, and the bias that a linear layer lacks, where the configuration adds it."""
+    bare = config.add_bias and is_linear(module) and getattr(module, "bias", None) is None
+    added = bare and key not in config.head_modules and key != config.output_module
+    return [*movable(module), "bias"] if added else movable(module)
+
+
 def logical_shape(module: nn.Module, name: str) -> tuple[tuple[int, ...], bool]:
     """Shape of a parameter, unpacked where quantised, and whether its matrix view is transposed."""
     if name == "weight" and is_linear(module):
         cols, rows = linear_features(module)
         return ((cols, rows), True) if isinstance(module, Conv1D) else ((rows, cols), False)
+    if module._parameters.get(name) is None:  # an added bias
+        return (linear_features(module)[1],), False
     return tuple(module._parameters[name].shape), False  # type: ignore[union-attr]
 
 
@@ -106,7 +121,7 @@ def is_vector(module: nn.Module, name: str) -> bool:
 def chosen(config: Any, key: str, module: nn.Module) -> list[str]:
     """Which parameters of a targeted module are moved: under `"vectors"` only vectors, but all of the head."""
     whole = config.target_modules != "vectors" or key in config.head_modules
-    return [name for name in movable(module) if whole or is_vector(module, name)]
+    return [name for name in candidates(config, key, module) if whole or is_vector(module, name)]
 
 
 def matrix_view(module: nn.Module, name: str, head: bool = False) -> Shape:

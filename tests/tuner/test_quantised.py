@@ -165,3 +165,18 @@ def test_a_merge_that_meets_a_quantised_layer_midway_changes_nothing(checkpoint,
     with pytest.raises(ValueError, match=r"Cannot merge into the weight of a Linear8bitLt.*unquantised"):
         model.merge_and_unload()
     assert torch.equal(evaluate(model, "llama"), expected)
+
+
+def test_added_biases_are_merged_in_memory_and_leave(kind, checkpoint):
+    """The bias alone, outside of quantisation: merged, it is the same number."""
+    model = attached(kind, checkpoint, init_weights=False, target_modules="vectors", add_bias=True)
+    layer = model.get_base_model().model.layers[1].mlp.up_proj
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, moved = layer.base_layer(x), layer(x)
+        torch.testing.assert_close(moved, plain + layer.get_delta_weight("default", "bias"), rtol=1e-5, atol=1e-5)
+        model.merge_adapter()
+        torch.testing.assert_close(layer.base_layer(x), moved, rtol=1e-5, atol=1e-5)
+        model.unmerge_adapter()
+    assert layer.base_layer.bias is None
+    assert torch.equal(layer.base_layer(x), plain)
