@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -42,7 +43,9 @@ def tiny(family: str, folder: Path) -> str:
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "good", "bad", "film", "a", "very"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[UNK]"
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -80,6 +83,26 @@ def test_causal_lm(tmp_path):
     found = re.search(r"held-out loss ([\d.]+) -> ([\d.]+) with d=1000", out)
     assert found, out
     assert float(found[2]) < 0.7 * float(found[1])
+
+
+def test_grpo(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="trl is not installed")
+    base = tiny("llama", tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    small = ["--d", "20", "--steps", "2", "--batch", "8", "--tests", "4", "--length", "4"]
+    out = run("grpo.py", "--model", base, *small, cwd=tmp_path)
+    assert re.search(r"right: 0\.\d\d untrained, 0\.\d\d asked for the form, 0\.\d\d trained with d=20", out), out
+    assert json.loads((tmp_path / "runs/grpo/adapter_config.json").read_text())["d"] == 20
+
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    grpo = importlib.import_module("grpo")
+    answers = ["3 + 4 = 7", "7.", "17", "7 apples", "", "seven"]
+    rewards = grpo.ends_with_the_total([[{"content": answer}] for answer in answers], [7] * len(answers))
+    assert rewards == [1, 1, 0, 0, 0, 0]
+    for row in grpo.questions(5, 0, grpo.FORM):
+        asked = row["prompt"][0]["content"]
+        assert sum(map(int, re.findall(r"\d+", asked))) == row["total"]
+        assert asked.endswith("stop.")
 
 
 def test_custom_module(tmp_path):

@@ -24,7 +24,7 @@ def words(seed: int, purpose: str, name: str, count: int) -> np.ndarray:
     Returns:
         `uint64[count]`: raw output of Philox4x64-10 under a key of 128 bits taken from SHA-256.
     """
-    label = f"peft-intrinsic/{ALGORITHM_VERSION}/{seed}/{purpose}/{name}"
+    label = f"peft-intrinsic/1/{seed}/{purpose}/{name}"  # 1 whatever ALGORITHM_VERSION is: old adapters keep theirs
     key = np.frombuffer(hashlib.sha256(label.encode()).digest()[:16], dtype="<u8")
     return np.random.Philox(key=key.astype(np.uint64)).random_raw(count)
 

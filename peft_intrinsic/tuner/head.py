@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from ..projection.randomness import normals, words
 from .config import IntrinsicConfig
-from .layer import base_modules
-from .targets import inside
+from .layer import IntrinsicLayer, base_modules
+from .targets import inside, named
 
 logger = logging.getLogger(__name__)
 
@@ -122,11 +122,17 @@ class Head:
         attached: the configurations of the adapters that the model has already.
 
     Raises:
-        ValueError: it is not known what the checkpoint brought; or the base model does not start where a loaded
-            adapter, or one that is already attached, starts.
+        ValueError: it is not known what the checkpoint brought; the base model does not start where a loaded adapter,
+            or one that is already attached, starts; or a module to save in full is already moved.
     """
 
     def __init__(self, model: nn.Module, config: IntrinsicConfig, attached: Mapping[str, IntrinsicConfig]) -> None:
+        for key, layer in model.named_modules():
+            if isinstance(layer, IntrinsicLayer) and named(config.full_modules or (), key):
+                raise ValueError(
+                    f"modules_to_save={config.full_modules}: {key} is already moved by another adapter. Attach this "
+                    "adapter first, or attach the other one with head='keep'."
+                )
         self._model = model
         self._places = places = {
             f"{key}.{own}" if key else own: (module, own)

@@ -18,7 +18,6 @@ from torch import nn
 
 from .attach import Match, attach, default_targets, detach, remove_holder, unwrap, users_of
 from .bank import chosen_by_name
-from .config import IntrinsicConfig
 from .files import numbers_to_load, numbers_to_save
 from .head import Head, restore, settle
 from .in_place import IntrinsicParameters
@@ -98,7 +97,6 @@ class IntrinsicModel(BaseTuner):
         asked = config.remember()
         self._matched: list[Match] = []
         try:
-            self._check_moved_heads(model, config)
             head = Head(model, config, {name: self.peft_config.get(name, config) for name in attached})
             config.head_modules, config.output_module = head.modules, output_module(model)
             if config.target_modules is None and not config.target_parameters:
@@ -117,16 +115,6 @@ class IntrinsicModel(BaseTuner):
         finally:
             self._matched = []
         head.draw(self.vector.drawn)
-
-    @staticmethod
-    def _check_moved_heads(model: nn.Module, config: IntrinsicConfig) -> None:
-        """Raises ValueError where a module to save in full is already moved by another adapter."""
-        for key, layer in model.named_modules():
-            if isinstance(layer, IntrinsicLayer) and named(config.full_modules or (), key):
-                raise ValueError(
-                    f"modules_to_save={config.full_modules}: {key} is already moved by another adapter. Attach this "
-                    "adapter first, or attach the other one with head='keep'."
-                )
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
