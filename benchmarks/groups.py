@@ -55,18 +55,16 @@ def sizes(task: str) -> list[Row]:
     if task == "reviews":
         return [ours(task, 256, **c) for c in ({}, {"add_bias": True}, {"target_modules": "all-linear"})]
     every = {"target_modules": "all", "exclude_modules": ".*embeddings.*"}
-    candidates: list[Row] = [
-        {},
-        every,
-        {"target_modules": "all"},
+    close: list[Row] = [{}, {"said": True}, every, {"target_modules": "all"}]
+    others: list[Row] = [
         *({"factors": {kind: size}} for kind in ("norm", "bias", "head") for size in (2, 32)),
         {**every, "factors": {"matrix": 4}},
         *({"parts": {"head": parts}} for parts in (1, 4)),
         {"projection": "one_hot"},
         {"projection": "global"},
-        {"said": True},
     ]
-    return [ours(task, 256, seed=seed, **c) for seed in range(3) for c in candidates]
+    runs = [(seed, c) for seed in range(3) for c in (close + others if seed == 0 else close)]
+    return [ours(task, 256, seed=seed, **c) for seed, c in runs]
 
 
 def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
@@ -122,11 +120,19 @@ def smallest(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
     return result
 
 
-def tuned(
-    contestants: dict[str, tuple[Row, tuple[float, ...]]], rows: list[Row], model: str
-) -> Iterator[tuple[str, Row]]:
+def contestants(kind: str, task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
+    """Those of a group. `free`: the peers at d = 256, their heads trained and not counted."""
+    if kind == "smallest":
+        return smallest(task)
+    found = peers(task)
+    if kind == "peers":
+        return found
+    return {name: ({**run, "head": "free"}, rates) for name, (run, rates) in found.items() if name.endswith(" 256")}
+
+
+def tuned(methods: dict[str, tuple[Row, tuple[float, ...]]], rows: list[Row], model: str) -> Iterator[tuple[str, Row]]:
     """The next runs: all rates; further ones while the best, by loss, is at an edge; two more seeds at the best."""
-    for name, (run, grid) in contestants.items():
+    for name, (run, grid) in methods.items():
         done: dict[float, float] = {}
         todo = list(grid)
         while todo:
@@ -145,17 +151,17 @@ def tuned(
 
 
 def group(name: str, rows: list[Row], model: str) -> list[Row]:
-    """The runs of a group: rates, sizes, peers or smallest, a dash, and the task.
+    """The runs of a group: rates, sizes, peers, free or smallest, a dash, and the task; further seeds last.
 
     Raises:
         SystemExit: there is no such group.
     """
     kind, _, task = name.partition("-")
-    if kind in ("peers", "smallest"):
-        contestants = peers(task) if kind == "peers" else smallest(task)
-        return [run for _, run in tuned(contestants, rows, model)]
+    if kind in ("peers", "free", "smallest"):
+        runs = [run for _, run in tuned(contestants(kind, task), rows, model)]
+        return sorted(runs, key=lambda run: run["seed"])
     if kind not in ("rates", "sizes"):
-        raise SystemExit(f"unknown group {name!r}: rates, sizes, peers or smallest, a dash, and the task")
+        raise SystemExit(f"unknown group {name!r}: rates, sizes, peers, free or smallest, a dash, and the task")
     return (rates if kind == "rates" else sizes)(task)
 
 
@@ -205,11 +211,11 @@ def table(rows: list[Row], name: str) -> None:
                 if done:
                     line(words, cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
         else:
-            contestants = peers(task) if kind == "peers" else smallest(task)
+            methods = contestants(kind, task)
             line("contestant", "numbers", "best rate", "accuracy / cross-entropy", "seeds")
             line(*["---"] * 5)
-            for label in sorted(contestants, key=lambda label: (contestants[label][0]["d"] or 0, label)):
-                runs = [run for n, run in tuned({label: contestants[label]}, rows, model) if n == label]
+            for label in sorted(methods, key=lambda label: (methods[label][0]["d"] or 0, label)):
+                runs = [run for n, run in tuned({label: methods[label]}, rows, model) if n == label]
                 done = [row for run in runs if (row := found(mine, {"model": model, **run}))]
                 if done:
                     best = min((row for row in done if row["seed"] == 0), key=lambda row: row["loss"])["lr"]
@@ -229,8 +235,7 @@ def plot(rows: list[Row], path: str) -> None:
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         points: dict[str, list[tuple[int, float]]] = {}
-        contestants = {**peers(task), **smallest(task)}
-        for label, run in tuned(contestants, rows, model):
+        for label, run in tuned({**peers(task), **smallest(task)}, rows, model):
             if row := found(rows, {"model": model, **run}):
                 points.setdefault(label, []).append((row["numbers"], row["loss"]))
         best = {label: (dots[0][0], min(loss for _, loss in dots)) for label, dots in points.items()}

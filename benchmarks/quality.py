@@ -4,9 +4,9 @@
     python benchmarks/quality.py table GROUP
     python benchmarks/quality.py plot FILE.png
 
-A group is rates, sizes, peers or smallest, a dash, and a task: benchmarks/groups.py says what runs. Each run appends
-one JSON line to benchmarks/results/quality.jsonl; runs that are there already are skipped, so that an interrupted group
-goes on. Several processes share a group's runs.
+A group is rates, sizes, peers, free or smallest, a dash, and a task: benchmarks/groups.py says what runs. Each run
+appends one JSON line to benchmarks/results/quality.jsonl; runs that are there already are skipped, so that an
+interrupted group goes on. Several processes share a group's runs.
 
 Protocol: AdamW without weight decay, Trainer's default schedule (linear decay, no warm-up), dropout on, batches of
 sentences of about the same length, bfloat16 autocast. sst2: 4,000 phrases, 250 batches of 32, accuracy and
