@@ -170,11 +170,14 @@ class FastfoodTensor(TensorProjection):
         chunk = index // self.cut.height
         with torch.autocast(theta.device.type, enabled=False):
             place = (*samples(theta, index), chunk)
-            g = F.embedding(index % self.cut.height + starts[chunk], self.gaussian.on(theta.device)).unsqueeze(-2)
+            g = F.embedding(index % self.cut.height + starts[chunk], self.gaussian.on(theta.device))
             if self.cut.depth == 1:
-                u = g * self.mixed(theta).squeeze(-2)[place]  # [..., blocks, n]
+                u = g.unsqueeze(-2) * self.mixed(theta).squeeze(-2)[place]  # [..., blocks, n]
+            elif theta.dim() == 1 and self.cut.chunks < self.n:  # less than a copy of U for every index
+                u = torch.einsum("...i,cbij->...cbj", g, self.banded(theta))
+                u = u.take_along_dim(chunk[..., None, None, None], -3).squeeze(-3)
             else:
-                u = (g.unsqueeze(-2) @ self.banded(theta)[place]).squeeze(-2)
+                u = torch.einsum("...i,...bij->...bj", g, self.banded(theta)[place])
             return fwht(u).flatten(-2)[..., : self.cols]
 
 
