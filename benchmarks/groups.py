@@ -47,7 +47,8 @@ def rates(task: str) -> list[Row]:
     """One learning rate for every d."""
     if task in LARGER:
         return [ours(task, d, lr) for d in (256, 4096) for lr in (2e-4, 4e-4, 1e-4)]
-    return [ours(task, d, lr) for lr in (2e-4, 4e-4, 1e-4) for d in (256, 1024, 4096, 64, 16384)]
+    runs = [ours(task, d, lr) for lr in (2e-4, 4e-4, 1e-4) for d in (256, 1024, 4096, 64, 16384)]
+    return [*runs, *(ours(task, d, 5e-5) for d in (16384, 4096))]  # where 1e-4 can be the best
 
 
 def sizes(task: str) -> list[Row]:
@@ -55,8 +56,11 @@ def sizes(task: str) -> list[Row]:
     if task == "reviews":
         return [ours(task, 256, **c) for c in ({}, {"add_bias": True}, {"target_modules": "all-linear"})]
     every = {"target_modules": "all", "exclude_modules": ".*embeddings.*"}
+    if task == "mrpc":
+        others = [{"factors": {"norm": 2}}, {"factors": {"bias": 2}}, {"projection": "one_hot"}, {"said": True}]
+        return [*(ours(task, 1024, 4e-4, **c) for c in ({}, *others)), ours(task, 1024, **every)]
     close: list[Row] = [{}, {"said": True}, every, {"target_modules": "all"}]
-    others: list[Row] = [
+    others = [
         *({"factors": {kind: size}} for kind in ("norm", "bias", "head") for size in (2, 32)),
         {**every, "factors": {"matrix": 4}},
         *({"parts": {"head": parts}} for parts in (1, 4)),
@@ -150,6 +154,15 @@ def tuned(methods: dict[str, tuple[Row, tuple[float, ...]]], rows: list[Row], mo
                     yield name, {**run, "lr": best, "seed": seed}
 
 
+def at_best(method: tuple[Row, tuple[float, ...]], rows: list[Row], model: str) -> list[Row]:
+    """What was measured of a contestant at its best rate, by loss on the first seed: a row for each seed."""
+    runs = [run for _, run in tuned({"": method}, rows, model)]
+    done = [row for run in runs if (row := found(rows, {"model": model, **run}))]
+    first = [row for row in done if row["seed"] == 0]
+    best = min(first, key=lambda row: row["loss"])["lr"] if first else None
+    return [row for row in done if row["lr"] == best]
+
+
 def group(name: str, rows: list[Row], model: str) -> list[Row]:
     """The runs of a group: rates, sizes, peers, free or smallest, a dash, and the task; further seeds last.
 
@@ -191,7 +204,7 @@ def jump(row: Row) -> float:
 def table(rows: list[Row], name: str) -> None:
     """Print a group as Markdown: accuracy / cross-entropy."""
     kind, _, task = name.partition("-")
-    for model in dict.fromkeys(row["model"] for row in rows):
+    for model in dict.fromkeys(row["model"] for row in rows if row["task"] == task):
         mine = [row for row in rows if row["model"] == model and row["task"] == task]
         print(f"\n{name}, {model}\n")
         if kind == "rates":
@@ -215,12 +228,8 @@ def table(rows: list[Row], name: str) -> None:
             line("contestant", "numbers", "best rate", "accuracy / cross-entropy", "seeds")
             line(*["---"] * 5)
             for label in sorted(methods, key=lambda label: (methods[label][0]["d"] or 0, label)):
-                runs = [run for n, run in tuned({label: methods[label]}, rows, model) if n == label]
-                done = [row for run in runs if (row := found(mine, {"model": model, **run}))]
-                if done:
-                    best = min((row for row in done if row["seed"] == 0), key=lambda row: row["loss"])["lr"]
-                    same = [row for row in done if row["lr"] == best]
-                    line(label, same[0]["numbers"], f"{best:g}", cell(same), len(same))
+                if best := at_best(methods[label], rows, model):
+                    line(label, best[0]["numbers"], f"{best[0]['lr']:g}", cell(best), len(best))
 
 
 def plot(rows: list[Row], path: str) -> None:
@@ -234,17 +243,16 @@ def plot(rows: list[Row], path: str) -> None:
     tasks = [t for t in ("sst2", "mrpc") if any(row["task"] == t and row["method"] == "unilora" for row in rows)]
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), layout="constrained", squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        points: dict[str, list[tuple[int, float]]] = {}
-        for label, run in tuned({**peers(task), **smallest(task)}, rows, model):
-            if row := found(rows, {"model": model, **run}):
-                points.setdefault(label, []).append((row["numbers"], row["loss"]))
-        best = {label: (dots[0][0], min(loss for _, loss in dots)) for label, dots in points.items()}
+        points = {}
+        for label, run in {**peers(task), **smallest(task)}.items():
+            if best := at_best(run, rows, model):
+                points[label] = best[0]["numbers"], mean(row["loss"] for row in best)
         for method in ("ours", "unilora", "tinylora"):
-            curve = sorted(dot for label, dot in best.items() if label.startswith(f"{method} "))
+            curve = sorted(point for label, point in points.items() if label.startswith(f"{method} "))
             axis.plot(*zip(*curve, strict=True), marker="o", label=method)
-        for label in set(best) & set(smallest(task)):
-            axis.plot(*best[label], "k.")
-            axis.annotate(label, best[label])
-        axis.set(xscale="log", xlabel="trained numbers", ylabel="cross-entropy", title=task)
+        for label in set(points) & set(smallest(task)):
+            axis.plot(*points[label], "k.")
+            axis.annotate(label, points[label])
+        axis.set(xscale="log", xlabel="trained numbers", ylabel="cross-entropy, lower is better", title=task)
         axis.legend()
     figure.savefig(path, dpi=150)

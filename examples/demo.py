@@ -102,8 +102,8 @@ def main() -> None:
     model = get_peft_model(model, IntrinsicConfig(d=args.d, task_type="SEQ_CLS"))
     model.print_trainable_parameters()
     data = tokenised(data, tokenizer, ["text"], "label")
-    # Few steps, so twice the usual rate; sentences of one length together, so that little is computed on padding.
-    options = {"learning_rate": 2 * LEARNING_RATE, "train_sampling_strategy": "group_by_length", "disable_tqdm": False}
+    # Sentences of one length together, so that little is computed on padding.
+    options = {"train_sampling_strategy": "group_by_length", "disable_tqdm": False}
     run = trainer(model, tokenizer, data, max_steps=args.steps, **options)
     before = run.evaluate()["eval_accuracy"]
     run.train()
