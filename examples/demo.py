@@ -35,7 +35,7 @@ from carriers import minilm, rotten_tomatoes
 from datasets import Dataset, DatasetDict
 from peft import get_peft_model
 from sklearn.linear_model import LogisticRegression
-from text_classification import LEARNING_RATE, adapter_size, evaluate, tokenised, trainer
+from text_classification import adapter_size, evaluate, tokenised, trainer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from peft_intrinsic import IntrinsicConfig
