@@ -43,11 +43,11 @@ TESTS = {
     "tuner/head.py": "tuner/test_head",
     "tuner/in_place.py": "tuner/test_modules tuner/test_copies tuner/test_mixed",
     "tuner/layer.py": "tuner/test_readers tuner/test_merging tuner/test_adapters",
-    "tuner/merging.py": "tuner/test_merging tuner/test_quantised",
+    "tuner/merging.py": "tuner/test_merging tuner/test_added_bias tuner/test_quantised",
     "tuner/model.py": "tuner/test_config tuner/test_head tuner/test_merging tuner/test_adapters",
     "tuner/modules.py": "tuner/test_modules tuner/test_readers tuner/test_lora tuner/test_mixed",
     "tuner/registration.py": "tuner/test_adapters",
-    "tuner/targets.py": "tuner/test_targets tuner/test_modules",
+    "tuner/targets.py": "tuner/test_targets tuner/test_added_bias tuner/test_modules",
     "tuner/to_lora.py": "tuner/test_lora",
     "tuner/vector.py": "tuner/test_mixed tuner/test_precision tuner/test_gradients tuner/test_loading",
 }
