@@ -43,9 +43,7 @@ def tiny(family: str, folder: Path) -> str:
     words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "good", "bad", "film", "a", "very"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[UNK]"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     return str(folder)
 
 
@@ -88,7 +86,9 @@ def test_causal_lm(tmp_path):
 def test_grpo(tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="trl is not installed")
     base = tiny("llama", tmp_path / "base")
-    (tmp_path / "base" / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base, eos_token="[UNK]")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(base)
     small = ["--d", "20", "--steps", "2", "--batch", "8", "--tests", "4", "--length", "4"]
     out = run("grpo.py", "--model", base, *small, cwd=tmp_path)
     assert re.search(r"right: 0\.\d\d untrained, 0\.\d\d asked for the form, 0\.\d\d trained with d=20", out), out
