@@ -101,15 +101,15 @@ def kept(layer: Any, name: str, offset: Any, theta: torch.Tensor) -> Any:
     return parameter.data.clone()
 
 
-def hold(model: Any, names: Iterable[str]) -> None:
-    """Before added biases are merged for good: set what makes the model's class have them, in its configuration.
+def places(model: Any, names: Iterable[str]) -> list[str]:
+    """For added biases that are merged for good: options of the model's configuration that make its class have them.
 
     Raises:
         ValueError: a transformers class has no place for them, so that they would be lost when it is saved and loaded.
     """
     wanted = set(names)
     if not wanted or not isinstance(model, PreTrainedModel):
-        return
+        return []
 
     def made(*flags: str) -> set[str]:
         config = copy.deepcopy(model.config)
@@ -126,8 +126,7 @@ def hold(model: Any, names: Iterable[str]) -> None:
             f"add_bias=True: a saved {type(model).__name__} cannot hold {', '.join(homeless)}. Leave the adapter "
             "unmerged, or merge it in memory with merge_adapter()."
         )
-    for flag in flags:
-        setattr(model.config, flag, True)
+    return flags
 
 
 def restore(layer: Any, name: str, original: Any) -> None:

@@ -22,7 +22,7 @@ from .files import numbers_to_load, numbers_to_save
 from .head import Head, restore, settle
 from .in_place import IntrinsicParameters
 from .layer import IntrinsicLayer, base_modules
-from .merging import hold
+from .merging import places
 from .targets import HOLDER, KEYWORDS, candidates, canonical, chosen, excluded, foreign, named, output_module, targeted
 from .vector import IntrinsicVector
 
@@ -205,9 +205,11 @@ class IntrinsicModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         wanted = (adapter_names or self.active_adapters) if merge else ()
-        hold(self.model, chain.from_iterable(layer.added(wanted) for layer in self.tuner_layers()))
+        flags = places(self.model, chain.from_iterable(layer.added(wanted) for layer in self.tuner_layers()))
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
+        for flag in flags:
+            setattr(self.model.config, flag, True)
         if any(layer.merged for layer in self.tuner_layers()):
             settle(self.model)
         else:

@@ -132,6 +132,16 @@ def test_merged_for_good_where_the_class_has_a_place(tmp_path, merged_before):
     torch.testing.assert_close(evaluate(loaded, "llama"), expected, **CLOSE)
 
 
+def test_a_merge_that_fails_leaves_the_configuration():
+    model = biased()
+    with torch.no_grad():
+        model.get_base_model().intrinsic.intrinsic_theta["default"].weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_and_unload(safe_merge=True)
+    assert not model.get_base_model().config.attention_bias
+    assert model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.bias is None
+
+
 def test_only_the_flags_that_are_needed():
     plain = biased(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]).merge_and_unload()
     assert plain.config.attention_bias
