@@ -11,11 +11,18 @@ MEASURED = ("numbers", "accuracy", "loss", "train", "seconds")
 RATE = 2e-4
 BUDGETS = (256, 1024, 64, 4096)
 QUERY_VALUE, LINEAR = ["query", "value"], r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
-LARGER: dict[str, Row] = {
-    "sst2_150": {"qv": ["q", "v"], "linear": r".*encoder\.layer\.\d+\..*(q|k|v|o|dense)", "u": 3},  # MPNet
-    "reviews": {"qv": ["q_proj", "v_proj"], "linear": r".*_proj", "u": 1},  # Llama
+TINY: dict[int, tuple[int, int, Any]] = {
+    64: (4, 5, QUERY_VALUE),
+    256: (4, 7, LINEAR),
+    1024: (6, 28, LINEAR),
+    4096: (11, 113, LINEAR),
 }
-"""Tasks for larger models, at d = 256: the linear layers, and TinyLoRA's u for as many numbers as there can be."""
+"""TinyLoRA's r, u and modules for about d numbers."""
+LARGER: dict[str, tuple[list[str], int, int, str]] = {
+    "sst2_150": (["q", "v"], 4, 3, r".*encoder\.layer\.\d+\..*(q|k|v|o|dense)"),  # MPNet
+    "reviews": (["q_proj", "v_proj"], 4, 1, r".*_proj"),  # Llama
+}
+"""Tasks for larger models, at d = 256: UniLoRA's modules; TinyLoRA's r, u and modules."""
 
 
 def ours(task: str, d: int, lr: float = RATE, seed: int = 0, **other: Any) -> Row:
@@ -75,22 +82,12 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
     """Every contestant: its run, and the rates that it starts with, a factor of 4 apart."""
     result: dict[str, tuple[Row, tuple[float, ...]]] = {}
     base: Row = {"task": task, "seed": 0, "head": "frozen"}
-    if task in LARGER:
-        qv, linear, u = (LARGER[task][name] for name in ("qv", "linear", "u"))
-        options: Row = {"r": 4, "theta_d_length": 256, "target_modules": qv, "proj_seed": "seed"}
-        tiny = {"r": 4, "u": u, "target_modules": linear, "projection_seed": "seed"}
-        return {
-            "ours 256": (ours(task, 256), (5e-5, 2e-4, 8e-4)),
-            "unilora 256": ({**base, "method": "unilora", "d": 256, "config": options}, (1.25e-2, 5e-2, 2e-1)),
-            "tinylora 256": ({**base, "method": "tinylora", "d": 256, "config": tiny}, (3e-3, 1.25e-2, 5e-2)),
-        }
-    for d in BUDGETS:
+    larger = LARGER.get(task)
+    for d in BUDGETS if larger is None else (256,):
+        places, r, u, modules = larger or (QUERY_VALUE, *TINY[d])
         result[f"ours {d}"] = ours(task, d), (5e-5, 2e-4, 8e-4)
-        options = {"r": 4, "theta_d_length": d, "target_modules": QUERY_VALUE, "proj_seed": "seed"}
+        options: Row = {"r": 4, "theta_d_length": d, "target_modules": places, "proj_seed": "seed"}
         result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (1.25e-2, 5e-2, 2e-1)
-        r, u, modules = {64: (4, 5, QUERY_VALUE), 256: (4, 7, LINEAR), 1024: (6, 28, LINEAR), 4096: (11, 113, LINEAR)}[
-            d
-        ]
         options = {"r": r, "u": u, "target_modules": modules, "projection_seed": "seed"}
         result[f"tinylora {d}"] = {**base, "method": "tinylora", "d": d, "config": options}, (3e-3, 1.25e-2, 5e-2)
     return result
