@@ -15,7 +15,7 @@ Prints a table per model, a row per method:
     MB, above        highest resident (cuda: allocated) memory during a step; the same less the bare model's
     ×LoRA MB, …      ratios of "above"
 then the aims beside what was measured, then the attach test. Every method has a process of its own. Those of one model
-are all alive (seven of base: 18 GB; choose fewer with --methods) and take turns, in a new order each round, so that
+are all alive (add up their MB; --methods chooses fewer) and take turns, in a new order each round, so that
 other load hits all alike. On a busy machine `--threads 1 --clock cpu` is steadier: it counts processor time.
 
 Nothing is timed unless each intrinsic model trains exactly d numbers and gives the same output merged and factored.
