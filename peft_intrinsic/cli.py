@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .commands import add_commands
 from .measure.curve import grid
 from .version import __version__
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Errors of the user's making end it with a message and the status 2."""
-    parser = argparse.ArgumentParser(prog="peft-intrinsic", description="Measure the intrinsic dimension of a task.")
+    parser = argparse.ArgumentParser(prog="peft-intrinsic", description="Measure, pack and certify.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     measure = commands.add_parser("measure", help="d90 of a task for a model")
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     study.add_argument("models", nargs="+", metavar="MODEL", help="names on the Hub, or folders")
     study.add_argument("--said", action="store_true", help="measure by SAID ('methods' measures by both)")
     _add_options(study)
+    add_commands(commands)
     args = parser.parse_args(arguments)
     try:
         args.run(args)

@@ -15,8 +15,12 @@ from pathlib import Path
 import pytest
 from conftest import build, trained
 from mktestdocs import check_md_file
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
+
+from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.codec import adapter_from_string
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -144,6 +148,20 @@ def test_demo(tmp_path):
     assert (tmp_path / "runs/demo/demo.png").stat().st_size > 10_000
     assert [line for line in done.stderr.splitlines() if line.strip() and not re.search(r"\d%\|", line)] == []
     assert asked == []
+
+
+def test_tiny_adapter(tmp_path):
+    base = tiny("bert", tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(base, num_labels=2)
+    config = IntrinsicConfig(d=50, task_type="SEQ_CLS", init_weights=False)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    asked = ["a very good film", "a bad film"]
+    options = ["--adapter", "adapter", "--levels", "50", "--qr", "adapter.svg"]
+    out = run("tiny_adapter.py", *options, "--ask", *asked, cwd=tmp_path).splitlines()
+    size, line = re.fullmatch(r"(\d+) bytes: (\S+)", out[0]).groups()
+    assert len(adapter_from_string(line)) == int(size)
+    assert [re.sub(r"class (\d) before, \1 packed: ", "", answer) for answer in out[1:]] == asked
+    assert (tmp_path / "adapter.svg").exists()
 
 
 def test_serving(tmp_path):

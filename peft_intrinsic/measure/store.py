@@ -21,10 +21,10 @@ def key(configuration: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file at once: whoever reads it, or resumes after a crash, finds the old text or the new."""
+def write_whole(path: Path, contents: str | bytes) -> None:
+    """Replace a file at once: whoever reads it, or resumes after a crash, finds the old contents or the new."""
     temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(contents.encode() if isinstance(contents, str) else contents)
     os.replace(temporary, path)
 
 

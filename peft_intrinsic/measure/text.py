@@ -95,6 +95,7 @@ class TextFit:
             raise ValueError(f"patience must be at least 1, got {patience}. Leave it out to train to the end.")
         self.task, self.said, self.patience, self.max_length = task, said, patience, max_length
         self.arguments = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        self.arguments["dataloader_pin_memory"] = torch.accelerator.is_available()
         if patience:
             self.arguments |= {
                 "eval_strategy": "epoch",
@@ -115,11 +116,18 @@ class TextFit:
             cache_file_names=tokens and {split: f"{tokens}-{split}.arrow" for split in task.data},
             keep_in_memory=tokens is None,
         )
-        classes = {} if task.label is None else {"num_labels": len(task.classes) or 1}
-        self.base = self.loader.from_pretrained(model, dtype="float32", **classes)
-        self.base.config.pad_token_id = self.tokenizer.pad_token_id
-        # A fresh head is drawn from a fixed stream when an adapter is attached: let full training start there too.
-        self.base = get_peft_model(self.base, self.config(1000, 0, head="subspace")).merge_and_unload()  # θ is zero
+        self.base = self.settled(self.loaded(model))
+
+    def loaded(self, model: str) -> Any:
+        """The base model, as its checkpoint is."""
+        classes = {} if self.task.label is None else {"num_labels": len(self.task.classes) or 1}
+        base = self.loader.from_pretrained(model, dtype="float32", **classes)
+        base.config.pad_token_id = self.tokenizer.pad_token_id
+        return base
+
+    def settled(self, base: Any) -> Any:
+        """With its fresh head drawn from the fixed stream, as adapters draw it: full training starts there too."""
+        return get_peft_model(base, self.config(1000, 0, head="subspace")).merge_and_unload()  # θ is zero
 
     def tokenise(self, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
         """Rows of text as rows of numbers."""
@@ -157,21 +165,26 @@ class TextFit:
             if d:
                 model.unload()
 
+    def trainer(self, model: Any, folder: str, trained: Mapping[str, Any]) -> Trainer:
+        """A Trainer for the task."""
+        chosen = TrainingArguments(**{"output_dir": folder, **trained, **self.arguments})
+        chosen._n_gpu = min(chosen.n_gpu, 1)  # no DataParallel, which multiplies the batch: --launch is for several
+        trainer = Trainer(
+            model=model,
+            args=chosen,
+            train_dataset=self.data["train"],
+            eval_dataset=self.data["eval"],
+            data_collator=self.collator(),
+            compute_metrics=self.scored if self.best == "score" else None,
+            callbacks=[EarlyStoppingCallback(self.patience)] if self.patience else [],
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
     def run(self, model: Any, trained: dict[str, Any] | None) -> float | dict[str, float]:
         """Train, unless told no rate, and score."""
         with tempfile.TemporaryDirectory() as folder:
-            chosen = TrainingArguments(**{"output_dir": folder, **(trained or {}), **self.arguments})
-            chosen._n_gpu = min(chosen.n_gpu, 1)  # no DataParallel, which multiplies the batch: --launch is for several
-            trainer = Trainer(
-                model=model,
-                args=chosen,
-                train_dataset=self.data["train"],
-                eval_dataset=self.data["eval"],
-                data_collator=self.collator(),
-                compute_metrics=self.scored if self.best == "score" else None,
-                callbacks=[EarlyStoppingCallback(self.patience)] if self.patience else [],
-            )
-            trainer.remove_callback(PrinterCallback)
+            trainer = self.trainer(model, folder, trained or {})
             if trained:
                 trainer.train()
             splits = ("eval", "train") if self.train_score else ("eval",)

@@ -230,15 +230,17 @@ def manifest(shapes: Shapes) -> str:
 
 
 def check_manifest(saved: str, shapes: Shapes) -> None:
-    """Refuse an adapter that was made for other parameters.
+    """Refuse an adapter that was made for other parameters. A packed adapter has the digest alone.
 
     Raises:
         ValueError: names the parameters that the adapter does not know, and counts those that the model lacks.
     """
-    if saved == manifest(shapes):
+    here = manifest(shapes)
+    digest, colon, listed = saved.partition(":")
+    if saved == here or (not colon and digest == here.partition(":")[0]):
         return
     try:
-        raw = base64.b64decode(saved.partition(":")[2], validate=True)
+        raw = base64.b64decode(listed, validate=True)
     except (binascii.Error, ValueError):
         raise ValueError(
             f"manifest={saved[:40]!r} is damaged: it must be digest:marks. Save the adapter again."
@@ -247,12 +249,14 @@ def check_manifest(saved: str, shapes: Shapes) -> None:
     marks = _marks(shapes)
     new = sorted(line for mark, line in marks.items() if mark not in known)
     lacking = len(known - set(marks))
-    raise ValueError(
-        f"This adapter was made for other parameters (digest {saved[:16]}, here {manifest(shapes)[:16]}): "
-        f"{lacking} of its {len(known)} are not in this model under the same name and shape, and {len(new)} of the "
+    told = (
+        f": {lacking} of its {len(known)} are not in this model under the same name and shape, and {len(new)} of the "
         f"model's {len(shapes)} are not in the adapter"
         + (f" ({', '.join(new[:5])}{', …' if len(new) > 5 else ''})" if new else "")
-        + ". Load the base model, class and number of labels that the adapter was trained on. (A new adapter with the "
+    )
+    raise ValueError(
+        f"This adapter was made for other parameters (digest {digest[:16]}, here {here[:16]}){told if colon else ''}. "
+        "Load the base model, class and number of labels that the adapter was trained on. (A new adapter with the "
         "configuration of another: set its manifest, redrawn and block_size to None.)"
     )
 

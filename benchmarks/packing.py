@@ -1,0 +1,99 @@
+"""What packing costs: accuracy of an adapter before and after, against its bytes.
+
+    python benchmarks/packing.py run --data FOLDER [--model FOLDER]
+    python benchmarks/packing.py table
+
+Each seed trains all-MiniLM-L6-v2 with d = 200 on SST-2 (all 67,349 phrases, 1,000 batches of 32, the rate falling from
+2e-4), then packs it with several numbers of levels: by rounding alone, and after 100 more steps as rounded
+(`quantisation_aware`). Accuracy is of the 872 sentences of the validation set, the packed adapter loaded anew. Rows go
+to benchmarks/results/packing.jsonl; seeds that are there already are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from carriers import minilm
+from peft import get_peft_model
+
+from peft_intrinsic.bounds.texts import LabelledTexts
+from peft_intrinsic.codec import adapter_to_string, compress, load_packed, quantisation_aware
+
+RESULTS = Path(__file__).parent / "results" / "packing.jsonl"
+SEEDS, LEVELS, STEPS, TUNING, RATE = range(3), (2, 3, 4, 5, 6, 8, 12, 16), 1000, 100, 2e-4
+
+
+def rows() -> list[dict[str, Any]]:
+    """What has been measured."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def accuracy(texts: LabelledTexts, model: Any) -> float:
+    """On the validation set."""
+    return round(1 - texts.errors(model, "eval") / len(texts.data["eval"]), 4)
+
+
+def run(texts: LabelledTexts, seed: int) -> None:
+    """One adapter, packed in every way."""
+    model: Any = get_peft_model(texts.base, texts.adapter(200, seed))
+    texts.train(model, STEPS, RATE, seed)
+    theta = model.base_model.vector.intrinsic_theta["default"].weight
+    start, before, found = theta.detach().clone(), accuracy(texts, model), []
+    for levels in LEVELS:
+        for tuned in (False, True):
+            theta.data.copy_(start)
+            if tuned:
+                with quantisation_aware(model, levels):
+                    texts.train(model, TUNING, RATE, seed)
+            found.append((levels, tuned, compress(model, levels)))
+    model.unload()
+    for levels, tuned, data in found:
+        loaded: Any = load_packed(texts.base, data)
+        row = {"seed": seed, "levels": levels, "tuned": tuned, "bytes": len(data), "before": before}
+        row |= {"after": accuracy(texts, loaded), "adapter": adapter_to_string(data)}
+        loaded.unload()
+        print(row, flush=True)
+        with open(RESULTS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def table() -> None:
+    """Means over the seeds, as Markdown."""
+    print("| levels | bytes | accuracy before | rounded | worst seed | tuned as rounded | worst seed |")
+    print("|---|---|---|---|---|---|---|")
+    for levels in LEVELS:
+        mine = [row for row in rows() if row["levels"] == levels]
+        size = f"{min(row['bytes'] for row in mine)}–{max(row['bytes'] for row in mine)}"
+        cells = [levels, size, f"{mean(row['before'] for row in mine):.4f}"]
+        for tuned in (False, True):
+            part = [row for row in mine if row["tuned"] == tuned]
+            lost = max(row["before"] - row["after"] for row in part)
+            cells += [f"{mean(row['after'] for row in part):.4f}", f"{-lost:+.4f}"]
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("--data", type=Path, help="folder with sst2/train.jsonl and sst2/validation.jsonl")
+    parser.add_argument("--model", help="the base model, by default the packaged all-MiniLM-L6-v2")
+    args = parser.parse_args()
+    if args.action == "table":
+        return table()
+    files = (str(args.data / "sst2" / f"{part}.jsonl") for part in ("train", "validation"))
+    texts = LabelledTexts(args.model or minilm(), *files, ["sentence"], "label")
+    for seed in SEEDS:
+        if not any(row["seed"] == seed for row in rows()):
+            run(texts, seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""What can be promised about new examples: bounds on the error from the training examples and an adapter's size."""
+
+from .certificate import CONDITIONS as CONDITIONS
+from .certificate import Certificate as Certificate
+from .formulas import catoni as catoni
+from .formulas import clopper_pearson as clopper_pearson
+from .formulas import hoeffding as hoeffding
+from .formulas import kl_inverse as kl_inverse
+from .formulas import mcallester as mcallester
+from .formulas import occam as occam
+from .formulas import prefix_free as prefix_free
+from .formulas import seeger as seeger
+from .formulas import smoothed_span as smoothed_span
+from .formulas import subsampled as subsampled

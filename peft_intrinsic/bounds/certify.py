@@ -1,0 +1,133 @@
+"""Certificates of packed adapters: made from the file and the training data, and checked from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..codec import compress, load_packed, quantisation_aware, read_packed
+from ..measure.store import write_whole
+from ..version import __version__
+from .certificate import Certificate
+from .texts import LabelledTexts
+
+SLACK = 0.001
+"""What the bound of another machine may differ by: a sum in another order decides a few close examples otherwise."""
+
+
+def message_bits(data: bytes) -> int:
+    """Bits of a packed adapter that were learnt: its body. Head and checksum follow from what is fixed beforehand.
+
+    The head names the base model and the projection (d, seed, options): what was chosen there by looking at the
+    training data is counted as combinations tried.
+
+    Raises:
+        ValueError: the bytes are no packed adapter.
+    """
+    return 8 * (len(data) - 4 - len(read_packed(data).head()))
+
+
+def certificate(data: bytes, texts: LabelledTexts, tried: int, delta: float, test: bool) -> Certificate:
+    """Count the errors of the very adapter that is deployed, the packed one.
+
+    Args:
+        data: the packed adapter.
+        texts: the data that it was trained on, and its base model.
+        tried: combinations of d, seed, learning rate, steps and levels that it was chosen from.
+        delta: the probability that the bound fails.
+        test: whether `texts` have test data of their own.
+
+    Raises:
+        ValueError: the adapter belongs to another base model, or is damaged.
+    """
+    model = load_packed(texts.base, data)
+    try:
+        wrong = texts.errors(model, "train")
+        unseen = (texts.errors(model, "eval"), len(texts.data["eval"])) if test else (None, None)
+    finally:
+        model.unload()
+    n, bits = len(texts.data["train"]), message_bits(data)
+    return Certificate(n, wrong, bits, tried, delta, texts.majority(), *unseen)
+
+
+def packed(
+    texts: LabelledTexts, folder: str, levels: Sequence[int], steps: int = 0, learning_rate: float = 2e-4
+) -> dict[int, bytes]:
+    """A saved adapter, packed with each number of levels; fine-tuned as rounded for some steps, unless none.
+
+    Raises:
+        ValueError: the adapter trains a head outside the d numbers, which no bound of this kind covers.
+    """
+    found = {}
+    for count in levels:
+        model: Any = PeftModel.from_pretrained(texts.base, folder, is_trainable=True)
+        try:
+            if whole := model.peft_config["default"].full_modules:
+                raise ValueError(
+                    f"modules_to_save={whole} was trained in full: thousands of numbers that the message does not "
+                    "hold, so nothing can be certified. Train with the head inside: modules_to_save=None."
+                )
+            if steps:
+                with quantisation_aware(model, count):
+                    texts.train(model, steps, learning_rate, 0)
+            found[count] = compress(model, count)
+        finally:
+            model.unload()
+    return found
+
+
+def digest(rows: Any) -> str:
+    """Of labelled texts, wherever they lie: SHA-256 of their rows as JSON lines."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps(row, sort_keys=True, ensure_ascii=True).encode() + b"\n")
+    return found.hexdigest()
+
+
+def write(path: Path, data: bytes, found: Certificate, texts: LabelledTexts) -> Path:
+    """The packed adapter, and beside it its certificate as JSON: what was counted, of which bytes and which data."""
+    write_whole(path, data)
+    beside = path.with_suffix(".certificate.json")
+    told = {
+        "certificate": found.to_dict(),
+        "adapter": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
+        "training_data": {"rows": found.n, "sha256": digest(texts.task.data["train"])},
+        "max_length": texts.max_length,
+        "peft_intrinsic": __version__,
+    }
+    write_whole(beside, json.dumps(told, indent=1) + "\n")
+    return beside
+
+
+def differences(path: Path, texts: LabelledTexts) -> tuple[Certificate, list[str]]:
+    """The certificate of a packed adapter computed again, and where the one beside it is not borne out.
+
+    Raises:
+        ValueError: there is none beside it, or it is no such file.
+    """
+    beside = path.with_suffix(".certificate.json")
+    try:
+        told = json.loads(beside.read_text(encoding="utf-8"))
+        claimed = Certificate.from_dict(told["certificate"])
+        bound = float(told["certificate"]["bound"])
+        sealed = {"adapter": told["adapter"]["sha256"], "training data": told["training_data"]["sha256"]}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{beside} is no certificate ({error!r}). Make it with certify.") from None
+    data = path.read_bytes()
+    found = certificate(data, texts, claimed.tried, claimed.delta, test=False)
+    here = {"adapter": hashlib.sha256(data).hexdigest(), "training data": digest(texts.task.data["train"])}
+    unlike = [f"{name}: SHA-256 {sealed[name]} there, {here[name]} here" for name in here if sealed[name] != here[name]]
+    for name in ("n", "bits", "majority"):
+        if getattr(claimed, name) != getattr(found, name):
+            unlike.append(f"{name}: {getattr(claimed, name)} there, {getattr(found, name)} here")
+    if bound < max(claimed.bound - 1e-9, found.bound - SLACK):
+        unlike.append(
+            f"bound: {bound} there; {claimed.bound} from the numbers there, {found.bound} here ({claimed.errors} and "
+            f"{found.errors} errors)"
+        )
+    return found, unlike

@@ -1,0 +1,153 @@
+"""What the commands pack, unpack, certify and verify do."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftModel
+
+from ..codec import adapter_to_string, compress, load_packed, qr_code, quantisation_aware, read_packed
+from ..measure.store import write_whole
+from ..tuner import IntrinsicConfig
+from .certificate import Certificate
+from .certify import certificate, differences, packed, write
+from .plot import plot_sweep
+from .sweep import sweep
+from .texts import LabelledTexts
+
+CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+
+
+def _base(name: str, task: str | None, labels: int | None) -> Any:
+    """A base model with the class for its task."""
+    if not name:
+        raise ValueError("The adapter does not name its base model. Name it: --model.")
+    options = {"num_labels": labels} if labels else {}
+    return getattr(transformers, CLASSES.get(task or "", "AutoModel")).from_pretrained(name, **options)
+
+
+def _texts(args: argparse.Namespace, model: str | None, train: str, test: str | None) -> LabelledTexts:
+    if not (model := args.model or model):
+        raise ValueError("The adapter does not name its base model. Name it: --model.")
+    return LabelledTexts(model, train, test, args.text, args.label, args.batch)
+
+
+def pack(args: argparse.Namespace) -> None:
+    """An adapter's folder as a packed file; its accuracy before and after, where there are data."""
+    if args.finetune and not (args.train and args.levels):
+        raise ValueError(f"--finetune {args.finetune} needs --train and --levels.")
+    config = IntrinsicConfig.from_pretrained(args.adapter)
+    texts = None
+    if args.eval or args.train:
+        texts = _texts(args, config.base_model_name_or_path, args.train or args.eval, args.eval)
+    base = texts.base if texts else _base(args.model or config.base_model_name_or_path, config.task_type, args.labels)
+    try:
+        model: Any = PeftModel.from_pretrained(base, args.adapter, is_trainable=bool(args.finetune))
+    except ValueError as error:
+        raise ValueError(f"{error} For another number of labels: --labels.") from None
+    before = _accuracy(texts, model, args.eval)
+    if texts and args.finetune:
+        with quantisation_aware(model, args.levels):
+            texts.train(model, args.finetune, args.lr, 0)
+    data = compress(model, args.levels, max_bytes=args.max_bytes, max_error=args.max_error)
+    write_whole(Path(args.out), data)
+    found = read_packed(data)
+    print(f"{args.out}: {len(data)} bytes, d = {found.d}, {len(found.values)} values of {found.base or 'a base model'}")
+    if before is not None:
+        model.unload()
+        after = _accuracy(texts, load_packed(base, data), args.eval)
+        print(f"accuracy {before:.4f} before, {after:.4f} packed")
+    if args.text_form:
+        print(adapter_to_string(data))
+    if args.qr:
+        qr_code(data, args.qr)
+
+
+def _accuracy(texts: LabelledTexts | None, model: Any, held_out: str | None) -> float | None:
+    if texts is None or held_out is None:
+        return None
+    return 1 - texts.errors(model, "eval") / len(texts.data["eval"])
+
+
+def unpack(args: argparse.Namespace) -> None:
+    """A packed adapter as a folder, through its base model."""
+    found = read_packed(args.file)
+    if Path(args.out).exists() and any(Path(args.out).iterdir()):
+        raise ValueError(f"--out {args.out} holds files already. Name a new folder.")
+    model = load_packed(_base(args.model or found.base, found.options["task_type"], found.classes), args.file)
+    model.save_pretrained(args.out)
+    print(f"{args.out}: d = {found.d}, for {found.base or args.model}")
+
+
+def certify(args: argparse.Namespace) -> None:
+    """Certificates of one adapter, or of a sweep."""
+    if (args.adapter is None) == (args.dims is None):
+        raise ValueError("name either --adapter, to certify it, or --dims, to train adapters and certify the best.")
+    if args.dims:
+        return _sweep(args)
+    source = Path(args.adapter)
+    if source.is_file():
+        texts = _texts(args, read_packed(source).base, args.train, args.test)
+        candidates = [source.read_bytes()]
+    else:
+        config = IntrinsicConfig.from_pretrained(args.adapter)
+        texts = _texts(args, config.base_model_name_or_path, args.train, args.test)
+        candidates = list(packed(texts, args.adapter, args.levels, args.finetune, args.lr).values())
+    tried = args.tried * len(candidates)
+    made = [(certificate(data, texts, tried, args.delta, bool(args.test)), data) for data in candidates]
+    found, data = min(made, key=lambda pair: pair[0].bound)
+    out = Path(args.out or (source if source.is_file() else source / "adapter.pia"))
+    beside = write(out, data, found, texts)
+    if source.is_dir() and (source / "README.md").is_file():
+        _note(source / "README.md", found, out)
+    print(found.report() + f"\n{out}: {len(data)} bytes; {beside}")
+
+
+def _note(card: Path, found: Certificate, packed_file: Path) -> None:
+    """One line in the model card, in place of an older one."""
+    lines = [line for line in card.read_text(encoding="utf-8").splitlines() if not line.startswith("Certified: ")]
+    lines.append(f"Certified: {found.claim()} ({packed_file.name}; `peft-intrinsic verify` computes it again).")
+    write_whole(card, "\n".join(lines) + "\n")
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    if not args.model or not args.out:
+        raise ValueError("--dims needs --model, the base model, and --out, a folder.")
+    if args.tried != 1:
+        raise ValueError(f"--tried {args.tried}: with --dims the combinations are counted from --dims and --levels.")
+    texts = _texts(args, None, args.train, args.test)
+    chosen = (args.steps, args.finetune, args.lr, args.seed, args.delta, bool(args.test))
+    rows = sweep(texts, args.dims, args.levels, args.out, *chosen)
+    plot_sweep(rows, Path(args.out, "certificates.png"))
+    print("| d | levels | bytes | bits with a table | with a prior | training error | test error | bound |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        found = Certificate.from_dict(row["certificate"])
+        test = "" if found.test_errors is None or not found.test_n else f"{found.test_errors / found.test_n:.4f}"
+        cells = [row[name] for name in ("d", "levels", "bytes", "table_bits", "prior_bits")]
+        print(f"| {' | '.join(map(str, cells))} | {found.risk:.4f} | {test} | {found.bound:.4f} |")
+    best = min((Certificate.from_dict(row["certificate"]) for row in rows), key=lambda found: found.bound)
+    print("\n" + best.report() + f"\nbest.pia, its certificate, sweep.json and certificates.png in {args.out}")
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Compute the certificate again.
+
+    Raises:
+        ValueError: it does not agree; the message says where.
+    """
+    path = Path(args.file)
+    found, unlike = differences(path, _texts(args, read_packed(path).base, args.train, None))
+    print(found.report())
+    if unlike:
+        raise ValueError(f"{path} does not bear out the certificate beside it. " + "; ".join(unlike) + ".")
+    print("Agrees with the certificate beside it.")

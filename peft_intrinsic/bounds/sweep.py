@@ -1,0 +1,104 @@
+"""The cheapest certificate of a task: adapters of several d, packed with several numbers of levels."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+
+from ..codec import PRIORS, Packed, adapter_from_string, adapter_to_string, compress, quantisation_aware
+from ..measure.store import Store, write_whole
+from .certificate import Certificate
+from .certify import certificate, digest, message_bits, write
+from .texts import LabelledTexts
+
+
+def sweep(
+    texts: LabelledTexts,
+    dims: Sequence[int],
+    levels: Sequence[int],
+    out: str | os.PathLike,
+    steps: int = 1000,
+    tuning_steps: int = 0,
+    learning_rate: float = 2e-4,
+    seed: int = 0,
+    delta: float = 0.05,
+    test: bool = False,
+) -> list[dict[str, Any]]:
+    """Train an adapter for each d, pack it with each number of levels, and certify every one.
+
+    A finished one is a row of `trials.jsonl` in `out`, its packed adapter included, so a killed sweep goes on. The
+    least bound is written as `best.pia` with its certificate, in which all combinations count as tried.
+
+    Args:
+        texts: task and base model.
+        dims, levels: to try; every combination is charged.
+        out: folder.
+        steps: of training.
+        tuning_steps: of fine-tuning as rounded, for each number of levels.
+        learning_rate: of both.
+        seed: of the projection and of training.
+        delta: the probability that the bound fails.
+        test: whether `texts` have test data of their own.
+
+    Returns:
+        A row for each: d, levels, bytes, the body's bits with a table and with a prior fixed beforehand (the adapter
+        has the fewer), and the certificate.
+    """
+    settings = {
+        "training_data": digest(texts.task.data["train"]),
+        **{"steps": steps, "tuning_steps": tuning_steps, "learning_rate": learning_rate, "seed": seed},
+        "arguments": {name: texts.arguments[name] for name in ("per_device_train_batch_size",)},
+    }
+    tried = len(dims) * len(levels)
+    with Store(out, settings) as store:
+        for d in dims:
+            left = [count for count in levels if store.key({"d": d, "levels": count}) not in store.rows]
+            if left:
+                for count, data in trained(texts, d, left, steps, tuning_steps, learning_rate, seed).items():
+                    found = certificate(data, texts, 1, delta, test)
+                    counts = {"errors": found.errors, "test_errors": found.test_errors, "test_n": found.test_n}
+                    row = {**counts, "adapter": adapter_to_string(data)}
+                    store.add({"d": d, "levels": count}, row)
+        rows = [store.rows[store.key({"d": d, "levels": count})] for d in dims for count in levels]
+    told = [_told(row, texts, tried, delta) for row in rows]
+    best = min(range(len(told)), key=lambda i: told[i]["certificate"]["bound"])
+    data = adapter_from_string(rows[best]["adapter"])
+    write(Path(out, "best.pia"), data, Certificate.from_dict(told[best]["certificate"]), texts)
+    write_whole(Path(out, "sweep.json"), json.dumps({"settings": settings, "tried": tried, "rows": told}, indent=1))
+    return told
+
+
+def trained(
+    texts: LabelledTexts, d: int, levels: Sequence[int], steps: int, tuning_steps: int, learning_rate: float, seed: int
+) -> dict[int, bytes]:
+    """One adapter, packed with each number of levels."""
+    model: Any = get_peft_model(texts.base, texts.adapter(d, seed))
+    try:
+        texts.train(model, steps, learning_rate, seed)
+        theta = model.base_model.vector.intrinsic_theta["default"].weight
+        start, found = theta.detach().clone(), {}
+        for count in levels:
+            theta.data.copy_(start)
+            if tuning_steps:
+                with quantisation_aware(model, count):
+                    texts.train(model, tuning_steps, learning_rate, seed)
+            found[count] = compress(model, count)
+    finally:
+        model.unload()
+    return found
+
+
+def _told(row: dict[str, Any], texts: LabelledTexts, tried: int, delta: float) -> dict[str, Any]:
+    data = adapter_from_string(row["adapter"])
+    packed = Packed.from_bytes(data)
+    counts = (row["errors"], message_bits(data), tried, delta, texts.majority(), row["test_errors"], row["test_n"])
+    return {
+        **{"d": row["d"], "levels": row["levels"], "bytes": len(data)},
+        **{"table_bits": 8 * len(packed.body([0])), "prior_bits": 8 * len(packed.body(range(1, PRIORS + 1)))},
+        "certificate": Certificate(len(texts.data["train"]), *counts).to_dict(),
+    }

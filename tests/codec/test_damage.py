@@ -1,0 +1,232 @@
+"""Damaged and hostile packed adapters: refused with a message, in bounded time and memory."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import GOLDEN, contents, few_values, resealed, synthetic  # type: ignore[import-not-found]
+
+from peft_intrinsic.codec import Packed, adapter_from_string, adapter_to_string
+
+golden = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+
+
+def outcome(read: Callable, data: bytes | str) -> Packed | bytes | None:
+    """What was read, or None where it was refused; anything but a ValueError with words is a failure."""
+    try:
+        return read(data)
+    except BaseException as error:  # Rust's panics are no Exception
+        caught = error
+    if type(caught) is not ValueError or len(str(caught)) < 30:  # nor are there any of json, numpy or Unicode
+        pytest.fail(f"{type(caught).__name__}: {caught} for {data!r}")
+    return None
+
+
+def well_formed(packed: Packed) -> bool:
+    """Whether a packed adapter is one that could be written again, and means numbers."""
+    m = len(packed.scales)
+    whole = packed.d == len(packed.theta) + m and len(packed.values) <= 256 and packed.options["said"] == (m > 0)
+    finite = np.isfinite(packed.theta).all() and np.isfinite(packed.scales).all()
+    return bool(whole and finite) and contents(Packed.from_bytes(packed.to_bytes())) == contents(packed)
+
+
+def refused_or_well_formed(data: bytes) -> None:
+    packed = outcome(Packed.from_bytes, data)
+    assert packed is None or well_formed(packed), data
+
+
+@golden
+def test_every_truncation_is_refused(path):
+    data = path.read_bytes()
+    for length in range(len(data)):
+        assert outcome(Packed.from_bytes, data[:length]) is None, length
+
+
+@golden
+def test_every_flipped_bit_is_refused(path):
+    data = path.read_bytes()
+    for i in range(8 * len(data)):
+        changed = bytearray(data)
+        changed[i // 8] ^= 1 << i % 8
+        assert outcome(Packed.from_bytes, bytes(changed)) is None, i
+
+
+@golden
+def test_bytes_behind_the_end_are_refused(path):
+    data = path.read_bytes()
+    for more in (b"\0", b"\n", data):
+        assert outcome(Packed.from_bytes, data + more) is None
+        assert outcome(Packed.from_bytes, resealed(data + more)) is None
+
+
+@golden
+def test_every_truncation_with_a_new_checksum_is_refused_or_well_formed(path):
+    data = path.read_bytes()
+    for length in range(4, len(data)):
+        refused_or_well_formed(resealed(data[:length]))
+
+
+@golden
+def test_substituted_bytes_with_a_new_checksum_are_refused_or_well_formed(path):
+    data = path.read_bytes()
+    for place in range(len(data) - 4):
+        old = data[place]
+        for new in {0, 1, 127, 128, 255, *(old ^ 1 << bit for bit in range(8))} - {old}:
+            refused_or_well_formed(resealed(data[:place] + bytes([new]) + data[place + 1 :]))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_mutations_with_a_new_checksum_are_refused_or_well_formed(data):
+    raw = data.draw(st.sampled_from(GOLDEN)).read_bytes()[:-4]
+    for _ in range(data.draw(st.integers(1, 4))):
+        start, length = data.draw(st.integers(0, len(raw))), data.draw(st.integers(0, 6))
+        raw = raw[:start] + data.draw(st.binary(max_size=6)) + raw[start + length :]
+    refused_or_well_formed(resealed(raw + b"...."))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.binary(max_size=200))
+def test_random_bytes_behind_the_magic_are_refused_or_well_formed(tail):
+    refused_or_well_formed(resealed(b"PIA\x01" + tail + b"...."))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(max_size=80) | st.text("ABCDEFabcdef0123-_=", max_size=80))
+def test_random_strings_are_refused(text):
+    assert outcome(adapter_from_string, text) is None
+
+
+@golden
+def test_changed_strings_are_refused(path):
+    text = adapter_to_string(path.read_bytes())
+    for i in range(len(text)):
+        other = "A" if text[i] != "A" else "B"
+        for changed in (text[:i], text[:i] + other + text[i + 1 :], text[:i] + " " + text[i:] if i else text + "="):
+            assert outcome(adapter_from_string, changed) is None, changed
+
+
+PLAIN = synthetic(few_values(20, 3))
+SAID = synthetic(few_values(20, 3), [0.5])
+JSON = synthetic(few_values(20, 3), target_modules=["x"])
+
+
+def swapped(packed: Packed, old: bytes, new: bytes) -> bytes:
+    """A file with one field replaced, its checksum fitting."""
+    data = packed.to_bytes()
+    assert data.count(old) == 1, data
+    return resealed(data.replace(old, new))
+
+
+def body(*parts: bytes, of: Packed = PLAIN) -> bytes:
+    """The head of an adapter before a body of one's own."""
+    return resealed(of.head() + b"".join(parts) + b"....")
+
+
+def number(value: int) -> bytes:
+    """A number as the format writes it."""
+    return bytes([value & 127 | 128]) + number(value >> 7) if value > 127 else bytes([value])
+
+
+def halves(*values: float, exponent: int = 0) -> bytes:
+    return exponent.to_bytes(1, "little", signed=True) + np.array(values, dtype="<f2").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "no packed adapter: it begins with b''"),
+        (b"GIF89a..", "no packed adapter: it begins with b'GIF'"),
+        (b"PIA\x01", "checksum"),
+        (b"PIA\x02" + bytes(40), r"format version 2; version 1 is known here\. Upgrade"),
+        (PLAIN.to_bytes()[:-1], "checksum does not fit"),
+        (swapped(PLAIN, b"PIA\x01\x01\x14", b"PIA\x01\x01\x00"), "d is 0"),
+        (swapped(PLAIN, b"PIA\x01\x01\x14", b"PIA\x01\x01\x81\x80\x80\x08"), "d is 16777217"),
+        (swapped(PLAIN, b"PIA\x01\x01\x14", b"PIA\x01\x01\x94\x00"), "d is written with more bytes than it needs"),
+        (swapped(PLAIN, b"PIA\x01\x01\x14", b"PIA\x01\x01\x14" + b"\xff" * 9), "the seed has more than 63 bits"),
+        (swapped(PLAIN, b"PIA\x01\x01\x14", b"PIA\x01\x00\x14"), "algorithm"),
+        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x06\x06\x00\x00"), "lambda_granularity is number 3 of 3"),
+        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x18\x06\x00\x00"), "projection is number 3 of 3"),
+        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x00\xc6\x00\x00"), "target_modules is number 3 of 3"),
+        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x00\x06\x07\x00"), "task_type is number 7 of 7"),
+        (swapped(PLAIN, b"\x0asome/model", b"\xff\x01some/model"), "255 bytes are due at byte 13"),
+        (swapped(PLAIN, b"\x0asome/model", b"\x80\x02some/model"), "length of the base model's name is 256"),
+        (swapped(PLAIN, b"some/model", b"some/mode\xff"), "base model's name is no UTF-8"),
+        (swapped(JSON, b'["x"]', b'["x",'), "other options are no JSON"),
+        (swapped(JSON, b'["x"]', b'["x" '), "other options are no JSON"),
+        (swapped(JSON, b'"target_modules"', b'"target_modulos"'), "other options are not some of target_modules"),
+        (swapped(JSON, b"\x00\x86\x00", b"\x00\x06\x00"), "head is not written in the one way"),
+        (swapped(JSON, b':["x"]', b': "x"'), r"due|no JSON|one way|damaged"),
+        (body(b"\x02\x11", halves(-1, 0, 1), b"\0"), "weights 17 of 16 are unknown"),
+        (body(b"\x02\x01", halves(-1, 1, 0), b"\0"), "codebook does not rise"),
+        (body(b"\x02\x01", halves(-1, 1, 1), b"\0"), "codebook does not rise"),
+        (body(b"\x02\x01", halves(-1, 0, np.nan), b"\0"), "codebook holds NaN or infinite"),
+        (body(b"\x02\x01", halves(-1, 0, np.inf), b"\0"), "codebook holds NaN or infinite"),
+        (body(b"\x02\x01", halves(-0.5, 0, 0.25), b"\0"), "codebook has an exponent that does not fit"),
+        (body(b"\x02\x01", halves(-4, 0, 0.25), b"\0"), "codebook has an exponent that does not fit"),
+        (body(b"\x00\x01", halves(0, exponent=3), b"\0"), "codebook has an exponent that does not fit"),
+        (body(b"\xff\x01", halves(-1, 0, 1)), "512 bytes are due"),
+        (body(b"\x02\x00", halves(-1, 0, 1), b"\x00\x01\0"), "a count is 0"),
+        (body(b"\x02\x00", halves(-1, 0, 1), b"\x0a\x0a\0"), "counts are more than the numbers"),
+        (body(b"\x00\x01", halves(1), b"\x01", halves(1)), "number of λ is 1"),
+        (body(b"\x00\x01", halves(1), b"\x00", of=SAID), "number of λ is 0"),
+        (body(b"\x00\x01", halves(1), b"\x15", halves(1), of=SAID), "number of λ is 21"),
+        (body(b"\x00\x01", halves(1), b"\x14", halves(1), of=SAID), "40 bytes are due"),
+        (body(b"\x00\x01", halves(1), b"\0", b"\x01"), "code of a single value must be empty"),
+        (body(b"\x01\x01", halves(0, 1), b"\0", b"\x00\x01"), "code begins with a zero byte"),
+        (body(b"\x01\x01", halves(0, 1), b"\0", b"\xff" * 30), "code holds more or less than the numbers"),
+    ],
+)
+def test_message_names_what_is_wrong(data, message):
+    with pytest.raises(ValueError, match=message):
+        Packed.from_bytes(data)
+
+
+@pytest.mark.parametrize("depth", [10, 400, 900, 990, 2000, 30_000])
+def test_nested_options_are_refused_without_exhausting_the_stack(depth):
+    nested = b'{"target_modules":' + b"[" * depth + b"]" * depth + b"}"
+    data = swapped(JSON, b'\x18{"target_modules":["x"]}', number(len(nested)) + nested)
+    packed = outcome(Packed.from_bytes, data)
+    assert packed is None or depth < 1000
+
+
+@pytest.mark.parametrize("of", [PLAIN, SAID])
+def test_values_beyond_float32_are_refused(of):
+    scales = b"\1" + halves(2, exponent=127) if of is SAID else b"\0"
+    with pytest.raises(ValueError, match="damaged"):
+        Packed.from_bytes(body(b"\0\1", halves(1 if of is SAID else 2, exponent=127), scales, of=of))
+
+
+def giants() -> list[bytes]:
+    """Few bytes that claim the most numbers of a format's file."""
+    huge, said = replace(PLAIN, d=2**24), replace(SAID, d=2**24)
+    return [
+        body(b"\x00\x01", halves(1), b"\0", of=huge),
+        body(b"\x01\x01", halves(0, 1), b"\0", of=huge),
+        body(b"\x01\x00", halves(0, 1), b"\x01", b"\0", b"\xff" * 40, of=huge),
+        body(b"\xff\x10", halves(*np.arange(256) / 128), b"\0", b"\xff" * 40, of=huge),
+        body(b"\x00\x01", halves(1), number(2**24 - 2), halves(1), of=said),
+        body(b"\x00\x01", halves(1), b"\x01", halves(1), of=said),
+        swapped(PLAIN, b"manifest\0", b"manifest" + number(2**63 - 1)),
+        swapped(PLAIN, b"manifest\0", b"manifest" + number(2**20)),
+        swapped(PLAIN, b"\0\x0asome/model", number(2**16) + b"\x0asome/model"),
+    ]
+
+
+def test_few_bytes_that_claim_much_take_bounded_memory():
+    files = giants()
+    assert max(map(len, files)) < 700
+    tracemalloc.start()
+    try:
+        for data in files:
+            outcome(Packed.from_bytes, data)
+        mebibytes = tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+    assert 64 < mebibytes < 512  # 2^24 numbers and their symbols; less would mean that the measurement is broken
