@@ -163,12 +163,14 @@ def fits(option: str, pattern: str, key: str) -> bool:
     """Whether a regular expression matches the whole of a name.
 
     Raises:
-        ValueError: it takes longer than `PATIENCE`.
+        ValueError: it takes longer than `PATIENCE`, or is none to `regex`, which asks for more than `re`.
     """
     try:
         return regex.fullmatch(pattern, key, timeout=PATIENCE) is not None
     except TimeoutError:
         raise ValueError(f"{option}={pattern!r} takes too long to match {key!r}. Use a simpler expression.") from None
+    except regex.error as error:
+        raise ValueError(f"{option}={pattern!r} is not a regular expression: {error}.") from None
 
 
 def named(names: Iterable[str], key: str) -> bool:
