@@ -27,7 +27,7 @@ def add_commands(commands: Any) -> None:
     pack.add_argument(
         "--finetune", type=int, default=0, metavar="STEPS", help="train on as rounded (0; needs --levels)"
     )
-    pack.add_argument("--lr", type=float, default=2e-4, help="learning rate of --finetune (2e-4)")
+    pack.add_argument("--lr", type=float, default=2e-4, help="of training; --finetune has a tenth (2e-4)")
     _add_columns(pack)
     unpack = commands.add_parser("unpack", help="a packed adapter as a folder that PEFT loads")
     unpack.set_defaults(run=_later("unpack"))
@@ -53,7 +53,7 @@ def add_commands(commands: Any) -> None:
     certify.add_argument("-o", "--out", help="x.pia (beside the adapter); with --dims a folder, in which it resumes")
     certify.add_argument("--steps", type=int, default=1000, help="of training, with --dims (1000)")
     certify.add_argument("--finetune", type=int, default=0, metavar="STEPS", help="train on as rounded (0)")
-    certify.add_argument("--lr", type=float, default=2e-4, help="learning rate (2e-4)")
+    certify.add_argument("--lr", type=float, default=2e-4, help="of training; --finetune has a tenth (2e-4)")
     certify.add_argument("--seed", type=int, default=0, help="with --dims (0)")
     _add_columns(certify)
     verify = commands.add_parser("verify", help="compute a certificate again, from the packed adapter and the data")

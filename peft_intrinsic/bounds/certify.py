@@ -19,6 +19,9 @@ from .texts import LabelledTexts
 SLACK = 0.001
 """What the bound of another machine may differ by: a sum in another order decides a few close examples otherwise."""
 
+TUNING = 0.1
+"""The rate of fine-tuning as rounded, as a share of that of training: docs/packing.md."""
+
 
 def message_bits(data: bytes) -> int:
     """Bits of a packed adapter that were learnt: its body. Head and checksum follow from what is fixed beforehand.
@@ -60,6 +63,13 @@ def packed(
 ) -> dict[int, bytes]:
     """A saved adapter, packed with each number of levels; fine-tuned as rounded for some steps, unless none.
 
+    Args:
+        texts: the data that it was trained on, and its base model.
+        folder: of the adapter.
+        levels: to try.
+        steps: of fine-tuning, at `TUNING` of the rate.
+        learning_rate: of the training before.
+
     Raises:
         ValueError: the adapter trains a head outside the d numbers, which no bound of this kind covers.
     """
@@ -74,7 +84,7 @@ def packed(
                 )
             if steps:
                 with quantisation_aware(model, count):
-                    texts.train(model, steps, learning_rate, 0)
+                    texts.train(model, steps, TUNING * learning_rate, 0)
             found[count] = compress(model, count)
         finally:
             model.unload()

@@ -13,7 +13,7 @@ from ..codec import adapter_to_string, compress, load_packed, qr_code, quantisat
 from ..measure.store import write_whole
 from ..tuner import IntrinsicConfig
 from .certificate import Certificate
-from .certify import certificate, differences, packed, write
+from .certify import TUNING, certificate, differences, packed, write
 from .plot import plot_sweep
 from .sweep import sweep
 from .texts import LabelledTexts
@@ -57,7 +57,7 @@ def pack(args: argparse.Namespace) -> None:
     before = _accuracy(texts, model, args.eval)
     if texts and args.finetune:
         with quantisation_aware(model, args.levels):
-            texts.train(model, args.finetune, args.lr, 0)
+            texts.train(model, args.finetune, TUNING * args.lr, 0)
     data = compress(model, args.levels, max_bytes=args.max_bytes, max_error=args.max_error)
     write_whole(Path(args.out), data)
     found = read_packed(data)

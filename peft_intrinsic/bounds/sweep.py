@@ -13,7 +13,7 @@ from peft import get_peft_model
 from ..codec import PRIORS, Packed, adapter_from_string, adapter_to_string, compress, quantisation_aware
 from ..measure.store import Store, write_whole
 from .certificate import Certificate
-from .certify import certificate, digest, message_bits, write
+from .certify import TUNING, certificate, digest, message_bits, write
 from .texts import LabelledTexts
 
 
@@ -40,7 +40,7 @@ def sweep(
         out: folder.
         steps: of training.
         tuning_steps: of fine-tuning as rounded, for each number of levels.
-        learning_rate: of both.
+        learning_rate: of training; of fine-tuning as rounded a tenth of it.
         seed: of the projection and of training.
         delta: the probability that the bound fails.
         test: whether `texts` have test data of their own.
@@ -86,7 +86,7 @@ def trained(
             theta.data.copy_(start)
             if tuning_steps:
                 with quantisation_aware(model, count):
-                    texts.train(model, tuning_steps, learning_rate, seed)
+                    texts.train(model, tuning_steps, TUNING * learning_rate, seed)
             found[count] = compress(model, count)
     finally:
         model.unload()
