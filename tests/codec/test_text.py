@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import build, evaluate, trained
 from PIL import Image
 from samples import GOLDEN  # type: ignore[import-not-found]
 
-from peft_intrinsic.codec import adapter_from_string, adapter_to_string, compress, load_packed, qr_code
+from peft_intrinsic.codec import Packed, adapter_from_string, adapter_to_string, compress, load_packed, qr_code
 
 golden = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 
@@ -130,3 +131,10 @@ def test_more_bytes_than_a_picture_holds_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"2215 bytes are more than a QR code holds, about 2,200"):
         qr_code(bytes(2215), tmp_path / "more.png")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter.png"]
+
+
+def test_the_picture_in_the_documentation_holds_an_adapter():
+    with Image.open(Path(__file__).parents[2] / "docs/adapter.png") as picture:
+        (found,) = zxingcpp.read_barcodes(picture.convert("L"))
+    packed = Packed.from_bytes(adapter_from_string(found.text))
+    assert (packed.d, packed.base, len(packed.values)) == (200, "all-MiniLM-L6-v2", 8)
