@@ -31,7 +31,7 @@ OPTIONS = ("said", "lambda_granularity", "projection", "scale", "head", "add_bia
 """Options that a packed adapter keeps beside d, seed and block size; all others follow from them or train only."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Packed:
     """All that a packed adapter holds.
 
@@ -153,7 +153,7 @@ class Packed:
     @classmethod
     def _read(cls, reader: wire.Reader) -> Packed:
         reader.take(4)
-        algorithm = reader.number(1, ALGORITHM_VERSION, "the version of the algorithm")
+        algorithm = reader.number(1, 2**31, "the version of the algorithm")  # the configuration knows which
         d = reader.number(1, NUMBERS, "d")
         seed = reader.number(0, 2**63 - 1, "the seed")
         flags, places, task = reader.take(3)
@@ -206,4 +206,7 @@ def _learnt(reader: wire.Reader, d: int, said: bool) -> tuple[np.ndarray, np.nda
     if min(weights) < 1:
         raise ValueError("the counts are more than the numbers")
     symbols = entropy.decode(reader.rest(), d - m, weights)
+    found = np.bincount(symbols, minlength=levels)
+    if not found.all() or (index == 0 and found.tolist() != list(weights)):
+        raise ValueError("the values do not occur as often as they must")
     return values[symbols], scales

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from constriction import stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import GOLDEN, contents, few_values, resealed, synthetic  # type: ignore[import-not-found]
@@ -164,6 +165,7 @@ def halves(*values: float, exponent: int = 0) -> bytes:
         (swapped(JSON, b"\x00\x86\x00", b"\x00\x06\x00"), "head is not written in the one way"),
         (swapped(JSON, b':["x"]', b': "x"'), r"due|no JSON|one way|damaged"),
         (body(b"\x02\x11", halves(-1, 0, 1), b"\0"), "weights 17 of 16 are unknown"),
+        (body(b"\x01\x01", halves(0, 1), b"\0"), "do not occur as often"),
         (body(b"\x02\x01", halves(-1, 1, 0), b"\0"), "codebook does not rise"),
         (body(b"\x02\x01", halves(-1, 1, 1), b"\0"), "codebook does not rise"),
         (body(b"\x02\x01", halves(-1, 0, np.nan), b"\0"), "codebook holds NaN or infinite"),
@@ -194,6 +196,21 @@ def test_nested_options_are_refused_without_exhausting_the_stack(depth):
     data = swapped(JSON, b'\x18{"target_modules":["x"]}', number(len(nested)) + nested)
     packed = outcome(Packed.from_bytes, data)
     assert packed is None or depth < 1000
+
+
+@pytest.mark.parametrize(("count", "fits"), [(15, True), (5, False)])
+def test_a_table_must_count_what_the_code_holds(count, fits):
+    symbols = np.repeat(np.array([0, 1], dtype=np.int32), (15, 5))
+    coder = stream.stack.AnsCoder()
+    weights = np.array([count, 20 - count], dtype=np.float64)
+    coder.encode_reverse(symbols, stream.model.Categorical(weights, perfect=False))
+    code = coder.get_compressed()[::-1].astype(">u4").tobytes().lstrip(b"\0")
+    data = body(b"\1\0", halves(0, 1), number(count), b"\0", code)
+    if fits:
+        assert Packed.from_bytes(data).theta.tolist() == symbols.tolist()
+    else:
+        with pytest.raises(ValueError, match="do not occur as often"):
+            Packed.from_bytes(data)
 
 
 @pytest.mark.parametrize("of", [PLAIN, SAID])

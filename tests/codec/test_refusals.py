@@ -207,6 +207,12 @@ def test_well_formed_files_that_fit_no_model_are_refused_and_leave_it_alone(chan
     assert base.state_dict().keys() == build("bert").state_dict().keys()
 
 
+def test_a_later_algorithm_asks_for_an_upgrade():
+    data = replace(read_packed(compress(trained("bert"))), algorithm=2).to_bytes()
+    with pytest.raises(ValueError, match=r"algorithm_version=2; .* Upgrade"):
+        load_packed(build("bert"), data)
+
+
 def test_models_without_a_configuration_can_be_packed():
     model = get_peft_model(Custom(), IntrinsicConfig(d=20, target_modules="all"))
     assert read_packed(compress(model)).classes == 0
