@@ -25,11 +25,11 @@ from carriers import minilm
 from peft import get_peft_model
 
 from peft_intrinsic.bounds.texts import LabelledTexts
-from peft_intrinsic.codec import adapter_to_string, compress, load_packed, quantisation_aware
+from peft_intrinsic.codec import adapter_to_string, load_packed
 
 RESULTS = Path(__file__).parent / "results" / "packing.jsonl"
 SEEDS, LEVELS = range(3), (3, 4, 6, 8)
-STEPS, RATE, TUNING_STEPS, TUNING_RATE = 1000, 2e-4, 100, 2e-5
+STEPS, TUNING_STEPS, RATE = 1000, 100, 2e-4
 
 
 def rows() -> list[dict[str, Any]]:
@@ -46,15 +46,9 @@ def run(texts: LabelledTexts, seed: int) -> None:
     """One adapter, packed in every way."""
     model: Any = get_peft_model(texts.base, texts.adapter(200, seed))
     texts.train(model, STEPS, RATE, seed)
-    theta = model.base_model.vector.intrinsic_theta["default"].weight
-    start, before, found = theta.detach().clone(), accuracy(texts, model), []
-    for levels in LEVELS:
-        for tuned in (False, True):
-            theta.data.copy_(start)
-            if tuned:
-                with quantisation_aware(model, levels):
-                    texts.train(model, TUNING_STEPS, TUNING_RATE, seed)
-            found.append((levels, tuned, compress(model, levels)))
+    before = accuracy(texts, model)
+    ways = [(levels, tuned) for levels in LEVELS for tuned in (False, True)]
+    found = [(*way, texts.packed(model, way[0], TUNING_STEPS * way[1], RATE, seed)) for way in ways]
     model.unload()
     for levels, tuned, data in found:
         loaded: Any = load_packed(texts.base, data)

@@ -71,7 +71,10 @@ def _add_columns(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between them.") from None
 
 
 def _later(name: str) -> Callable[[argparse.Namespace], None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..codec import compress, load_packed, quantisation_aware, read_packed
+from ..codec import load_packed, read_packed
 from ..measure.store import write_whole
 from ..version import __version__
 from .certificate import Certificate
@@ -18,9 +18,6 @@ from .texts import LabelledTexts
 
 SLACK = 0.001
 """What the bound of another machine may differ by: a sum in another order decides a few close examples otherwise."""
-
-TUNING = 0.1
-"""The rate of fine-tuning as rounded, as a share of that of training: docs/packing.md."""
 
 
 def message_bits(data: bytes) -> int:
@@ -60,35 +57,27 @@ def certificate(data: bytes, texts: LabelledTexts, tried: int, delta: float, tes
 
 def packed(
     texts: LabelledTexts, folder: str, levels: Sequence[int], steps: int = 0, learning_rate: float = 2e-4
-) -> dict[int, bytes]:
-    """A saved adapter, packed with each number of levels; fine-tuned as rounded for some steps, unless none.
+) -> list[bytes]:
+    """A saved adapter, packed with each number of levels.
 
     Args:
         texts: the data that it was trained on, and its base model.
         folder: of the adapter.
-        levels: to try.
-        steps: of fine-tuning, at `TUNING` of the rate.
-        learning_rate: of the training before.
+        levels, steps, learning_rate: of `LabelledTexts.packed`.
 
     Raises:
         ValueError: the adapter trains a head outside the d numbers, which no bound of this kind covers.
     """
-    found = {}
-    for count in levels:
-        model: Any = PeftModel.from_pretrained(texts.base, folder, is_trainable=True)
-        try:
-            if whole := model.peft_config["default"].full_modules:
-                raise ValueError(
-                    f"modules_to_save={whole} was trained in full: thousands of numbers that the message does not "
-                    "hold, so nothing can be certified. Train with the head inside: modules_to_save=None."
-                )
-            if steps:
-                with quantisation_aware(model, count):
-                    texts.train(model, steps, TUNING * learning_rate, 0)
-            found[count] = compress(model, count)
-        finally:
-            model.unload()
-    return found
+    model: Any = PeftModel.from_pretrained(texts.base, folder, is_trainable=True)
+    try:
+        if whole := model.peft_config["default"].full_modules:
+            raise ValueError(
+                f"modules_to_save={whole} was trained in full: thousands of numbers that the message does not "
+                "hold, so nothing can be certified. Train with the head inside: modules_to_save=None."
+            )
+        return [texts.packed(model, count, steps, learning_rate, 0) for count in levels]
+    finally:
+        model.unload()
 
 
 def digest(rows: Any) -> str:

@@ -13,10 +13,10 @@ from ..codec import adapter_to_string, compress, load_packed, qr_code, quantisat
 from ..measure.store import write_whole
 from ..tuner import IntrinsicConfig
 from .certificate import Certificate
-from .certify import TUNING, certificate, differences, packed, write
+from .certify import certificate, differences, packed, write
 from .plot import plot_sweep
 from .sweep import sweep
-from .texts import LabelledTexts
+from .texts import TUNING, LabelledTexts
 
 CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -90,6 +90,7 @@ def unpack(args: argparse.Namespace) -> None:
 
 def certify(args: argparse.Namespace) -> None:
     """Certificates of one adapter, or of a sweep."""
+    Certificate(n=1, errors=0, bits=1, tried=args.tried, delta=args.delta)  # refuses them before hours are spent
     if (args.adapter is None) == (args.dims is None):
         raise ValueError("name either --adapter, to certify it, or --dims, to train adapters and certify the best.")
     if args.dims:
@@ -101,7 +102,7 @@ def certify(args: argparse.Namespace) -> None:
     else:
         config = IntrinsicConfig.from_pretrained(args.adapter)
         texts = _texts(args, config.base_model_name_or_path, args.train, args.test)
-        candidates = list(packed(texts, args.adapter, args.levels, args.finetune, args.lr).values())
+        candidates = packed(texts, args.adapter, args.levels, args.finetune, args.lr)
     tried = args.tried * len(candidates)
     made = [(certificate(data, texts, tried, args.delta, bool(args.test)), data) for data in candidates]
     found, data = min(made, key=lambda pair: pair[0].bound)

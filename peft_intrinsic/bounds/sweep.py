@@ -10,10 +10,11 @@ from typing import Any
 
 from peft import get_peft_model
 
-from ..codec import PRIORS, Packed, adapter_from_string, adapter_to_string, compress, quantisation_aware
+from ..codec import PRIORS, Packed, adapter_from_string, adapter_to_string
+from ..codec.quantise import check_levels
 from ..measure.store import Store, write_whole
 from .certificate import Certificate
-from .certify import TUNING, certificate, digest, message_bits, write
+from .certify import certificate, digest, message_bits, write
 from .texts import LabelledTexts
 
 
@@ -45,10 +46,18 @@ def sweep(
         delta: the probability that the bound fails.
         test: whether `texts` have test data of their own.
 
+    Raises:
+        ValueError: a number of levels or a d that cannot be had, before anything is trained; or `out` holds a sweep of
+            other settings.
+
     Returns:
         A row for each: d, levels, bytes, the body's bits with a table and with a prior fixed beforehand (the adapter
         has the fewer), and the certificate.
     """
+    for count in levels:
+        check_levels(count)
+    for d in dims:
+        get_peft_model(texts.base, texts.adapter(d, seed)).unload()  # raises before hours are spent
     settings = {
         "training_data": digest(texts.task.data["train"]),
         **{"steps": steps, "tuning_steps": tuning_steps, "learning_rate": learning_rate, "seed": seed},
@@ -80,17 +89,9 @@ def trained(
     model: Any = get_peft_model(texts.base, texts.adapter(d, seed))
     try:
         texts.train(model, steps, learning_rate, seed)
-        theta = model.base_model.vector.intrinsic_theta["default"].weight
-        start, found = theta.detach().clone(), {}
-        for count in levels:
-            theta.data.copy_(start)
-            if tuning_steps:
-                with quantisation_aware(model, count):
-                    texts.train(model, tuning_steps, TUNING * learning_rate, seed)
-            found[count] = compress(model, count)
+        return {count: texts.packed(model, count, tuning_steps, learning_rate, seed) for count in levels}
     finally:
         model.unload()
-    return found
 
 
 def _told(row: dict[str, Any], texts: LabelledTexts, tried: int, delta: float) -> dict[str, Any]:

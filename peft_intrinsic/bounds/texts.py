@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ..codec import compress, quantisation_aware
 from ..measure.tasks import files
 from ..measure.text import TextFit
 from ..tuner import IntrinsicConfig
+
+TUNING = 0.1
+"""The rate of training as rounded, as a share of that of the training before (docs/packing.md)."""
 
 
 class LabelledTexts(TextFit):
@@ -47,6 +51,26 @@ class LabelledTexts(TextFit):
         with tempfile.TemporaryDirectory() as folder:
             chosen = {"max_steps": steps, "learning_rate": learning_rate, "seed": seed, "weight_decay": 0.0}
             self.trainer(model, folder, chosen).train()
+
+    def packed(self, model: Any, levels: int, steps: int, learning_rate: float, seed: int) -> bytes:
+        """The adapter with so many levels, after some steps of training as rounded. The model stays as it is.
+
+        Args:
+            model: with the adapter.
+            levels: values that its numbers may have.
+            steps: of training as rounded, at `TUNING` of the rate; 0 rounds only.
+            learning_rate: of the training before.
+            seed: of the order of the data.
+        """
+        before = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+        try:
+            if steps:
+                with quantisation_aware(model, levels):
+                    self.train(model, steps, TUNING * learning_rate, seed)
+            return compress(model, levels)
+        finally:
+            for parameter, values in before.items():
+                parameter.data.copy_(values)
 
     def errors(self, model: Any, split: str) -> int:
         """How many examples of a split, `train` or `eval`, the model gets wrong."""

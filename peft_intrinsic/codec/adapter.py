@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from ..tuner import IntrinsicConfig
-from ..tuner.identity import base_digest, base_parameters
+from ..tuner.identity import base_digest
+from ..tuner.layer import base_places
 from .packed import NAME, NUMBERS, OPTIONS, PROJECTIONS, TASKS, Packed
 from .quantise import LEVELS, check_levels, rounded
 
@@ -89,7 +90,7 @@ def _taken(model: Any, adapter: str | None) -> dict[str, Any]:
             f"d={config.d}, projection={config.projection!r} and task_type={config.task_type!r} cannot be packed: at "
             f"most {NUMBERS} numbers, projections {PROJECTIONS}, tasks {TASKS[1:]}."
         )
-    names = sorted(base_parameters(root))
+    names = sorted(base_places(root))
     redrawn = config.redrawn or []
     theta, scales = (
         vectors[name].weight.detach().cpu().float().numpy() if name in vectors else np.zeros(0, dtype=np.float32)
@@ -152,8 +153,8 @@ def load_packed(
     """
     packed = read_packed(source)
     root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = base_parameters(root)
-    config = _config(packed, list(names))
+    names = list(base_places(root))
+    config = _config(packed, names)
     if check_base and base_digest(root, config.redrawn or []) != packed.base_digest:
         raise ValueError(
             f"This adapter was made for {packed.base or 'a base model without a name'} (digest "

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..projection.randomness import normals, words
 from .config import IntrinsicConfig
-from .layer import IntrinsicLayer, base_modules
+from .layer import IntrinsicLayer, base_modules, base_places
 from .targets import inside, named
 
 logger = logging.getLogger(__name__)
@@ -134,12 +134,7 @@ class Head:
                     "adapter first, or attach the other one with head='keep'."
                 )
         self._model = model
-        self._places = places = {
-            f"{key}.{own}" if key else own: (module, own)
-            for key, module in base_modules(model)
-            for own, parameter in module._parameters.items()
-            if parameter is not None and parameter.is_floating_point()
-        }
+        self._places = places = base_places(model)
         unknown = _unmarked(model, places)
         self._fresh = unknown if _LOADING.get() else _fresh(model, places)
         drawn = {name for known in attached.values() for name in known.redrawn or []}

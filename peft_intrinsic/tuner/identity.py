@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import nn
 
-from .layer import base_modules
-
-
-def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The floating-point parameters of a base model by name, under each where tied, whatever adapters are attached."""
-    return {
-        f"{key}.{own}" if key else own: parameter
-        for key, module in base_modules(model)
-        for own, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_floating_point()
-    }
+from .layer import base_places
 
 
 def base_digest(model: nn.Module, without: Container[str] = ()) -> bytes:
@@ -37,9 +28,10 @@ def base_digest(model: nn.Module, without: Container[str] = ()) -> bytes:
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
         raise ValueError("An adapter is merged into the base model. Call unmerge_adapter() first.")
     digest = hashlib.sha256()
-    for name, parameter in sorted(base_parameters(model).items()):
+    for name, (module, own) in sorted(base_places(model).items(), key=lambda place: place[0]):
         if name in without:
             continue
+        parameter: Any = module._parameters[own]
         if parameter.is_meta:
             raise ValueError(f"{name} is offloaded, so the base model cannot be told. Load the model into memory.")
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())

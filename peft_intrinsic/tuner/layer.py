@@ -225,3 +225,16 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         own = name.partition(".")[0] == HOLDER or isinstance(module, IntrinsicLayer | AuxiliaryTrainingWrapper)
         if not own and not foreign(name):
             yield canonical(name), module
+
+
+def base_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where the base model has its floating-point parameters, by name: the module, and the name in it.
+
+    A parameter that several modules share is there under each of its names.
+    """
+    return {
+        f"{key}.{own}" if key else own: (module, own)
+        for key, module in base_modules(model)
+        for own, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_floating_point()
+    }

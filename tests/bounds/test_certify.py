@@ -207,9 +207,15 @@ def test_fine_tuning_is_of_the_rounded_numbers(folder, monkeypatch):
         (("--adapter", "a", "--dims", "2"), "name either --adapter"),
         (("--dims", "2"), "--dims needs --model"),
         (("--dims", "2", "--model", "base", "-o", "out", "--tried", "3"), "--tried 3"),
+        (("--dims", "2,9999999", "--model", "base", "-o", "out"), "d=9999999 is more than"),
+        (("--dims", "2", "--model", "base", "-o", "out", "--levels", "4,300"), "levels must be 1 to 256, got 300"),
+        (("--dims", "2,x"), "'2,x' is not whole numbers"),
+        (("--adapter", "adapter", "--delta", "2"), "delta must be"),
+        (("--adapter", "adapter", "--tried", "0"), "tried must be"),
     ],
 )
-def test_refused(folder, capsys, more, message):
+def test_refused_before_anything_is_trained(folder, capsys, monkeypatch, more, message):
+    monkeypatch.setattr(LabelledTexts, "train", None)
     with pytest.raises(SystemExit, match="2"):
         certify(*more)
     assert message in capsys.readouterr().err
