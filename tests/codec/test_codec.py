@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import build, evaluate, trained
 from peft import PeftModel, get_peft_model
-from samples import headless  # type: ignore[import-not-found]
+from samples import headless
 from torch import nn
 
 from peft_intrinsic import IntrinsicConfig

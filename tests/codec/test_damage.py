@@ -11,7 +11,7 @@ import pytest
 from constriction import stream
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import GOLDEN, contents, few_values, resealed, synthetic  # type: ignore[import-not-found]
+from samples import GOLDEN, contents, few_values, resealed, synthetic
 
 from peft_intrinsic.codec import Packed, adapter_from_string, adapter_to_string
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import build, trained
 from peft import get_peft_model
-from reader import base_digest, read  # type: ignore[import-not-found]
-from samples import headless  # type: ignore[import-not-found]
+from reader import base_digest, read
+from samples import headless
 from torch import nn
 
 from peft_intrinsic import IntrinsicConfig

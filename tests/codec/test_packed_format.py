@@ -11,8 +11,8 @@ import pytest
 from conftest import trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reader import boundaries, prior, read  # type: ignore[import-not-found]
-from samples import GOLDEN, contents, few_values, resealed, synthetic  # type: ignore[import-not-found]
+from reader import boundaries, prior, read
+from samples import GOLDEN, contents, few_values, resealed, synthetic
 
 from peft_intrinsic.codec import Packed, compress
 from peft_intrinsic.codec import entropy as coder

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Custom, build, evaluate, trained
 from peft import LoraConfig, get_peft_model
-from samples import headless  # type: ignore[import-not-found]
+from samples import headless
 from transformers import BertForSequenceClassification
 
 from peft_intrinsic import IntrinsicConfig

@@ -11,7 +11,7 @@ import pytest
 import zxingcpp
 from conftest import build, evaluate, trained
 from PIL import Image
-from samples import GOLDEN  # type: ignore[import-not-found]
+from samples import GOLDEN
 
 from peft_intrinsic.codec import Packed, adapter_from_string, adapter_to_string, compress, load_packed, qr_code
 
