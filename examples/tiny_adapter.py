@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, help="folder, or name on the Hub")
     parser.add_argument("--ask", nargs="+", required=True, help="texts to classify")
-    parser.add_argument("--levels", type=int, default=4, help="values that the numbers may have")
+    parser.add_argument("--levels", type=int, default=8, help="values that the numbers may have")
     parser.add_argument("--labels", type=int, default=2, help="classes of the head")
     parser.add_argument("--qr", help="draw it too, PNG or SVG")
     args = parser.parse_args()

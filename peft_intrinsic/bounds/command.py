@@ -27,18 +27,21 @@ CLASSES = {
 }
 
 
+def _name(args: argparse.Namespace, own: str | None) -> str:
+    """Of the base model: as the user says, or the adapter."""
+    if not (name := args.model or own):
+        raise ValueError("The adapter does not name its base model. Name it: --model.")
+    return name
+
+
 def _base(name: str, task: str | None, labels: int | None) -> Any:
     """A base model with the class for its task."""
-    if not name:
-        raise ValueError("The adapter does not name its base model. Name it: --model.")
     options = {"num_labels": labels} if labels else {}
     return getattr(transformers, CLASSES.get(task or "", "AutoModel")).from_pretrained(name, **options)
 
 
-def _texts(args: argparse.Namespace, model: str | None, train: str, test: str | None) -> LabelledTexts:
-    if not (model := args.model or model):
-        raise ValueError("The adapter does not name its base model. Name it: --model.")
-    return LabelledTexts(model, train, test, args.text, args.label, args.batch)
+def _texts(args: argparse.Namespace, own: str | None, train: str, test: str | None) -> LabelledTexts:
+    return LabelledTexts(_name(args, own), train, test, args.text, args.label, args.batch)
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -49,7 +52,7 @@ def pack(args: argparse.Namespace) -> None:
     texts = None
     if args.eval or args.train:
         texts = _texts(args, config.base_model_name_or_path, args.train or args.eval, args.eval)
-    base = texts.base if texts else _base(args.model or config.base_model_name_or_path, config.task_type, args.labels)
+    base = texts.base if texts else _base(_name(args, config.base_model_name_or_path), config.task_type, args.labels)
     try:
         model: Any = PeftModel.from_pretrained(base, args.adapter, is_trainable=bool(args.finetune))
     except ValueError as error:
@@ -83,7 +86,7 @@ def unpack(args: argparse.Namespace) -> None:
     found = read_packed(args.file)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"--out {args.out} holds files already. Name a new folder.")
-    model = load_packed(_base(args.model or found.base, found.options["task_type"], found.classes), args.file)
+    model = load_packed(_base(_name(args, found.base), found.options["task_type"], found.classes), args.file)
     model.save_pretrained(args.out)
     print(f"{args.out}: d = {found.d}, for {found.base or args.model}")
 
