@@ -10,6 +10,8 @@ Row = dict[str, Any]
 MEASURED = ("numbers", "accuracy", "loss", "train", "seconds")
 RATE = 2e-4
 BUDGETS = (256, 1024, 64, 4096)
+HEADS = (4e-3, 1.6e-2, 6.4e-2)
+"""Rates of a free head that has one of its own."""
 QUERY_VALUE, LINEAR = ["query", "value"], r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
 TINY: dict[int, tuple[int, int, Any]] = {
     64: (4, 5, QUERY_VALUE),
@@ -97,38 +99,40 @@ def smallest(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
     """Methods that cannot go lower, a trained head, full fine-tuning; heads frozen."""
     base: Row = {"task": task, "seed": 0, "head": "frozen", "d": None, "config": {}}
     options: dict[str, tuple[Row, tuple[float, ...]]] = {
-        "lora": ({"r": 1, "lora_alpha": 2, "target_modules": QUERY_VALUE}, (5e-4, 2e-3, 8e-3)),
-        "vera": ({"r": 16, "target_modules": QUERY_VALUE, "projection_prng_key": "seed"}, (2e-3, 8e-3, 3.2e-2)),
+        "lora": ({"r": 1, "lora_alpha": 2, "target_modules": QUERY_VALUE}, (2e-3, 8e-3, 3.2e-2)),
+        "vera": ({"r": 16, "target_modules": QUERY_VALUE, "projection_prng_key": "seed"}, (8e-3, 3.2e-2, 1.28e-1)),
         "fourierft": (
             {"n_frequency": 16, "target_modules": QUERY_VALUE, "random_loc_seed": "seed"},
-            (2e-2, 8e-2, 3.2e-1),
+            (1.28, 5.12, 20.48),
         ),
         "vblora": (
             {"r": 1, "num_vectors": 8, "vector_length": 64, "target_modules": QUERY_VALUE},
-            (1e-3, 4e-3, 1.6e-2),
+            (4e-3, 1.6e-2, 6.4e-2),
         ),
-        "beft": ({}, (1e-3, 4e-3, 1.6e-2)),
-        "bitfit": ({}, (5e-4, 2e-3, 8e-3)),
+        "beft": ({}, (4e-3, 1.6e-2, 6.4e-2)),
+        "bitfit": ({}, (2e-3, 8e-3, 3.2e-2)),
         "lntuning": ({"target_modules": ["LayerNorm"]}, (1e-3, 4e-3, 1.6e-2)),
         "ia3": (
             {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]},
-            (2e-3, 8e-3, 3.2e-2),
+            (8e-3, 3.2e-2, 1.28e-1),
         ),
     }
     result = {method: ({**base, "method": method, "config": o}, r) for method, (o, r) in options.items()}
-    result["head"] = {**base, "method": "head"}, (1e-3, 4e-3, 1.6e-2)
+    result["head"] = {**base, "method": "head"}, (6.4e-2, 2.56e-1, 1.024)
     result["full"] = {**base, "method": "full"}, (2.5e-5, 1e-4, 4e-4)
     return result
 
 
 def contestants(kind: str, task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
-    """Those of a group. `free`: the peers at d = 256, their heads trained and not counted."""
+    """Those of a group. `free`: the peers at d = 256, their heads trained and not counted, at one rate or their own."""
     if kind == "smallest":
         return smallest(task)
     found = peers(task)
     if kind == "peers":
         return found
-    return {name: ({**run, "head": "free"}, rates) for name, (run, rates) in found.items() if name.endswith(" 256")}
+    free = {name: ({**run, "head": "free"}, rates) for name, (run, rates) in found.items() if name.endswith(" 256")}
+    apart = {f"{name}, head at {r:g}": ({**free[name][0], "head_lr": r}, free[name][1]) for r in HEADS for name in free}
+    return free | apart
 
 
 def tuned(methods: dict[str, tuple[Row, tuple[float, ...]]], rows: list[Row], model: str) -> Iterator[tuple[str, Row]]:

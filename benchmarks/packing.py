@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from carriers import minilm
 from peft import get_peft_model
 
-from peft_intrinsic.bounds.texts import LabelledTexts
+from peft_intrinsic.bounds.texts import PackedTexts
 from peft_intrinsic.codec import adapter_to_string, load_packed
 
 RESULTS = Path(__file__).parent / "results" / "packing.jsonl"
@@ -37,12 +37,12 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def accuracy(texts: LabelledTexts, model: Any) -> float:
+def accuracy(texts: PackedTexts, model: Any) -> float:
     """On the validation set."""
     return round(1 - texts.errors(model, "eval") / len(texts.data["eval"]), 4)
 
 
-def run(texts: LabelledTexts, seed: int) -> None:
+def run(texts: PackedTexts, seed: int) -> None:
     """One adapter, packed in every way."""
     model: Any = get_peft_model(texts.base, texts.adapter(200, seed))
     texts.train(model, STEPS, RATE, seed)
@@ -84,7 +84,7 @@ def main() -> None:
     if args.action == "table":
         return table()
     files = (str(args.data / "sst2" / f"{part}.jsonl") for part in ("train", "validation"))
-    texts = LabelledTexts(args.model or minilm(), *files, ["sentence"], "label")
+    texts = PackedTexts(args.model or minilm(), *files, ["sentence"], "label")
     for seed in SEEDS:
         if not any(row["seed"] == seed for row in rows()):
             run(texts, seed)

@@ -28,7 +28,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,9 @@ class Runner:
             inputs = tokenizer(*texts, truncation=True, max_length=128)["input_ids"]
             self.parts.append(([torch.tensor(ids) for ids in inputs], torch.tensor([row["label"] for row in examples])))
         self.pad = tokenizer.pad_token_id
+        self.lengths = np.array([len(ids) for ids in self.parts[0][0]])
 
-    def _loss(self, model: Any, part: int, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def loss(self, model: Any, part: int, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Mean cross-entropy, hits and how many, of sentences or of next tokens."""
         inputs, labels = self.parts[part]
         ids = torch.nn.utils.rnn.pad_sequence([inputs[i] for i in index], batch_first=True, padding_value=self.pad)
@@ -124,36 +125,52 @@ class Runner:
         """One training: accuracy, cross-entropy, trained numbers, the training loss every 25 steps, seconds."""
         torch.manual_seed(row["seed"])
         model = attach(self.kind.from_pretrained(self.path, num_labels=2, dtype=torch.float32), row)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=row["lr"], weight_decay=0.0)
-        steps, size = self.task["steps"], self.task["batch"]
-        schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
-        lengths = np.array([len(ids) for ids in self.parts[0][0]])
-        model.train()
+        moved = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        head = [p for name, p in moved.items() if "head_lr" in row and "classifier" in name]
+        rest = [p for p in moved.values() if not any(p is h for h in head)]
+        groups = [{"params": rest}, {"params": head, "lr": row.get("head_lr", 0.0)}]
+        optimizer = torch.optim.AdamW(groups[: 1 + bool(head)], lr=row["lr"], weight_decay=0.0)
         if "dropout" in row:
             for module in model.modules():
                 if isinstance(module, torch.nn.Dropout):
                     module.p = row["dropout"]
-        start, losses = time.time(), []
-        for index in batches(lengths, size, steps, row["seed"]):
-            loss, *_ = self._loss(model, 0, index)
+        start = time.time()
+        losses = self.fit(model, optimizer, row["seed"])
+        return {
+            "numbers": trained(model, row),
+            **self.score(model),
+            "train": [round(float(np.mean(losses[i : i + 25])), 3) for i in range(0, len(losses), 25)],
+            "seconds": round(time.time() - start),
+        }
+
+    def fit(
+        self, model: Any, optimizer: Any, seed: int, after: Callable[[int], None] = lambda step: None
+    ) -> list[float]:
+        """Train. `after` is told each step, from 1 on. The loss of every step."""
+        steps, size = self.task["steps"], self.task["batch"]
+        schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
+        model.train()
+        losses = []
+        for step, index in enumerate(batches(self.lengths, size, steps, seed), 1):
+            loss, *_ = self.loss(model, 0, index)
             loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
-        seconds = time.time() - start
+            after(step)
+        return losses
+
+    def score(self, model: Any) -> Row:
+        """Accuracy and cross-entropy on the test examples."""
         model.eval()
         order = np.argsort([len(ids) for ids in self.parts[1][0]], kind="stable")
         with torch.inference_mode():
-            scores = [self._loss(model, 1, part) for part in np.array_split(order, len(order) // 64)]
+            scores = [self.loss(model, 1, part) for part in np.array_split(order, len(order) // 64)]
         count = sum(score[2] for score in scores)
         return {
-            "numbers": trained(model, row),
             "accuracy": round(sum(int(hits) for _, hits, _ in scores) / count, 4),
             "loss": round(sum(float(loss) * size for loss, _, size in scores) / count, 4),
-            "train": [round(float(np.mean(losses[i : i + 25])), 3) for i in range(0, steps, 25)],
-            "seconds": round(seconds),
         }
 
 

@@ -12,7 +12,7 @@ from .version import __version__
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command. Errors of the user's making end it with a message and the status 2."""
-    parser = argparse.ArgumentParser(prog="peft-intrinsic", description="Measure, pack and certify.")
+    parser = argparse.ArgumentParser(prog="peft-intrinsic", description="Measure, pack, certify, and learn subspaces.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     measure = commands.add_parser("measure", help="d90 of a task for a model")

@@ -14,7 +14,7 @@ from ..codec import load_packed, read_packed
 from ..measure.store import write_whole
 from ..version import __version__
 from .certificate import Certificate
-from .texts import LabelledTexts
+from .texts import PackedTexts
 
 SLACK = 0.001
 """What the bound of another machine may differ by: a sum in another order decides a few close examples otherwise."""
@@ -32,7 +32,7 @@ def message_bits(data: bytes) -> int:
     return 8 * (len(data) - 4 - len(read_packed(data).head()))
 
 
-def certificate(data: bytes, texts: LabelledTexts, tried: int, delta: float, test: bool) -> Certificate:
+def certificate(data: bytes, texts: PackedTexts, tried: int, delta: float, test: bool) -> Certificate:
     """Count the errors of the very adapter that is deployed, the packed one.
 
     Args:
@@ -56,14 +56,14 @@ def certificate(data: bytes, texts: LabelledTexts, tried: int, delta: float, tes
 
 
 def packed(
-    texts: LabelledTexts, folder: str, levels: Sequence[int], steps: int = 0, learning_rate: float = 2e-4
+    texts: PackedTexts, folder: str, levels: Sequence[int], steps: int = 0, learning_rate: float = 2e-4
 ) -> list[bytes]:
     """A saved adapter, packed with each number of levels.
 
     Args:
         texts: the data that it was trained on, and its base model.
         folder: of the adapter.
-        levels, steps, learning_rate: of `LabelledTexts.packed`.
+        levels, steps, learning_rate: of `PackedTexts.packed`.
 
     Raises:
         ValueError: the adapter trains a head outside the d numbers, which no bound of this kind covers.
@@ -88,7 +88,7 @@ def digest(rows: Any) -> str:
     return found.hexdigest()
 
 
-def write(path: Path, data: bytes, found: Certificate, texts: LabelledTexts) -> Path:
+def write(path: Path, data: bytes, found: Certificate, texts: PackedTexts) -> Path:
     """The packed adapter, and beside it its certificate as JSON: what was counted, of which bytes and which data."""
     write_whole(path, data)
     beside = path.with_suffix(".certificate.json")
@@ -103,7 +103,7 @@ def write(path: Path, data: bytes, found: Certificate, texts: LabelledTexts) -> 
     return beside
 
 
-def differences(path: Path, texts: LabelledTexts) -> tuple[Certificate, list[str]]:
+def differences(path: Path, texts: PackedTexts) -> tuple[Certificate, list[str]]:
     """The certificate of a packed adapter computed again, and where the one beside it is not borne out.
 
     Raises:

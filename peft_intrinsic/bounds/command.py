@@ -16,7 +16,7 @@ from .certificate import Certificate
 from .certify import certificate, differences, packed, write
 from .plot import plot_sweep
 from .sweep import sweep
-from .texts import TUNING, LabelledTexts
+from .texts import TUNING, PackedTexts
 
 CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -40,8 +40,8 @@ def _base(name: str, task: str | None, labels: int | None) -> Any:
     return getattr(transformers, CLASSES.get(task or "", "AutoModel")).from_pretrained(name, **options)
 
 
-def _texts(args: argparse.Namespace, own: str | None, train: str, test: str | None) -> LabelledTexts:
-    return LabelledTexts(_name(args, own), train, test, args.text, args.label, args.batch)
+def _texts(args: argparse.Namespace, own: str | None, train: str, test: str | None) -> PackedTexts:
+    return PackedTexts(_name(args, own), train, test, args.text, args.label, args.batch)
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -75,10 +75,8 @@ def pack(args: argparse.Namespace) -> None:
         qr_code(data, args.qr)
 
 
-def _accuracy(texts: LabelledTexts | None, model: Any, held_out: str | None) -> float | None:
-    if texts is None or held_out is None:
-        return None
-    return 1 - texts.errors(model, "eval") / len(texts.data["eval"])
+def _accuracy(texts: PackedTexts | None, model: Any, held_out: str | None) -> float | None:
+    return None if texts is None or held_out is None else texts.accuracy(model)
 
 
 def unpack(args: argparse.Namespace) -> None:

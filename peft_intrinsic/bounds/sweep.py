@@ -15,11 +15,11 @@ from ..codec.quantise import check_levels
 from ..measure.store import Store, write_whole
 from .certificate import Certificate
 from .certify import certificate, digest, message_bits, write
-from .texts import LabelledTexts
+from .texts import PackedTexts
 
 
 def sweep(
-    texts: LabelledTexts,
+    texts: PackedTexts,
     dims: Sequence[int],
     levels: Sequence[int],
     out: str | os.PathLike,
@@ -83,7 +83,7 @@ def sweep(
 
 
 def trained(
-    texts: LabelledTexts, d: int, levels: Sequence[int], steps: int, tuning_steps: int, learning_rate: float, seed: int
+    texts: PackedTexts, d: int, levels: Sequence[int], steps: int, tuning_steps: int, learning_rate: float, seed: int
 ) -> dict[int, bytes]:
     """One adapter, packed with each number of levels."""
     model: Any = get_peft_model(texts.base, texts.adapter(d, seed))
@@ -94,7 +94,7 @@ def trained(
         model.unload()
 
 
-def _told(row: dict[str, Any], texts: LabelledTexts, tried: int, delta: float) -> dict[str, Any]:
+def _told(row: dict[str, Any], texts: PackedTexts, tried: int, delta: float) -> dict[str, Any]:
     data = adapter_from_string(row["adapter"])
     packed = Packed.from_bytes(data)
     counts = (row["errors"], message_bits(data), tried, delta, texts.majority(), row["test_errors"], row["test_n"])

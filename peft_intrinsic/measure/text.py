@@ -167,7 +167,7 @@ class TextFit:
 
     def trainer(self, model: Any, folder: str, trained: Mapping[str, Any]) -> Trainer:
         """A Trainer for the task."""
-        chosen = TrainingArguments(**{"output_dir": folder, **trained, **self.arguments})
+        chosen = TrainingArguments(**{"output_dir": folder, **self.arguments, **trained})
         chosen._n_gpu = min(chosen.n_gpu, 1)  # no DataParallel, which multiplies the batch: --launch is for several
         trainer = Trainer(
             model=model,

@@ -1,7 +1,8 @@
-"""Fixed random projections of θ onto the weights of a model. Knows torch and numpy, nothing of PEFT."""
+"""Fixed projections of θ onto the weights of a model. Knows torch and numpy, nothing of PEFT."""
 
 from collections.abc import Callable
 
+from .base import Kind as Kind
 from .base import Shape as Shape
 from .base import Shapes as Shapes
 from .base import Spec as Spec
@@ -11,9 +12,11 @@ from .fastfood import BLOCK_SIZE as BLOCK_SIZE
 from .fastfood import FastfoodTensor as FastfoodTensor
 from .fastfood import build_fastfood, build_global
 from .randomness import ALGORITHM_VERSION as ALGORITHM_VERSION
+from .trajectory import build_trajectory
 
 PROJECTIONS: dict[str, Callable[[Spec, Shapes], dict[str, TensorProjection]]] = {
     "fastfood": build_fastfood,
     "global": build_global,
     "dense": build_dense,
+    "trajectory": build_trajectory,
 }

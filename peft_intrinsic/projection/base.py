@@ -24,11 +24,15 @@ PARTS: dict[str, int] = {"matrix": 1, "embedding": 1, "norm": 1, "bias": 1, "hea
 
 
 class Shape(NamedTuple):
-    """A targeted tensor as a matrix, and its kind. A bias or norm is a column: `cols` is 1."""
+    """A targeted tensor as a matrix, and its kind. A bias or norm is a column: `cols` is 1.
+
+    `transposed`: the matrix is the tensor's transpose (Conv1D of GPT-2).
+    """
 
     rows: int
     cols: int
     kind: Kind = "matrix"
+    transposed: bool = False
 
     @property
     def size(self) -> int:
@@ -54,6 +58,7 @@ class Spec:
         block_size: order n of the Fastfood blocks, a power of two.
         scale: `"fan_in"` or `"isometric"` (see the README beside this file).
         factor: of all of P: the unit of λ.
+        subspace: file with the directions of a learnt P.
     """
 
     d: int
@@ -61,6 +66,7 @@ class Spec:
     block_size: int
     scale: Scale
     factor: int = 1
+    subspace: str | None = None
 
     @property
     def unit(self) -> float:

@@ -129,14 +129,16 @@ def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig
             layers[id(module)].offsets.setdefault(adapter, {})[own] = offset
 
     unit = spec.unit / spec.factor if config.scale == "fan_in" else 1
-    theta = np.zeros(spec.d) if config.init_weights else random_theta(int(torch.randint(2**62, ())), spec.d) / unit
+    draws = config.ensemble or int(not config.init_weights)
+    drawn = [random_theta(int(torch.randint(2**62, ())), spec.d) / unit for _ in range(draws)]
+    theta = np.mean(drawn, axis=0) if drawn else np.zeros(spec.d)
     module, own = next(iter(users.values()))[0]
     like = next(p for p in (module._parameters.get(own), *module.parameters(), *module.buffers()) if p is not None)
     holder.add(adapter, theta, np.ones(count) / LAMBDA[config.scale], like)
 
 
 def random_theta(seed: int, length: int) -> np.ndarray:
-    """θ for tests: normal numbers with a standard deviation of .2, `float64[length]`."""
+    """θ at a random start: normal numbers with a standard deviation of .2, `float64[length]`."""
     return normals(words(seed, "theta", "", length)) / 5
 
 
@@ -156,12 +158,12 @@ def _spec(config: IntrinsicConfig, count: int, shapes: Shapes) -> Spec:
     n = config.block_size or BLOCK_SIZE
     height = min(max(shape.rows for shape in shapes.values()), 16384)
     numbers = n * (height + sum(-(-shape.cols // n) for shape in shapes.values()))
-    if config.projection != "dense" and numbers > max(NUMBERS, 16 * total):
+    if config.projection in ("fastfood", "global") and numbers > max(NUMBERS, 16 * total):
         raise ValueError(
             f"block_size={n} needs {numbers:.2g} random numbers for the {total} weights that are moved. Use a smaller "
             "block_size, or None."
         )
-    return Spec(length, config.seed, n, config.scale, LAMBDA[config.scale] if config.said else 1)
+    return Spec(length, config.seed, n, config.scale, LAMBDA[config.scale] if config.said else 1, config.subspace)
 
 
 def _name_the_rest(model: nn.Module, users: Users, config: IntrinsicConfig) -> None:

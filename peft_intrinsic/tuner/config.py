@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils import PeftType, TaskType
 
-from ..projection import ALGORITHM_VERSION, PROJECTIONS
+from ..projection import ALGORITHM_VERSION
 from ..version import __version__
-from .targets import KEYWORDS
+from .checks import check
+from .learnt import EMBEDDED, beside, copy_whole
 
 SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "scale", "algorithm_version")
 """Options that must agree for the numbers of two adapters to mean the same."""
 
+
+FILLED = ("target_modules", "target_parameters", "block_size", "redrawn", "manifest", "subspace_digest")
+"""Options that an attachment may fill in."""
 
 WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 """Tasks whose models have a head that PEFT would train in full."""
@@ -73,17 +75,28 @@ class IntrinsicConfig(PeftConfig):
             What shares one λ. `"layer"`: each transformer block, what lies before the blocks, and what lies after.
         seed (`int`):
             Of the projection (0 to 2**63 − 1). Same seed and model, same P, on every device and platform.
-        projection (`"fastfood"`, `"global"` or `"dense"`):
+        projection (`"fastfood"`, `"global"`, `"dense"` or `"trajectory"`):
             How P is made. `"fastfood"` (section 3.1, Le et al. 2013): each tensor mixes coordinates of its own.
             `"global"`: Fastfood over θ as a whole, as in the paper. `"dense"` stores a Gaussian P (Li et al. 2018,
-            section 2) and is for small models.
+            section 2) and is for small models. `"trajectory"`: the directions of a fine-tuning (Zhang et al. 2023),
+            from the file `subspace`, which says what is moved; d is dealt evenly over its groups, so the paper's 32 for
+            each of 12 layers are `d=32 * 12`.
+        subspace (`str`, *optional*):
+            For `"trajectory"`: the file that `peft_intrinsic.trajectory.fit_subspace` wrote. The adapter keeps its
+            place and digest.
+        embed_subspace (`bool`):
+            Save a copy of that file with the adapter.
+        ensemble (`int`, *optional*):
+            h: start θ at the mean of h random vectors. It stands for the ensemble of Zhang et al. 2023 (section 3): the
+            h vectors of a mean get equal gradients, so under Adam their mean moves as one vector does.
         block_size (`int`, *optional*):
             Order n of the Fastfood blocks, a power of two; `None` is 64. It bounds the rank of an offset, and larger
             blocks cost more. With `"global"` and n ≥ d every block mixes all of θ.
         scale (`"fan_in"` or `"isometric"`):
             `"fan_in"`: the size of an offset is relative to its tensor's fan-in, so that one learning rate serves every
-            d and model. `"isometric"`: P is an isometry of the whole model (Li et al. 2018, section 2), to replicate
-            papers; its learning rate depends on d and on the model.
+            d and model; under `"trajectory"`, to the length of the recorded run. `"isometric"`: P is an isometry of the
+            whole model (Li et al. 2018, section 2), or of each group of a subspace, to replicate papers; its learning
+            rate depends on d and on the model.
         target_modules (`str` or `list[str]`, *optional*):
             Which modules are moved, as in LoRA: name suffixes, a regular expression, or `"all-linear"`. `"vectors"`:
             norms, biases and the task's head. `"all"`: every parameter, as in the paper. `None` is `"vectors"`, or
@@ -123,6 +136,9 @@ class IntrinsicConfig(PeftConfig):
     lambda_granularity: Literal["layer", "module", "tensor"] = "layer"
     seed: int = 0
     projection: str = "fastfood"
+    subspace: str | None = None
+    embed_subspace: bool = False
+    ensemble: int | None = None
     block_size: int | None = None
     scale: Literal["fan_in", "isometric"] = "fan_in"
     target_modules: str | list[str] | None = None
@@ -140,11 +156,12 @@ class IntrinsicConfig(PeftConfig):
     redrawn: list[str] | None = field(default=None, metadata={"help": "Parameters that start from the fixed stream."})
     manifest: str | None = field(default=None, metadata={"help": "Marks of the targeted names and shapes."})
     checksum: str | None = field(default=None, metadata={"help": "Of the numbers in the file beside it."})
+    subspace_digest: str | None = field(default=None, metadata={"help": "Of the contents of the subspace file."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("INTRINSIC")
-        self._check()
+        check(self)
         whole = self.modules_to_save
         loaded = self.manifest is not None  # and so perhaps by a class for such a task
         if isinstance(whole, NoModules) or (whole is None and (loaded or self.task_type in WITH_HEAD)):
@@ -164,7 +181,7 @@ class IntrinsicConfig(PeftConfig):
 
     def remember(self) -> dict[str, Any]:
         """The options that an attachment may fill in, as they are now."""
-        now = {name: copy.copy(getattr(self, name)) for name in ("target_modules", "block_size", "redrawn", "manifest")}
+        now = {name: copy.copy(getattr(self, name)) for name in FILLED}
         if self.manifest is None:
             self.asked = now
         return now
@@ -184,77 +201,9 @@ class IntrinsicConfig(PeftConfig):
         """What keeps the numbers of two adapters from meaning the same: options and values, none if they agree."""
         return [
             name + (f" ({getattr(self, name)!r} and {getattr(other, name)!r})" if name in SAME else "")
-            for name in (*SAME, "manifest", "redrawn")
+            for name in (*SAME, "manifest", "redrawn", "subspace_digest")
             if getattr(self, name) != getattr(other, name)
         ]
-
-    def _check(self) -> None:
-        for name, low in (("d", 1), ("seed", 0), ("block_size", 1), ("algorithm_version", 1)):
-            value = getattr(self, name)
-            if name == "block_size" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral):
-                raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}.")
-            setattr(self, name, value := int(value))  # numpy's integers cannot be written to a file
-            if not low <= value < 2**63:
-                raise ValueError(f"{name} must be at least {low} and below 2**63, got {value}.")
-        if self.block_size is not None and self.block_size & (self.block_size - 1):
-            below = 1 << (self.block_size.bit_length() - 1)
-            raise ValueError(f"block_size must be a power of two, got {self.block_size}. Try {below} or {2 * below}.")
-        choices = {
-            "lambda_granularity": ("layer", "module", "tensor"),
-            "projection": tuple(PROJECTIONS),
-            "scale": ("fan_in", "isometric"),
-            "head": ("subspace", "keep"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
-        for name in ("manifest", "checksum", "requires"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and (value is not None or name == "requires"):
-                raise TypeError(f"{name} must be a string, got {value!r}. Save the adapter again.")
-        for name in ("said", "add_bias", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        self._check_names()
-        alone = isinstance(self.target_modules, str) and self.target_modules not in KEYWORDS
-        if alone and self.layers_to_transform is not None:
-            raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} does not work with the target_modules string "
-                f'{self.target_modules!r}. Pass target_modules as a list, "vectors" or "all".'
-            )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: pass the indexes of the blocks."
-            )
-        if self.algorithm_version > ALGORITHM_VERSION:
-            raise ValueError(
-                f"This adapter has algorithm_version={self.algorithm_version}; peft_intrinsic {__version__} knows "
-                f"versions up to {ALGORITHM_VERSION}. Upgrade: pip install -U peft_intrinsic."
-            )
-
-    def _check_names(self) -> None:
-        whole = ("target_parameters", "modules_to_save", "redrawn")
-        for name in ("target_modules", "exclude_modules", "layers_pattern", *whole):
-            value = getattr(self, name)
-            alone = name not in whole
-            listed = isinstance(value, list | set | tuple) and all(isinstance(item, str) for item in value)
-            if not (value is None or listed or (alone and isinstance(value, str))):
-                kinds = "a string or a list of strings" if alone else "a list of strings"
-                raise TypeError(f"{name} must be None or {kinds}, got {value!r}.")
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            value = getattr(self, name)
-            patterns = [value] if isinstance(value, str) else value if name == "layers_pattern" else ()
-            for pattern in patterns or ():
-                try:
-                    re.compile(pattern)
-                except (re.error, RecursionError, OverflowError) as error:
-                    raise ValueError(f"{name}={pattern!r} is not a regular expression: {error}.") from None
-        indexes = self.layers_to_transform
-        for index in indexes if isinstance(indexes, list | tuple) else [0 if indexes is None else indexes]:
-            if isinstance(index, bool) or not isinstance(index, int):
-                raise TypeError(f"layers_to_transform must be None, an int or a list of ints, got {indexes!r}.")
 
     @property
     def full_modules(self) -> list[str] | None:
@@ -266,9 +215,24 @@ class IntrinsicConfig(PeftConfig):
         checksum = self.checksum_to_save or self.checksum
         return {**super().to_dict(), "modules_to_save": self.full_modules, "checksum": checksum}
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As in PEFT. A subspace file that lies beside the adapter is used before one at its former place."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if config.subspace is not None:
+            config.subspace = beside(pretrained_model_name_or_path, subfolder, config, kwargs)
+        return config
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and say in an existing model card how the adapter is loaded."""
-        super().save_pretrained(str(save_directory), **kwargs)
+        """Write `adapter_config.json`, and the subspace file if it is embedded; say in a model card how to load."""
+        place = self.subspace
+        if self.embed_subspace:
+            copy_whole(Path(str(place)), Path(save_directory, EMBEDDED))
+            self.subspace = EMBEDDED
+        try:
+            super().save_pretrained(str(save_directory), **kwargs)
+        finally:
+            self.subspace = place
         card = Path(save_directory, "README.md")
         if card.is_file() and CARD_HEADING not in (text := card.read_text(encoding="utf-8")):
             card.write_text(text + CARD_NOTE, encoding="utf-8")

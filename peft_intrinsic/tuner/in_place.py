@@ -40,7 +40,7 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
         object.__setattr__(self, "base_layer", owner)  # not as a sub-module: it already has its place in the model
         self.mixable = is_norm(owner)
         names = movable(owner)
-        self.out_features, self.in_features, _ = matrix_view(owner, names[0])
+        self.out_features, self.in_features, *_ = matrix_view(owner, names[0])
         self._values = _Values()
         self.kind = type(owner)
         owner.__dict__[LAYER] = self

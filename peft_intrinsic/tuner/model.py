@@ -22,6 +22,7 @@ from .files import numbers_to_load, numbers_to_save
 from .head import Head, restore, settle
 from .in_place import IntrinsicParameters
 from .layer import IntrinsicLayer, base_modules
+from .learnt import prepare
 from .merging import places
 from .targets import HOLDER, KEYWORDS, candidates, canonical, chosen, excluded, foreign, named, output_module, targeted
 from .vector import IntrinsicVector
@@ -99,6 +100,9 @@ class IntrinsicModel(BaseTuner):
         try:
             head = Head(model, config, {name: self.peft_config.get(name, config) for name in attached})
             config.head_modules, config.output_module = head.modules, output_module(model)
+            if config.projection == "trajectory":
+                config.head_modules = set()  # the file says what moves
+                prepare(model, config)
             if config.target_modules is None and not config.target_parameters:
                 config.target_modules = default_targets(model, config)
             if config.target_modules in KEYWORDS:

@@ -14,7 +14,7 @@ import regex
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..projection import Shape, Shapes
+from ..projection import Kind, Shape, Shapes
 
 HOLDER = "intrinsic"
 """The attribute of the root that holds θ and λ."""
@@ -139,7 +139,8 @@ def matrix_view(module: nn.Module, name: str, head: bool = False) -> Shape:
     cols = shape[0] if transposed else shape[-1]
     if isinstance(module, nn.modules.conv._ConvNd):
         cols = size // shape[0]
-    return Shape(size // cols, cols, "head" if head else "embedding" if isinstance(module, nn.Embedding) else "matrix")
+    kind: Kind = "head" if head else "embedding" if isinstance(module, nn.Embedding) else "matrix"
+    return Shape(size // cols, cols, kind, transposed)
 
 
 def lambda_groups(names: Iterable[str], granularity: str) -> dict[str, int]:

@@ -16,7 +16,7 @@ import peft_intrinsic.bounds.sweep as sweeping
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.bounds import Certificate
 from peft_intrinsic.bounds.certify import message_bits
-from peft_intrinsic.bounds.texts import LabelledTexts
+from peft_intrinsic.bounds.texts import PackedTexts
 from peft_intrinsic.cli import main
 from peft_intrinsic.codec import load_packed, read_packed
 
@@ -192,7 +192,7 @@ def test_fine_tuning_is_of_the_rounded_numbers(folder, monkeypatch):
         trained.append((len(vector().unique()), *options))
         vector.weight.data.neg_()
 
-    monkeypatch.setattr(LabelledTexts, "train", train)
+    monkeypatch.setattr(PackedTexts, "train", train)
     for steps in ("0", "30"):
         certify("--adapter", "adapter", "--levels", "3", "--finetune", steps, "--lr", "5e-3", "-o", f"{steps}.pia")
     assert trained == [(3, 30, pytest.approx(5e-4), 0)]
@@ -215,7 +215,7 @@ def test_fine_tuning_is_of_the_rounded_numbers(folder, monkeypatch):
     ],
 )
 def test_refused_before_anything_is_trained(folder, capsys, monkeypatch, more, message):
-    monkeypatch.setattr(LabelledTexts, "train", None)
+    monkeypatch.setattr(PackedTexts, "train", None)
     with pytest.raises(SystemExit, match="2"):
         certify(*more)
     assert message in capsys.readouterr().err

@@ -29,6 +29,10 @@ FOLLOWING = {
     "revision": "the digest of the base model says more",
     "inference_mode": "true after loading",
     "init_weights": "only matters for training",
+    "ensemble": "likewise",
+    "subspace": "of a projection that is not packed",
+    "embed_subspace": "likewise",
+    "subspace_digest": "likewise",
     "modules_to_save": "refused",
     "checksum": "of the usual file; a packed one has its own",
 }

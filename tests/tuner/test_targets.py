@@ -101,9 +101,9 @@ class Own(nn.Module):
     ],
 )
 def test_a_parameter_is_seen_as_a_matrix(module, name, expected):
-    assert matrix_view(module, name) == expected
+    assert matrix_view(module, name)[:3] == expected
     kind = expected[2] if expected[2] in ("norm", "bias") else "head"
-    assert matrix_view(module, name, head=True) == (*expected[:2], kind)
+    assert matrix_view(module, name, head=True)[:3] == (*expected[:2], kind)
 
 
 def test_an_expression_that_never_ends_is_refused():

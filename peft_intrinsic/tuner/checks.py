@@ -1,0 +1,107 @@
+"""What the options of a configuration may be."""
+
+from __future__ import annotations
+
+import re
+from numbers import Integral
+from typing import Any
+
+from ..projection import ALGORITHM_VERSION, PROJECTIONS
+from ..version import __version__
+from .targets import KEYWORDS
+
+
+def check(config: Any) -> None:
+    """Whether the options of an `IntrinsicConfig` can work.
+
+    Raises:
+        ValueError, TypeError: one cannot; the message names it and a remedy.
+    """
+    for name, low in (("d", 1), ("seed", 0), ("block_size", 1), ("ensemble", 1), ("algorithm_version", 1)):
+        value = getattr(config, name)
+        if name in ("block_size", "ensemble") and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}.")
+        setattr(config, name, value := int(value))  # numpy's integers cannot be written to a file
+        if not low <= value < 2**63:
+            raise ValueError(f"{name} must be at least {low} and below 2**63, got {value}.")
+    if config.block_size is not None and config.block_size & (config.block_size - 1):
+        below = 1 << (config.block_size.bit_length() - 1)
+        raise ValueError(f"block_size must be a power of two, got {config.block_size}. Try {below} or {2 * below}.")
+    choices = {
+        "lambda_granularity": ("layer", "module", "tensor"),
+        "projection": tuple(PROJECTIONS),
+        "scale": ("fan_in", "isometric"),
+        "head": ("subspace", "keep"),
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}.")
+    for name in ("manifest", "checksum", "requires", "subspace", "subspace_digest"):
+        value = getattr(config, name)
+        if not isinstance(value, str) and (value is not None or name == "requires"):
+            raise TypeError(f"{name} must be a string, got {value!r}.")
+    for name in ("said", "add_bias", "init_weights", "embed_subspace"):
+        if not isinstance(getattr(config, name), bool):
+            raise TypeError(f"{name} must be True or False, got {getattr(config, name)!r}.")
+    _check_names(config)
+    _check_subspace(config)
+    alone = isinstance(config.target_modules, str) and config.target_modules not in KEYWORDS
+    if alone and config.layers_to_transform is not None:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} does not work with the target_modules string "
+            f'{config.target_modules!r}. Pass target_modules as a list, "vectors" or "all".'
+        )
+    if config.layers_pattern is not None and config.layers_to_transform is None:
+        raise ValueError(
+            f"layers_pattern={config.layers_pattern!r} needs layers_to_transform: pass the indexes of the blocks."
+        )
+    if config.algorithm_version > ALGORITHM_VERSION:
+        raise ValueError(
+            f"This adapter has algorithm_version={config.algorithm_version}; peft_intrinsic {__version__} knows "
+            f"versions up to {ALGORITHM_VERSION}. Upgrade: pip install -U peft_intrinsic."
+        )
+
+
+def _check_names(config: Any) -> None:
+    whole = ("target_parameters", "modules_to_save", "redrawn")
+    for name in ("target_modules", "exclude_modules", "layers_pattern", *whole):
+        value = getattr(config, name)
+        alone = name not in whole
+        listed = isinstance(value, list | set | tuple) and all(isinstance(item, str) for item in value)
+        if not (value is None or listed or (alone and isinstance(value, str))):
+            kinds = "a string or a list of strings" if alone else "a list of strings"
+            raise TypeError(f"{name} must be None or {kinds}, got {value!r}.")
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = getattr(config, name)
+        patterns = [value] if isinstance(value, str) else value if name == "layers_pattern" else ()
+        for pattern in patterns or ():
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{name}={pattern!r} is not a regular expression: {error}.") from None
+    indexes = config.layers_to_transform
+    for index in indexes if isinstance(indexes, list | tuple) else [0 if indexes is None else indexes]:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"layers_to_transform must be None, an int or a list of ints, got {indexes!r}.")
+
+
+def _check_subspace(config: Any) -> None:
+    learnt = config.projection == "trajectory"
+    if learnt != (config.subspace is not None):
+        raise ValueError(
+            f"projection={config.projection!r} and subspace={config.subspace!r}: the projection 'trajectory' needs a "
+            "subspace file (peft_intrinsic.trajectory.fit_subspace writes it), and no other takes one."
+        )
+    if config.embed_subspace and not learnt:
+        raise ValueError("embed_subspace=True needs projection='trajectory', which has a subspace file.")
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "target_parameters")
+    given = [name for name in names if getattr(config, name) is not None]
+    if learnt and config.manifest is None and given:
+        raise ValueError(
+            f"{given[0]}={getattr(config, given[0])!r} does not go with projection='trajectory': the subspace file "
+            "says what is moved. Leave it out, and choose when recording (parameters=)."
+        )
+    if learnt and config.add_bias:
+        raise ValueError("add_bias=True does not go with projection='trajectory', whose file has no such biases.")

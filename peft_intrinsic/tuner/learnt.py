@@ -1,0 +1,111 @@
+"""Adapters in a learnt subspace: where its file is, and whether it fits the base model."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from torch import nn
+
+from ..projection.subspace import Subspace
+from .identity import base_digest
+from .layer import base_modules, base_places
+from .targets import inside, logical_shape
+
+BLOCKS = r"(?:.*\.)?\d+\..*"
+"""Names of parameters in numbered blocks."""
+
+EMBEDDED = "subspace.safetensors"
+"""The name of a subspace file that is saved with its adapter."""
+
+
+def beside(folder: str, subfolder: str | None, config: Any, options: Mapping[str, Any]) -> str:
+    """The subspace file of a saved adapter: beside it, or where its configuration says.
+
+    Args:
+        folder: of the adapter, or its name on the Hub.
+        subfolder: within it.
+        config: of the adapter.
+        options: of the download.
+    """
+    here = Path(folder, subfolder or "", Path(config.subspace).name)
+    if here.exists() or not config.embed_subspace:
+        return str(here) if here.exists() else config.subspace
+    wanted = {name: options[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in options}
+    try:
+        return hf_hub_download(folder, EMBEDDED, subfolder=subfolder, **wanted)
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        return config.subspace  # not found there either: attaching says so
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all. A file is not copied onto itself."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and target.samefile(source):
+        return
+    new = target.with_name(target.name + ".new")
+    shutil.copyfile(source, new)
+    os.replace(new, target)
+
+
+def values_digest(model: nn.Module, names: Collection[str]) -> str:
+    """Digest of some parameters of a base model: those in numbered blocks, or all where none is.
+
+    What lies outside, such as a head, may start anew with every adapter.
+
+    Args:
+        model: with or without adapters.
+        names: of the parameters.
+    """
+    model = getattr(model, "get_base_model", lambda: model)()
+    inner = {name for name in names if re.fullmatch(BLOCKS, name)} or set(names)
+    return base_digest(model, without=set(base_places(model)) - inner).hex()
+
+
+def _at_hand(model: nn.Module, names: Collection[str]) -> str | None:
+    """`values_digest`, or None where it cannot be known: quantised or offloaded parameters, a merged adapter."""
+    there = {name: module._parameters[own] for name, (module, own) in base_places(model).items()}
+    absent = [name for name in names if name not in there or there[name].is_meta]  # type: ignore[union-attr]
+    merged = any(getattr(module, "merged_adapters", None) for module in model.modules())
+    return None if absent or merged else values_digest(model, names)
+
+
+def prepare(model: nn.Module, config: Any) -> None:
+    """Read which parameters the subspace moves, and check that it is one of this base model.
+
+    Fills in `config.target_parameters` and `config.subspace_digest`. Values are compared where all are at hand in
+    floating point: a quantised or offloaded base model is known by names and shapes alone.
+
+    Raises:
+        ValueError: the file is not the one that the adapter was trained with, or does not fit the model.
+    """
+    subspace = Subspace(config.subspace)
+    if config.subspace_digest not in (None, subspace.digest):
+        raise ValueError(
+            f"subspace={config.subspace!r} has the digest {subspace.digest}, and the adapter was trained in "
+            f"{config.subspace_digest}. Put the adapter's own subspace file there."
+        )
+    modules = dict(base_modules(model))
+    for name, shape in subspace.shapes.items():
+        key, _, own = name.rpartition(".")
+        found = None
+        if key in modules and own in modules[key]._parameters:
+            found, _ = logical_shape(modules[key], own)
+        if found != shape:
+            raise ValueError(
+                f"subspace={config.subspace!r} moves {name} {shape}, but this model has {found or 'none'} there. Load "
+                "the model that the subspace was recorded on."
+            )
+    if subspace.base and (here := _at_hand(model, subspace.shapes)) not in (None, subspace.base):
+        raise ValueError(
+            f"subspace={config.subspace!r} was recorded from other weights (digest {subspace.base}, here {here}). "
+            "Load the checkpoint that the recording began with, or record on this one."
+        )
+    config.subspace_digest = subspace.digest
+    config.target_parameters = [name for name in subspace.shapes if not inside(config.full_modules or (), name)]

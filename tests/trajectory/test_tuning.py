@@ -1,0 +1,310 @@
+"""Adapters in a learnt subspace: what they compute, and PEFT's calls."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import batch, build, evaluate, output, train
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from peft_intrinsic import AdapterBank, IntrinsicConfig, convert_to_lora
+from peft_intrinsic.codec import compress
+from peft_intrinsic.trajectory import Subspace, fit_subspace, record, snapshots
+
+FAMILIES = ["bert", "gpt2", "llama", "t5", "moe", "whisper"]
+CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+def learnt(family: str, folder, dim: int = 3, seed: int = 0, **options) -> Subspace:
+    """The subspace of a walk from `build(family)`."""
+    model = build(family)
+    generator = torch.Generator().manual_seed(seed)
+    record(model, folder / "run", 0, parameters=options.pop("parameters", None))
+    for step in range(1, dim + 1):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn(p.shape, generator=generator) * 0.02)
+        record(model, folder / "run", step, dtype=torch.float32)
+    return fit_subspace(folder / "run", dim, out=folder / "subspace.safetensors", **options)
+
+
+def tuned(family: str, subspace: Subspace, **options) -> PeftModel:
+    options = {"d": subspace.dim, "projection": "trajectory", "subspace": str(subspace.path), **options}
+    return get_peft_model(build(family), IntrinsicConfig(**options)).eval()
+
+
+def theta(model, adapter: str = "default") -> torch.nn.Parameter:
+    return model.get_base_model().intrinsic.intrinsic_theta[adapter].weight
+
+
+def set_theta(model, seed: int = 0, size: float = 0.01) -> None:
+    values = torch.randn(len(theta(model)), generator=torch.Generator().manual_seed(seed))
+    theta(model).data.copy_(size * values)
+
+
+def dense(subspace: Subspace, d: int, numbers: torch.Tensor, scale: str, names=None) -> dict[str, torch.Tensor]:
+    """The offsets, from the definition: V θ of each group, in the leading directions, float64."""
+    result = {}
+    for group, start, count in subspace.windows(d, names or subspace.shapes):
+        size = 1.0 if scale == "isometric" else 64 * group.singular_values[0] / subspace.snapshots**0.5
+        for name in group.parameters:
+            v = subspace.directions(name, count).double()
+            result[name] = size * torch.einsum("k,k...->...", numbers[start : start + count].double(), v)
+    return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scale", ["fan_in", "isometric"])
+def test_offsets_are_the_directions_times_theta(tmp_path, family, scale):
+    subspace = learnt(family, tmp_path, per="layer" if scale == "fan_in" else "model")
+    d = subspace.dim - 1
+    model = tuned(family, subspace, d=d, scale=scale)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == d
+    set_theta(model, size=0.01 if scale == "fan_in" else 0.5)
+    other = build(family)
+    parameters = dict(other.named_parameters())
+    with torch.no_grad():
+        for name, offset in dense(subspace, d, theta(model).detach(), scale).items():
+            parameters[name].add_(offset.float())
+    assert not torch.allclose(evaluate(build(family), family), evaluate(other, family), **CLOSE)
+    assert torch.allclose(evaluate(model, family), evaluate(other, family), **CLOSE)
+    merged = model.merge_and_unload()
+    assert torch.allclose(evaluate(merged, family), evaluate(other, family), **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_theta_by_least_squares_reproduces_every_snapshot(tmp_path, family):
+    subspace = learnt(family, tmp_path)
+    start = {name: p.detach() for name, p in build(family).named_parameters()}
+    end = build(family)
+    for path in snapshots(tmp_path / "run"):
+        offsets = load_file(path)
+        model = tuned(family, subspace, scale="isometric")
+        for group, first, count in subspace.windows(subspace.dim, subspace.shapes):
+            v = torch.cat([subspace.directions(name, count).reshape(count, -1) for name in group.parameters], 1)
+            offset = torch.cat([offsets[name].reshape(-1) for name in group.parameters])
+            theta(model).data[first : first + count] = v @ offset
+        with torch.no_grad():
+            for name, p in end.named_parameters():
+                p.copy_(start[name] + offsets[name] if name in offsets else start[name])
+        merged = dict(model.merge_and_unload().named_parameters())
+        for name in offsets:
+            assert torch.allclose(merged[name], dict(end.named_parameters())[name], rtol=0, atol=1e-6), name
+
+
+def test_training_moves_the_loss_and_nothing_else(tmp_path):
+    subspace = learnt("bert", tmp_path)
+    model = tuned("bert", subspace)
+    before = copy.deepcopy(dict(model.get_base_model().named_parameters()))
+    losses = train(model, {**batch("bert"), "labels": torch.tensor([0, 1, 2, 0])}, 30, 1e-3)
+    assert losses[-1] < losses[0]
+    for name, p in model.get_base_model().named_parameters():
+        assert torch.equal(p, before[name]) or "intrinsic_theta" in name
+
+
+def test_gradient_is_the_projected_one(tmp_path):
+    subspace = learnt("bert", tmp_path)
+    model = tuned("bert", subspace, scale="isometric")
+    inputs = {**batch("bert"), "labels": torch.tensor([0, 1, 2, 0])}
+    model(**inputs).loss.backward()
+    plain = build("bert")
+    plain(**inputs).loss.backward()
+    for group, first, count in subspace.windows(subspace.dim, subspace.shapes):
+        wanted = sum(
+            torch.einsum("k...,...->k", subspace.directions(name, count), plain.get_parameter(name).grad)
+            for name in group.parameters
+        )
+        assert torch.allclose(theta(model).grad[first : first + count], wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_save_and_load_several_disable_and_merge(tmp_path):
+    subspace = learnt("bert", tmp_path)
+    model = tuned("bert", subspace)
+    plain = evaluate(build("bert"), "bert")
+    assert torch.equal(evaluate(model, "bert"), plain)
+    set_theta(model)
+    model.add_adapter("b", copy.copy(model.peft_config["default"]).as_asked())
+    theta(model, "b").data.copy_(-theta(model).data)
+    one = evaluate(model, "bert")
+    model.set_adapter("b")
+    two = evaluate(model, "bert")
+    assert not torch.allclose(one, two, **CLOSE)
+    with model.disable_adapter():
+        assert torch.equal(evaluate(model, "bert"), plain)
+    model.merge_adapter()
+    assert torch.allclose(evaluate(model, "bert"), two, **CLOSE)
+    model.unmerge_adapter()
+    assert torch.equal(evaluate(model, "bert"), two)
+    model.save_pretrained(tmp_path / "adapter", selected_adapters=["default", "b"])
+    assert sum(path.stat().st_size for path in (tmp_path / "adapter").glob("*.safetensors")) < 1000
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "adapter").eval()
+    assert torch.equal(evaluate(loaded, "bert"), one)
+    loaded.load_adapter(tmp_path / "adapter" / "b", "b")
+    names = ["default", "b", "default", "__base__"]
+    mixed = loaded(**batch("bert"), adapter_names=names).logits
+    assert torch.allclose(mixed, torch.stack([one[0], two[1], one[2], plain[3]]), **CLOSE)
+    model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    assert torch.allclose(evaluate(model, "bert"), plain, **CLOSE)
+
+
+def test_a_bank_of_many(tmp_path):
+    model = tuned("llama", learnt("llama", tmp_path))
+    numbers = 0.01 * torch.randn(3, len(theta(model)), generator=torch.Generator().manual_seed(0))
+    with AdapterBank(model, numbers).select([2, -1, 0, 1]), torch.no_grad():
+        mixed = output(model, batch("llama"))
+    plain = evaluate(build("llama"), "llama")
+    for sample, row in enumerate([2, None, 0, 1]):
+        theta(model).data.copy_(numbers[row] if row is not None else 0 * numbers[0])
+        wanted = evaluate(model, "llama")[sample] if row is not None else plain[sample]
+        assert torch.allclose(mixed[sample], wanted, **CLOSE)
+
+
+def test_said_scales_each_layer(tmp_path):
+    subspace = learnt("llama", tmp_path)
+    model = tuned("llama", subspace, said=True, d=6)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 6
+    assert len(theta(model)) == 4
+    set_theta(model)
+    offset = model.base_model.model.model.layers[0].mlp.up_proj.get_delta_weight("default")
+    wanted = dense(subspace, 4, theta(model).detach(), "fan_in")["model.layers.0.mlp.up_proj.weight"]
+    assert torch.allclose(offset.double(), wanted, rtol=1e-4, atol=1e-7)  # λ is one
+
+
+def test_embedded_subspace_travels_with_the_adapter(tmp_path):
+    subspace = learnt("bert", tmp_path)
+    model = tuned("bert", subspace, embed_subspace=True)
+    set_theta(model)
+    before = evaluate(model, "bert")
+    model.save_pretrained(tmp_path / "adapter")
+    assert model.peft_config["default"].subspace == str(subspace.path)
+    shutil.move(tmp_path / "adapter", tmp_path / "elsewhere")
+    subspace.path.unlink()
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "elsewhere").eval()
+    assert torch.equal(evaluate(loaded, "bert"), before)
+    loaded.save_pretrained(tmp_path / "elsewhere")  # onto itself
+    again = PeftModel.from_pretrained(build("bert"), tmp_path / "elsewhere").eval()
+    assert torch.equal(evaluate(again, "bert"), before)
+
+
+def test_a_file_beside_the_adapter_is_found(tmp_path):
+    subspace = learnt("bert", tmp_path)
+    model = tuned("bert", subspace)
+    model.save_pretrained(tmp_path / "adapter")
+    stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert stored["subspace"] == str(subspace.path)
+    assert stored["subspace_digest"] == subspace.digest
+    moved = tmp_path / "adapter" / subspace.path.name
+    subspace.path.rename(moved)
+    PeftModel.from_pretrained(build("bert"), tmp_path / "adapter")
+    moved.unlink()
+    with pytest.raises(ValueError, match=r"subspace=.* cannot be read"):
+        PeftModel.from_pretrained(build("bert"), tmp_path / "adapter")
+    learnt("bert", tmp_path / "other", seed=1).path.rename(moved)
+    with pytest.raises(ValueError, match=r"has the digest .* and the adapter was trained in"):
+        PeftModel.from_pretrained(build("bert"), tmp_path / "adapter")
+
+
+def test_a_subspace_of_another_base(tmp_path):
+    subspace = learnt("bert", tmp_path)
+    options = {"d": 6, "projection": "trajectory", "subspace": str(subspace.path)}
+    model = build("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.add_(0.1)
+    with pytest.raises(ValueError, match="was recorded from other weights"):
+        get_peft_model(model, IntrinsicConfig(**options))
+    assert not hasattr(model, "intrinsic")
+    with pytest.raises(ValueError, match=r"moves .* but this model has none there"):
+        get_peft_model(build("gpt2"), IntrinsicConfig(**options))
+    headed = build("bert")
+    with torch.no_grad():
+        headed.classifier.weight.add_(0.1)  # of another task
+    get_peft_model(headed, IntrinsicConfig(**options))
+    get_peft_model(build("bert").to(torch.bfloat16), IntrinsicConfig(**options))
+
+
+def test_head_in_full_or_in_the_subspace(tmp_path):
+    model = tuned("bert", learnt("bert", tmp_path), modules_to_save=["classifier", "embeddings"], task_type="SEQ_CLS")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {name.split(".")[-4] for name in trained if "modules_to_save" in name} >= {"classifier"}
+    rest = [name for name in trained if ".classifier." not in name and ".embeddings." not in name]
+    assert rest == ["base_model.model.intrinsic.intrinsic_theta.default.weight"]
+    whole = learnt("bert", tmp_path / "all", parameters=".*")
+    assert [group.name for group in whole.groups][-1] == "rest"
+    assert tuned("bert", whole).peft_config["default"].target_parameters == list(whole.shapes)
+    kept = tuned("bert", whole, modules_to_save=["classifier"], d=whole.dim)
+    assert not any("classifier" in name for name in kept.peft_config["default"].target_parameters)
+
+
+def test_ensemble_is_the_mean_of_random_starts(tmp_path):
+    """h vectors whose mean is used, trained one by one under Adam, move as their mean does (section 3)."""
+    subspace = learnt("bert", tmp_path)
+    torch.manual_seed(3)
+    model = tuned("bert", subspace, ensemble=16)
+    first = theta(model).detach().clone()
+    torch.manual_seed(3)
+    lone = theta(tuned("bert", subspace, init_weights=False)).detach()
+    assert 0 < first.norm() < lone.norm()
+    inputs = {**batch("bert"), "labels": torch.tensor([0, 1, 2, 0])}
+    members = [torch.nn.Parameter(first + 0.01 * (i - 7.5) * torch.ones_like(first)) for i in range(16)]
+    optimizer = torch.optim.Adam(members, lr=1e-3, eps=1e-16)
+    twin = tuned("bert", subspace)
+    for _ in range(5):
+        mean = sum(members) / 16
+        loss = torch.func.functional_call(
+            twin, {"base_model.model.intrinsic.intrinsic_theta.default.weight": mean}, (), inputs
+        ).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    single = torch.optim.Adam([theta(model)], lr=1e-3, eps=1e-16)
+    for _ in range(5):
+        single.zero_grad()
+        model(**inputs).loss.backward()
+        single.step()
+    assert torch.allclose(theta(model), sum(members) / 16, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"projection": "trajectory"}, "needs a subspace file"),
+        ({"subspace": "x"}, "no other takes one"),
+        ({"embed_subspace": True}, "embed_subspace=True needs projection='trajectory'"),
+        (
+            {"projection": "trajectory", "subspace": "x", "target_modules": ["query"]},
+            "target_modules=.* does not go with",
+        ),
+        (
+            {"projection": "trajectory", "subspace": "x", "layers_to_transform": [0]},
+            "layers_to_transform=.* does not go",
+        ),
+        ({"projection": "trajectory", "subspace": "x", "add_bias": True}, "add_bias=True does not go"),
+        ({"ensemble": 0}, "ensemble must be at least 1"),
+    ],
+)
+def test_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        IntrinsicConfig(**options)
+
+
+def test_neither_packed_nor_a_lora(tmp_path):
+    model = tuned("bert", learnt("bert", tmp_path))
+    with pytest.raises(ValueError, match="projection='trajectory'"):
+        compress(model)
+    with pytest.raises(ValueError, match="A LoRA cannot hold"):
+        convert_to_lora(model)
+
+
+def test_compiled(tmp_path):
+    model = tuned("bert", learnt("bert", tmp_path))
+    set_theta(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.allclose(output(compiled, batch("bert")), evaluate(model, "bert"), **CLOSE)
+    assert np.isfinite(theta(model).detach().numpy()).all()
