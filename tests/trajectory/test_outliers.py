@@ -97,7 +97,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"offsets of h\.0 are all equal"):
         find_outliers({name: torch.zeros(shape) for name, shape in SHAPES.items()})
     model = get_peft_model(build("bert"), IntrinsicConfig(d=20))
-    with pytest.raises(ValueError, match="are all equal or not finite. Train the adapter first"):
+    with pytest.raises(ValueError, match="are all equal or not finite"):
         find_outliers(model)
     with pytest.raises(ValueError, match="no adapter 'other'"):
         find_outliers(model, adapter="other")

@@ -1,0 +1,131 @@
+"""`peft-intrinsic trajectory`, from the recording to the transfer, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from test_documents import tiny
+from texts import BAD, GOOD, write
+from transformers import BertForSequenceClassification
+
+from peft_intrinsic import cli
+from peft_intrinsic.measure.labelled import LabelledTexts
+from peft_intrinsic.trajectory import Subspace, snapshots
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": GOOD if i % 2 else BAD, "label": i % 2} for i in range(48)]
+    write(tmp_path, "train.jsonl", rows)
+    write(tmp_path, "eval.jsonl", rows[:20])
+    write(tmp_path, "turned.jsonl", [{**row, "label": 1 - row["label"]} for row in rows])
+    tiny("bert", tmp_path / "base")
+    return tmp_path
+
+
+def run(*words: str) -> None:
+    cli.main(["trajectory", *words])
+
+
+def record(out: str, train: str = "train.jsonl", *more: str) -> None:
+    training = ["--model", "base", "--train", train, "--batch", "8", "--lr", "1e-3", "--steps", "24"]
+    run("record", *training, "-o", out, *(more or ("--every", "3")))
+
+
+def test_from_recording_to_transfer(files, capsys):
+    record("runs/own")
+    assert "runs/own: 8 snapshots" in capsys.readouterr().out
+    assert not (files / "runs/own/checkpoints").exists()
+    run("fit", "runs/own", "--dim", "4", "-o", "own.safetensors")
+    out = capsys.readouterr().out
+    assert re.search(r"\| encoder\.layer\.1 \| 4 \| (0\.9\d+|1\.0+) \|", out.replace("bert.", "")), out
+    assert "own.safetensors: up to d = 8" in out
+
+    tuning = ["--model", "base", "--train", "train.jsonl", "--eval", "eval.jsonl", "--batch", "8"]
+    more = ["--full", "classifier", "--embed", "--lr", "3e-3", "--steps", "60", "-d", "6"]
+    run("tune", *tuning, *more, "--subspace", "own.safetensors", "-o", "adapter")
+    out = capsys.readouterr().out
+    found = re.search(r"adapter: d = 6\naccuracy ([\d.]+) before, ([\d.]+) tuned", out)
+    assert found, out
+    assert float(found[2]) == 1.0 > float(found[1])
+    base = BertForSequenceClassification.from_pretrained("base", num_labels=2)
+    loaded = PeftModel.from_pretrained(base, "adapter")
+    assert len(loaded.get_base_model().intrinsic.intrinsic_theta["default"].weight) == 6
+    assert Subspace("adapter/subspace.safetensors").digest == Subspace("own.safetensors").digest
+
+    few = ["--steps", "30", "--lr", "1e-3"]
+    run("outliers", "adapter", *tuning, *few, "-o", "far")
+    out = capsys.readouterr().out
+    count = int(re.search(r"(\d+) of \d+ weights \([\d.]+%\) moved beyond 3 σ", out)[1])
+    assert f"| without {count} outliers | " in out
+    assert f"| without {count} at random | " in out
+    assert (files / "far/outliers.md").read_text() in out
+    assert (files / "far/outliers.png").exists()
+
+    record("runs/other", "turned.jsonl")
+    capsys.readouterr()
+    transfer = ["transfer", "runs/own", "runs/other", "--own", "runs/own", *tuning, "--dim", "3", *few, "-o", "table"]
+    run(*transfer)
+    out = capsys.readouterr().out
+    names = re.findall(r"\| (.+) \| [\d.]+ \|", out)
+    assert names == ["subspace of runs/own", "subspace of runs/other", "unified", "zero-shot"]
+    assert "built in" in out
+    assert (files / "table/transfer.md").read_text() in out
+
+
+def test_a_finished_run_is_not_trained_again(files, capsys, monkeypatch):
+    record("a")
+    record("b", "turned.jsonl")
+    words = ["transfer", "a", "b", "--model", "base", "--train", "train.jsonl", "--eval", "eval.jsonl", "--steps", "2"]
+    run(*words, "-o", "table")
+    first = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(LabelledTexts, "train", None)
+    run(*words, "-o", "table")
+    assert capsys.readouterr().out.splitlines()[-7:] == first[-7:]
+    rows = [json.loads(line) for line in (files / "table/trials.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows] == ["subspace of a", "subspace of b", "unified"]
+
+
+def test_an_interrupted_recording_goes_on(files, monkeypatch):
+    record("whole")
+    step = torch.optim.AdamW.step
+    count = 0
+
+    def stop(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 20:  # of 24; a checkpoint at 16
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        record("cut", "train.jsonl", "--every", "2")
+    assert (files / "cut/checkpoints").exists()
+    record("cut", "train.jsonl", "--every", "2")
+    assert [int(path.stem[-8:]) for path in snapshots("cut")] == list(range(2, 25, 2))
+    assert count == 28
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fit", "base", "--dim", "2", "-o", "s"], "base is a whole checkpoint"),
+        (["fit", "absent", "--dim", "2", "-o", "s"], "absent cannot be read"),
+        (["tune", "--subspace", "absent", "-o", "a"], "subspace='absent' cannot be read"),
+        (["transfer", "a", "--own", "b", "-o", "a", "--eval", "eval.jsonl"], "--own b is none of the recordings"),
+        (["transfer", "a", "b", "-o", "a", "--eval", "eval.jsonl"], "a, b: no snapshots there"),
+        (["record", "-o", "a", "--every", "0"], "every must be a number of steps"),
+        (["record", "-o", "a", "--parameters", "none"], "parameters='none' matches none"),
+    ],
+)
+def test_what_is_refused(files, capsys, words, message):
+    more = [] if words[0] == "fit" else ["--model", "base", "--train", "train.jsonl"]
+    with pytest.raises(SystemExit, match="2"):
+        run(*words, *more)
+    assert message in capsys.readouterr().err
