@@ -4,15 +4,15 @@
     python benchmarks/trajectory.py table TASK
     python benchmarks/trajectory.py plot TASK
 
-Tasks and protocol are those of benchmarks/quality.py (sst2, mrpc, rotten_tomatoes; all-MiniLM-L6-v2). A run appends
+Tasks and protocol are those of benchmarks/quality.py (sst2, mrpc_250, rotten_tomatoes; all-MiniLM-L6-v2). A run appends
 one JSON line to benchmarks/results/trajectory/TASK/trials.jsonl, and runs that are there are skipped. Recordings and
 subspaces lie in --scratch, and are made again where they are missing.
 
 full: everything trained. freeze: embeddings and head. All subspace methods train embeddings and head in the original
 space, as the paper, at freeze's best rate, and 6 times `dim` numbers, `dim` for each layer: random (Gaussian vectors),
-trajectory (32 snapshots of the full run with the same seed), gradient (of 32 batches at the start), other task (its
+trajectory (16 snapshots of the full run with the same seed), gradient (of 16 batches at the start), other task (its
 trajectory), unified (the last snapshot of each of the three tasks), zero-shot (without the task's own). alone: 7 times
-32 numbers, the head's own directions among them, and nothing else. without outliers: the weights that trajectory 32
+16 numbers, the head's own directions among them, and nothing else. without outliers: the weights that trajectory 16
 moves beyond 3 sigma set to zero in the pretrained model, then full fine-tuning; without random: as many of each layer.
 Rates of each start with three a factor of 4 apart, with more while the best, by loss, is at an edge; then two seeds.
 """
@@ -46,13 +46,13 @@ from peft_intrinsic.trajectory import (
     snapshots,
 )
 
-TASKS = ("sst2", "mrpc", "rotten_tomatoes")
+TASKS = ("sst2", "mrpc_250", "rotten_tomatoes")
 MODEL = "all-MiniLM-L6-v2"
 RESULTS = Path(__file__).parent / "results" / "trajectory"
 RECORDED = r"(bert\.encoder\.layer\.\d+|classifier)\..*"
 ORIGINAL = ["classifier", "embeddings"]
-SNAPSHOTS, GROUPS = 32, 6
-OTHER = {"sst2": "mrpc", "mrpc": "sst2", "rotten_tomatoes": "mrpc"}
+SNAPSHOTS, GROUPS = 16, 6
+OTHER = {"sst2": "mrpc_250", "mrpc_250": "sst2", "rotten_tomatoes": "mrpc_250"}
 FULL_RATES, RATES = (2.5e-5, 1e-4, 4e-4), (5e-5, 2e-4, 8e-4)
 Methods = dict[str, tuple[Row, tuple[float, ...]]]
 
@@ -62,7 +62,7 @@ def rows(task: str) -> list[Row]:
     return lines(RESULTS / task / "trials.jsonl")
 
 
-def best_rate(task: str, name: str, method: tuple[Row, tuple[float, ...]]) -> float:
+def best_rate(task: str, method: tuple[Row, tuple[float, ...]]) -> float:
     """The best rate of a contestant by loss; 1e-4 before it has been measured."""
     found = at_best(method, rows(task), MODEL)
     return found[0]["lr"] if found else 1e-4
@@ -75,12 +75,12 @@ def contestants(task: str) -> Methods:
         "full": ({**base, "method": "full"}, FULL_RATES),
         "freeze": ({**base, "method": "freeze"}, (1e-4, 4e-4, 1.6e-3)),
     }
-    rest = best_rate(task, "freeze", result["freeze"])
-    dims = {"trajectory": (8, 16, 32), "random": (32,), "gradient": (32,), "unified": (3,), "zero-shot": (2,)}
-    for kind, sizes in {**dims, "other task": (32,)}.items():
+    rest = best_rate(task, result["freeze"])
+    dims = {"trajectory": (16, 8, 4), "random": (16,), "gradient": (16,), "unified": (3,), "zero-shot": (2,)}
+    for kind, sizes in {**dims, "other task": (16,)}.items():
         for dim in sizes:
             result[f"{kind} {dim}"] = {**base, "method": kind, "dim": dim, "rest_lr": rest}, RATES
-    result["alone 32"] = {**base, "method": "alone", "dim": 32}, RATES
+    result["alone 16"] = {**base, "method": "alone", "dim": 16}, RATES
     for which in ("without outliers", "without random"):
         result[which] = {**base, "method": which}, FULL_RATES
     return result
@@ -134,7 +134,7 @@ class Study:
 
     def recording(self, task: str, seed: int) -> list[Path]:
         """Snapshots of full fine-tuning at its best rate."""
-        lr = best_rate(task, "full", contestants(task)["full"])
+        lr = best_rate(task, contestants(task)["full"])
         folder = self.scratch / task / f"full-{lr:g}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
@@ -154,7 +154,7 @@ class Study:
         return snapshots(folder)
 
     def random(self, seed: int) -> list[dict[str, torch.Tensor]]:
-        """Gaussian vectors, in every parameter as long as the full run's last snapshot is in its layer."""
+        """Gaussian vectors, one for each snapshot."""
         generator = torch.Generator().manual_seed(seed)
         model = self.base(seed)
         names = [name for name, _ in model.named_parameters() if name.startswith("bert.encoder.layer.")]
@@ -198,10 +198,17 @@ class Study:
         return model, {"numbers": d, **self.train(self.task, model, groups, row["seed"])}
 
     def outliers(self, seed: int) -> Any:
-        """What trajectory 32 moves beyond three standard deviations."""
-        first = at_best(contestants(self.task)["trajectory 32"], rows(self.task), MODEL)[0]
-        model, _ = self.tuned({**contestants(self.task)["trajectory 32"][0], "lr": first["lr"], "seed": seed})
-        return find_outliers(model)
+        """What trajectory 16 moves beyond three standard deviations."""
+        method = contestants(self.task)["trajectory 16"]
+        row = {**method[0], "lr": best_rate(self.task, method), "seed": seed}
+        path = self.far(row)
+        if not path.exists():
+            self.run(row)
+        return torch.load(path, weights_only=False)
+
+    def far(self, row: Row) -> Path:
+        """Where a run's outliers are kept."""
+        return self.scratch / self.task / f"outliers-{row['dim']}-{row['lr']:g}-{row['seed']}.pt"
 
     def run(self, row: Row) -> Row:
         """One run of a contestant."""
@@ -223,7 +230,10 @@ class Study:
             model = self.base(seed)
             disable_outliers(model, far if method.endswith("outliers") else far.random(seed))
             return {**self.full(self.task, lr, seed, model=model), "zeros": len(far)}
-        return self.tuned(row)[1]
+        model, measured = self.tuned(row)
+        if method == "trajectory":
+            torch.save(find_outliers(model), self.far(row))
+        return measured
 
 
 def missing(task: str, only: list[str] | None) -> Iterator[Row]:

@@ -76,6 +76,21 @@ def test_text_classification(tmp_path):
     assert f"accuracy {found[1]}" in again
 
 
+def test_trajectory(tmp_path):
+    rows = [{"text": f"a very {word} film", "label": int(word == "good")} for word in ["good", "bad"] * 40]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    base = tiny("bert", tmp_path / "base")
+    data = ["--model", base, "--train", "data.jsonl", "--test", "data.jsonl"]
+    small = ["--steps", "60", "--snapshots", "4", "--dim", "2", "--full-lr", "1e-3", "--lr", "3e-3"]
+    out = run("trajectory.py", *data, *small, cwd=tmp_path)
+    assert re.search(r"bert\.encoder\.layer\.1: 2 directions explain (100\.0|9\d\.\d)% of the way", out), out
+    found = re.search(r"accuracy ([\d.]+) in full, ([\d.]+) with d=4 and the head; (\d+) bytes", out)
+    assert found, out
+    assert float(found[1]) == float(found[2]) == 1.0
+    assert int(found[3]) < 5000
+    assert "moved beyond 3 σ" in out
+
+
 def test_causal_lm(tmp_path):
     (tmp_path / "corpus.txt").write_text("a very good film\na very bad film\n" * 200)
     base = tiny("llama", tmp_path / "base")

@@ -32,7 +32,8 @@ class DenseTensor(TensorProjection):
             with torch.inference_mode(False):
                 self._state[theta.device] = next(iter(self._state.values())).to(theta.device)
         with torch.autocast(theta.device.type, enabled=False):
-            rows, theta = self._state[theta.device][start * self.cols : stop * self.cols], theta[..., self._window].float()
+            rows = self._state[theta.device][start * self.cols : stop * self.cols]
+            theta = theta[..., self._window].float()
             flat = rows @ theta if theta.dim() == 1 else theta @ rows.T  # the former is faster backwards
             return flat.unflatten(-1, (stop - start, self.cols))
 

@@ -105,7 +105,7 @@ def fastfood(
     deal = dealt(d, shapes)
     slots, starts = [], {}
     for name in sorted(shapes):
-        rows, cols, _ = shapes[name]
+        rows, cols = shapes[name][:2]
         first, count = deal[name]
         height = min(limit, rows, n * rows * cols // count)
         depth = min(n, ceil(Fraction(count * height, rows * n * max(1, cols // n))))

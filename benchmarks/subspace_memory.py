@@ -1,0 +1,83 @@
+"""Peak memory and time of `fit_subspace`, beside the size of the model.
+
+    python benchmarks/subspace_memory.py [--model FOLDER] [--snapshots 32] [--dim 32] [--scratch FOLDER]
+
+Without --model an encoder of BERT-base's shape is built at random. Each snapshot is a walk's next step. Prints the
+highest memory of the process that fits, less what it had before fitting began, beside the model's size in float32; and
+the time beside that of reading all snapshots once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, BertConfig, BertModel
+
+from peft_intrinsic.trajectory import fit_subspace, record, snapshots
+
+
+def prepared(model: Any, folder: Path, count: int) -> None:
+    """The recording of a walk."""
+    record(model, folder, 0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, count + 1):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1e-3 / step * torch.randn(parameter.shape, generator=generator))
+        record(model, folder, step)
+
+
+def fit(folder: Path, dim: int, queue: Any) -> None:
+    """In a process of its own: seconds, of reading and of fitting."""
+    torch.set_num_threads(1)
+    start = time.time()
+    for path in snapshots(folder):
+        load_file(path)
+    read = time.time() - start
+    queue.put("ready")
+    start = time.time()
+    fit_subspace(folder, dim, out=folder / "subspace.safetensors")
+    queue.put((read, time.time() - start))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--snapshots", type=int, default=32)
+    parser.add_argument("--dim", type=int, default=32)
+    parser.add_argument("--scratch", type=Path, default=Path("runs/subspace_memory"))
+    args = parser.parse_args()
+    model = AutoModel.from_pretrained(args.model) if args.model else BertModel(BertConfig())
+    size = 4 * model.num_parameters()
+    prepared(model, args.scratch, args.snapshots)
+    del model
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=fit, args=(args.scratch, args.dim, queue))
+    process.start()
+    queue.get()
+    watched = psutil.Process(process.pid)
+    before = highest = watched.memory_info().rss
+    while queue.empty():
+        highest = max(highest, watched.memory_info().rss)
+        time.sleep(0.01)
+    read, seconds = queue.get()
+    process.join()
+    file = (args.scratch / "subspace.safetensors").stat().st_size
+    print(f"model {size / 2**20:.0f} MiB in float32, {args.snapshots} snapshots, dim {args.dim}")
+    print(f"subspace file {file / 2**20:.0f} MiB")
+    print(f"peak {(highest - before) / 2**20:.0f} MiB above the start: {(highest - before) / size:.2f} x the model")
+    print(f"time {seconds / read:.1f} x that of reading the snapshots once")
+    shutil.rmtree(args.scratch)
+
+
+if __name__ == "__main__":
+    main()

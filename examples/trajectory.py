@@ -1,0 +1,75 @@
+"""Record a full fine-tuning, learn the subspace that it moved in, and fine-tune again in that.
+
+    python examples/trajectory.py --model bert-base-uncased --train train.csv --test dev.csv --text text --label label
+
+`--train` and `--test` take CSV or JSON-lines files. Recording, subspace and adapter go to `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from peft import get_peft_model
+from text_classification import LEARNING_RATE, adapter_size, tokenised, trainer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.trajectory import TrajectoryCallback, find_outliers, fit_subspace
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bert-base-uncased", help="Hub name or folder")
+    parser.add_argument("--train", required=True, help="CSV or JSON-lines file")
+    parser.add_argument("--test", required=True, help="CSV or JSON-lines file")
+    parser.add_argument("--text", nargs="+", default=["text"], help="one column, or two for pairs")
+    parser.add_argument("--label", default="label", help="column of integers")
+    parser.add_argument("--steps", type=int, default=320, help="of each training")
+    parser.add_argument("--snapshots", type=int, default=16)
+    parser.add_argument("--dim", type=int, default=8, help="numbers for each layer")
+    parser.add_argument("--full-lr", type=float, default=1e-4, help="learning rate of full fine-tuning")
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="learning rate in the subspace")
+    parser.add_argument("--out", type=Path, default=Path("runs/trajectory"))
+    args = parser.parse_args()
+
+    kind = "csv" if args.test.endswith(".csv") else "json"
+    data = load_dataset(kind, data_files={"train": args.train, "test": args.test})
+    labels = len({*data["train"][args.label], *data["test"][args.label]})
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    data = tokenised(data, tokenizer, args.text, args.label)
+
+    def base() -> Any:
+        set_seed(0)  # the same fresh head both times
+        return AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=labels)
+
+    full = trainer(base(), tokenizer, data, max_steps=args.steps, learning_rate=args.full_lr)
+    full.add_callback(TrajectoryCallback(args.out / "recording", every=max(1, args.steps // args.snapshots)))
+    full.train()
+    before = full.evaluate()["eval_accuracy"]
+
+    subspace = fit_subspace(args.out / "recording", args.dim, out=args.out / "subspace.safetensors")
+    for group in subspace.groups:
+        print(f"{group.name}: {args.dim} directions explain {sum(group.explained):.1%} of the way")
+
+    config = IntrinsicConfig(
+        d=subspace.dim,
+        projection="trajectory",
+        subspace=str(subspace.path),
+        modules_to_save=["classifier"],
+        task_type="SEQ_CLS",
+    )
+    model: Any = get_peft_model(base(), config)
+    run = trainer(model, tokenizer, data, max_steps=args.steps, learning_rate=args.lr)
+    run.train()
+    after = run.evaluate()["eval_accuracy"]
+    model.save_pretrained(args.out / "adapter")
+    size = adapter_size(args.out / "adapter")
+    print(f"accuracy {before:.4f} in full, {after:.4f} with d={subspace.dim} and the head; {size} bytes")
+    print(find_outliers(model).report(top=5))
+
+
+if __name__ == "__main__":
+    main()
