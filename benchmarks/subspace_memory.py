@@ -3,8 +3,7 @@
     python benchmarks/subspace_memory.py [--model FOLDER] [--snapshots 32] [--dim 32] [--scratch FOLDER]
 
 Without --model an encoder of BERT-base's shape is built at random. Each snapshot is a walk's next step. Prints the
-highest memory of the process that fits, less what it had before fitting began, beside the model's size in float32; and
-the time beside that of reading all snapshots once.
+highest memory of the process that fits, less what it had before fitting began, beside the model's size in float32.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertModel
 
-from peft_intrinsic.trajectory import fit_subspace, record, snapshots
+from peft_intrinsic.trajectory import fit_subspace, record
 
 
 def prepared(model: Any, folder: Path, count: int) -> None:
@@ -36,16 +34,11 @@ def prepared(model: Any, folder: Path, count: int) -> None:
 
 
 def fit(folder: Path, dim: int, queue: Any) -> None:
-    """In a process of its own: seconds, of reading and of fitting."""
+    """In a process of its own, which says when it begins and when it is done."""
     torch.set_num_threads(1)
-    start = time.time()
-    for path in snapshots(folder):
-        load_file(path)
-    read = time.time() - start
     queue.put("ready")
-    start = time.time()
     fit_subspace(folder, dim, out=folder / "subspace.safetensors")
-    queue.put((read, time.time() - start))
+    queue.put("done")
 
 
 def main() -> None:
@@ -69,13 +62,11 @@ def main() -> None:
     while queue.empty():
         highest = max(highest, watched.memory_info().rss)
         time.sleep(0.01)
-    read, seconds = queue.get()
     process.join()
     file = (args.scratch / "subspace.safetensors").stat().st_size
     print(f"model {size / 2**20:.0f} MiB in float32, {args.snapshots} snapshots, dim {args.dim}")
     print(f"subspace file {file / 2**20:.0f} MiB")
     print(f"peak {(highest - before) / 2**20:.0f} MiB above the start: {(highest - before) / size:.2f} x the model")
-    print(f"time {seconds / read:.1f} x that of reading the snapshots once")
     shutil.rmtree(args.scratch)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..projection.subspace import TYPES, Group, Subspace, SubspaceWriter
 from ..tuner.learnt import values_digest
+from ..tuner.targets import block_of
 from .record import parameters_of, snapshots
 
 CHUNK = 2**18
@@ -123,8 +124,7 @@ def group_names(names: Sequence[str], per: str) -> dict[str, list[str]]:
         return {"model": list(names)}
     result: dict[str, list[str]] = {}
     for name in names:
-        block = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
-        result.setdefault(block[0] if block else "rest", []).append(name)
+        result.setdefault(block_of(name) or "rest", []).append(name)
     number = re.compile(r"\d+")
     return dict(sorted(result.items(), key=lambda item: [int(n) for n in number.findall(item[0])] or [2**31]))
 
@@ -203,6 +203,7 @@ def _solve(label: str, names: list[str], rows: list[_Snapshot], dim: int, center
             if rank
             else f"The snapshots of {label} do not move at all. Record a run that trains these parameters."
         )
-    mix = torch.from_numpy(vectors[:, :dim] / singular[:dim]).T @ middle
+    # Eigenvectors of a centred matrix are orthogonal to the mean: they centre the snapshots by themselves.
+    mix = torch.from_numpy(vectors[:, :dim] / singular[:dim]).T
     share = (values[:dim] / values.sum()).tolist()
     return Group(label, names, singular[:dim].tolist(), share), mix

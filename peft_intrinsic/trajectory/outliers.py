@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..plots import heat_map
 from ..tuner.layer import IntrinsicLayer, base_places
+from ..tuner.targets import block_of, kind_of
 from .fit import group_names
 
 
@@ -38,7 +39,7 @@ class Outliers:
         return [
             {
                 "layer": layer,
-                "kind": name.removeprefix(f"{layer}."),
+                "kind": kind_of(name),
                 "weights": int(np.prod(self.shapes[name])),
                 "outliers": len(self.places[name]),
             }
@@ -78,23 +79,8 @@ class Outliers:
 
     def plot(self, path: str | os.PathLike) -> None:
         """Share of outliers, a row for each layer and a column for each kind of module."""
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
-
-        rows = self.rows()
-        layers, kinds = (list(dict.fromkeys(row[by] for row in rows)) for by in ("layer", "kind"))
-        shares = np.full((len(layers), len(kinds)), np.nan)
-        for row in rows:
-            shares[layers.index(row["layer"]), kinds.index(row["kind"])] = 100 * row["outliers"] / row["weights"]
-        size = (2 + 0.35 * len(kinds), 3 + 0.3 * len(layers))
-        figure, axis = plt.subplots(figsize=size, layout="constrained")
-        image = axis.imshow(shares, aspect="auto", cmap="viridis")
-        axis.set_xticks(range(len(kinds)), kinds, rotation=90)
-        axis.set_yticks(range(len(layers)), layers)
-        figure.colorbar(image, label=f"weights beyond {self.k:g} σ, %")
-        figure.savefig(path, dpi=150)
+        shares = {(row["layer"], row["kind"]): 100 * row["outliers"] / row["weights"] for row in self.rows()}
+        heat_map(shares, f"weights beyond {self.k:g} σ, %", path)
 
 
 @torch.no_grad()
@@ -131,7 +117,7 @@ def _offsets(model: Any, adapter: str) -> dict[str, torch.Tensor]:
         if isinstance(layer, IntrinsicLayer)
         for own, offset in layer.offsets.get(adapter, {}).items()
     }
-    found = {name: offset for name, offset in found.items() if re.search(r"(?:^|\.)\d+\.", name)}
+    found = {name: offset for name, offset in found.items() if block_of(name)}
     if not found:
         raise ValueError(f"The model has no adapter {adapter!r} that moves numbered blocks. Name one that does.")
     return found

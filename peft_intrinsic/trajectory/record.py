@@ -15,8 +15,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..tuner.layer import base_places
-from ..tuner.learnt import BLOCKS, values_digest
-from ..tuner.targets import fits
+from ..tuner.learnt import values_digest
+from ..tuner.targets import block_of, fits
 
 START = "start.safetensors"
 SNAPSHOT = "snapshot-{:08d}.safetensors"
@@ -46,7 +46,7 @@ def parameters_of(model: nn.Module, pattern: str | None = None) -> dict[str, nn.
     found: dict[int, tuple[str, Any]] = {}
     for name, (module, own) in base_places(model).items():
         parameter = module._parameters[own]
-        if fits("parameters", pattern or BLOCKS, name):
+        if block_of(name) if pattern is None else fits("parameters", pattern, name):
             found.setdefault(id(parameter), (name, parameter))
     if not found:
         raise ValueError(

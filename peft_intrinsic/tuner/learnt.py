@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,10 +15,7 @@ from torch import nn
 from ..projection.subspace import Subspace
 from .identity import base_digest
 from .layer import base_modules, base_places
-from .targets import inside, logical_shape
-
-BLOCKS = r"(?:.*\.)?\d+\..*"
-"""Names of parameters in numbered blocks."""
+from .targets import block_of, inside, logical_shape
 
 EMBEDDED = "subspace.safetensors"
 """The name of a subspace file that is saved with its adapter."""
@@ -64,7 +60,7 @@ def values_digest(model: nn.Module, names: Collection[str]) -> str:
         names: of the parameters.
     """
     model = getattr(model, "get_base_model", lambda: model)()
-    inner = {name for name in names if re.fullmatch(BLOCKS, name)} or set(names)
+    inner = {name for name in names if block_of(name)} or set(names)
     return base_digest(model, without=set(base_places(model)) - inner).hex()
 
 

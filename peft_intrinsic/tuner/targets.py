@@ -143,19 +143,30 @@ def matrix_view(module: nn.Module, name: str, head: bool = False) -> Shape:
     return Shape(size // cols, cols, kind, transposed)
 
 
+def block_of(name: str) -> str | None:
+    """The numbered block that a parameter lies in, the outermost one, such as `encoder.layer.3`."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    return found and found[0]
+
+
+def kind_of(name: str) -> str:
+    """A parameter's name within its numbered block."""
+    return name.removeprefix(f"{block_of(name)}.")
+
+
 def lambda_groups(names: Iterable[str], granularity: str) -> dict[str, int]:
     """Index of the λ of each parameter. `names` come in the order of the model."""
     labels = {}
     blocks_seen = False
     for name in names:
-        block = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+        block = block_of(name)
         blocks_seen |= block is not None
         if granularity == "tensor":
             labels[name] = name
         elif granularity == "module":
             labels[name] = name.rpartition(".")[0]
         else:
-            labels[name] = block[0] if block else "after" if blocks_seen else "before"
+            labels[name] = block or ("after" if blocks_seen else "before")
     index = {label: i for i, label in enumerate(dict.fromkeys(labels.values()))}
     return {name: index[label] for name, label in labels.items()}
 

@@ -1,0 +1,34 @@
+"""Pictures that several reports share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def heat_map(cells: Mapping[tuple[str, str], float], label: str, path: str | os.PathLike) -> None:
+    """A row for each layer and a column for each kind of parameter; what is absent stays white.
+
+    Args:
+        cells: values by layer and kind.
+        label: of the scale.
+        path: of the picture.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, columns = (list(dict.fromkeys(place[i] for place in cells)) for i in (0, 1))
+    values = np.full((len(rows), len(columns)), np.nan)
+    for (row, column), value in cells.items():
+        values[rows.index(row), columns.index(column)] = value
+    figure, axis = plt.subplots(figsize=(2 + 0.35 * len(columns), 3 + 0.3 * len(rows)), layout="constrained")
+    image = axis.imshow(values, aspect="auto", cmap="viridis")
+    axis.set_xticks(range(len(columns)), columns, rotation=90)
+    axis.set_yticks(range(len(rows)), rows)
+    figure.colorbar(image, label=label)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

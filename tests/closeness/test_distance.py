@@ -1,0 +1,161 @@
+"""Distances of parameters against numpy in float64, and known values."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, trained
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+
+from peft_intrinsic.closeness import distance, parameter_distance
+from peft_intrinsic.closeness.distance import write_report
+
+THRESHOLD = 1e-3
+SHAPES = {"h.0.weight": (7, 9), "h.0.bias": (7,), "h.1.weight": (5, 4, 3), "h.1.scale": (), "embed.weight": (11, 6)}
+
+
+def pair(size: float = 1e-3, dtype: torch.dtype = torch.float32) -> tuple[dict, dict]:
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+    return base, {n: (w + size * torch.randn(w.shape, generator=generator)).to(dtype) for n, w in base.items()}
+
+
+def oracle(base: dict, tuned: dict, names) -> dict[str, float]:
+    """From the definitions, in numpy's longest floating point."""
+    u, v = (
+        np.concatenate([side[name].double().numpy().ravel() for name in names]).astype(np.longdouble)
+        for side in (base, tuned)
+    )
+    units = sum(base[name].shape[0] if base[name].dim() > 1 else base[name].numel() for name in names)
+    cosine = (u @ v) / np.sqrt((u @ u) * (v @ v))
+    return {
+        "l1": np.abs(v - u).sum(),
+        "l1_per_unit": np.abs(v - u).sum() / units,
+        "l2_relative": np.sqrt(((v - u) ** 2).sum() / (u**2).sum()),
+        "angular": np.arccos(min(cosine, 1)) / np.pi,
+        "changed_share": (np.abs(v - u) > THRESHOLD).mean(),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-2, 1.0])
+def test_against_numpy(monkeypatch, dtype, size):
+    monkeypatch.setattr(distance, "CHUNK", 10)
+    base, tuned = pair(size, dtype)
+    found = parameter_distance(base, tuned, THRESHOLD)
+    groups = {
+        **{name: (found.tensors[name], [name]) for name in SHAPES},
+        **{
+            layer: (found.by("layer")[layer][0], [n for n in SHAPES if n.startswith(layer)]) for layer in ("h.0", "h.1")
+        },
+        "weight": (found.by("kind")["weight"][0], ["h.0.weight", "h.1.weight"]),
+        "total": (found.total, list(SHAPES)),
+    }
+    for sums, names in groups.values():
+        for measure, value in oracle(base, tuned, names).items():
+            assert getattr(sums, measure) == pytest.approx(float(value), rel=1e-9, abs=1e-9), (names, measure)
+
+
+def test_small_angles_keep_their_digits():
+    u = torch.zeros(1000).double()
+    u[0] = 1.0
+    v = u.clone()
+    v[1] = 1e-9  # arccos of a float64 cosine is 0 here
+    found = parameter_distance({"w": u}, {"w": v}).total
+    assert found.angular == pytest.approx(1e-9 / math.pi, rel=1e-6)
+
+
+def test_known_values():
+    base, _ = pair()
+    same = parameter_distance(base, base, 0.0).total
+    assert [getattr(same, measure) for measure in distance.MEASURES] == [0, 0, 0, 0, 0]
+    flipped = parameter_distance(base, {name: -w for name, w in base.items()}).total
+    assert flipped.angular == 1.0
+    assert flipped.l2_relative == pytest.approx(2.0)
+    generator = torch.Generator().manual_seed(0)
+    one, two = ({"w": torch.randn(2000, 1000, generator=generator)} for _ in range(2))
+    found = parameter_distance(one, two)
+    assert found.total.angular == pytest.approx(0.5, abs=1e-3)
+    # Two draws of N(0, .02²): |Δ| has the mean 2 · .02 / √π.
+    assert found.random["w"].l1_per_unit == pytest.approx(1000 * 2 * 0.02 / math.sqrt(math.pi), rel=1e-2)
+    assert found.random["w"].angular == pytest.approx(0.5, abs=1e-3)
+
+
+def test_zeros_have_no_direction():
+    found = parameter_distance({"b": torch.zeros(3)}, {"b": torch.ones(3)}).total
+    assert math.isnan(found.angular)
+    assert math.isnan(found.l2_relative)
+    assert parameter_distance({"b": torch.zeros(3)}, {"b": torch.zeros(3)}).total.angular == 0
+    told = parameter_distance({"b": torch.zeros(3)}, {"b": torch.ones(3)}).to_dict()
+    assert told["total"]["angular"] is None
+    json.dumps(told, allow_nan=False)
+
+
+def test_files_folders_and_models_agree(tmp_path):
+    one, two = build("bert"), build("bert")
+    with torch.no_grad():
+        for p in two.parameters():
+            p.add_(1e-2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    one.save_pretrained(tmp_path / "one")
+    two.save_pretrained(tmp_path / "two", max_shard_size="20KB")
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 1
+    wanted = parameter_distance(one, two).to_dict()
+    assert parameter_distance(tmp_path / "one", tmp_path / "two").to_dict()["total"] == pytest.approx(wanted["total"])
+    assert parameter_distance(tmp_path / "one" / "model.safetensors", two).to_dict()["tensor"].keys() == {
+        *wanted["tensor"]
+    }
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "bert_mlm"])
+def test_an_adapter_counts_with_its_offset(family):
+    model = trained(family)
+    found = parameter_distance(build(family), model)
+    merged = parameter_distance(build(family), model.merge_and_unload())
+    assert found.tensors.keys() == merged.tensors.keys()
+    assert found.total.l2_relative > 0
+    for name, sums in found.tensors.items():
+        for measure in ("l1", "l2_relative", "angular"):
+            a, b = getattr(sums, measure), getattr(merged.tensors[name], measure)
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-6, nan_ok=True), (name, measure)
+
+
+def test_loras_count_too_and_others_are_refused(tmp_path):
+    model = get_peft_model(build("bert"), LoraConfig(target_modules=["query", "dense"], init_lora_weights=False))
+    found = parameter_distance(build("bert"), model)
+    merged = parameter_distance(build("bert"), model.merge_and_unload())
+    assert found.total.l1 == pytest.approx(merged.total.l1, rel=1e-4)
+    assert isinstance(model, PeftModel)
+
+
+def test_report_and_plot(tmp_path):
+    found = parameter_distance(*pair())
+    write_report(found, tmp_path)
+    assert json.loads((tmp_path / "distance.json").read_text())["layer"]["h.0"]["entries"] == 70
+    report = (tmp_path / "distance.md").read_text()
+    assert "| h.0 | 70 | " in report
+    assert "| all | 197 | " in report
+    assert (tmp_path / "distance.png").stat().st_size > 5000
+
+
+def test_what_is_refused(tmp_path):
+    base, tuned = pair()
+    with pytest.raises(ValueError, match=r"differ in 1 parameters: h\.0\.bias is \(7,\) in the one and nothing"):
+        parameter_distance(base, {name: w for name, w in tuned.items() if name != "h.0.bias"})
+    with pytest.raises(ValueError, match=r"h\.0\.bias is \(7,\) in the one and \(8,\)"):
+        parameter_distance(base, {**tuned, "h.0.bias": torch.zeros(8)})
+    with pytest.raises(ValueError, match="threshold must not be negative, got -1"):
+        parameter_distance(base, tuned, -1)
+    with pytest.raises(ValueError, match=r"h\.0\.bias holds NaN"):
+        parameter_distance(base, {**tuned, "h.0.bias": torch.full((7,), math.nan)})
+    with pytest.raises(ValueError, match="holds no weights in safetensors"):
+        parameter_distance(tmp_path, tuned)
+    (tmp_path / "x.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"x\.safetensors cannot be read"):
+        parameter_distance(tmp_path, tuned)
+    save_file(base, tmp_path / "x.safetensors")
+    assert parameter_distance(tmp_path, base).total.l1 == 0
