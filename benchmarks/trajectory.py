@@ -8,8 +8,8 @@ Tasks and protocol are those of benchmarks/quality.py (sst2, mrpc_250, rotten_to
 one JSON line to benchmarks/results/trajectory/TASK/trials.jsonl, and runs that are there are skipped. Recordings and
 subspaces lie in --scratch, and are made again where they are missing.
 
-full: everything trained. freeze: embeddings and head. All subspace methods train embeddings and head in the original
-space, as the paper, at freeze's best rate, and 6 times `dim` numbers, `dim` for each layer: random (Gaussian vectors),
+full: everything trained. freeze: embeddings, pooler and head. All subspace methods train these in the original space,
+as the paper, at freeze's best rate, and 6 times `dim` numbers, `dim` for each layer: random (Gaussian vectors),
 trajectory (16 snapshots of the full run with the same seed), gradient (of 16 batches at the start), other task (its
 trajectory), unified (the last snapshot of each of the three tasks), zero-shot (without the task's own). alone: 7 times
 16 numbers, the head's own directions among them, and nothing else. without outliers: the weights that trajectory 16
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -50,10 +51,14 @@ TASKS = ("sst2", "mrpc_250", "rotten_tomatoes")
 MODEL = "all-MiniLM-L6-v2"
 RESULTS = Path(__file__).parent / "results" / "trajectory"
 RECORDED = r"(bert\.encoder\.layer\.\d+|classifier)\..*"
-ORIGINAL = ["classifier", "embeddings"]
+ORIGINAL = ["classifier", "bert.pooler", "bert.embeddings"]
 SNAPSHOTS, GROUPS = 16, 6
 OTHER = {"sst2": "mrpc_250", "mrpc_250": "sst2", "rotten_tomatoes": "mrpc_250"}
 FULL_RATES, RATES = (2.5e-5, 1e-4, 4e-4), (5e-5, 2e-4, 8e-4)
+NAMES = (
+    *("trajectory 16", "random 16", "gradient 16", "trajectory 8", "trajectory 4", "other task 16"),
+    *("zero-shot 2", "unified 3", "without outliers", "without random", "alone 16"),
+)
 Methods = dict[str, tuple[Row, tuple[float, ...]]]
 
 
@@ -63,9 +68,15 @@ def rows(task: str) -> list[Row]:
 
 
 def best_rate(task: str, method: tuple[Row, tuple[float, ...]]) -> float:
-    """The best rate of a contestant by loss; 1e-4 before it has been measured."""
+    """The best rate of a contestant by loss.
+
+    Raises:
+        SystemExit: it has not been measured.
+    """
     found = at_best(method, rows(task), MODEL)
-    return found[0]["lr"] if found else 1e-4
+    if not found:
+        raise SystemExit(f"{task}: {method[0]['method']} comes first. Run it with --only {method[0]['method']}.")
+    return found[0]["lr"]
 
 
 def contestants(task: str) -> Methods:
@@ -75,14 +86,16 @@ def contestants(task: str) -> Methods:
         "full": ({**base, "method": "full"}, FULL_RATES),
         "freeze": ({**base, "method": "freeze"}, (1e-4, 4e-4, 1.6e-3)),
     }
+    if not at_best(result["freeze"], rows(task), MODEL):
+        return result  # the others need its best rate
     rest = best_rate(task, result["freeze"])
-    dims = {"trajectory": (16, 8, 4), "random": (16,), "gradient": (16,), "unified": (3,), "zero-shot": (2,)}
-    for kind, sizes in {**dims, "other task": (16,)}.items():
-        for dim in sizes:
-            result[f"{kind} {dim}"] = {**base, "method": kind, "dim": dim, "rest_lr": rest}, RATES
-    result["alone 16"] = {**base, "method": "alone", "dim": 16}, RATES
-    for which in ("without outliers", "without random"):
-        result[which] = {**base, "method": which}, FULL_RATES
+    for name in NAMES:
+        kind, _, dim = name.rpartition(" ")
+        if kind == "without":
+            result[name] = {**base, "method": name}, FULL_RATES
+        else:
+            shared = {} if kind == "alone" else {"rest_lr": rest}
+            result[name] = {**base, "method": kind, "dim": int(dim), **shared}, RATES
     return result
 
 
@@ -139,6 +152,8 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             if len(snapshots(folder)) < SNAPSHOTS:
+                for path in snapshots(folder):
+                    path.unlink()
                 self.full(task, lr, seed, folder)
         return snapshots(folder)[-SNAPSHOTS:]
 
@@ -215,8 +230,7 @@ class Study:
         method, lr, seed = row["method"], row["lr"], row["seed"]
         if method == "full":
             folder = self.scratch / self.task / f"full-{lr:g}-{seed}"
-            for path in snapshots(folder):
-                path.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
             return self.full(self.task, lr, seed, folder)
         if method == "freeze":
             model = self.base(seed)
@@ -238,7 +252,7 @@ class Study:
 
 def missing(task: str, only: list[str] | None) -> Iterator[Row]:
     """The next runs that are not there."""
-    for name in only or contestants(task):
+    for name in only or ("full", "freeze", *NAMES):
         while True:
             method = {name: contestants(task)[name]}
             planned = ({"model": MODEL, **run} for _, run in tuned(method, rows(task), MODEL))
@@ -258,7 +272,7 @@ def table(task: str) -> None:
 
 
 def plot(task: str) -> None:
-    """Accuracy of every contestant, a point for each seed, as curve.png beside the rows."""
+    """Accuracy of every contestant, a point for each seed, as table.png beside the rows."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -283,7 +297,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--scratch", type=Path, default=Path("runs/trajectory"))
-    parser.add_argument("--only", nargs="+", help="contestants, such as 'trajectory 32'")
+    parser.add_argument("--only", nargs="+", help="contestants, such as 'trajectory 16'")
     args = parser.parse_args()
     if args.action != "run":
         return (table if args.action == "table" else plot)(args.task)

@@ -116,7 +116,7 @@ def _add_trajectory(commands: Any) -> None:
     transfer.add_argument("--dim", type=int, default=32, help="directions of every layer, as far as there are (32)")
     transfer.add_argument("--full", nargs="+", help="modules to train in full, such as classifier embeddings")
     transfer.add_argument("--eval", required=True, help="labelled texts to score on")
-    transfer.add_argument("-o", "--out", required=True, help="folder for transfer.md, the subspaces and trials")
+    transfer.add_argument("-o", "--out", required=True, help="folder for transfer.md and trials")
 
 
 def _add_columns(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,17 @@ from safetensors import SafetensorError, safe_open
 FORMAT = "peft_intrinsic subspace 1"
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 DIGEST = 16
+
+
+def contents_digest(path: Path) -> str:
+    """SHA-256 of a subspace file, cut to 16 digits, its own digest read as zeros."""
+    digest, nothing = hashlib.sha256(), b"0" * DIGEST
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        digest.update(re.sub(rb'("digest": ")[0-9a-f]+"', rb"\g<1>" + nothing + b'"', file.read(length)))
+        while piece := file.read(2**22):
+            digest.update(piece)
+    return digest.hexdigest()[:DIGEST]
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,13 @@ class Subspace:
                 f"subspace={str(path)!r} is no subspace file of this version ({error}). Make one with fit_subspace."
             ) from None
 
+    def verify(self) -> None:
+        """Raises ValueError where the contents are not what was written. Reads the whole file."""
+        if contents_digest(self.path) != self.digest:
+            raise ValueError(
+                f"subspace={str(self.path)!r} is damaged: its digest is not that of its contents. Fit it again."
+            )
+
     @property
     def dim(self) -> int:
         """Directions of all groups together: the most numbers that can be trained."""
@@ -95,8 +114,8 @@ class Subspace:
         room = [len(group.singular_values) for group in groups]
         if not len(groups) <= d <= sum(room):
             raise ValueError(
-                f"d={d} does not fit the subspace {self.path}: its {len(groups)} groups take from {len(groups)} to "
-                f"{sum(room)} numbers. Choose d in between, or fit another subspace."
+                f"A θ of {d} numbers (d less the λ) does not fit the subspace {self.path}, whose {len(groups)} groups "
+                f"take from {len(groups)} to {sum(room)}. Choose d accordingly, or fit another subspace."
             )
         counts = [0] * len(room)
         while rest := d - sum(counts):
@@ -167,25 +186,17 @@ class SubspaceWriter:
             self._file.seek(self._data + self._start[name] + (k * self._size[name] + start) * self.dtype.itemsize)
             self._file.write(row.tobytes())
 
-    def _pieces(self) -> Iterator[bytes]:
-        self._file.seek(0)
-        while piece := self._file.read(2**22):
-            yield piece
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if kind is None:
-                digest = hashlib.sha256()
-                for piece in self._pieces():
-                    digest.update(piece)
-                self._table["__metadata__"]["digest"] = digest.hexdigest()[:DIGEST]
+                self._file.flush()
+                self._table["__metadata__"]["digest"] = contents_digest(self._new)
                 self._file.seek(0)
                 self._file.write(self._header())
+                self._file.close()
+                os.replace(self._new, self.path)
         finally:
             self._file.close()
-            if kind is None:
-                os.replace(self._new, self.path)
-            else:
-                self._new.unlink(missing_ok=True)
+            self._new.unlink(missing_ok=True)

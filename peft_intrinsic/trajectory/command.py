@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -30,18 +31,32 @@ def _texts(args: argparse.Namespace) -> LabelledTexts:
     return LabelledTexts(args.model, args.train, getattr(args, "eval", None), args.text, args.label, args.batch)
 
 
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """All options but where the results go."""
+    return {name: value for name, value in vars(args).items() if name not in ("run", "out")}
+
+
 def record(args: argparse.Namespace) -> None:
     """Fine-tune in full, and keep snapshots."""
     callback = TrajectoryCallback(args.out, args.every, args.parameters)
-    texts = _texts(args)
-    folder = Path(args.out, "checkpoints")
-    when = {"save_strategy": "steps", "save_steps": 8 * args.every} if args.every else {"save_strategy": "epoch"}
-    trainer = texts.prepared(
-        texts.whole(), str(folder), args.steps, args.lr, args.seed, save_total_limit=1, report_to="none", **when
-    )
-    trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
-    shutil.rmtree(folder, ignore_errors=True)
+    folder, done = Path(args.out, "checkpoints"), {"run": "record"}
+    with Store(args.out, _settings(args)) as store:
+        if store.key(done) not in store.rows:
+            begun = any(folder.glob("checkpoint-*"))
+            if not begun:  # stopped before the first checkpoint: begin again
+                for path in snapshots(args.out):
+                    path.unlink()
+            texts = _texts(args)
+            when = (
+                {"save_strategy": "steps", "save_steps": 8 * args.every} if args.every else {"save_strategy": "epoch"}
+            )
+            trainer = texts.prepared(
+                texts.whole(), str(folder), args.steps, args.lr, args.seed, save_total_limit=1, **when
+            )
+            trainer.add_callback(callback)
+            trainer.train(resume_from_checkpoint=begun)
+            store.add(done, {})
+            shutil.rmtree(folder, ignore_errors=True)
     print(f"{args.out}: {len(snapshots(args.out))} snapshots")
 
 
@@ -71,6 +86,7 @@ def tune(args: argparse.Namespace) -> None:
     """An adapter in a subspace."""
     subspace = Subspace(args.subspace)
     texts = _texts(args)
+    torch.manual_seed(args.seed)  # of random starts
     more = {"embed_subspace": args.embed, "ensemble": args.ensemble, "seed": args.seed}
     model: Any = get_peft_model(texts.base, _config(subspace, args.full, args.d, **more))
     before = texts.accuracy(model) if args.eval else None
@@ -83,9 +99,7 @@ def tune(args: argparse.Namespace) -> None:
 
 def _scores(args: argparse.Namespace, texts: LabelledTexts, runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """Accuracy of each run, by name: trained unless its row is there. A run returns its model, trained."""
-    names = ("model", "train", "eval", "steps", "lr", "seed", "batch")
-    settings = {**{name: getattr(args, name) for name in names}, "more": getattr(args, "full", None)}
-    with Store(args.out, settings) as store:
+    with Store(args.out, _settings(args)) as store:
         for name, run in runs.items():
             if store.key({"run": name}) not in store.rows:
                 store.add({"run": name}, {"accuracy": texts.accuracy(run())})
@@ -100,9 +114,8 @@ def _table(scores: dict[str, float]) -> str:
 def outliers(args: argparse.Namespace) -> None:
     """Outlier dimensions of an adapter, and the paper's ablation where there are data to score on."""
     texts = _texts(args)
-    model = PeftModel.from_pretrained(texts.base, args.adapter)
-    found = find_outliers(model, args.k)
-    texts.base = model.unload()
+    # On a copy: modules that were saved in full stay in a model that an adapter leaves.
+    found = find_outliers(PeftModel.from_pretrained(copy.deepcopy(texts.base), args.adapter), args.k)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     found.plot(Path(args.out, "outliers.png"))
     report = found.report()
@@ -149,6 +162,6 @@ def transfer(args: argparse.Namespace) -> None:
         return model
 
     runs = {name: partial(tuned, name, files) for name, files in sources.items()}
-    report = _table(_scores(args, texts, runs)) + (f"\n\n{CAVEAT}" if len(found) > 1 else "")
+    report = _table(_scores(args, texts, runs)) + (f"\n\n{CAVEAT}" if args.own else "")
     write_whole(Path(args.out, "transfer.md"), report + "\n")
     print(report)

@@ -20,10 +20,10 @@ from ..tuner.targets import block_of
 from .record import parameters_of, snapshots
 
 CHUNK = 2**18
-"""Weights of all snapshots that are in memory at a time."""
+"""Weights of each snapshot that are in memory at a time."""
 
 RANK = 1e-5
-"""Directions with a smaller share of the first one's singular value are rounding: the Gram matrix squares it."""
+"""Directions with a smaller share of the snapshots' length are rounding: the Gram matrix squares it."""
 
 Source = str | os.PathLike | Mapping[str, torch.Tensor]
 
@@ -47,7 +47,10 @@ class _Snapshot:
         for name in files:
             try:
                 with safe_open(name, "pt") as file:
-                    self.base = (file.metadata() or {}).get("base")
+                    about = file.metadata() or {}
+                    if "base" in about and "step" not in about:
+                        raise ValueError(f"{name} is the start of a recording, or a subspace, and no snapshot.")
+                    self.base = about.get("base")
                     for key in file.keys():  # noqa: SIM118
                         self._files[key] = name
                         self.shapes[key] = tuple(file.get_slice(key).get_shape())
@@ -57,21 +60,21 @@ class _Snapshot:
             raise ValueError(f"{path} holds neither snapshots nor a checkpoint in safetensors.")
         self.whole = self.base is None
         if self.whole and start is None:
-            raise ValueError(f"{path} is a whole checkpoint. Pass base=, the model from which it was tuned.")
+            raise ValueError(
+                f"{path} is a whole checkpoint. Pass base= to fit_subspace, the model from which it was tuned."
+            )
         self._start = start
 
-    def read(self, name: str, rows: slice) -> torch.Tensor:
-        """Rows of a parameter along its first axis, flat: `float64[weights]`."""
+    def read(self, name: str, piece: tuple[slice, ...]) -> torch.Tensor:
+        """A piece of a parameter, flat: `float64[weights]`."""
         if name in self._tensors:
-            part = self._tensors[name].detach()
-            part = part[rows] if part.dim() else part
+            part = self._tensors[name].detach()[piece]
         else:
             with safe_open(self._files[name], "pt") as file:  # opened anew, so that pages read before are given back
-                part = file.get_slice(name)[rows] if self.shapes[name] else file.get_tensor(name)
+                part = file.get_slice(name)[piece] if piece else file.get_tensor(name)
         part = part.cpu().double()
         if self.whole and self._start:
-            start = self._start[name].detach()
-            part = part - (start[rows] if start.dim() else start).cpu()
+            part = part - self._start[name].detach()[piece].cpu()
         if not torch.isfinite(part).all():
             raise ValueError(f"{self.told}: {name} holds NaN or infinite values. Leave the snapshot out.")
         return part.reshape(-1)
@@ -107,15 +110,20 @@ def _read(sources: Any, base: nn.Module | None) -> tuple[list[_Snapshot], str]:
     return found, next(iter(bases), "")
 
 
-def _pieces(shape: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """Rows of a parameter, about CHUNK weights at a time, and the place of the first weight."""
+def _pieces(shape: Sequence[int]) -> Iterator[tuple[tuple[slice, ...], int]]:
+    """Pieces of a parameter of about CHUNK weights that follow each other, and the place of the first weight."""
     if not shape:
-        yield slice(0, 1), 0
+        yield (), 0
         return
     width = math.prod(shape[1:])
+    if width > CHUNK and len(shape) > 1:
+        for row in range(shape[0]):
+            for piece, start in _pieces(shape[1:]):
+                yield (slice(row, row + 1), *piece), row * width + start
+        return
     height = max(1, CHUNK // max(1, width))
     for row in range(0, shape[0], height):
-        yield slice(row, min(row + height, shape[0])), row * width
+        yield (slice(row, min(row + height, shape[0])),), row * width
 
 
 def group_names(names: Sequence[str], per: str) -> dict[str, list[str]]:
@@ -195,7 +203,7 @@ def _solve(label: str, names: list[str], rows: list[_Snapshot], dim: int, center
     values, vectors = np.linalg.eigh((middle @ gram @ middle).numpy())
     values, vectors = np.maximum(values[::-1], 0), np.ascontiguousarray(vectors[:, ::-1])
     singular = np.sqrt(values)
-    rank = int((singular > RANK * singular[0]).sum())
+    rank = int((singular > RANK * float(gram.trace()) ** 0.5).sum())
     if rank < dim:
         raise ValueError(
             f"The snapshots of {label} span {rank} directions{' around their mean' if center else ''}, fewer than "

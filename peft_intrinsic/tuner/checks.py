@@ -26,6 +26,8 @@ def check(config: Any) -> None:
         setattr(config, name, value := int(value))  # numpy's integers cannot be written to a file
         if not low <= value < 2**63:
             raise ValueError(f"{name} must be at least {low} and below 2**63, got {value}.")
+    if config.ensemble is not None and config.ensemble > 1024:
+        raise ValueError(f"ensemble must be at most 1024, got {config.ensemble}.")
     if config.block_size is not None and config.block_size & (config.block_size - 1):
         below = 1 << (config.block_size.bit_length() - 1)
         raise ValueError(f"block_size must be a power of two, got {config.block_size}. Try {below} or {2 * below}.")

@@ -21,7 +21,10 @@ SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "
 """Options that must agree for the numbers of two adapters to mean the same."""
 
 
-FILLED = ("target_modules", "target_parameters", "block_size", "redrawn", "manifest", "subspace_digest")
+FILLED = (
+    *("target_modules", "target_parameters", "modules_to_save"),
+    *("block_size", "redrawn", "manifest", "subspace_digest"),
+)
 """Options that an attachment may fill in."""
 
 WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ..projection.subspace import Subspace
 from .config import SAME, IntrinsicConfig
 from .targets import HOLDER
 
@@ -38,6 +39,11 @@ def numbers_to_save(
     config: IntrinsicConfig, adapter: str, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The θ and λ of an adapter in a model's state. Their checksum goes into the next configuration that is written."""
+    if config.embed_subspace and Subspace(str(config.subspace)).digest != config.subspace_digest:
+        raise ValueError(
+            f"subspace={config.subspace!r} is another one now than the adapter was trained in, so it cannot be "
+            "embedded. Put the old file back, or save with embed_subspace=False."
+        )
     found = {name: (match[1], value) for name, value in state.items() if (match := _own(adapter).search(name))}
     config.checksum_to_save = _checksum(config, dict(found.values())) if found else None
     return {name: value for name, (_, value) in found.items()}

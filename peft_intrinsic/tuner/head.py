@@ -113,6 +113,28 @@ def _parameter(place: Place) -> torch.Tensor:
     return module._parameters[own]  # type: ignore[return-value]
 
 
+def name_outermost(model: nn.Module, config: IntrinsicConfig) -> None:
+    """Spell `modules_to_save` out where a name fits a module and others inside it, such as BERT's embeddings.
+
+    PEFT compares ends of names. It would copy the inner modules within the copy of the outer one, and could not load
+    what it saves.
+
+    Raises:
+        ValueError: the outer module's whole name is the end of an inner one's.
+    """
+    names = config.full_modules or ()
+    keys = [key for key, _ in base_modules(model) if key and key.endswith(tuple(names))] if names else []
+    outer = [key for key in keys if not any(key.startswith(f"{other}.") for other in keys)]
+    if len(outer) == len(keys):
+        return
+    if again := [key for key in keys if key not in outer and key.endswith(tuple(outer))]:
+        raise ValueError(
+            f"modules_to_save={list(names)} fits {', '.join(outer)} and {', '.join(again)} inside. Name the inner "
+            "modules."
+        )
+    config.modules_to_save = outer
+
+
 class Head:
     """What one adapter needs of the head: which modules are moved in any case, and which parameters start anew.
 

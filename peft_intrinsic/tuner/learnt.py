@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import nn
@@ -16,6 +18,8 @@ from ..projection.subspace import Subspace
 from .identity import base_digest
 from .layer import base_modules, base_places
 from .targets import block_of, inside, logical_shape
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED = "subspace.safetensors"
 """The name of a subspace file that is saved with its adapter."""
@@ -65,9 +69,13 @@ def values_digest(model: nn.Module, names: Collection[str]) -> str:
 
 
 def _at_hand(model: nn.Module, names: Collection[str]) -> str | None:
-    """`values_digest`, or None where it cannot be known: quantised or offloaded parameters, a merged adapter."""
+    """`values_digest`, or None where it cannot be known.
+
+    Of quantised or offloaded parameters, under a merged adapter, and in float16, which rounds elsewhere than bfloat16.
+    """
     there = {name: module._parameters[own] for name, (module, own) in base_places(model).items()}
-    absent = [name for name in names if name not in there or there[name].is_meta]  # type: ignore[union-attr]
+    known = [there.get(name) for name in names]
+    absent = any(p is None or p.is_meta or p.dtype == torch.float16 or type(p.data) is not torch.Tensor for p in known)
     merged = any(getattr(module, "merged_adapters", None) for module in model.modules())
     return None if absent or merged else values_digest(model, names)
 
@@ -82,6 +90,7 @@ def prepare(model: nn.Module, config: Any) -> None:
         ValueError: the file is not the one that the adapter was trained with, or does not fit the model.
     """
     subspace = Subspace(config.subspace)
+    subspace.verify()
     if config.subspace_digest not in (None, subspace.digest):
         raise ValueError(
             f"subspace={config.subspace!r} has the digest {subspace.digest}, and the adapter was trained in "
@@ -105,3 +114,11 @@ def prepare(model: nn.Module, config: Any) -> None:
         )
     config.subspace_digest = subspace.digest
     config.target_parameters = [name for name in subspace.shapes if not inside(config.full_modules or (), name)]
+    if not config.target_parameters:
+        raise ValueError(f"modules_to_save={config.full_modules} trains all that the subspace moves. Leave some out.")
+    if again := [name for name in config.redrawn or () if name in config.target_parameters]:
+        logger.warning(
+            "In the subspace, but drawn again from a fixed stream: %s. Their directions belong to another start unless "
+            "the recording began with that stream, as that of `peft-intrinsic trajectory record` does.",
+            ", ".join(again),
+        )

@@ -19,7 +19,7 @@ from torch import nn
 from .attach import Match, attach, default_targets, detach, remove_holder, unwrap, users_of
 from .bank import chosen_by_name
 from .files import numbers_to_load, numbers_to_save
-from .head import Head, restore, settle
+from .head import Head, name_outermost, restore, settle
 from .in_place import IntrinsicParameters
 from .layer import IntrinsicLayer, base_modules
 from .learnt import prepare
@@ -98,6 +98,7 @@ class IntrinsicModel(BaseTuner):
         asked = config.remember()
         self._matched: list[Match] = []
         try:
+            name_outermost(model, config)
             head = Head(model, config, {name: self.peft_config.get(name, config) for name in attached})
             config.head_modules, config.output_module = head.modules, output_module(model)
             if config.projection == "trajectory":
@@ -150,7 +151,8 @@ class IntrinsicModel(BaseTuner):
         for key, module in base_modules(model):
             for name in candidates(peft_config, key, module):
                 full = f"{key}.{name}" if key else name
-                if named(peft_config.target_parameters, full):
+                known = peft_config.target_parameters
+                if full in known if peft_config.projection == "trajectory" else named(known, full):
                     self._matched.append((module, [name]))
                     names.append(full)
         return names
@@ -261,6 +263,7 @@ class IntrinsicModel(BaseTuner):
         if first.full_modules:
             raise ValueError(f"modules_to_save={first.full_modules} cannot be combined. Train without it.")
         self.peft_config[adapter_name] = copy.copy(first)
+        self.peft_config[adapter_name].asked = None  # this projection, or none
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
             total = sum(w * vector.intrinsic_theta[n].weight for n, w in zip(adapters, weights, strict=True))

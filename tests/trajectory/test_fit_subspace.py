@@ -40,6 +40,18 @@ def vectors(subspace: Subspace, names: list[str], dim: int) -> torch.Tensor:
     return torch.cat([subspace.directions(name, dim).reshape(dim, -1) for name in names], 1).double()
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (50,), (3, 4), (20, 7), (2, 5, 30), (2, 3, 4, 5)])
+def test_pieces_follow_each_other_and_are_small(monkeypatch, shape):
+    monkeypatch.setattr(fit, "CHUNK", 12)
+    whole, parts = torch.arange(math.prod(shape)).reshape(shape), []
+    for index, start in fit._pieces(shape):
+        part = whole[index].reshape(-1)
+        assert start == part[0]
+        assert len(part) <= max(12, shape[-1] if shape else 1)
+        parts.append(part)
+    assert torch.equal(torch.cat(parts), whole.reshape(-1))
+
+
 @pytest.mark.parametrize("per", ["layer", "model"])
 @pytest.mark.parametrize("center", [False, True])
 def test_directions_are_the_right_singular_vectors(tmp_path, monkeypatch, per, center):
@@ -95,7 +107,7 @@ def test_numbers_are_dealt_over_the_groups(tmp_path):
     ]
     assert [count for _, _, count in subspace.windows(4, LAYERS["h.0"] + LAYERS["h.1"])] == [2, 2]
     for d in (2, 10):
-        with pytest.raises(ValueError, match=f"d={d} does not fit .* from 3 to 9"):
+        with pytest.raises(ValueError, match=f"A θ of {d} numbers .* from 3 to 9"):
             subspace.windows(d, SHAPES)
 
 
@@ -124,14 +136,19 @@ def test_checkpoints_less_their_base(tmp_path):
         fit_subspace(files, 2, out=tmp_path / "c.safetensors")
 
 
-def test_an_error_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["fit.SubspaceWriter.write", "subspace.contents_digest"])
+def test_an_error_leaves_the_old_file(tmp_path, monkeypatch, where):
     path = tmp_path / "s.safetensors"
     fit_subspace(rows(3), 2, out=path)
     before = path.read_bytes()
-    bad = rows(3, seed=1)
-    monkeypatch.setattr(fit.SubspaceWriter, "write", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        fit_subspace(bad, 2, out=path)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    package = "trajectory" if where.startswith("fit") else "projection"
+    monkeypatch.setattr(f"peft_intrinsic.{package}.{where}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit_subspace(rows(3, seed=1), 2, out=path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
 
@@ -148,8 +165,9 @@ def test_constant_trajectories(tmp_path):
     first, *_ = rows(1)
     with pytest.raises(ValueError, match=r"snapshots of h\.0 span 1 directions, fewer than dim=2.*Choose dim=1"):
         fit_subspace([first, first, {n: 2 * w for n, w in first.items()}], 2, out=tmp_path / "s.safetensors")
-    with pytest.raises(ValueError, match=r"h\.0 do not move at all"):
-        fit_subspace([first, first], 1, center=True, out=tmp_path / "s.safetensors")
+    for count in (2, 3, 7):  # a third and a seventh are rounded
+        with pytest.raises(ValueError, match=r"h\.0 do not move at all"):
+            fit_subspace([first] * count, 1, center=True, out=tmp_path / "s.safetensors")
     still = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     with pytest.raises(ValueError, match="do not move at all"):
         fit_subspace([still, still], 1, out=tmp_path / "s.safetensors")
@@ -179,6 +197,12 @@ def test_what_does_not_belong_together(tmp_path):
         record(model, tmp_path / folder, 1)
     with pytest.raises(ValueError, match="began at different weights"):
         fit_subspace([tmp_path / "a", tmp_path / "b"], 1, out=out)
+    for file in ("start", "subspace"):
+        name = tmp_path / "a" / f"{file}.safetensors"
+        if file == "subspace":
+            fit_subspace([tmp_path / "a"], 1, out=name)
+        with pytest.raises(ValueError, match=rf"{file}\.safetensors is the start of a recording, or a subspace"):
+            fit_subspace([name], 1, out=out)
     (tmp_path / "torn").write_bytes(b"torn")
     with pytest.raises(ValueError, match="torn cannot be read"):
         fit_subspace([tmp_path / "torn"], 1, out=out)
@@ -207,6 +231,11 @@ def test_other_files_are_no_subspace(tmp_path):
         Subspace(tmp_path / "absent.safetensors")
     fit_subspace(rows(2), 1, out=tmp_path / "s.safetensors")
     whole = (tmp_path / "s.safetensors").read_bytes()
+    Subspace(tmp_path / "s.safetensors").verify()
+    for place in (-3, whole.index(b"explained") + 14):
+        (tmp_path / "s.safetensors").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="is damaged: its digest"):
+            Subspace(tmp_path / "s.safetensors").verify()
     (tmp_path / "s.safetensors").write_bytes(whole[:-4])
     with pytest.raises(ValueError, match="cannot be read"):
         Subspace(tmp_path / "s.safetensors")

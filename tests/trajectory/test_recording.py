@@ -8,7 +8,7 @@ from conftest import batch, build
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_intrinsic.trajectory import TrajectoryCallback, record, record_gradients, snapshots
 from peft_intrinsic.trajectory.record import START, parameters_of
@@ -56,8 +56,16 @@ def test_parameters_are_chosen_by_their_names(tmp_path):
 
 def test_tied_parameters_are_recorded_once():
     model = build("custom")
-    names = parameters_of(model, r"(embed|out)\..*")
-    assert list(names) == ["embed.weight"]
+    for pattern in (r"(embed|out)\..*", r"out\..*"):
+        assert list(parameters_of(model, pattern)) == ["embed.weight"]
+
+
+def test_a_tied_output_layer_goes_on(tmp_path):
+    model = build("llama")
+    record(model, tmp_path, 0, parameters=r"(lm_head|model\.layers\.0)\..*")
+    move(model)
+    record(model, tmp_path, 1)
+    assert "model.embed_tokens.weight" in load_file(snapshots(tmp_path)[0])
 
 
 def test_gradients_are_the_snapshots(tmp_path):
@@ -115,7 +123,8 @@ def trainer(folder, callback, interrupted: int | None = None, **options) -> Trai
         dataloader_pin_memory=False,
         **{"max_steps": 6, **options},
     )
-    result = Trainer(build("bert"), arguments, train_dataset=Dataset.from_list(rows), callbacks=[callback])
+    data = Dataset.from_list(rows)
+    result = Trainer(build("bert"), arguments, train_dataset=data, eval_dataset=data, callbacks=[callback])
     if interrupted:
         step = result.training_step
 
@@ -162,6 +171,43 @@ def test_another_run_in_the_same_folder(tmp_path):
     with pytest.raises(ValueError, match="resumes at step 6"):
         trainer(tmp_path / "run", TrajectoryCallback(tmp_path / "b", 2), max_steps=8).train(resume_from_checkpoint=True)
     assert len(snapshots(tmp_path / "a")) == 3
+    with pytest.raises(ValueError, match="holds 3 snapshots"):
+        record(build("bert"), tmp_path / "a", 0)
+
+
+def test_snapshots_after_the_checkpoint_are_dropped(tmp_path):
+    with pytest.raises(Stop):
+        trainer(tmp_path / "cut", TrajectoryCallback(tmp_path / "a", 1), interrupted=5).train()
+    trainer(tmp_path / "cut", TrajectoryCallback(tmp_path / "a", 3)).train(resume_from_checkpoint=True)
+    assert [int(path.stem[-8:]) for path in snapshots(tmp_path / "a")] == [1, 2, 3, 4, 6]
+
+
+class Last(TrainerCallback):
+    """The parameters after each step, the last ones."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.found = blocks(model)
+
+
+def test_the_last_step_is_not_the_best_model(tmp_path):
+    """Trainer puts the best model in place of the last one when training ends."""
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    run = trainer(
+        tmp_path / "run",
+        TrajectoryCallback(tmp_path / "a", 4),
+        metric_for_best_model="eval_x",
+        save_total_limit=1,
+        **best,
+    )
+    falling = iter([2.0, 1.0, 0.0])
+    run.compute_metrics = lambda prediction: {"x": next(falling)}
+    last = Last()
+    run.add_callback(last)
+    run.train()
+    assert run.state.best_global_step == 2
+    found, start = load_file(snapshots(tmp_path / "a")[-1]), blocks(build("bert"))
+    for name, value in found.items():
+        assert torch.allclose(value.float(), last.found[name] - start[name], rtol=0, atol=1e-5), name
 
 
 def test_start_keeps_precision_and_says_which_base(tmp_path):

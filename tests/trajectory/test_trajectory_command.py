@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
@@ -61,6 +62,7 @@ def test_from_recording_to_transfer(files, capsys):
     few = ["--steps", "30", "--lr", "1e-3"]
     run("outliers", "adapter", *tuning, *few, "-o", "far")
     out = capsys.readouterr().out
+    assert set(re.findall(r"\| (.+?) \| [\d.]+ \|", out)) >= {"full"}
     count = int(re.search(r"(\d+) of \d+ weights \([\d.]+%\) moved beyond 3 σ", out)[1])
     assert f"| without {count} outliers | " in out
     assert f"| without {count} at random | " in out
@@ -86,30 +88,49 @@ def test_a_finished_run_is_not_trained_again(files, capsys, monkeypatch):
     first = capsys.readouterr().out.splitlines()
     monkeypatch.setattr(LabelledTexts, "train", None)
     run(*words, "-o", "table")
-    assert capsys.readouterr().out.splitlines()[-7:] == first[-7:]
+    with pytest.raises(SystemExit, match="2"):
+        run(*words, "--dim", "1", "-o", "table")
+    assert capsys.readouterr().out.splitlines()[-5:] == first[-5:]
     rows = [json.loads(line) for line in (files / "table/trials.jsonl").read_text().splitlines()]
     assert [row["run"] for row in rows] == ["subspace of a", "subspace of b", "unified"]
 
 
-def test_an_interrupted_recording_goes_on(files, monkeypatch):
-    record("whole")
-    step = torch.optim.AdamW.step
-    count = 0
+def stop_at(monkeypatch, call: int) -> None:
+    """Interrupt the call of the optimiser of that number, and none after it."""
+    step, count = torch.optim.AdamW.step, itertools.count(1)
 
     def stop(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == 20:  # of 24; a checkpoint at 16
+        if next(count) == call:
             raise KeyboardInterrupt
         return step(*args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", stop)
+
+
+def test_an_interrupted_recording_goes_on(files, monkeypatch):
+    stop_at(monkeypatch, 20)  # of 24; a checkpoint at 16
     with pytest.raises(KeyboardInterrupt):
         record("cut", "train.jsonl", "--every", "2")
     assert (files / "cut/checkpoints").exists()
     record("cut", "train.jsonl", "--every", "2")
     assert [int(path.stem[-8:]) for path in snapshots("cut")] == list(range(2, 25, 2))
-    assert count == 28
+    assert not (files / "cut/checkpoints").exists()
+
+
+def test_a_recording_that_stopped_early_begins_again_and_a_finished_one_stays(files, monkeypatch, capsys):
+    stop_at(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        record("a")
+    assert len(snapshots("a")) == 1
+    record("a")
+    before = [path.stat().st_mtime_ns for path in snapshots("a")]
+    assert len(before) == 8
+    record("a")
+    assert [path.stat().st_mtime_ns for path in snapshots("a")] == before
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        record("a", "train.jsonl", "--every", "3", "--seed", "1")
+    assert "seed: 0 there, 1 now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

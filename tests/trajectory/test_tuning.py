@@ -227,6 +227,7 @@ def test_a_subspace_of_another_base(tmp_path):
         headed.classifier.weight.add_(0.1)  # of another task
     get_peft_model(headed, IntrinsicConfig(**options))
     get_peft_model(build("bert").to(torch.bfloat16), IntrinsicConfig(**options))
+    get_peft_model(build("bert").to(torch.float16), IntrinsicConfig(**options))
 
 
 def test_head_in_full_or_in_the_subspace(tmp_path):
@@ -240,6 +241,56 @@ def test_head_in_full_or_in_the_subspace(tmp_path):
     assert tuned("bert", whole).peft_config["default"].target_parameters == list(whole.shapes)
     kept = tuned("bert", whole, modules_to_save=["classifier"], d=whole.dim)
     assert not any("classifier" in name for name in kept.peft_config["default"].target_parameters)
+
+
+def test_embeddings_in_full_are_saved_and_loaded(tmp_path):
+    """PEFT compares ends of names, and `embeddings` ends `word_embeddings` too."""
+    model = tuned("bert", learnt("bert", tmp_path), modules_to_save=["classifier", "embeddings"], task_type="SEQ_CLS")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * p.requires_grad)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "adapter").eval()
+    assert model.peft_config["default"].full_modules == ["bert.embeddings", "classifier"]
+    assert torch.equal(evaluate(loaded, "bert"), evaluate(model, "bert"))
+    encoder = build("bert").bert
+    with pytest.raises(ValueError, match=r"fits embeddings and embeddings\.word_embeddings.*Name the inner"):
+        get_peft_model(encoder, IntrinsicConfig(d=20, modules_to_save=["embeddings"]))
+
+
+def test_refitting_to_the_same_place_is_noticed(tmp_path):
+    subspace = learnt("bert", tmp_path)
+    model = tuned("bert", subspace, embed_subspace=True)
+    set_theta(model)
+    shutil.copy(learnt("bert", tmp_path / "other", seed=1).path, subspace.path)
+    with pytest.raises(ValueError, match="has the digest"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with pytest.raises(ValueError, match="is another one now"):
+        model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    subspace.path.write_bytes(subspace.path.read_bytes()[:-2] + b"xx")
+    with pytest.raises(ValueError, match="is damaged"):
+        tuned("bert", subspace)
+
+
+def test_names_are_whole(tmp_path):
+    """`0.weight` ends `1.0.weight` too."""
+
+    def base() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4)))
+
+    model = base()
+    record(model, tmp_path, 0, parameters=r"0\.weight")
+    with torch.no_grad():
+        model[0].weight.add_(0.1)
+    record(model, tmp_path, 1)
+    subspace = fit_subspace(tmp_path, 1, out=tmp_path / "s.safetensors")
+    config = IntrinsicConfig(d=1, projection="trajectory", subspace=str(subspace.path))
+    assert get_peft_model(base(), config).peft_config["default"].target_parameters == ["0.weight"]
+    config = IntrinsicConfig(d=1, projection="trajectory", subspace=str(subspace.path), modules_to_save=["0"])
+    with pytest.raises(ValueError, match="trains all that the subspace moves"):
+        get_peft_model(base(), config)
 
 
 def test_ensemble_is_the_mean_of_random_starts(tmp_path):
@@ -274,6 +325,7 @@ def test_ensemble_is_the_mean_of_random_starts(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"ensemble": 2**40}, "ensemble must be at most 1024"),
         ({"projection": "trajectory"}, "needs a subspace file"),
         ({"subspace": "x"}, "no other takes one"),
         ({"embed_subspace": True}, "embed_subspace=True needs projection='trajectory'"),
