@@ -1,11 +1,14 @@
 """Fine-tune a model through a handful of numbers. Importing this package registers the tuner with PEFT."""
 
+from .supermask import SupermaskConfig as SupermaskConfig
+from .supermask import SupermaskModel as SupermaskModel
 from .tuner import AdapterBank as AdapterBank
 from .tuner import IntrinsicConfig as IntrinsicConfig
 from .tuner import IntrinsicModel as IntrinsicModel
 from .tuner import convert_to_lora as convert_to_lora
-from .tuner import register
+from .tuner import register, register_method
 from .tuner import save_as_lora as save_as_lora
 from .version import __version__ as __version__
 
 register()
+register_method("SUPERMASK", SupermaskConfig, SupermaskModel)

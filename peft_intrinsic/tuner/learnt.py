@@ -68,7 +68,7 @@ def values_digest(model: nn.Module, names: Collection[str]) -> str:
     return base_digest(model, without=set(base_places(model)) - inner).hex()
 
 
-def _at_hand(model: nn.Module, names: Collection[str]) -> str | None:
+def digest_at_hand(model: nn.Module, names: Collection[str]) -> str | None:
     """`values_digest`, or None where it cannot be known.
 
     Of quantised or offloaded parameters, under a merged adapter, and in float16, which rounds elsewhere than bfloat16.
@@ -107,7 +107,7 @@ def prepare(model: nn.Module, config: Any) -> None:
                 f"subspace={config.subspace!r} moves {name} {shape}, but this model has {found or 'none'} there. Load "
                 "the model that the subspace was recorded on."
             )
-    if subspace.base and (here := _at_hand(model, subspace.shapes)) not in (None, subspace.base):
+    if subspace.base and (here := digest_at_hand(model, subspace.shapes)) not in (None, subspace.base):
         raise ValueError(
             f"subspace={config.subspace!r} was recorded from other weights (digest {subspace.base}, here {here}). "
             "Load the checkpoint that the recording began with, or record on this one."

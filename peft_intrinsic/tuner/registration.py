@@ -14,25 +14,23 @@ from .head import watch_loading
 from .model import IntrinsicModel
 from .targets import HOLDER
 
-NAME = "INTRINSIC"
 
-
-def _add_peft_type() -> PeftType:
-    """The member `PeftType.INTRINSIC`, added to the enumeration when it is not there yet."""
-    if NAME in PeftType.__members__:
-        return PeftType.__members__[NAME]
+def _add_peft_type(name: str) -> PeftType:
+    """The member of that name, such as `PeftType.INTRINSIC`, added to the enumeration when it is not there yet."""
+    if name in PeftType.__members__:
+        return PeftType.__members__[name]
     enumeration: Any = PeftType
-    member: Any = str.__new__(PeftType, NAME)
-    member._name_ = member._value_ = NAME
+    member: Any = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
     member.__objclass__ = PeftType
     member._sort_order_ = len(enumeration._member_names_)
-    enumeration._member_names_.append(NAME)
-    enumeration._member_map_[NAME] = member
-    enumeration._value2member_map_[NAME] = member
+    enumeration._member_names_.append(name)
+    enumeration._member_map_[name] = member
+    enumeration._value2member_map_[name] = member
     if hasattr(enumeration, "_hashable_values_"):  # Python ≥ 3.12
-        enumeration._hashable_values_.append(NAME)
-    if NAME not in PeftType.__dict__:
-        type.__setattr__(PeftType, NAME, member)
+        enumeration._hashable_values_.append(name)
+    if name not in PeftType.__dict__:
+        type.__setattr__(PeftType, name, member)
     return member
 
 
@@ -53,6 +51,25 @@ def _know_the_holder() -> None:
     save_and_load._get_adapter_state_dict_key_prefixes = prefixes
 
 
+def register_method(name: str, config: Any, model: Any) -> None:
+    """Make PEFT know a method of this package; again is harmless.
+
+    Args:
+        name: of its `PeftType`.
+        config, model: its classes.
+
+    Raises:
+        RuntimeError: PEFT already has another method of this name.
+    """
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(_add_peft_type(name))
+    if known is None:
+        register_peft_method(name=name.lower(), config_cls=config, model_cls=model)
+    elif known is not config:
+        raise RuntimeError(
+            f"PEFT already has a method {name} ({known.__module__}.{known.__qualname__}). Use one or the other."
+        )
+
+
 def register() -> None:
     """Make PEFT know `IntrinsicConfig` and `IntrinsicModel`, and transformers note what a checkpoint did not bring.
 
@@ -61,12 +78,6 @@ def register() -> None:
     Raises:
         RuntimeError: PEFT already has another method of this name.
     """
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(_add_peft_type())
-    if known is None:
-        register_peft_method(name=NAME.lower(), config_cls=IntrinsicConfig, model_cls=IntrinsicModel)
-    elif known is not IntrinsicConfig:
-        raise RuntimeError(
-            f"PEFT already has a method {NAME} ({known.__module__}.{known.__qualname__}). Use one or the other."
-        )
+    register_method("INTRINSIC", IntrinsicConfig, IntrinsicModel)
     _know_the_holder()
     watch_loading()

@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification
 
 from peft_intrinsic import cli
 from peft_intrinsic.measure.labelled import LabelledTexts
-from peft_intrinsic.trajectory import Subspace, snapshots
+from peft_intrinsic.trajectory import Subspace, fit_subspace, snapshots
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def record(out: str, train: str = "train.jsonl", *more: str) -> None:
     run("record", *training, "-o", out, *(more or ("--every", "3")))
 
 
-def test_from_recording_to_transfer(files, capsys):
+def test_from_recording_to_transfer(files, capsys, monkeypatch):
     record("runs/own")
     assert "runs/own: 8 snapshots" in capsys.readouterr().out
     assert not (files / "runs/own/checkpoints").exists()
@@ -72,7 +72,15 @@ def test_from_recording_to_transfer(files, capsys):
     record("runs/other", "turned.jsonl")
     capsys.readouterr()
     transfer = ["transfer", "runs/own", "runs/other", "--own", "runs/own", *tuning, "--dim", "3", *few, "-o", "table"]
+    fitted = []
+
+    def fitting(files, dim, **more):
+        fitted.append(({str(path.parent) for path in files}, dim))
+        return fit_subspace(files, dim, **more)
+
+    monkeypatch.setattr("peft_intrinsic.trajectory.command.fit_subspace", fitting)
     run(*transfer)
+    assert fitted == [({"runs/own"}, 3), ({"runs/other"}, 3), ({"runs/own", "runs/other"}, 2), ({"runs/other"}, 1)]
     out = capsys.readouterr().out
     names = re.findall(r"\| (.+) \| [\d.]+ \|", out)
     assert names == ["subspace of runs/own", "subspace of runs/other", "unified", "zero-shot"]

@@ -1,0 +1,100 @@
+"""`SupermaskConfig`: every option, documented once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from numbers import Integral, Real
+from typing import Literal
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from ..version import __version__
+
+
+@dataclass
+class SupermaskConfig(PeftConfig):
+    """Configuration of a supermask: fine-tuning that sets some pretrained weights to zero, `W = W0 ∘ mask`.
+
+    Radiya-Dixit and Wang 2020 (arXiv 2004.14129), with the mask of Zhou et al. 2019 (arXiv 1905.01067). Nothing but a
+    bit for each masked weight is learnt, by a latent score for each. Task heads are trained in full beside it, as PEFT
+    does for LoRA.
+
+    Args:
+        target_modules (`str` or `list[str]`):
+            Linear layers to mask, as in LoRA: name suffixes, a regular expression, or `"all-linear"`.
+        exclude_modules (`str` or `list[str]`, *optional*):
+            Modules that stay as they are.
+        layers_to_transform (`int` or `list[int]`, *optional*):
+            Indexes of the blocks to mask.
+        layers_pattern (`str` or `list[str]`, *optional*):
+            Name of the block list, where it is not found by itself.
+        modules_to_save (`list[str]`, *optional*):
+            Modules that are trained and saved in full.
+        initial_sparsity (`float`):
+            Share of zeros at the start, from 0 to below 1. The final one stays near it.
+        init (`"magnitude"` or `"random"`):
+            Which weights are zero, or likely zero, at the start: the smallest of each layer, or any.
+        mask (`"threshold"` or `"bernoulli"`):
+            `"threshold"`: a weight is kept while its score is positive; the gradient passes straight through.
+            `"bernoulli"`: in training it is kept with the probability σ(score), drawn anew in each step, the gradient
+            being that of σ; in evaluation and on disk the lowest scores are zero, as many as are expected to be.
+        hold_sparsity (`bool`):
+            Keep exactly the initial share of zeros in each layer: those with the lowest scores. With `"threshold"`.
+        seed (`int`):
+            Of the random start.
+        save_scores (`bool`):
+            Save the scores too, 32 bits for each weight, so that training can go on exactly where it stopped. Without
+            them a loaded adapter trains on from its mask.
+
+    The remaining fields are filled in when the adapter is attached or saved.
+
+    Raises:
+        ValueError, TypeError: an option has a value that cannot work; the message names it and a remedy.
+        ImportError: the packages that code the masks are missing.
+    """
+
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    initial_sparsity: float = 0.03
+    init: Literal["magnitude", "random"] = "magnitude"
+    mask: Literal["threshold", "bernoulli"] = "threshold"
+    hold_sparsity: bool = False
+    seed: int = 0
+    save_scores: bool = False
+
+    requires: str = f"peft_intrinsic>={__version__}"
+    final_sparsity: float | None = field(default=None, metadata={"help": "Share of zeros when the adapter was saved."})
+    base_digest: str | None = field(default=None, metadata={"help": "Of the masked weights of the base model."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType("SUPERMASK")
+        if isinstance(self.initial_sparsity, bool) or not isinstance(self.initial_sparsity, Real):
+            raise TypeError(f"initial_sparsity must be a number, got {self.initial_sparsity!r}.")
+        if not 0 <= self.initial_sparsity < 1:
+            raise ValueError(f"initial_sparsity must be from 0 to below 1, got {self.initial_sparsity}. Try 0.03.")
+        self.initial_sparsity = float(self.initial_sparsity)
+        for name, allowed in (("init", ("magnitude", "random")), ("mask", ("threshold", "bernoulli"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        if self.hold_sparsity and self.mask == "bernoulli":
+            raise ValueError(
+                "hold_sparsity=True needs mask='threshold': a Bernoulli mask has no fixed number of zeros."
+            )
+        if self.mask == "bernoulli" and not self.initial_sparsity:
+            raise ValueError("initial_sparsity=0 with mask='bernoulli' would need an infinite score. Try 0.03.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be an int from 0 to 2**63 - 1, got {self.seed!r}.")
+        if self.target_modules is None:
+            raise ValueError('target_modules=None: name linear layers, or "all-linear".')
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if find_spec("constriction") is None:  # now, not when hours of training are to be saved
+            raise ImportError("A mask is saved entropy-coded. pip install 'peft_intrinsic[codec]'")

@@ -1,0 +1,147 @@
+"""A linear layer some of whose weights are zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from ..tuner.targets import linear_features
+from .masks import binary, initial_scores, packed, straight_through, unpacked
+
+
+class SupermaskLinear(nn.Module, BaseTunerLayer):
+    """A linear layer or Conv1D with a mask for each adapter.
+
+    An adapter that trains has scores, and its mask is made in every forward pass. One that was loaded for inference
+    has bits, and its zeros are written into the weight once; what stood there is kept, so that it comes back to the
+    bit. The masks of several active adapters are multiplied.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("supermask_scores",)
+    other_param_names: tuple[str, ...] = ("supermask_bits",)
+    base_layer: Any
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.in_features, self.out_features = linear_features(base_layer)
+        self.supermask_scores = nn.ParameterDict()
+        self.supermask_bits: dict[str, torch.Tensor] = {}
+        self.configs: dict[str, Any] = {}
+        self.merged_adapters: list[str] = []
+        self._written: list[str] = []  # adapters whose zeros are in the weight
+        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None  # bits of their mask, what the zeros replaced
+
+    def update_layer(self, adapter: str, config: Any) -> None:
+        """Give an adapter its scores, or where it is loaded for inference a mask of ones."""
+        self.configs[adapter] = config
+        weight = self.base_layer.weight
+        if config.inference_mode:
+            self.set_mask(adapter, torch.ones(weight.shape, dtype=torch.bool))
+        else:
+            self.supermask_scores[adapter] = nn.Parameter(initial_scores(weight, self.name, config))
+
+    def set_mask(self, adapter: str, mask: torch.Tensor) -> None:
+        """The mask of an adapter for inference: `bool`, in the shape of the weight."""
+        self._write([name for name in self._written if name != adapter])
+        self.supermask_bits[adapter] = packed(mask)
+
+    def mask(self, adapter: str) -> torch.Tensor:
+        """The mask of an adapter in evaluation and on disk: `bool`, in the shape of the weight.
+
+        Raises:
+            ValueError: its scores are not finite.
+        """
+        if adapter in self.supermask_bits:
+            return unpacked(self.supermask_bits[adapter], self.base_layer.weight.shape)
+        scores = self.supermask_scores[adapter]
+        if not torch.isfinite(scores).all():
+            raise ValueError(f"The scores of {self.name} are NaN or infinite. Lower the learning rate.")
+        return binary(scores, self.configs[adapter])
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """What the mask takes off the weight, in its own shape and type."""
+        self._write([])
+        weight = self.base_layer.weight.data
+        return torch.where(self.mask(adapter), torch.zeros_like(weight), -weight)
+
+    @torch.no_grad()
+    def _write(self, adapters: list[str]) -> None:
+        """Write the zeros of exactly these adapters into the weight; those of others leave it."""
+        if adapters == self._written:
+            return
+        weight = self.base_layer.weight.data
+        if self._kept is not None:
+            bits, values = self._kept
+            weight[~unpacked(bits.to(weight.device), weight.shape)] = values.to(weight)
+        self._written, self._kept = [], None
+        if not adapters:
+            return
+        mask = torch.ones_like(weight, dtype=torch.bool)
+        for adapter in adapters:
+            mask &= self.mask(adapter).to(weight.device)
+        self._kept = packed(mask), weight[~mask]
+        weight[~mask] = 0
+        self._written = list(adapters)
+
+    def effective_weight(self) -> torch.Tensor:
+        """The weight as the active adapters have it, with a gradient for the scores of those that train."""
+        if self.merged:
+            return self.base_layer.weight
+        active = [] if self.disable_adapters else self.active_adapters
+        self._write([name for name in active if name in self.supermask_bits])
+        weight = self.base_layer.weight
+        for adapter in active:
+            if adapter not in self.supermask_scores:
+                continue
+            scores = self.supermask_scores[adapter]
+            mask = straight_through(scores, self.configs[adapter]) if self.training else self.mask(adapter)
+            weight = weight * mask.to(weight.dtype)
+        return weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For readers that do not call the layer."""
+        return self.effective_weight()
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        weight = self.effective_weight()
+        if weight is self.base_layer.weight:
+            return self.base_layer(x, *args, **kwargs)
+        return torch.func.functional_call(self.base_layer, {"weight": weight}, (x, *args), kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the zeros into the base weight. `unmerge` puts back what they replaced, to the bit.
+
+        Raises:
+            ValueError: scores are not finite.
+        """
+        known = {*self.supermask_scores, *self.supermask_bits}
+        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in known]
+        self._write([*self.merged_adapters, *adapters])
+        self.merged_adapters = [*self.merged_adapters, *adapters]
+
+    def unmerge(self) -> None:
+        """Put the original weights back."""
+        self.merged_adapters = []
+        self._write([])
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As in PEFT; without adapters the weight is the base's."""
+        if not enabled:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; its zeros leave the weight."""
+        if adapter_name in self._written:
+            self._write([name for name in self._written if name != adapter_name])
+        self.configs.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def __repr__(self) -> str:
+        return "supermask." + super().__repr__()

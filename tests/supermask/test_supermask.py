@@ -1,0 +1,276 @@
+"""Supermask adapters: what they compute, and PEFT's calls."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import batch, build, evaluate, output, train
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
+
+from peft_intrinsic import IntrinsicConfig, SupermaskConfig
+
+FAMILIES = ["bert", "gpt2", "llama", "t5", "whisper"]
+CLOSE = {"rtol": 0, "atol": 1e-6}
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+def masked(family: str = "bert", base=None, **options) -> PeftModel:
+    """A model with an adapter whose scores have moved."""
+    options = {"initial_sparsity": 0.2, **options}
+    model = get_peft_model(base or build(family), SupermaskConfig(**options))
+    shake(model)
+    return model.eval()
+
+
+def shake(model, seed: int = 0, size: float = 0.05) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "supermask_scores" in name:
+                p.add_(size * torch.randn(p.shape, generator=generator))
+
+
+def zeroed(family: str, model, adapter: str = "default"):
+    """The base model with the mask multiplied in, written down independently."""
+    base = build(family)
+    parameters = dict(base.named_parameters())
+    with torch.no_grad():
+        for name, scores in model.named_parameters():
+            if name.endswith(f"supermask_scores.{adapter}"):
+                own = name.removeprefix("base_model.model.").removesuffix(f".supermask_scores.{adapter}")
+                parameters[f"{own}.weight"].mul_((scores > 0).float())
+    return base
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_below_the_threshold_are_zero(family):
+    model = masked(family)
+    assert not torch.allclose(evaluate(model, family), evaluate(build(family), family), **CLOSE)
+    wanted = evaluate(zeroed(family, model), family)
+    assert torch.allclose(evaluate(model, family), wanted, **CLOSE)
+    if family == "llama":  # no dropout
+        assert torch.allclose(output(model.train(), batch(family)), wanted, **CLOSE)
+    merged = model.eval().merge_and_unload()
+    assert torch.allclose(evaluate(merged, family), wanted, **CLOSE)
+
+
+def test_gradient_is_the_straight_through_one():
+    """dL/ds = dL/dW ∘ W0, with dL/dW of the masked model, as autograd gives it for plain weights."""
+    model = masked("llama")
+    inputs = {**batch("llama"), "labels": batch("llama")["input_ids"]}
+    model.train()(**inputs).loss.backward()
+    plain = zeroed("llama", model).train()
+    plain(**inputs).loss.backward()
+    base = dict(build("llama").named_parameters())
+    seen = 0
+    for name, scores in model.named_parameters():
+        if "supermask_scores" in name:
+            own = name.removeprefix("base_model.model.").removesuffix(".supermask_scores.default") + ".weight"
+            wanted = plain.get_parameter(own).grad * base[own]
+            assert torch.allclose(scores.grad, wanted, rtol=1e-4, atol=1e-8), own
+            seen += 1
+    assert seen == 14
+
+
+@pytest.mark.parametrize("mask", ["threshold", "bernoulli"])
+def test_training_lowers_the_loss_and_leaves_the_base(mask):
+    model = get_peft_model(build("bert"), SupermaskConfig(mask=mask, initial_sparsity=0.1, task_type="SEQ_CLS"))
+    before = copy.deepcopy({n: p for n, p in model.named_parameters() if not p.requires_grad})
+    trainable = {n.rpartition(".")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"supermask_scores", "default"}  # and the head in full
+    losses = train(model, {**batch("bert"), "labels": LABELS}, 30, 1e-2)
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+def test_merging_and_unmerging_to_the_bit():
+    model = masked(base=build("bert").to(torch.bfloat16))
+    weights = {n: p.clone() for n, p in model.named_parameters() if "base_layer" in n}
+    before = evaluate(model, "bert")
+    model.merge_adapter()
+    share = model.base_model.sparsity()["all"]
+    zeros = sum(int((p == 0).sum()) for n, p in model.named_parameters() if n in weights and p.dim() > 1)
+    total = sum(p.numel() for n, p in weights.items() if p.dim() > 1)
+    assert zeros / total == pytest.approx(share, abs=1e-3)
+    assert torch.equal(evaluate(model, "bert"), before)
+    model.unmerge_adapter()
+    assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in weights.items())
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": "bernoulli"}, {"hold_sparsity": True}])
+def test_save_and_load(tmp_path, options):
+    model = masked(**options, task_type="SEQ_CLS", target_modules=["query", "dense"])
+    wanted = evaluate(model, "bert")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(evaluate(model, "bert"), wanted)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    assert {v.dtype for k, v in file.items() if k.endswith("supermask_mask")} == {torch.uint8}
+    assert not any("scores" in key for key in file)
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
+    assert torch.equal(evaluate(loaded.eval(), "bert"), wanted)
+    assert not any("supermask" in n for n, _ in loaded.named_parameters())  # no float scores are kept
+    config = loaded.peft_config["default"]
+    assert config.final_sparsity == model.base_model.sparsity()["all"] == loaded.base_model.sparsity()["all"]
+    if options.get("hold_sparsity"):
+        assert config.final_sparsity == pytest.approx(0.2, abs=1e-3)
+    with loaded.disable_adapter():
+        assert torch.equal(evaluate(loaded, "bert"), evaluate(build("bert"), "bert"))
+    assert torch.equal(evaluate(loaded, "bert"), wanted)
+    again = loaded.merge_and_unload()
+    assert torch.equal(evaluate(again, "bert"), wanted)
+
+
+def test_training_goes_on_from_a_loaded_mask(tmp_path):
+    model = masked(target_modules=["query", "dense"])
+    model.save_pretrained(tmp_path / "bits")
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "bits", is_trainable=True)
+    assert torch.equal(evaluate(loaded.eval(), "bert"), evaluate(model, "bert"))
+    losses = train(loaded.train(), {**batch("bert"), "labels": LABELS}, 20, 1e-2)
+    assert losses[-1] < losses[0]
+    whole = masked(target_modules=["query", "dense"], save_scores=True)
+    whole.save_pretrained(tmp_path / "scores")
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "scores", is_trainable=True)
+    for name, p in whole.named_parameters():
+        assert torch.equal(p, dict(loaded.named_parameters())[name])
+    assert torch.equal(
+        evaluate(PeftModel.from_pretrained(build("bert"), tmp_path / "scores").eval(), "bert"), evaluate(whole, "bert")
+    )
+
+
+def test_several_adapters(tmp_path):
+    model = masked()
+    one = evaluate(model, "bert")
+    model.add_adapter("b", SupermaskConfig(initial_sparsity=0.3, init="random"))
+    model.set_adapter("b")
+    two = evaluate(model, "bert")
+    assert not torch.allclose(one, two, **CLOSE)
+    model.base_model.set_adapter(["default", "b"])
+    both = evaluate(model, "bert")
+    model.save_pretrained(tmp_path, selected_adapters=["default", "b"])
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
+    loaded.load_adapter(tmp_path / "b", "b")
+    for names, wanted in ((["default"], one), (["b"], two), (["default", "b"], both), (["default"], one)):
+        loaded.base_model.set_adapter(names)
+        assert torch.equal(evaluate(loaded, "bert"), wanted), names
+    loaded.base_model.set_adapter(["b"])
+    evaluate(loaded, "bert")
+    with pytest.warns(UserWarning, match="Setting active adapter to default"):
+        loaded.delete_adapter("b")
+    assert loaded.active_adapters == ["default"]
+    assert torch.equal(evaluate(loaded, "bert"), one)
+    plain = loaded.unload()
+    assert torch.equal(evaluate(plain, "bert"), evaluate(build("bert"), "bert"))
+    assert {n: p.shape for n, p in plain.named_parameters()} == {
+        n: p.shape for n, p in build("bert").named_parameters()
+    }
+
+
+def test_trainer_and_its_checkpoints(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [3 + i % 7, 4, 5], "labels": i % 3} for i in range(24)])
+    settings = {
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "save_steps": 3,
+        "lr_scheduler_type": "constant",
+    }
+
+    def run(folder, steps: int, resume: bool = False):
+        model = get_peft_model(build("bert"), SupermaskConfig(task_type="SEQ_CLS", save_scores=True))
+        arguments = TrainingArguments(str(tmp_path / folder), max_steps=6, **settings)
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        if steps < 6:
+            trainer.args.max_steps = steps
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run("whole", 6)
+    run("cut", 3)
+    resumed = run("cut", 6, resume=True)
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-5), name
+
+
+def test_base_of_another_digest(tmp_path):
+    masked().save_pretrained(tmp_path)
+    other = build("bert")
+    with torch.no_grad():
+        other.bert.encoder.layer[0].output.dense.weight.add_(0.1)
+    with pytest.raises(ValueError, match="was trained on other weights"):
+        PeftModel.from_pretrained(other, tmp_path)
+    PeftModel.from_pretrained(build("bert").to(torch.bfloat16), tmp_path)
+
+
+def test_files_that_do_not_fit(tmp_path):
+    masked(target_modules=["query", "key"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = load_file(file)
+    first = next(key for key in whole if key.endswith("supermask_mask"))
+    damaged = whole[first].clone()
+    damaged[3] = 255
+    for change, words in (
+        ({first: None}, "holds no mask of"),
+        ({first: damaged}, "holds no mask of 576 weights"),
+        ({first.replace(".key.", ".value."): whole[first]}, "which the adapter does not have"),
+    ):
+        save_file({k: v for k, v in {**whole, **change}.items() if v is not None}, file)
+        with pytest.raises(ValueError, match=words):
+            PeftModel.from_pretrained(build("bert"), tmp_path)
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="is a Embedding, and masks are for linear layers"):
+        get_peft_model(build("bert"), SupermaskConfig(target_modules=["word_embeddings"]))
+    with pytest.raises(ValueError, match="is used elsewhere too"):
+        get_peft_model(build("gpt2"), SupermaskConfig(target_modules=["lm_head"]))
+    model = masked()
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "supermask_scores" in n)[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"scores of .* are NaN or infinite"):
+        evaluate(model, "bert")
+    with pytest.raises(ValueError, match="are NaN or infinite"):
+        model.save_pretrained("nowhere")
+
+
+def test_readers_of_the_weight_get_it_masked():
+    model = masked()
+    layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
+    wanted = layer.base_layer.weight * (layer.supermask_scores["default"] > 0)
+    assert torch.equal(layer.weight, wanted)
+    assert torch.equal(layer.base_layer.weight + layer.get_delta_weight("default"), wanted)
+
+
+def test_beside_the_other_tuner_and_lora():
+    """PEFT knows all three by name; each is attached to a base of its own."""
+    for config in (SupermaskConfig(), IntrinsicConfig(d=20), LoraConfig(target_modules=["query"])):
+        assert get_peft_model(build("bert"), config).peft_config["default"].peft_type == config.peft_type
+
+
+def test_compiled_and_half_precision():
+    model = masked(base=build("bert").to(torch.bfloat16))
+    assert evaluate(model, "bert").dtype == torch.bfloat16
+    model = masked()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.allclose(output(compiled, batch("bert")), evaluate(model, "bert"), **CLOSE)
+    assert np.isfinite(output(compiled, batch("bert")).detach().numpy()).all()
+
+
+def test_mask_of_minilm_size_is_small():
+    """3 % zeros of ten million weights: .2 bits each."""
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(1536, 384, bias=False))
+    model = get_peft_model(layer, SupermaskConfig(target_modules=["0"]))
+    assert model.base_model.sparsity()["all"] == pytest.approx(0.03, abs=1e-4)
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model)
+    assert sum(v.numel() for v in state.values()) * 8 < 0.2 * 1536 * 384
