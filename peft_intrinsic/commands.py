@@ -1,4 +1,4 @@
-"""The commands pack, unpack, certify, verify and trajectory."""
+"""The commands pack, unpack, certify, verify, trajectory and distance."""
 
 from __future__ import annotations
 
@@ -63,6 +63,14 @@ def add_commands(commands: Any) -> None:
     verify.add_argument("--model", help="the base model, where it lies elsewhere than the adapter says")
     _add_columns(verify)
     _add_trajectory(commands)
+    distance = commands.add_parser("distance", help="how far a fine-tuned model, or an adapter, is from its base")
+    distance.set_defaults(run=_later("closeness", "distance"))
+    distance.add_argument("base", help="folder or safetensors file of the base model, or its name on the Hub")
+    distance.add_argument("tuned", help="likewise, of the fine-tuned model or of an adapter")
+    distance.add_argument("--threshold", type=float, default=1e-3, help="above which an entry counts as moved (0.001)")
+    distance.add_argument("--common", action="store_true", help="leave out what only one side has, such as a head")
+    distance.add_argument("--labels", type=int, help="of the base model's head, for an adapter")
+    distance.add_argument("-o", "--out", help="folder for distance.json, distance.md and distance.png")
 
 
 def _add_trajectory(commands: Any) -> None:

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import transformers
 from peft import PeftModel
 
+from ..bases import load_base
 from ..codec import adapter_to_string, compress, load_packed, qr_code, quantisation_aware, read_packed
 from ..measure.store import write_whole
 from ..tuner import IntrinsicConfig
@@ -18,26 +18,12 @@ from .plot import plot_sweep
 from .sweep import sweep
 from .texts import TUNING, PackedTexts
 
-CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-
 
 def _name(args: argparse.Namespace, own: str | None) -> str:
     """Of the base model: as the user says, or the adapter."""
     if not (name := args.model or own):
         raise ValueError("The adapter does not name its base model. Name it: --model.")
     return name
-
-
-def _base(name: str, task: str | None, labels: int | None) -> Any:
-    """A base model with the class for its task."""
-    options = {"num_labels": labels} if labels else {}
-    return getattr(transformers, CLASSES.get(task or "", "AutoModel")).from_pretrained(name, **options)
 
 
 def _texts(args: argparse.Namespace, own: str | None, train: str, test: str | None) -> PackedTexts:
@@ -52,7 +38,9 @@ def pack(args: argparse.Namespace) -> None:
     texts = None
     if args.eval or args.train:
         texts = _texts(args, config.base_model_name_or_path, args.train or args.eval, args.eval)
-    base = texts.base if texts else _base(_name(args, config.base_model_name_or_path), config.task_type, args.labels)
+    base = (
+        texts.base if texts else load_base(_name(args, config.base_model_name_or_path), config.task_type, args.labels)
+    )
     try:
         model: Any = PeftModel.from_pretrained(base, args.adapter, is_trainable=bool(args.finetune))
     except ValueError as error:
@@ -84,7 +72,7 @@ def unpack(args: argparse.Namespace) -> None:
     found = read_packed(args.file)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"--out {args.out} holds files already. Name a new folder.")
-    model = load_packed(_base(_name(args, found.base), found.options["task_type"], found.classes), args.file)
+    model = load_packed(load_base(_name(args, found.base), found.options["task_type"], found.classes), args.file)
     model.save_pretrained(args.out)
     print(f"{args.out}: d = {found.d}, for {found.base or args.model}")
 

@@ -5,28 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from ..plots import heat_map
-from ..tuner.layer import IntrinsicLayer, base_places
-from ..tuner.targets import block_of, canonical, kind_of
+from ..tuner.targets import block_of, kind_of
+from .reading import Reader, Source, offsets, prefix
 
 CHUNK = 2**20
 """Weights of both sides that are held in float64 at a time."""
 
 STD = 0.02
 """Of the random initialisations of the baseline: BERT's."""
-
-Source = str | os.PathLike | Mapping[str, torch.Tensor] | nn.Module
 
 
 @dataclass
@@ -113,11 +107,13 @@ class Distances:
         tensors: of each parameter.
         random: of each matrix, between two normal draws with BERT's deviation of 0.02.
         threshold: above which an entry counts as changed.
+        left_out: parameters that only one side has.
     """
 
     threshold: float
     tensors: dict[str, Sums] = field(default_factory=dict)
     random: dict[str, Sums] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> Sums:
@@ -167,6 +163,8 @@ class Distances:
                 )
                 lines.append(f"| {name} | {sums.entries} | {' | '.join(cells)} |")
             lines.append("")
+        if self.left_out:
+            lines += [f"Left out, as only one side has them: {', '.join(self.left_out)}.", ""]
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike, measure: str = "angular") -> None:
@@ -178,86 +176,15 @@ class Distances:
         heat_map({place: getattr(sums, measure) for place, sums in cells.items()}, measure.replace("_", " "), path)
 
 
-class _Reader:
-    """Parameters by name, read one at a time."""
-
-    def __init__(self, source: Source) -> None:
-        self.told = str(source) if isinstance(source, str | os.PathLike) else "the model"
-        self._model: dict[str, Any] = {}
-        self._files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        if isinstance(source, Mapping):
-            self._model = dict(source)
-        elif isinstance(source, nn.Module):
-            model = source.get_base_model() if isinstance(source, PeftModel) else source
-            seen = _of_adapters(model)
-            for name, (module, own) in base_places(model).items():
-                parameter: Any = module._parameters[own]
-                if id(parameter) not in seen:  # tied: once
-                    seen.add(id(parameter))
-                    self._model[name] = parameter
-        else:
-            path = Path(source)
-            for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-                self._open(file)
-            if not self.shapes:
-                raise ValueError(f"{path} holds no weights in safetensors. Save the model with save_pretrained.")
-        self.shapes |= {name: tuple(tensor.shape) for name, tensor in self._model.items()}
-
-    def _open(self, file: Path) -> None:
-        try:
-            with safe_open(file, "pt") as opened:
-                for key in opened.keys():  # noqa: SIM118
-                    if opened.get_slice(key).get_dtype().startswith(("F", "BF")):
-                        self._files[key] = file
-                        self.shapes[key] = tuple(opened.get_slice(key).get_shape())
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} cannot be read: {error}. Name a model's folder, or a safetensors file.") from None
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name in self._model:
-            return self._model[name].detach()
-        with safe_open(self._files[name], "pt") as file:
-            return file.get_tensor(name)
-
-
-def _of_adapters(model: nn.Module) -> set[int]:
-    """Parameters that other methods than ours keep in their layers, by id."""
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, IntrinsicLayer)]
-    own = {id(p) for layer in layers for p in cast(nn.Module, layer).parameters()}
-    return own - {id(p) for layer in layers for p in layer.get_base_layer().parameters()}
-
-
-def _offsets(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the active adapters of a PEFT model add to its base, parameter by parameter.
-
-    Raises:
-        ValueError: its method does not tell the offset of a weight.
-    """
-    base = model.get_base_model()
-    for key, layer in base.named_modules():
-        if isinstance(layer, IntrinsicLayer):
-            for adapter in layer.active_adapters:
-                for own, offset in layer.offsets.get(adapter, {}).items():
-                    if offset.merges:
-                        yield offset.name, layer.get_delta_weight(adapter, own)
-        elif isinstance(layer, BaseTunerLayer):
-            if not hasattr(layer, "get_delta_weight"):
-                raise ValueError(
-                    f"{type(layer).__name__} does not tell its offset. Merge the adapter, and compare the merged model."
-                )
-            for adapter in layer.active_adapters:
-                if adapter in layer._get_available_adapters():
-                    yield f"{canonical(key)}.weight", layer.get_delta_weight(adapter)
-
-
-def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3) -> Distances:
+def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, common: bool = False) -> Distances:
     """How far two sets of parameters are apart (Radiya-Dixit and Wang 2020, section 3: L1 and angular distance).
 
     Args:
         base, tuned: models, state dicts, safetensors files or folders of them; read tensor by tensor. A `PeftModel` as
             `tuned` counts with the offsets of its active adapters, `base` being its base model or the same weights.
         threshold: above which an entry counts as changed.
+        common: leave out what only one side has, such as a head; an encoder's names may lack the prefix that they have
+            in the model with a head.
 
     Raises:
         ValueError: they do not have the same floating-point parameters in the same shapes, a value is not finite, a
@@ -265,26 +192,32 @@ def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3) -> 
     """
     if not threshold >= 0:
         raise ValueError(f"threshold must not be negative, got {threshold!r}.")
-    before, after = _Reader(base), _Reader(tuned)
-    unlike = sorted(
-        name for name in {*before.shapes, *after.shapes} if before.shapes.get(name) != after.shapes.get(name)
-    )
-    if unlike:
-        shapes = [(reader.shapes.get(unlike[0]) or "nothing") for reader in (before, after)]
+    before, after = Reader(base), Reader(tuned)
+    into, back = (prefix(before, after), prefix(after, before)) if common else ("", "")
+    names = {name: (into + name).removeprefix(back) for name in before.shapes}  # of the base's parameters in the tuned
+    left = sorted({*names.values()} ^ {*after.shapes})
+    unlike = [
+        name for name, other in names.items() if after.shapes.get(other, before.shapes[name]) != before.shapes[name]
+    ]
+    if unlike or (left and not common) or len(left) == len({*names.values()} | {*after.shapes}):
+        first = (unlike or left)[0]
+        shapes = [before.shapes.get(first, "absent"), after.shapes.get(names.get(first, first), "absent")]
         raise ValueError(
-            f"{before.told} and {after.told} differ in {len(unlike)} parameters: {unlike[0]} is {shapes[0]} in the one "
-            f"and {shapes[1]} in the other. Compare models of one class and size."
+            f"{before.told} and {after.told} differ in {len(unlike) + len(left)} parameters: {first} is {shapes[0]} in "
+            f"the one and {shapes[1]} in the other. Compare models of one class and size, or only what is common."
         )
     moved: dict[str, torch.Tensor] = {}
-    for name, offset in _offsets(tuned) if isinstance(tuned, PeftModel) else ():
+    for name, offset in offsets(tuned) if isinstance(tuned, PeftModel) else ():
         moved[name] = moved[name] + offset if name in moved else offset
     generator = torch.Generator().manual_seed(0)
-    result = Distances(threshold)
-    for name, shape in before.shapes.items():
-        end = after[name]
+    result = Distances(threshold, left_out=left)
+    for own, name in names.items():
+        if name not in after.shapes:
+            continue
+        shape, end = before.shapes[own], after[name]
         if name in moved:
             end = end.cpu().double() + moved[name].detach().cpu().double().reshape(shape)
-        result.tensors[name] = found = compared(before[name], end, threshold)
+        result.tensors[name] = found = compared(before[own], end, threshold)
         if not math.isfinite(found.squared):
             raise ValueError(f"{name} holds NaN or infinite values in {before.told} or {after.told}.")
         if len(shape) > 1:

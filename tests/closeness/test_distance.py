@@ -12,6 +12,7 @@ from conftest import build, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
+from peft_intrinsic import cli
 from peft_intrinsic.closeness import distance, parameter_distance
 from peft_intrinsic.closeness.distance import write_report
 
@@ -144,7 +145,7 @@ def test_report_and_plot(tmp_path):
 
 def test_what_is_refused(tmp_path):
     base, tuned = pair()
-    with pytest.raises(ValueError, match=r"differ in 1 parameters: h\.0\.bias is \(7,\) in the one and nothing"):
+    with pytest.raises(ValueError, match=r"differ in 1 parameters: h\.0\.bias is \(7,\) in the one and absent"):
         parameter_distance(base, {name: w for name, w in tuned.items() if name != "h.0.bias"})
     with pytest.raises(ValueError, match=r"h\.0\.bias is \(7,\) in the one and \(8,\)"):
         parameter_distance(base, {**tuned, "h.0.bias": torch.zeros(8)})
@@ -159,3 +160,41 @@ def test_what_is_refused(tmp_path):
         parameter_distance(tmp_path, tuned)
     save_file(base, tmp_path / "x.safetensors")
     assert parameter_distance(tmp_path, base).total.l1 == 0
+
+
+def test_what_is_common(tmp_path):
+    """An encoder without the prefix of the model with a head, in either order."""
+    tuned = build("bert")
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(1e-2)
+    build("bert").bert.save_pretrained(tmp_path / "base")
+    found = parameter_distance(tmp_path / "base", tuned, common=True)
+    wanted = parameter_distance(build("bert").bert, tuned.bert)
+    assert found.total.entries == wanted.total.entries
+    assert found.total.l1 == pytest.approx(wanted.total.l1)
+    assert found.left_out == ["classifier.bias", "classifier.weight"]
+    assert "Left out, as only one side has them: classifier.bias, classifier.weight." in found.report()
+    turned = parameter_distance(tuned, tmp_path / "base", common=True)
+    assert turned.total.l1 == pytest.approx(wanted.total.l1)
+    with pytest.raises(ValueError, match="or only what is common"):
+        parameter_distance(tmp_path / "base", tuned)
+    with pytest.raises(ValueError, match="differ in"):
+        parameter_distance({"a": torch.zeros(2)}, {"b": torch.zeros(2)}, common=True)
+
+
+def test_command(tmp_path, capsys):
+    build("bert").save_pretrained(tmp_path / "base")
+    model = trained("bert", task_type="SEQ_CLS", head="keep")
+    model.save_pretrained(tmp_path / "adapter")
+    wanted = parameter_distance(build("bert"), model).total
+    cli.main(["distance", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "out")])
+    told = json.loads((tmp_path / "out/distance.json").read_text())["total"]
+    assert told["l1"] == pytest.approx(wanted.l1, rel=1e-6)
+    assert (tmp_path / "out/distance.md").read_text() in capsys.readouterr().out
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    cli.main(["distance", str(tmp_path / "base"), str(tmp_path / "merged"), "--threshold", "0.5"])
+    assert "moved > 0.5" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["distance", str(tmp_path / "base"), str(tmp_path / "merged"), "--threshold", "-1"])
+    assert "threshold must not be negative" in capsys.readouterr().err

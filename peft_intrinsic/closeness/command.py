@@ -1,0 +1,32 @@
+"""What the command distance does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
+
+from ..bases import load_base
+from .distance import parameter_distance, write_report
+
+
+def _place(name: str) -> str:
+    """A file or folder as it is; of a name on the Hub, the folder of its weights."""
+    return name if Path(name).exists() else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
+
+
+def distance(args: argparse.Namespace) -> None:
+    """Distances between two models, or between a model and itself with an adapter."""
+    base, tuned = _place(args.base), _place(args.tuned)
+    sides: tuple[Any, Any] = base, tuned
+    if Path(tuned, "adapter_config.json").exists():
+        model = load_base(base, PeftConfig.from_pretrained(tuned).task_type, args.labels)
+        sides = model, PeftModel.from_pretrained(model, tuned)
+    found = parameter_distance(*sides, threshold=args.threshold, common=args.common)
+    print(found.report())
+    if args.out:
+        write_report(found, args.out)
+        print(f"distance.json, distance.md and distance.png in {args.out}")
