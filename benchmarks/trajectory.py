@@ -19,12 +19,9 @@ Rates of each start with three a factor of 4 apart, with more while the best, by
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +31,8 @@ from filelock import FileLock
 from peft import get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from groups import at_best, cell, found, line, tuned
-from quality import Row, Runner, batches, lines, minilm
+from quality import Row, batches
+from studies import FULL_RATES, Contestants, Method, Study
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.trajectory import (
@@ -48,84 +45,38 @@ from peft_intrinsic.trajectory import (
 )
 
 TASKS = ("sst2", "mrpc_250", "rotten_tomatoes")
-MODEL = "all-MiniLM-L6-v2"
-RESULTS = Path(__file__).parent / "results" / "trajectory"
 RECORDED = r"(bert\.encoder\.layer\.\d+|classifier)\..*"
 ORIGINAL = ["classifier", "bert.pooler", "bert.embeddings"]
 SNAPSHOTS, GROUPS = 16, 6
 OTHER = {"sst2": "mrpc_250", "mrpc_250": "sst2", "rotten_tomatoes": "mrpc_250"}
-FULL_RATES, RATES = (2.5e-5, 1e-4, 4e-4), (5e-5, 2e-4, 8e-4)
+RATES = (5e-5, 2e-4, 8e-4)
 NAMES = (
-    *("trajectory 16", "random 16", "gradient 16", "trajectory 8", "trajectory 4", "other task 16"),
+    *("full", "freeze", "trajectory 16", "random 16", "gradient 16", "trajectory 8", "trajectory 4", "other task 16"),
     *("zero-shot 2", "unified 3", "without outliers", "without random", "alone 16"),
 )
-Methods = dict[str, tuple[Row, tuple[float, ...]]]
 
 
-def rows(task: str) -> list[Row]:
-    """What was measured of a task."""
-    return lines(RESULTS / task / "trials.jsonl")
-
-
-def best_rate(task: str, method: tuple[Row, tuple[float, ...]]) -> float:
-    """The best rate of a contestant by loss.
-
-    Raises:
-        SystemExit: it has not been measured.
-    """
-    found = at_best(method, rows(task), MODEL)
-    if not found:
-        raise SystemExit(f"{task}: {method[0]['method']} comes first. Run it with --only {method[0]['method']}.")
-    return found[0]["lr"]
-
-
-def contestants(task: str) -> Methods:
+def contestants(task: str, results: Contestants) -> dict[str, Method]:
     """Every contestant: its run, and the rates that it starts with."""
     base: Row = {"task": task, "seed": 0}
-    result: Methods = {
+    result: dict[str, Method] = {
         "full": ({**base, "method": "full"}, FULL_RATES),
         "freeze": ({**base, "method": "freeze"}, (1e-4, 4e-4, 1.6e-3)),
     }
-    if not at_best(result["freeze"], rows(task), MODEL):
+    if not (frozen := results.best(task, result["freeze"])):
         return result  # the others need its best rate
-    rest = best_rate(task, result["freeze"])
-    for name in NAMES:
+    for name in NAMES[2:]:
         kind, _, dim = name.rpartition(" ")
         if kind == "without":
             result[name] = {**base, "method": name}, FULL_RATES
         else:
-            shared = {} if kind == "alone" else {"rest_lr": rest}
+            shared = {} if kind == "alone" else {"rest_lr": frozen[0]["lr"]}
             result[name] = {**base, "method": kind, "dim": int(dim), **shared}, RATES
     return result
 
 
-class Study:
+class Trajectories(Study):
     """One task: its runs, and the recordings that they need."""
-
-    def __init__(self, task: str, path: str, data: Path | None, scratch: Path) -> None:
-        self.task, self.path, self.data, self.scratch = task, path, data, scratch
-        self.runners: dict[str, Runner] = {}
-
-    def runner(self, task: str) -> Runner:
-        if task not in self.runners:
-            self.runners[task] = Runner(self.path, task, self.data)
-        return self.runners[task]
-
-    def base(self, seed: int) -> Any:
-        """The pretrained model, its head drawn from the stream from which adapters draw it."""
-        model = self.runner(self.task).kind.from_pretrained(self.path, num_labels=2, dtype=torch.float32)
-        model = get_peft_model(model, IntrinsicConfig(d=200, task_type="SEQ_CLS")).merge_and_unload()  # θ is zero
-        torch.manual_seed(seed)
-        return model.requires_grad_(True)
-
-    def train(self, task: str, model: Any, rates: dict[float, list[Any]], seed: int, **more: Any) -> Row:
-        """Train, and score on the test examples."""
-        start = time.time()
-        groups = [{"params": parameters, "lr": lr} for lr, parameters in rates.items()]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        losses = self.runner(task).fit(model, optimizer, seed, **more)
-        steps = [round(sum(losses[i : i + 25]) / 25, 3) for i in range(0, len(losses), 25)]
-        return {**self.runner(task).score(model), "train": steps, "seconds": round(time.time() - start)}
 
     def full(self, task: str, lr: float, seed: int, folder: Path | None = None, model: Any = None) -> Row:
         """Full fine-tuning, recorded where a folder is named."""
@@ -147,7 +98,7 @@ class Study:
 
     def recording(self, task: str, seed: int) -> list[Path]:
         """Snapshots of full fine-tuning at its best rate."""
-        lr = best_rate(task, contestants(task)["full"])
+        lr = self.results.rate(task, "full")
         folder = self.scratch / task / f"full-{lr:g}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
@@ -214,8 +165,8 @@ class Study:
 
     def outliers(self, seed: int) -> Any:
         """What trajectory 16 moves beyond three standard deviations."""
-        method = contestants(self.task)["trajectory 16"]
-        row = {**method[0], "lr": best_rate(self.task, method), "seed": seed}
+        planned, _ = self.results.made(self.task, self.results)["trajectory 16"]
+        row = {**planned, "lr": self.results.rate(self.task, "trajectory 16"), "seed": seed}
         path = self.far(row)
         if not path.exists():
             self.run(row)
@@ -234,9 +185,7 @@ class Study:
             return self.full(self.task, lr, seed, folder)
         if method == "freeze":
             model = self.base(seed)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_("encoder" not in name)
-            parameters = [p for p in model.parameters() if p.requires_grad]
+            parameters = self.only(model, ("embeddings", "pooler", "classifier"))
             numbers = sum(p.numel() for p in parameters)
             return {"numbers": numbers, **self.train(self.task, model, {lr: parameters}, seed)}
         if method.startswith("without"):
@@ -250,66 +199,5 @@ class Study:
         return measured
 
 
-def missing(task: str, only: list[str] | None) -> Iterator[Row]:
-    """The next runs that are not there."""
-    for name in only or ("full", "freeze", *NAMES):
-        while True:
-            method = {name: contestants(task)[name]}
-            planned = ({"model": MODEL, **run} for _, run in tuned(method, rows(task), MODEL))
-            row = next((row for row in planned if not found(rows(task), row)), None)
-            if row is None:
-                break
-            yield row
-
-
-def table(task: str) -> None:
-    """Print a task's rows as Markdown."""
-    line("contestant", "numbers", "best rate", "accuracy / cross-entropy", "seeds")
-    line(*["---"] * 5)
-    for name, method in contestants(task).items():
-        if best := at_best(method, rows(task), MODEL):
-            line(name, best[0]["numbers"], f"{best[0]['lr']:g}", cell(best), len(best))
-
-
-def plot(task: str) -> None:
-    """Accuracy of every contestant, a point for each seed, as table.png beside the rows."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    done = {name: at_best(method, rows(task), MODEL) for name, method in contestants(task).items()}
-    done = {name: best for name, best in done.items() if best}
-    figure, axis = plt.subplots(figsize=(6, 0.8 + 0.3 * len(done)), layout="constrained")
-    for place, best in enumerate(reversed(done.values())):
-        axis.plot([row["accuracy"] for row in best], [place] * len(best), "k.", alpha=0.6)
-        axis.plot(sum(row["accuracy"] for row in best) / len(best), place, "|", color="tab:red", markersize=14)
-    axis.set_yticks(range(len(done)), list(reversed(done)))
-    axis.set(xlabel="accuracy: seeds, and their mean in red", title=task)
-    axis.grid(axis="x", alpha=0.3)
-    figure.savefig(RESULTS / task / "table.png", dpi=150)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "table", "plot"))
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--model", help="folder of all-MiniLM-L6-v2")
-    parser.add_argument("--scratch", type=Path, default=Path("runs/trajectory"))
-    parser.add_argument("--only", nargs="+", help="contestants, such as 'trajectory 16'")
-    args = parser.parse_args()
-    if args.action != "run":
-        return (table if args.action == "table" else plot)(args.task)
-    torch.set_num_threads(1)
-    study = Study(args.task, args.model or minilm(), args.data, args.scratch)
-    (RESULTS / args.task).mkdir(parents=True, exist_ok=True)
-    for row in missing(args.task, args.only):
-        row.update(study.run(row))
-        print(row, flush=True)
-        with open(RESULTS / args.task / "trials.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    Contestants("trajectory", contestants, NAMES, ("numbers",)).main(Trajectories, __doc__, TASKS)
