@@ -9,9 +9,9 @@ benchmarks/results/supermask/TASK/trials.jsonl, and runs that are there are skip
 
 full: everything trained. freeze: pooler and head. All others train these at freeze's best rate, and a mask over the
 linear layers of the encoder: `magnitude 0.03` begins with the smallest 3 % of the weights of each layer at zero,
-`random 0.03` with any 3 %; `bernoulli` draws the mask anew in each step. `start 0.03` is magnitude 0.03 with a mask that
-does not move. Rates of each start with three a factor of 4 apart, with more while the best, by loss, is at an edge; then
-two more seeds. `sparsity` is that of the trained mask of the first seed, `bytes` its size in the file.
+`random 0.03` with any 3 %; `bernoulli` draws the mask anew in each step. `start 0.03` is magnitude 0.03 with a mask
+that does not move. Rates of each start with three a factor of 4 apart, with more while the best, by loss, is at an
+edge; then two more seeds. `sparsity` is that of the trained mask of the first seed, `bytes` its size in the file.
 """
 
 from __future__ import annotations
