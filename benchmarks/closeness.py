@@ -1,0 +1,66 @@
+"""How far full fine-tuning goes and which layers it needs (Radiya-Dixit and Wang 2020), on the tasks of supermask.py.
+
+    python benchmarks/closeness.py TASK [--data FOLDER] [--model FOLDER]
+
+Fine-tunes in full at the best rate of benchmarks/results/supermask/TASK, and writes to
+benchmarks/results/closeness/TASK: distance.json, distance.md and distance.png (`parameter_distance`, the model against
+itself before), critical.md (`critical_layers`, by accuracy on the test examples), and frozen.md with its trials
+(`frozen_sweep`: the k most critical layers trained, all others frozen, pooler and head always; three seeds). Trials that
+are there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import torch
+from quality import minilm
+from studies import Contestants
+from supermask import NAMES, TASKS, Supermasks, contestants
+
+from peft_intrinsic.closeness import critical_layers, frozen_sweep, parameter_distance
+from peft_intrinsic.closeness.distance import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--model", help="folder of all-MiniLM-L6-v2")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    out = Path(__file__).parent / "results" / "closeness" / args.task
+    results = Contestants("supermask", contestants, NAMES, ())
+    study = Supermasks(results, args.task, args.model or minilm(), args.data, Path("runs"))
+    rate, runner = results.rate(args.task, "full"), study.runner(args.task)
+
+    tuned = study.base(0)
+    base = copy.deepcopy(tuned)
+    study.train(args.task, tuned, {rate: list(tuned.parameters())}, 0)
+    write_report(parameter_distance(base, tuned), out)
+    found = critical_layers(base, tuned, lambda model: runner.score(model)["accuracy"])
+    (out / "critical.md").write_text(found.report() + "\n", encoding="utf-8")
+    print(found.report(), flush=True)
+
+    always = ("pooler", "classifier")
+    order = [part for part in found.parts if part not in ("classifier",)]
+
+    def fit(parts: list[str], seed: int) -> float:
+        model = study.base(seed)
+        parameters = study.only(model, (*always, *(f"{part}." for part in parts)))
+        return study.train(args.task, model, {rate: parameters}, seed)["accuracy"]
+
+    scores = frozen_sweep(fit, order, out, counts=sorted({0, 1, 2, 4, len(order)}))
+    lines = ["| k | trained besides pooler and head | accuracy | seeds |", "|---|---|---|---|"]
+    for k, each in scores.items():
+        lines.append(f"| {k} | {', '.join(order[:k]) or 'nothing'} | {sum(each) / len(each):.4f} | {len(each)} |")
+    (out / "frozen.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
