@@ -5,8 +5,8 @@
 Fine-tunes in full at the best rate of benchmarks/results/supermask/TASK, and writes to
 benchmarks/results/closeness/TASK: distance.json, distance.md and distance.png (`parameter_distance`, the model against
 itself before), critical.md (`critical_layers`, by accuracy on the test examples), and frozen.md with its trials
-(`frozen_sweep`: the k most critical layers trained, all others frozen, pooler and head always; three seeds). Trials that
-are there are not run again.
+(`frozen_sweep`: the k most critical layers trained, all others frozen, pooler and head always; three seeds). Trials
+that are there are not run again.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
-SPREAD = 0.1
+SPREAD = 0.025
 """Distance between the lowest and the highest score at the start under `"threshold"`."""
 
-UNIT = 256
+UNIT = 1024
 """What a score is counted in under `"bernoulli"`, so that the usual learning rate serves both."""
 
 SLOPE = 8.0

@@ -94,7 +94,7 @@ def test_gradient_of_the_threshold_by_hand():
 
 
 def test_gradient_of_bernoulli_by_hand():
-    """The scores get x W σ'(256 s) · 256 whether or not the weight was drawn."""
+    """The scores get x W σ'(UNIT s) · UNIT whether or not the weight was drawn."""
     config = SupermaskConfig(mask="bernoulli")
     scores = torch.tensor([0.0, math.log(3) / UNIT], requires_grad=True)
     w, x = torch.tensor([2.0, -3.0]), torch.tensor([1.0, 10.0])
