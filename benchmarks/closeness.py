@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def main() -> None:
     write_report(parameter_distance(base, tuned), out)
     found = critical_layers(base, tuned, lambda model: runner.score(model)["accuracy"])
     (out / "critical.md").write_text(found.report() + "\n", encoding="utf-8")
+    (out / "critical.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+    found.plot(out / "critical.png")
     print(found.report(), flush=True)
 
     always = ("pooler", "classifier")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
 
@@ -58,9 +59,38 @@ class CriticalLayers:
 
     @property
     def layers_to_transform(self) -> list[int]:
-        """Indexes of the blocks that have to move, for `IntrinsicConfig(layers_to_transform=…)`."""
-        names = [part for part in self.parts if part not in self.spared and part.rpartition(".")[2].isdigit()]
-        return sorted({int(part.rpartition(".")[2]) for part in names})
+        """Indexes of the blocks that have to move, for `IntrinsicConfig(layers_to_transform=…)`.
+
+        Raises:
+            ValueError: the parts are no blocks, no block has to move (an empty list would mean all of them), or the
+                blocks are of several stacks.
+        """
+        moved = [part for part in self.parts if part not in self.spared and part.rpartition(".")[2].isdigit()]
+        stacks = {part.rpartition(".")[0] for part in moved}
+        if len(stacks) != 1:
+            told = ", ".join(moved) or "none"
+            raise ValueError(
+                f"layers_to_transform needs blocks of one stack that have to move; these are {told}. Use "
+                "critical_layers(by='layer'), a smaller tolerance, or target_modules."
+            )
+        return sorted(int(part.rpartition(".")[2]) for part in moved)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, as JSON has them."""
+        return {**asdict(self), "spared": self.spared, "share": self.share}
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """What the score loses with each part put back to the base, the most critical part on top."""
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axis = plt.subplots(figsize=(6, 1 + 0.3 * len(self.parts)), layout="constrained")
+        axis.barh(self.parts[::-1], [self.score - score for score in self.scores[::-1]], color="black")
+        axis.set(xlabel=f"lost of {self.score:.4f} when put back to the base")
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
 
     def report(self) -> str:
         """Markdown: a row for each part, the most critical first."""
@@ -103,13 +133,21 @@ def critical_layers(
     """
     if by not in ("layer", "kind", "tensor"):
         raise ValueError(f"by must be 'layer', 'kind' or 'tensor', got {by!r}.")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must be from 0 to below 1, got {tolerance!r}. Try 0.01.")
+    if any(isinstance(module, BaseTunerLayer) for module in tuned.modules()):
+        raise ValueError("tuned has adapters. Merge them first: critical_layers(base, model.merge_and_unload(), …).")
     places = base_places(tuned)
     before: dict[str, torch.Tensor]
     if isinstance(base, nn.Module):
         before = {name: module._parameters[own] for name, (module, own) in base_places(base).items()}  # type: ignore[misc]
     else:
         before = dict(base)
-    parameters: dict[str, Any] = {name: module._parameters[own] for name, (module, own) in places.items()}
+    parameters: dict[str, Any] = {}
+    for name, (module, own) in places.items():
+        parameter = module._parameters[own]
+        if not any(parameter is known for known in parameters.values()):  # tied: once
+            parameters[name] = parameter
     unlike = [name for name in parameters if name not in before or before[name].shape != parameters[name].shape]
     if unlike:
         raise ValueError(
@@ -175,8 +213,10 @@ def frozen_sweep(
         Scores of every k, a list with one for each seed.
     """
     counts = list(range(len(order) + 1)) if counts is None else list(counts)
-    if bad := [k for k in counts if not 0 <= k <= len(order)]:
-        raise ValueError(f"counts={bad} are not from 0 to {len(order)}, the number of parts.")
+    if bad := [k for k in counts if not isinstance(k, int) or not 0 <= k <= len(order)]:
+        raise ValueError(f"counts={bad} are not whole numbers from 0 to {len(order)}, the number of parts.")
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}.")
     engine = engine or InProcess()
     trial = _Frozen(fit, list(order))
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,10 @@ def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, com
         )
     moved: dict[str, torch.Tensor] = {}
     for name, offset in offsets(tuned) if isinstance(tuned, PeftModel) else ():
+        name = after.first.get(name, name)
         moved[name] = moved[name] + offset if name in moved else offset
+    if lost := sorted(set(moved) - set(after.shapes)):
+        raise ValueError(f"{lost[0]} is moved by the adapter, but its base has none. Compare the merged model.")
     generator = torch.Generator().manual_seed(0)
     result = Distances(threshold, left_out=left)
     for own, name in names.items():
@@ -221,8 +224,11 @@ def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, com
         if not math.isfinite(found.squared):
             raise ValueError(f"{name} holds NaN or infinite values in {before.told} or {after.told}.")
         if len(shape) > 1:
-            u, v = (STD * torch.randn(shape, generator=generator) for _ in range(2))
-            result.random[name] = compared(u, v, threshold)
+            result.random[name] = Sums(units=shape[0])
+            for start in range(0, found.entries, CHUNK):
+                size = min(CHUNK, found.entries - start)
+                u, v = (STD * torch.randn(1, size, generator=generator) for _ in range(2))
+                result.random[name] += replace(compared(u, v, threshold), units=0)
     return result
 
 

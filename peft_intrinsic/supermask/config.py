@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from numbers import Integral, Real
-from typing import Literal
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -48,7 +48,8 @@ class SupermaskConfig(PeftConfig):
             Save the scores too, 32 bits for each weight, so that training can go on exactly where it stopped. Without
             them a loaded adapter trains on from its mask.
 
-    The remaining fields are filled in when the adapter is attached or saved.
+    The remaining fields are filled in when the adapter is saved, and checked when it is loaded. A new adapter with the
+    configuration of a saved one: set them to None.
 
     Raises:
         ValueError, TypeError: an option has a value that cannot work; the message names it and a remedy.
@@ -90,6 +91,12 @@ class SupermaskConfig(PeftConfig):
             raise ValueError("initial_sparsity=0 with mask='bernoulli' would need an infinite score. Try 0.03.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an int from 0 to 2**63 - 1, got {self.seed!r}.")
+        self.seed = int(self.seed)  # numpy's integers cannot be written to a file
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear" and self.layers_to_transform:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} does not work with the target_modules string "
+                f'{self.target_modules!r}. Pass target_modules as a list, or "all-linear".'
+            )
         if self.target_modules is None:
             raise ValueError('target_modules=None: name linear layers, or "all-linear".')
         if isinstance(self.target_modules, list):
@@ -98,3 +105,11 @@ class SupermaskConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         if find_spec("constriction") is None:  # now, not when hours of training are to be saved
             raise ImportError("A mask is saved entropy-coded. pip install 'peft_intrinsic[codec]'")
+        # Present and empty, it keeps PEFT from writing targeted output layers into the adapter file.
+        self.trainable_token_indices: dict[str, Any] = {}
+        self.target_parameters = None
+
+    @property
+    def full_modules(self) -> list[str] | None:
+        """`modules_to_save`, under the name that the other tuner's targeting knows."""
+        return self.modules_to_save

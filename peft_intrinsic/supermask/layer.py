@@ -32,6 +32,7 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
         self.supermask_scores = nn.ParameterDict()
         self.supermask_bits: dict[str, torch.Tensor] = {}
         self.configs: dict[str, Any] = {}
+        self.awaited: set[str] = set()  # adapters whose saved mask has not been loaded yet
         self.merged_adapters: list[str] = []
         self._written: list[str] = []  # adapters whose zeros are in the weight
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None  # bits of their mask, what the zeros replaced
@@ -39,6 +40,8 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter: str, config: Any) -> None:
         """Give an adapter its scores, or where it is loaded for inference a mask of ones."""
         self.configs[adapter] = config
+        if config.base_digest is not None or config.final_sparsity is not None:
+            self.awaited.add(adapter)
         weight = self.base_layer.weight
         if config.inference_mode:
             self.set_mask(adapter, torch.ones(weight.shape, dtype=torch.bool))
@@ -50,24 +53,40 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
         self._write([name for name in self._written if name != adapter])
         self.supermask_bits[adapter] = packed(mask)
 
-    def mask(self, adapter: str) -> torch.Tensor:
+    def mask(self, adapter: str, scores: torch.Tensor | None = None) -> torch.Tensor:
         """The mask of an adapter in evaluation and on disk: `bool`, in the shape of the weight.
 
+        Args:
+            adapter: its name.
+            scores: to be used in place of its own.
+
         Raises:
-            ValueError: its scores are not finite.
+            ValueError: the scores are not finite.
         """
         if adapter in self.supermask_bits:
             return unpacked(self.supermask_bits[adapter], self.base_layer.weight.shape)
-        scores = self.supermask_scores[adapter]
+        scores = self.supermask_scores[adapter] if scores is None else scores
         if not torch.isfinite(scores).all():
             raise ValueError(f"The scores of {self.name} are NaN or infinite. Lower the learning rate.")
         return binary(scores, self.configs[adapter])
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the mask takes off the weight, in its own shape and type."""
-        self._write([])
+        weight = self._original()
+        return torch.where(self.mask(adapter).to(weight.device), torch.zeros_like(weight), -weight)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.configs)
+
+    def _original(self) -> torch.Tensor:
+        """The base weight; a copy, with what the zeros replaced, where some are written."""
         weight = self.base_layer.weight.data
-        return torch.where(self.mask(adapter), torch.zeros_like(weight), -weight)
+        if self._kept is None:
+            return weight
+        bits, values = self._kept
+        weight = weight.clone()
+        weight[~unpacked(bits.to(weight.device), weight.shape)] = values.to(weight)
+        return weight
 
     @torch.no_grad()
     def _write(self, adapters: list[str]) -> None:
@@ -75,9 +94,7 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
         if adapters == self._written:
             return
         weight = self.base_layer.weight.data
-        if self._kept is not None:
-            bits, values = self._kept
-            weight[~unpacked(bits.to(weight.device), weight.shape)] = values.to(weight)
+        weight.copy_(self._original())
         self._written, self._kept = [], None
         if not adapters:
             return
@@ -96,6 +113,12 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
         self._write([name for name in active if name in self.supermask_bits])
         weight = self.base_layer.weight
         for adapter in active:
+            if adapter in self.awaited:
+                raise ValueError(
+                    f"The saved mask of adapter {adapter!r} was not loaded, only its configuration. Load it with "
+                    "PeftModel.from_pretrained or PeftModel.load_adapter. (For a new adapter with this configuration, "
+                    "set its base_digest and final_sparsity to None.)"
+                )
             if adapter not in self.supermask_scores:
                 continue
             scores = self.supermask_scores[adapter]
@@ -141,7 +164,14 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
         if adapter_name in self._written:
             self._write([name for name in self._written if name != adapter_name])
         self.configs.pop(adapter_name, None)
+        self.awaited.discard(adapter_name)
         super().delete_adapter(adapter_name)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """The base weight is saved as it is without adapters, unless they are merged."""
+        if not self.merged:
+            self._write([])
+        super()._save_to_state_dict(*args, **kwargs)
 
     def __repr__(self) -> str:
         return "supermask." + super().__repr__()

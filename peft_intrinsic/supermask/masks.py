@@ -16,6 +16,12 @@ SPREAD = 0.025
 UNIT = 1024
 """What a score is counted in under `"bernoulli"`, so that the usual learning rate serves both."""
 
+SURE = 30.0
+"""Log-odds that leave nothing to chance."""
+
+LOW = 4.0
+"""Log-odds against being kept of a weight that a loaded mask has at zero, where training goes on."""
+
 SLOPE = 8.0
 """How much higher the largest weight's log-odds of being kept are than the smallest's, under `"magnitude"`."""
 
@@ -36,7 +42,7 @@ def initial_scores(weight: torch.Tensor, name: str, config: Any) -> torch.Tensor
     if order is not None:
         # Equal weights, such as zeros of a pruned layer, stand in a random order.
         first = torch.argsort(rank)
-        rank[first[torch.argsort(order[first], stable=True)]] = torch.arange(len(rank)) / len(rank)
+        rank[first[torch.argsort(order[first], stable=True)]] = (torch.arange(len(rank)) + 0.5) / len(rank)
     if config.mask == "threshold":
         scores = SPREAD * (rank - config.initial_sparsity)
     else:
@@ -53,7 +59,11 @@ def initial_scores(weight: torch.Tensor, name: str, config: Any) -> torch.Tensor
 def scores_of(mask: torch.Tensor, config: Any) -> torch.Tensor:
     """Scores from which training goes on where only the mask was kept: float32, away from the threshold."""
     if config.mask == "bernoulli":
-        return torch.where(mask, 4.0, -4.0) / UNIT
+        # As many zeros are expected as the mask has: those of the lower scores, and of the higher ones the rest.
+        kept, zeros = int(mask.sum()), int((~mask).sum())
+        odds = kept / zeros * (1 + math.exp(LOW)) - 1 if zeros else 0.0
+        low, high = (LOW, math.log(odds)) if odds > 1 else (SURE, SURE)
+        return torch.where(mask, high, -low) / UNIT
     share = config.initial_sparsity
     return SPREAD / 2 * torch.where(mask, 1 - share, -max(share, 0.01))
 

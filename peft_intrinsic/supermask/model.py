@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..tuner.learnt import digest_at_hand
-from ..tuner.targets import canonical, is_linear
+from ..tuner.targets import canonical, is_linear, matched
 from .layer import SupermaskLinear
 from .masks import coded, decoded, scores_of
 
@@ -26,9 +26,6 @@ class SupermaskModel(BaseTuner):
     tuner_layer_cls = SupermaskLinear
     peft_config: Any
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        self._uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
 
@@ -36,21 +33,26 @@ class SupermaskModel(BaseTuner):
         """Attach an adapter.
 
         Raises:
-            ValueError: a targeted module is no plain linear layer, or shares its weight with another; or a saved mask
-                belongs to other base weights.
+            ValueError: a targeted module is no plain linear layer in memory, or shares its weight with another; or a
+                saved mask belongs to other base weights.
         """
+        for layer in _layers(model):
+            layer.unmerge()  # the new adapter starts from the base's own weights
+        places = model.named_modules(remove_duplicate=False)
+        self._uses = Counter(id(p) for _, module in places for p in module._parameters.values() if p is not None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        names = [f"{layer.name}.weight" for layer in _layers(model) if adapter_name in layer.configs]
-        for layer in _layers(model):
-            layer._write([])
-        here = digest_at_hand(model, names)
-        if config.base_digest is not None and here not in (None, config.base_digest):
+        here = None if config.base_digest is None else _digest(model, adapter_name)
+        if here not in (None, config.base_digest):
             raise ValueError(
                 f"This mask was trained on other weights (digest {config.base_digest}, here {here}). Load the base "
-                "model that it was trained on."
+                "model that it was trained on. (For a new adapter with this configuration, set its base_digest and "
+                "final_sparsity to None.)"
             )
-        config.base_digest = config.base_digest or here
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return matched(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -67,10 +69,10 @@ class SupermaskModel(BaseTuner):
             return
         weight: Any = getattr(target, "weight", None)
         plain = is_linear(target) and type(getattr(weight, "data", None)) is torch.Tensor and weight.is_floating_point()
-        if not plain or weight.element_size() < 2:
+        if not plain or weight.element_size() < 2 or weight.is_meta:
             raise ValueError(
                 f"target_modules: {current_key} is a {type(target).__name__}, and masks are for linear layers with "
-                "plain weights. Leave it out, or load the base model unquantised."
+                "plain weights in memory. Leave it out, or load the base model unquantised and not offloaded."
             )
         if self._uses[id(weight)] > 1:
             raise ValueError(
@@ -87,9 +89,8 @@ class SupermaskModel(BaseTuner):
         """Refused by name when they are targeted."""
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if not merge:
-            for layer in _layers(self.model):
-                layer.unmerge()
+        for layer in _layers(self.model) if not merge else ():
+            layer.unmerge()
         return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     def sparsity(self, adapter_name: str = "default") -> dict[str, float]:
@@ -113,13 +114,13 @@ class SupermaskModel(BaseTuner):
         for key, layer in _named_layers(model):
             if adapter_name not in layer.configs:
                 continue
-            mask = layer.mask(adapter_name)
+            scores = f"{key}.supermask_scores.{adapter_name}"
+            mask = layer.mask(adapter_name, state_dict.get(scores))
             result[f"{key}.{MASK}"] = coded(mask)
             zeros, weights = zeros + int((~mask).sum()), weights + mask.numel()
-            scores = f"{key}.supermask_scores.{adapter_name}"
             if config.save_scores and scores in state_dict:
                 result[scores] = state_dict[scores]
-        config.final_sparsity = zeros / max(1, weights)
+        config.final_sparsity, config.base_digest = zeros / max(1, weights), _digest(model, adapter_name)
         return result
 
     @classmethod
@@ -146,6 +147,7 @@ class SupermaskModel(BaseTuner):
                 rest[name] = scores_of(mask, config) if scores is None else scores
             else:
                 layer.set_mask(adapter_name, mask)
+            layer.awaited.discard(adapter_name)
         if extra := sorted(key for key in given if MASK in key):
             raise ValueError(f"The file holds {extra[0]}, which the adapter does not have. Is it another adapter's?")
         return rest
@@ -159,3 +161,13 @@ def _named_layers(model: nn.Module) -> Iterator[tuple[str, SupermaskLinear]]:
 
 def _layers(model: nn.Module) -> list[SupermaskLinear]:
     return [layer for _, layer in _named_layers(model)]
+
+
+def _digest(model: nn.Module, adapter: str) -> str | None:
+    """Of the weights under an adapter's mask, as they are without any; None where it cannot be known."""
+    layers = [layer for layer in _layers(model) if adapter in layer.configs]
+    if any(layer.merged for layer in layers):
+        return None
+    for layer in layers:
+        layer._write([])
+    return digest_at_hand(model, [f"{layer.name}.weight" for layer in layers])

@@ -73,6 +73,7 @@ def digest_at_hand(model: nn.Module, names: Collection[str]) -> str | None:
 
     Of quantised or offloaded parameters, under a merged adapter, and in float16, which rounds elsewhere than bfloat16.
     """
+    model = getattr(model, "get_base_model", lambda: model)()
     there = {name: module._parameters[own] for name, (module, own) in base_places(model).items()}
     known = [there.get(name) for name in names]
     absent = any(p is None or p.is_meta or p.dtype == torch.float16 or type(p.data) is not torch.Tensor for p in known)

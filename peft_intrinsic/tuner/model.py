@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -24,7 +24,7 @@ from .in_place import IntrinsicParameters
 from .layer import IntrinsicLayer, base_modules
 from .learnt import prepare
 from .merging import places
-from .targets import HOLDER, KEYWORDS, candidates, canonical, chosen, excluded, foreign, named, output_module, targeted
+from .targets import HOLDER, KEYWORDS, candidates, canonical, chosen, foreign, matched, named, output_module
 from .vector import IntrinsicVector
 
 SURVIVING = 0.95
@@ -125,10 +125,8 @@ class IntrinsicModel(BaseTuner):
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         if key.partition(".")[0] == HOLDER or foreign(key):
             return False
-        key = canonical(key)
-        if excluded(peft_config, key):
-            return _ExcludedModule()
-        return key in peft_config.head_modules or targeted(peft_config, key)
+        found = matched(peft_config, key)
+        return canonical(key) in peft_config.head_modules if found is False else found
 
     def _create_and_replace(
         self,

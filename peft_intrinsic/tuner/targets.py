@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import regex
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -229,6 +230,18 @@ def targeted(config: Any, key: str) -> bool:
             if fits("layers_pattern", rf"(?:.*\.)?(?:{pattern})", path):
                 return int(index[1]) in ([layers] if isinstance(layers, int) else layers)
     return False
+
+
+def matched(config: Any, key: str) -> Any:
+    """Whether a configuration chooses a module, as PEFT asks it: true, false, or its mark of an excluded module.
+
+    Raises:
+        ValueError: a regular expression takes too long.
+    """
+    if foreign(key):
+        return False
+    key = canonical(key)
+    return _ExcludedModule() if excluded(config, key) else targeted(config, key)
 
 
 def _marks(shapes: Shapes) -> dict[bytes, str]:

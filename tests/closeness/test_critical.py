@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
 import torch
-from conftest import build, evaluate
+from conftest import build, evaluate, trained
 
 from peft_intrinsic.closeness import CriticalLayers, critical_layers, frozen_sweep
 
@@ -56,6 +57,33 @@ def test_more_tolerance_spares_more():
     assert found.layers_to_transform == [0]
 
 
+def test_layers_that_cannot_be_named():
+    found = critical_layers(build("bert"), tuned(SIZES), moved, by="kind")
+    with pytest.raises(ValueError, match="these are none"):
+        _ = found.layers_to_transform
+    stacks = CriticalLayers(1.0, ["encoder.0", "decoder.0"], [0.5, 0.6], [1, 1], [0.6, 0.1], 0.01)
+    with pytest.raises(ValueError, match=r"these are encoder\.0, decoder\.0"):
+        _ = stacks.layers_to_transform
+
+
+def test_report_as_json_and_picture(tmp_path):
+    found = critical_layers(build("bert"), tuned(SIZES), moved)
+    told = json.loads(json.dumps(found.to_dict()))
+    assert told["parts"] == found.parts
+    assert told["share"] == pytest.approx(3 / 51)
+    found.plot(tmp_path / "critical.png")
+    assert (tmp_path / "critical.png").stat().st_size > 3000
+
+
+def test_tied_parameters_count_once():
+    model = build("gpt2")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01)
+    found = critical_layers(build("gpt2"), model, lambda m: float(m.lm_head.weight.mean()))
+    assert sum(found.weights) == sum(p.numel() for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("by", "parts"),
     [("kind", ["output.dense.bias", "classifier.bias"]), ("tensor", [FIRST, SECOND, "classifier.bias"])],
@@ -70,6 +98,10 @@ def test_what_is_refused():
         critical_layers(build("bert"), build("bert"), moved)
     with pytest.raises(ValueError, match=r"base has no .* in the shape"):
         critical_layers(build("gpt2"), model, moved)
+    with pytest.raises(ValueError, match="tolerance must be"):
+        critical_layers(build("bert"), model, moved, tolerance=math.nan)
+    with pytest.raises(ValueError, match="tuned has adapters"):
+        critical_layers(build("bert"), trained("bert"), moved)
     with pytest.raises(ValueError, match="by must be"):
         critical_layers(build("bert"), model, moved, by="module")
     before = copy.deepcopy(model.state_dict())
@@ -94,8 +126,11 @@ def test_sweep_of_frozen_layers(tmp_path):
     assert len(calls) == 8  # none twice
     with pytest.raises(ValueError, match="written by a run with other settings"):
         frozen_sweep(fit, order[::-1], tmp_path)
-    with pytest.raises(ValueError, match=r"counts=\[4\] are not from 0 to 3"):
-        frozen_sweep(fit, order, tmp_path, counts=[4])
+    for counts in ([4], [1.5]):
+        with pytest.raises(ValueError, match=r"counts=.* are not whole numbers from 0 to 3"):
+            frozen_sweep(fit, order, tmp_path, counts=counts)
+    with pytest.raises(ValueError, match="seeds must be at least 1"):
+        frozen_sweep(fit, order, tmp_path, seeds=0)
 
 
 def test_nothing_spared():

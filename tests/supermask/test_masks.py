@@ -33,14 +33,16 @@ def random_mask(sparsity: float, shape: tuple[int, ...] = (60, 50)) -> torch.Ten
 
 
 @pytest.mark.parametrize("mask", ["threshold", "bernoulli"])
-@pytest.mark.parametrize("sparsity", [0.001, 0.03, 0.5, 0.9])
+@pytest.mark.parametrize("sparsity", [0.0, 0.001, 0.03, 0.5, 0.9])
 def test_magnitude_zeroes_the_smallest(mask, sparsity):
     w = weight()
+    if not sparsity and mask == "bernoulli":
+        return
     config = SupermaskConfig(initial_sparsity=sparsity, mask=mask)
     kept = binary(initial_scores(w, "a", config), config)
     zeros = int((~kept).sum())
-    assert abs(zeros - sparsity * w.numel()) <= 1
-    assert w[~kept].abs().max() <= w[kept].abs().min()
+    assert abs(zeros - sparsity * w.numel()) <= (1 if sparsity else 0)
+    assert not zeros or w[~kept].abs().max() <= w[kept].abs().min()
 
 
 @pytest.mark.parametrize("mask", ["threshold", "bernoulli"])
@@ -149,12 +151,17 @@ def test_damaged_masks_are_refused():
         decoded(other, mask.shape, "a")
 
 
-@pytest.mark.parametrize("mask", ["threshold", "bernoulli"])
-def test_scores_of_a_mask_stand_for_it(mask):
-    config = SupermaskConfig(mask=mask, initial_sparsity=0.03)
-    kept = random_mask(0.03)
+@pytest.mark.parametrize("options", [{}, {"hold_sparsity": True}, {"mask": "bernoulli"}])
+@pytest.mark.parametrize("sparsity", [0.0, 0.001, 0.03, 0.5, 1.0])
+def test_scores_of_a_mask_stand_for_it(options, sparsity):
+    kept = random_mask(sparsity)
+    share = float((~kept).float().mean())
+    if share == 1 and options.get("hold_sparsity"):
+        return
+    start = min(max(share, 0.001), 0.99) if "mask" in options else min(share, 0.99)
+    config = SupermaskConfig(**options, initial_sparsity=start)
     scores = scores_of(kept, config)
-    assert torch.equal(scores > 0, kept)
+    assert torch.equal(binary(scores, config), kept)
     assert scores.dtype == torch.float32
 
 
@@ -168,6 +175,7 @@ def test_scores_of_a_mask_stand_for_it(mask):
         ({"init": "small"}, "init must be one of"),
         ({"mask": "sigmoid"}, "mask must be one of"),
         ({"mask": "bernoulli", "hold_sparsity": True}, "hold_sparsity=True needs"),
+        ({"target_modules": ".*query", "layers_to_transform": [0]}, "layers_to_transform=.* does not work"),
         ({"seed": -1}, "seed must be"),
         ({"target_modules": None}, "name linear layers"),
     ],

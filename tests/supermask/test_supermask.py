@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import batch, build, evaluate, output, train
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
@@ -171,6 +171,87 @@ def test_several_adapters(tmp_path):
     }
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["query", "dense"]])
+def test_layers_to_transform(targets):
+    model = get_peft_model(
+        build("bert"),
+        SupermaskConfig(target_modules=targets, layers_to_transform=[1], exclude_modules=["output.dense"]),
+    )
+    names = list(model.base_model.sparsity())[:-1]
+    assert names
+    assert all("layer.1." in name and "output.dense" not in name for name in names)
+
+
+def test_a_second_adapter_starts_from_the_base(tmp_path):
+    """Not from the zeros that the first has written into the weights."""
+    masked().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
+    evaluate(model, "bert")
+    config = SupermaskConfig(initial_sparsity=0.1)
+    model.add_adapter("b", copy.copy(config))
+    alone = get_peft_model(build("bert"), config)
+    for (_, a), (_, b) in zip(layers(model), layers(alone), strict=True):
+        assert torch.equal(a.supermask_scores["b"], b.supermask_scores["default"])
+
+
+def layers(model) -> list:
+    return [(n, m) for n, m in model.named_modules() if type(m).__name__ == "SupermaskLinear"]
+
+
+def test_written_zeros_stay_out_of_files(tmp_path):
+    masked().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
+    wanted = evaluate(model, "bert")
+    state, plain = model.state_dict(), build("bert").state_dict()
+    for name, value in plain.items():
+        own = [v for k, v in state.items() if k.replace(".base_layer", "").endswith(f"model.{name}")]
+        assert torch.equal(own[0], value), name
+    assert torch.equal(evaluate(model, "bert"), wanted)
+
+
+def test_offsets_of_a_merged_mask(tmp_path):
+    masked().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
+    before = {name: layer.get_delta_weight("default") for name, layer in layers(model)}
+    model.merge_adapter()
+    wanted = evaluate(model, "bert")
+    for name, layer in layers(model):
+        assert torch.equal(layer.get_delta_weight("default"), before[name])
+        assert before[name].abs().sum() > 0
+    assert torch.equal(evaluate(model, "bert"), wanted)
+
+
+def test_a_mask_that_was_not_loaded_is_not_a_mask_of_ones(tmp_path):
+    """transformers loads an adapter's file by names, and knows nothing of coded masks."""
+    masked().save_pretrained(tmp_path)
+    model = build("bert")
+    model.load_adapter(str(tmp_path))
+    with pytest.raises(ValueError, match="saved mask of adapter 'default' was not loaded"):
+        evaluate(model, "bert")
+
+
+def test_scores_that_are_handed_in_are_the_mask():
+    """As Trainer hands in what it gathered from several processes."""
+    model = masked(save_scores=True)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    scores = [k for k in state if "supermask_scores" in k]
+    for key in scores:
+        state[key] = -torch.ones_like(state[key])
+    saved = get_peft_model_state_dict(model, state_dict=state)
+    key = next(k for k in saved if k.endswith("supermask_mask"))
+    assert len(saved[key]) == 8  # all of them are zero
+    assert torch.equal(saved[key.replace("supermask_mask", "supermask_scores")], state[scores[0]])
+
+
+def test_configurations_of_saved_adapters(tmp_path):
+    config = SupermaskConfig(seed=np.int64(3), target_modules=["query"])
+    get_peft_model(build("bert"), config)
+    other = build("bert")
+    with torch.no_grad():
+        other.bert.encoder.layer[0].attention.self.query.weight.add_(0.1)
+    get_peft_model(other, config).save_pretrained(tmp_path)  # nothing was saved before
+
+
 def test_trainer_and_its_checkpoints(tmp_path):
     rows = Dataset.from_list([{"input_ids": [3 + i % 7, 4, 5], "labels": i % 3} for i in range(24)])
     settings = {
@@ -265,12 +346,10 @@ def test_compiled_and_half_precision():
 
 
 def test_mask_of_minilm_size_is_small():
-    """3 % zeros of ten million weights: .2 bits each."""
+    """3 % zeros of half a million weights: .2 bits each, so that MiniLM's ten million have 270 kB."""
     torch.manual_seed(0)
     layer = torch.nn.Sequential(torch.nn.Linear(1536, 384, bias=False))
     model = get_peft_model(layer, SupermaskConfig(target_modules=["0"]))
     assert model.base_model.sparsity()["all"] == pytest.approx(0.03, abs=1e-4)
-    from peft import get_peft_model_state_dict
-
     state = get_peft_model_state_dict(model)
     assert sum(v.numel() for v in state.values()) * 8 < 0.2 * 1536 * 384
