@@ -91,6 +91,19 @@ def test_trajectory(tmp_path):
     assert "moved beyond 3 σ" in out
 
 
+def test_supermask(tmp_path):
+    rows = [{"text": f"a very {word} film", "label": int(word == "good")} for word in ["good", "bad"] * 40]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = ["--model", tiny("bert", tmp_path / "base"), "--train", "data.jsonl", "--test", "data.jsonl"]
+    out = run("supermask.py", *data, "--steps", "60", "--lr", "5e-4", "--sparsity", "0.1", cwd=tmp_path)
+    found = re.search(r"accuracy ([\d.]+) with (\d+\.\d)% zeros; (\d+) bytes", out)
+    assert found, out
+    assert float(found[1]) == 1.0
+    assert 5 < float(found[2]) < 30
+    assert float(re.search(r"angular distance from the base (0\.\d+)", out)[1]) > 0
+    assert "can stay at the base for at most 1% of the score" in out
+
+
 def test_causal_lm(tmp_path):
     (tmp_path / "corpus.txt").write_text("a very good film\na very bad film\n" * 200)
     base = tiny("llama", tmp_path / "base")

@@ -1,0 +1,65 @@
+"""Fine-tune a text classifier by setting some of its weights to zero, and see which layers needed it.
+
+    python examples/supermask.py --model bert-base-uncased --train train.csv --test dev.csv --text text --label label
+
+`--train` and `--test` take CSV or JSON-lines files. The adapter goes to `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from peft import PeftModel, get_peft_model
+from text_classification import LEARNING_RATE, adapter_size, tokenised, trainer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from peft_intrinsic import SupermaskConfig
+from peft_intrinsic.closeness import critical_layers, parameter_distance
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="bert-base-uncased", help="Hub name or folder")
+    parser.add_argument("--train", required=True, help="CSV or JSON-lines file")
+    parser.add_argument("--test", required=True, help="CSV or JSON-lines file")
+    parser.add_argument("--text", nargs="+", default=["text"], help="one column, or two for pairs")
+    parser.add_argument("--label", default="label", help="column of integers")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE)
+    parser.add_argument("--sparsity", type=float, default=0.03)
+    parser.add_argument("--out", type=Path, default=Path("runs/supermask"))
+    args = parser.parse_args()
+
+    kind = "csv" if args.test.endswith(".csv") else "json"
+    data = load_dataset(kind, data_files={"train": args.train, "test": args.test})
+    labels = len({*data["train"][args.label], *data["test"][args.label]})
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    data = tokenised(data, tokenizer, args.text, args.label)
+
+    def base() -> Any:
+        set_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=labels)
+
+    model: Any = get_peft_model(base(), SupermaskConfig(initial_sparsity=args.sparsity, task_type="SEQ_CLS"))
+    run = trainer(model, tokenizer, data, max_steps=args.steps, learning_rate=args.lr)
+    run.train()
+    accuracy = run.evaluate()["eval_accuracy"]
+    model.save_pretrained(args.out)
+    print(
+        f"accuracy {accuracy:.4f} with {model.base_model.sparsity()['all']:.1%} zeros; {adapter_size(args.out)} bytes"
+    )
+
+    merged = PeftModel.from_pretrained(base(), args.out).merge_and_unload()
+    print(f"angular distance from the base {parameter_distance(base(), merged).total.angular:.4f}")
+
+    def score(candidate: Any) -> float:
+        return trainer(candidate, tokenizer, data).evaluate()["eval_accuracy"]
+
+    print(critical_layers(base(), merged, score).report())
+
+
+if __name__ == "__main__":
+    main()
