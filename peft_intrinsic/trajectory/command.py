@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from ..measure.labelled import LabelledTexts
-from ..measure.store import Store, write_whole
+from ..measure.store import SETTINGS, Store, write_whole
 from ..projection.subspace import Subspace
 from ..tuner import IntrinsicConfig
 from .fit import fit_subspace
@@ -40,6 +40,8 @@ def record(args: argparse.Namespace) -> None:
     """Fine-tune in full, and keep snapshots."""
     callback = TrajectoryCallback(args.out, args.every, args.parameters)
     folder, done = Path(args.out, "checkpoints"), {"run": "record"}
+    if snapshots(args.out) and not Path(args.out, SETTINGS).exists():
+        raise ValueError(f"--out {args.out} holds a recording that this command did not make. Name another folder.")
     with Store(args.out, _settings(args)) as store:
         if store.key(done) not in store.rows:
             begun = any(folder.glob("checkpoint-*"))
@@ -47,9 +49,7 @@ def record(args: argparse.Namespace) -> None:
                 for path in snapshots(args.out):
                     path.unlink()
             texts = _texts(args)
-            when = (
-                {"save_strategy": "steps", "save_steps": 8 * args.every} if args.every else {"save_strategy": "epoch"}
-            )
+            when = {"save_strategy": "steps" if args.every else "epoch", "save_steps": 8 * (args.every or 1)}
             trainer = texts.prepared(
                 texts.whole(), str(folder), args.steps, args.lr, args.seed, save_total_limit=1, **when
             )

@@ -139,6 +139,11 @@ def test_a_recording_that_stopped_early_begins_again_and_a_finished_one_stays(fi
     with pytest.raises(SystemExit, match="2"):
         record("a", "train.jsonl", "--every", "3", "--seed", "1")
     assert "seed: 0 there, 1 now" in capsys.readouterr().err
+    (files / "a/settings.json").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        record("a")
+    assert "holds a recording that this command did not make" in capsys.readouterr().err
+    assert len(snapshots("a")) == 8
 
 
 @pytest.mark.parametrize(
