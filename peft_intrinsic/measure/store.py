@@ -6,13 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-TRIALS, SETTINGS = "trials.jsonl", "settings.json"
+TRIALS, SETTINGS, DAMAGED = "trials.jsonl", "settings.json", "damaged.jsonl"
 REPORTS = "report.json", "report.md", "curve.png"
 
 
@@ -28,6 +29,21 @@ def write_whole(path: Path, contents: str | bytes) -> None:
     os.replace(temporary, path)
 
 
+def _sum(row: Mapping[str, Any]) -> str:
+    """A checksum of a row."""
+    return key({name: value for name, value in row.items() if name != "sum"})[:8]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row of the file; None if it is damaged. Rows of earlier versions have no checksum."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+        sound = isinstance(row["key"], str) and row.pop("sum", None) in (None, _sum(row))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return row if sound else None
+
+
 class Store:
     """Finished trials of one run, in memory and on disk.
 
@@ -37,7 +53,7 @@ class Store:
         fresh: begin anew in a folder that is already in use.
 
     Raises:
-        ValueError: the folder belongs to other settings; the message names the difference.
+        ValueError: the folder belongs to other settings, which the message names, or its files contradict themselves.
         RuntimeError: another process is using the folder.
         OSError: it cannot be written.
     """
@@ -54,7 +70,7 @@ class Store:
             ) from None
         try:
             if fresh:
-                for name in (TRIALS, SETTINGS, *REPORTS):
+                for name in (TRIALS, SETTINGS, DAMAGED, *REPORTS):
                     (self.folder / name).unlink(missing_ok=True)
             self.settings = json.loads(json.dumps(settings))
             self._check(self.settings)
@@ -69,7 +85,13 @@ class Store:
             if (self.folder / TRIALS).exists():
                 raise ValueError(f"{self.folder} holds trials but no settings. Use another folder, or fresh=True.")
             return write_whole(path, json.dumps(settings, indent=1, sort_keys=True))
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}), so it is not known what its trials mean. Put back a copy, use another "
+                "folder, or fresh=True (--fresh) to begin anew in this one."
+            ) from None
         unlike = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
         if unlike:
             told = ", ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in unlike)
@@ -85,13 +107,34 @@ class Store:
         if whole != raw:  # killed while writing: the trial of a torn line runs again
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-        return {row["key"]: row for row in rows}
+        rows: dict[str, dict[str, Any]] = {}
+        sound, damaged = [], []
+        for number, line in enumerate(whole.splitlines(keepends=True), 1):
+            row = _row(line)
+            known = row and rows.get(row["key"])
+            if row is None:
+                damaged.append(line)
+                warnings.warn(
+                    f"{path}, line {number}, is damaged: set aside in {DAMAGED}, its trial runs again.", stacklevel=4
+                )
+                continue
+            if known and known != row:
+                raise ValueError(
+                    f"{path}, line {number}, is another result of a trial that stands there already (key "
+                    f"{row['key']}). Delete the wrong one of the two lines."
+                )
+            rows[row["key"]] = row
+            sound.append(line)
+        if damaged:
+            with (self.folder / DAMAGED).open("ab") as file:
+                file.writelines(damaged)
+            write_whole(path, b"".join(sound))
+        return rows
 
     def add(self, configuration: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Note a finished trial, on disk before it counts."""
         row = {"key": self.key(configuration), **configuration, **result}
-        line = (json.dumps(row) + "\n").encode()
+        line = (json.dumps({**row, "sum": _sum(row)}) + "\n").encode()
         descriptor = os.open(self.folder / TRIALS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             whole = os.fstat(descriptor).st_size
