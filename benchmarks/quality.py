@@ -56,6 +56,7 @@ Row = dict[str, Any]
 TASKS: Row = {
     "sst2": {"text": ("sentence",), "train": 4000, "steps": 250, "batch": 32},
     "rotten_tomatoes": {"text": ("text",), "train": 4000, "steps": 250, "batch": 32},
+    "rotten_tomatoes_apart": {"text": ("text",), "train": 4000, "steps": 250, "batch": 32},
     "mrpc": {"text": ("sentence1", "sentence2"), "train": 3668, "steps": 500, "batch": 16},
     "mrpc_250": {"text": ("sentence1", "sentence2"), "train": 3668, "steps": 250, "batch": 16},
     "sst2_150": {"text": ("sentence",), "train": 4000, "steps": 150, "batch": 32},
@@ -68,8 +69,17 @@ def lines(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def plain(text: str) -> str:
+    """Letters and digits alone, to find the same sentence in another spelling."""
+    return "".join(character for character in text.lower() if character.isalnum())
+
+
 def load(task: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
     """Training and test examples."""
+    if task == "rotten_tomatoes_apart" and folder:
+        held_out = {plain(row["sentence"]) for row in lines(folder / "sst2" / "validation.jsonl")}
+        data = rotten_tomatoes(train=7530, test=1000)
+        return [row for row in data["train"] if plain(row["text"]) not in held_out][:4000], list(data["test"])
     if task in ("rotten_tomatoes", "reviews"):
         data = rotten_tomatoes(train=4000, test=1000)
         return list(data["train"]), list(data["test"])

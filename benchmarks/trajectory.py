@@ -44,11 +44,11 @@ from peft_intrinsic.trajectory import (
     snapshots,
 )
 
-TASKS = ("sst2", "mrpc_250", "rotten_tomatoes")
+TASKS = ("sst2", "mrpc_250", "rotten_tomatoes_apart")
 RECORDED = r"(bert\.encoder\.layer\.\d+|classifier)\..*"
 ORIGINAL = ["classifier", "bert.pooler", "bert.embeddings"]
 SNAPSHOTS, GROUPS = 16, 6
-OTHER = {"sst2": "mrpc_250", "mrpc_250": "sst2", "rotten_tomatoes": "mrpc_250"}
+OTHER = {"sst2": "mrpc_250", "mrpc_250": "sst2", "rotten_tomatoes_apart": "mrpc_250"}
 RATES = (5e-5, 2e-4, 8e-4)
 NAMES = (
     *("full", "freeze", "trajectory 16", "random 16", "gradient 16", "trajectory 8", "trajectory 4", "other task 16"),
