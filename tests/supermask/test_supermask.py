@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 from conftest import batch, build, evaluate, output, train
 from datasets import Dataset
+from masked_models import CLOSE, LABELS, layers, masked
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from peft_intrinsic import IntrinsicConfig, SupermaskConfig
 
 FAMILIES = ["bert", "gpt2", "llama", "t5", "whisper"]
-CLOSE = {"rtol": 0, "atol": 1e-6}
-LABELS = torch.tensor([0, 1, 2, 0])
-
-
-def masked(family: str = "bert", base=None, **options) -> PeftModel:
-    """A model with an adapter whose scores have moved."""
-    options = {"initial_sparsity": 0.2, **options}
-    model = get_peft_model(base or build(family), SupermaskConfig(**options))
-    shake(model)
-    return model.eval()
-
-
-def shake(model, seed: int = 0, size: float = 0.05) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "supermask_scores" in name:
-                p.add_(size * torch.randn(p.shape, generator=generator))
 
 
 def zeroed(family: str, model, adapter: str = "default"):
@@ -103,46 +84,6 @@ def test_merging_and_unmerging_to_the_bit():
     assert all(torch.equal(dict(model.named_parameters())[n], p) for n, p in weights.items())
 
 
-@pytest.mark.parametrize("options", [{}, {"mask": "bernoulli"}, {"hold_sparsity": True}])
-def test_save_and_load(tmp_path, options):
-    model = masked(**options, task_type="SEQ_CLS", target_modules=["query", "dense"])
-    wanted = evaluate(model, "bert")
-    model.save_pretrained(tmp_path)
-    assert torch.equal(evaluate(model, "bert"), wanted)
-    file = load_file(tmp_path / "adapter_model.safetensors")
-    assert {v.dtype for k, v in file.items() if k.endswith("supermask_mask")} == {torch.uint8}
-    assert not any("scores" in key for key in file)
-    loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
-    assert torch.equal(evaluate(loaded.eval(), "bert"), wanted)
-    assert not any("supermask" in n for n, _ in loaded.named_parameters())  # no float scores are kept
-    config = loaded.peft_config["default"]
-    assert config.final_sparsity == model.base_model.sparsity()["all"] == loaded.base_model.sparsity()["all"]
-    if options.get("hold_sparsity"):
-        assert config.final_sparsity == pytest.approx(0.2, abs=1e-3)
-    with loaded.disable_adapter():
-        assert torch.equal(evaluate(loaded, "bert"), evaluate(build("bert"), "bert"))
-    assert torch.equal(evaluate(loaded, "bert"), wanted)
-    again = loaded.merge_and_unload()
-    assert torch.equal(evaluate(again, "bert"), wanted)
-
-
-def test_training_goes_on_from_a_loaded_mask(tmp_path):
-    model = masked(target_modules=["query", "dense"])
-    model.save_pretrained(tmp_path / "bits")
-    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "bits", is_trainable=True)
-    assert torch.equal(evaluate(loaded.eval(), "bert"), evaluate(model, "bert"))
-    losses = train(loaded.train(), {**batch("bert"), "labels": LABELS}, 20, 1e-2)
-    assert losses[-1] < losses[0]
-    whole = masked(target_modules=["query", "dense"], save_scores=True)
-    whole.save_pretrained(tmp_path / "scores")
-    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "scores", is_trainable=True)
-    for name, p in whole.named_parameters():
-        assert torch.equal(p, dict(loaded.named_parameters())[name])
-    assert torch.equal(
-        evaluate(PeftModel.from_pretrained(build("bert"), tmp_path / "scores").eval(), "bert"), evaluate(whole, "bert")
-    )
-
-
 def test_several_adapters(tmp_path):
     model = masked()
     one = evaluate(model, "bert")
@@ -194,21 +135,6 @@ def test_a_second_adapter_starts_from_the_base(tmp_path):
         assert torch.equal(a.supermask_scores["b"], b.supermask_scores["default"])
 
 
-def layers(model) -> list:
-    return [(n, m) for n, m in model.named_modules() if type(m).__name__ == "SupermaskLinear"]
-
-
-def test_written_zeros_stay_out_of_files(tmp_path):
-    masked().save_pretrained(tmp_path)
-    model = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
-    wanted = evaluate(model, "bert")
-    state, plain = model.state_dict(), build("bert").state_dict()
-    for name, value in plain.items():
-        own = [v for k, v in state.items() if k.replace(".base_layer", "").endswith(f"model.{name}")]
-        assert torch.equal(own[0], value), name
-    assert torch.equal(evaluate(model, "bert"), wanted)
-
-
 def test_offsets_of_a_merged_mask(tmp_path):
     masked().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
@@ -219,37 +145,6 @@ def test_offsets_of_a_merged_mask(tmp_path):
         assert torch.equal(layer.get_delta_weight("default"), before[name])
         assert before[name].abs().sum() > 0
     assert torch.equal(evaluate(model, "bert"), wanted)
-
-
-def test_a_mask_that_was_not_loaded_is_not_a_mask_of_ones(tmp_path):
-    """transformers loads an adapter's file by names, and knows nothing of coded masks."""
-    masked().save_pretrained(tmp_path)
-    model = build("bert")
-    model.load_adapter(str(tmp_path))
-    with pytest.raises(ValueError, match="saved mask of adapter 'default' was not loaded"):
-        evaluate(model, "bert")
-
-
-def test_scores_that_are_handed_in_are_the_mask():
-    """As Trainer hands in what it gathered from several processes."""
-    model = masked(save_scores=True)
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    scores = [k for k in state if "supermask_scores" in k]
-    for key in scores:
-        state[key] = -torch.ones_like(state[key])
-    saved = get_peft_model_state_dict(model, state_dict=state)
-    key = next(k for k in saved if k.endswith("supermask_mask"))
-    assert len(saved[key]) == 8  # all of them are zero
-    assert torch.equal(saved[key.replace("supermask_mask", "supermask_scores")], state[scores[0]])
-
-
-def test_configurations_of_saved_adapters(tmp_path):
-    config = SupermaskConfig(seed=np.int64(3), target_modules=["query"])
-    get_peft_model(build("bert"), config)
-    other = build("bert")
-    with torch.no_grad():
-        other.bert.encoder.layer[0].attention.self.query.weight.add_(0.1)
-    get_peft_model(other, config).save_pretrained(tmp_path)  # nothing was saved before
 
 
 def test_trainer_and_its_checkpoints(tmp_path):
@@ -279,33 +174,6 @@ def test_trainer_and_its_checkpoints(tmp_path):
     resumed = run("cut", 6, resume=True)
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-5), name
-
-
-def test_base_of_another_digest(tmp_path):
-    masked().save_pretrained(tmp_path)
-    other = build("bert")
-    with torch.no_grad():
-        other.bert.encoder.layer[0].output.dense.weight.add_(0.1)
-    with pytest.raises(ValueError, match="was trained on other weights"):
-        PeftModel.from_pretrained(other, tmp_path)
-    PeftModel.from_pretrained(build("bert").to(torch.bfloat16), tmp_path)
-
-
-def test_files_that_do_not_fit(tmp_path):
-    masked(target_modules=["query", "key"]).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    whole = load_file(file)
-    first = next(key for key in whole if key.endswith("supermask_mask"))
-    damaged = whole[first].clone()
-    damaged[3] = 255
-    for change, words in (
-        ({first: None}, "holds no mask of"),
-        ({first: damaged}, "holds no mask of 576 weights"),
-        ({first.replace(".key.", ".value."): whole[first].clone()}, "which the adapter does not have"),
-    ):
-        save_file({k: v for k, v in {**whole, **change}.items() if v is not None}, file)
-        with pytest.raises(ValueError, match=words):
-            PeftModel.from_pretrained(build("bert"), tmp_path)
 
 
 def test_what_is_refused(tmp_path):

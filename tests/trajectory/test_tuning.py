@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import shutil
 
 import numpy as np
 import pytest
@@ -12,40 +10,13 @@ import torch
 from conftest import batch, build, evaluate, output, train
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from subspaces import CLOSE, learnt, set_theta, theta, tuned
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig, convert_to_lora
 from peft_intrinsic.codec import compress
 from peft_intrinsic.trajectory import Subspace, fit_subspace, record, snapshots
 
 FAMILIES = ["bert", "gpt2", "llama", "t5", "moe", "whisper"]
-CLOSE = {"rtol": 0, "atol": 2e-5}
-
-
-def learnt(family: str, folder, dim: int = 3, seed: int = 0, **options) -> Subspace:
-    """The subspace of a walk from `build(family)`."""
-    model = build(family)
-    generator = torch.Generator().manual_seed(seed)
-    record(model, folder / "run", 0, parameters=options.pop("parameters", None))
-    for step in range(1, dim + 1):
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(torch.randn(p.shape, generator=generator) * 0.02)
-        record(model, folder / "run", step, dtype=torch.float32)
-    return fit_subspace(folder / "run", dim, out=folder / "subspace.safetensors", **options)
-
-
-def tuned(family: str, subspace: Subspace, **options) -> PeftModel:
-    options = {"d": subspace.dim, "projection": "trajectory", "subspace": str(subspace.path), **options}
-    return get_peft_model(build(family), IntrinsicConfig(**options)).eval()
-
-
-def theta(model, adapter: str = "default") -> torch.nn.Parameter:
-    return model.get_base_model().intrinsic.intrinsic_theta[adapter].weight
-
-
-def set_theta(model, seed: int = 0, size: float = 0.01) -> None:
-    values = torch.randn(len(theta(model)), generator=torch.Generator().manual_seed(seed))
-    theta(model).data.copy_(size * values)
 
 
 def dense(subspace: Subspace, d: int, numbers: torch.Tensor, scale: str, names=None) -> dict[str, torch.Tensor]:
@@ -177,59 +148,6 @@ def test_said_scales_each_layer(tmp_path):
     assert torch.allclose(offset.double(), wanted, rtol=1e-4, atol=1e-7)  # λ is one
 
 
-def test_embedded_subspace_travels_with_the_adapter(tmp_path):
-    subspace = learnt("bert", tmp_path)
-    model = tuned("bert", subspace, embed_subspace=True)
-    set_theta(model)
-    before = evaluate(model, "bert")
-    model.save_pretrained(tmp_path / "adapter")
-    assert model.peft_config["default"].subspace == str(subspace.path)
-    shutil.move(tmp_path / "adapter", tmp_path / "elsewhere")
-    subspace.path.unlink()
-    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "elsewhere").eval()
-    assert torch.equal(evaluate(loaded, "bert"), before)
-    loaded.save_pretrained(tmp_path / "elsewhere")  # onto itself
-    again = PeftModel.from_pretrained(build("bert"), tmp_path / "elsewhere").eval()
-    assert torch.equal(evaluate(again, "bert"), before)
-
-
-def test_a_file_beside_the_adapter_is_found(tmp_path):
-    subspace = learnt("bert", tmp_path)
-    model = tuned("bert", subspace)
-    model.save_pretrained(tmp_path / "adapter")
-    stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert stored["subspace"] == str(subspace.path)
-    assert stored["subspace_digest"] == subspace.digest
-    moved = tmp_path / "adapter" / subspace.path.name
-    subspace.path.rename(moved)
-    PeftModel.from_pretrained(build("bert"), tmp_path / "adapter")
-    moved.unlink()
-    with pytest.raises(ValueError, match=r"subspace=.* cannot be read"):
-        PeftModel.from_pretrained(build("bert"), tmp_path / "adapter")
-    learnt("bert", tmp_path / "other", seed=1).path.rename(moved)
-    with pytest.raises(ValueError, match=r"has the digest .* and the adapter was trained in"):
-        PeftModel.from_pretrained(build("bert"), tmp_path / "adapter")
-
-
-def test_a_subspace_of_another_base(tmp_path):
-    subspace = learnt("bert", tmp_path)
-    options = {"d": 6, "projection": "trajectory", "subspace": str(subspace.path)}
-    model = build("bert")
-    with torch.no_grad():
-        model.bert.encoder.layer[0].output.dense.weight.add_(0.1)
-    with pytest.raises(ValueError, match="was recorded from other weights"):
-        get_peft_model(model, IntrinsicConfig(**options))
-    assert not hasattr(model, "intrinsic")
-    with pytest.raises(ValueError, match=r"moves .* but this model has none there"):
-        get_peft_model(build("gpt2"), IntrinsicConfig(**options))
-    headed = build("bert")
-    with torch.no_grad():
-        headed.classifier.weight.add_(0.1)  # of another task
-    get_peft_model(headed, IntrinsicConfig(**options))
-    get_peft_model(build("bert").to(torch.bfloat16), IntrinsicConfig(**options))
-    get_peft_model(build("bert").to(torch.float16), IntrinsicConfig(**options))
-
-
 def test_head_in_full_or_in_the_subspace(tmp_path):
     model = tuned("bert", learnt("bert", tmp_path), modules_to_save=["classifier", "embeddings"], task_type="SEQ_CLS")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -241,36 +159,6 @@ def test_head_in_full_or_in_the_subspace(tmp_path):
     assert tuned("bert", whole).peft_config["default"].target_parameters == list(whole.shapes)
     kept = tuned("bert", whole, modules_to_save=["classifier"], d=whole.dim)
     assert not any("classifier" in name for name in kept.peft_config["default"].target_parameters)
-
-
-def test_embeddings_in_full_are_saved_and_loaded(tmp_path):
-    """PEFT compares ends of names, and `embeddings` ends `word_embeddings` too."""
-    model = tuned("bert", learnt("bert", tmp_path), modules_to_save=["classifier", "embeddings"], task_type="SEQ_CLS")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.01 * p.requires_grad)
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "adapter").eval()
-    assert model.peft_config["default"].full_modules == ["bert.embeddings", "classifier"]
-    assert torch.equal(evaluate(loaded, "bert"), evaluate(model, "bert"))
-    encoder = build("bert").bert
-    with pytest.raises(ValueError, match=r"fits embeddings and embeddings\.word_embeddings.*Name the inner"):
-        get_peft_model(encoder, IntrinsicConfig(d=20, modules_to_save=["embeddings"]))
-
-
-def test_refitting_to_the_same_place_is_noticed(tmp_path):
-    subspace = learnt("bert", tmp_path)
-    model = tuned("bert", subspace, embed_subspace=True)
-    set_theta(model)
-    shutil.copy(learnt("bert", tmp_path / "other", seed=1).path, subspace.path)
-    with pytest.raises(ValueError, match="has the digest"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
-    with pytest.raises(ValueError, match="is another one now"):
-        model.save_pretrained(tmp_path / "adapter")
-    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    subspace.path.write_bytes(subspace.path.read_bytes()[:-2] + b"xx")
-    with pytest.raises(ValueError, match="is damaged"):
-        tuned("bert", subspace)
 
 
 def test_names_are_whole(tmp_path):
