@@ -11,9 +11,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
 from peft import PeftModel, get_peft_model
-from text_classification import LEARNING_RATE, adapter_size, tokenised, trainer
+from text_classification import LEARNING_RATE, adapter_size, from_files, trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from peft_intrinsic import SupermaskConfig
@@ -33,11 +32,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/supermask"))
     args = parser.parse_args()
 
-    kind = "csv" if args.test.endswith(".csv") else "json"
-    data = load_dataset(kind, data_files={"train": args.train, "test": args.test})
-    labels = len({*data["train"][args.label], *data["test"][args.label]})
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = tokenised(data, tokenizer, args.text, args.label)
+    data, labels = from_files(args, tokenizer)
 
     def base() -> Any:
         set_seed(0)

@@ -46,6 +46,14 @@ def tokenised(data: DatasetDict, tokenizer: Any, text: list[str], label: str) ->
     )
 
 
+def from_files(args: argparse.Namespace, tokenizer: Any) -> tuple[DatasetDict, int]:
+    """Model inputs of `--train` and `--test`, CSV or JSON lines, and the number of labels."""
+    kind = "csv" if args.test.endswith(".csv") else "json"
+    data = load_dataset(kind, data_files={"train": args.train, "test": args.test})
+    labels = len({*data["train"][args.label], *data["test"][args.label]})
+    return tokenised(data, tokenizer, args.text, args.label), labels
+
+
 def trainer(model: Any, tokenizer: Any, data: DatasetDict, **arguments: Any) -> Trainer:
     """A Trainer with the documented learning rate."""
     options: dict[str, Any] = {
