@@ -1,4 +1,4 @@
-"""A training run for `accelerate launch`: the losses go to FOLDER/losses.json, the adapter to FOLDER/adapter.
+"""A training run for `torchrun`: the losses go to FOLDER/losses.json, the adapter to FOLDER/adapter.
 
     python launched.py KIND FOLDER        KIND: plain, reentrant or fsdp2
 
@@ -7,6 +7,7 @@ accelerate shards on accelerators alone, so FSDP2 is torch's own call, in its pr
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 from pathlib import Path
@@ -66,4 +67,5 @@ def main(kind: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(180, exit=True)  # where it hangs, instead of for ever
     main(sys.argv[1], Path(sys.argv[2]))
