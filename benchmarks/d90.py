@@ -15,7 +15,7 @@ import random
 import tempfile
 from pathlib import Path
 
-from peft_intrinsic.cli import main as command
+from peft_intrinsic_command import main as command
 
 CPU = "use_cpu: true\ndataloader_pin_memory: false\ntrain_sampling_strategy: group_by_length\n"
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.measure import grid, measure_intrinsic_dimension, write_report
-from peft_intrinsic.measure.text import PAPER
+from peft_intrinsic.measure.methods import PAPER
 
 STEPS, BATCH = 400, 128
 
@@ -74,7 +74,7 @@ def main() -> None:
         write_report(result, folder)
         weights = sum(p.numel() for p in network(width).parameters())
         low, high = result.interval
-        rows.append(f"| {width} | {weights} | {sum(result.baseline) / 3:.3f} | {result.d} | [{low}, {high}] |")
+        rows.append(f"| {width} | {weights} | {result.baseline.level:.3f} | {result.d} | [{low}, {high}] |")
     print("| width | weights | full training | d90 | 90 % interval |\n|---|---|---|---|---|")
     print("\n".join(rows))
 

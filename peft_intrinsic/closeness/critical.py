@@ -222,7 +222,7 @@ def frozen_sweep(
     try:
         with Store(out, {"order": list(order)}) as store, tqdm(total=len(counts) * seeds, unit="trial") as bar:
             runner = Runner(trial, store, engine, bar)
-            return {k: runner.scores([(k, seed) for seed in range(seeds)], None) for k in counts}
+            return {k: runner.finite([(k, seed, None) for seed in range(seeds)]) for k in counts}
     finally:
         engine.close()
 

@@ -1,54 +1,106 @@
-"""A measurement on text from the options of the command: what `measure` and every `study` run."""
+"""A measurement on text: checked in full, then locked, then loaded. What `measure` and every `study` run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+from .analysis import Result
 from .curve import grid
-from .launch import LaunchedFit
-from .measure import Result, measure_intrinsic_dimension
+from .engine import Engine
+from .launch import LaunchedFit, LoadedFit
+from .measure import measured
+from .options import TextOptions, settings
+from .plan import Plan, listed
 from .report import write_report
-from .tasks import load_task, settings
-from .text import check_dims, text_fit
+from .tasks import Task, load_task
+from .text import check
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A measurement that can begin: its task is loaded, its model was looked at without its weights."""
+
+    options: TextOptions
+    task: Task
+    plan: Plan
+
+
+def prepare(options: Mapping[str, Any], question: Mapping[str, Any]) -> Prepared:
+    """Check all that can be checked without the model's weights.
+
+    Args:
+        options: of `TextOptions`.
+        question: of `Plan`. Without `of` it is "gain" where less is better, as of a loss or an error, which have no
+            share, and "score" else.
+
+    Raises:
+        ValueError, OSError, ImportError: an option cannot work, or does not fit the data or the model.
+    """
+    chosen = TextOptions(**options)
+    question = {"dims": tuple(grid()), **question, "rates": listed(question.get("rates"))}
+    Plan(**question)  # before the data are read
+    task = load_task(chosen)
+    chosen = replace(chosen, metric=task.metric, columns=task.columns)
+    question = {"of": "gain" if task.sign < 0 else "score", **question}
+    if task.sign < 0 and question["of"] == "score":
+        raise ValueError(f"of='score': a share of a loss or an error ({task.metric}) means nothing. Use of='gain'.")
+    plan = Plan(**question, majority=task.majority())
+    check(chosen, plan.dims)
+    return Prepared(chosen, task, plan)
 
 
 def measure_text(
     options: Mapping[str, Any],
     out: str | os.PathLike,
-    launcher: str | None = None,
-    of: Literal["score", "gain"] | None = None,
-    dims: Sequence[int] | None = None,
-    **search: Any,
-) -> Result:
+    question: Mapping[str, Any] | None = None,
+    **run: Any,
+) -> Result | None:
     """Measure, and write the report into `out`.
 
     Args:
-        options: of the trials: model, said, task, train, eval, columns, label, metric, task_type, max_length, patience,
-            arguments (of `TrainingArguments`), train_score.
+        options, question: see `prepare`.
         out: folder of the run.
-        launcher: runs each trial, see `LaunchedFit`; None trains in the engine's processes.
-        of: see `measure_intrinsic_dimension`; None is `"gain"` where less is better, as of a loss or an error, which
-            have no share, and `"score"` else.
-        dims, search: of `measure_intrinsic_dimension`.
+        run: of `measure_prepared`.
 
     Raises:
-        ValueError, RuntimeError, OSError, ImportError: as `measure_intrinsic_dimension`, `load_task`, `check_dims`,
-            `LaunchedFit`.
+        ValueError, RuntimeError, OSError, ImportError: as `measure_intrinsic_dimension`, `prepare`, `LaunchedFit`.
     """
-    task = load_task(options)
-    options = {**options, "metric": task.metric}
-    of = of or ("gain" if task.sign < 0 else "score")
-    if task.sign < 0 and of == "score":
-        raise ValueError(f"of='score': a share of a loss or an error ({task.metric}) means nothing. Use of='gain'.")
-    check_dims(options, dims or grid())
-    fit = LaunchedFit(options, launcher, out) if launcher else text_fit(options, out)
-    common = {**settings(options), "columns": list(task.columns)}
+    return measure_prepared(prepare(options, question or {}), out, **run)
+
+
+def measure_prepared(
+    ready: Prepared,
+    out: str | os.PathLike,
+    launcher: str | None = None,
+    engine: Callable[[], Engine] | None = None,
+    fresh: bool = False,
+    dry_run: bool = False,
+) -> Result | None:
+    """Measure what is prepared, and write the report into `out`.
+
+    Args:
+        ready: what to measure.
+        out: folder of the run.
+        launcher: runs each trial, see `LaunchedFit`; None trains in the engine's processes.
+        engine: makes what runs the trials; None is this process.
+        fresh: begin anew in a folder that is in use.
+        dry_run: print the plan, run nothing, return None.
+    """
+    options, task, plan = ready.options, ready.task, ready.plan
+    if dry_run:
+        sizes = ", ".join(f"{len(task.data[split])} {split}" for split in task.data)
+        print(f"{options.model} by {options.method} on {sizes} examples, by {task.metric}\n{plan.told()}\nin {out}")
+        return None
+    fit = LaunchedFit(options, launcher, out) if launcher else LoadedFit(options, out, task)
+    common = settings(options)
     if task.best not in (None, 1):
         common["best"] = task.best
     if launcher:
         common["launcher"] = launcher  # more processes make larger batches
-    result = measure_intrinsic_dimension(fit, dims, of=of, majority=task.majority(), out=out, settings=common, **search)
+    made = engine() if engine else None
+    result = measured(fit, plan, out=out, fresh=fresh, settings=common, engine=made)
     write_report(result, out)
     return result

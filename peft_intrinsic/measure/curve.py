@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import isotonic_regression
-from scipy.stats import sem
-
-Scores = Mapping[int, Sequence[float]]
-"""The scores found at each d, one per seed."""
 
 RESAMPLES = 1000
+DRAWN = 0.93
+"""Share of the draws within an interval of 90 %: percentiles of isotonic fits cover too little where a curve is flat
+(docs/measure.md has the simulations)."""
+
+TINY = 1e-12
+"""Below the resolution of any score: rounding of sums."""
 
 
 def grid(low: int = 100, high: int = 1_000_000, points: int = 64) -> list[int]:
@@ -29,9 +33,24 @@ def grid(low: int = 100, high: int = 1_000_000, points: int = 64) -> list[int]:
     return sorted({int(value + 1e-9) for value in np.logspace(np.log10(low), np.log10(high), points)})
 
 
-def monotone(dims: Sequence[int], means: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Isotonic regression of the mean scores over d, weighted by the number of seeds: `[len(dims)]`."""
-    return isotonic_regression(means, weights=counts).x
+@dataclass(frozen=True)
+class Runs:
+    """What was found at one d, or of full fine-tuning.
+
+    Args:
+        scores: one per seed; of those runs that count.
+        collapsed: how many others there were.
+        right: which examples each run has right, `[scores, examples]`, where known.
+    """
+
+    scores: Sequence[float]
+    collapsed: int = 0
+    right: np.ndarray | None = None
+
+
+def monotone(levels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Isotonic regression of scores over d, weighted by the number of seeds."""
+    return isotonic_regression(levels, weights=counts).x
 
 
 def crossing(grid: Sequence[int], dims: Sequence[int], fit: np.ndarray, target: float) -> int:
@@ -40,7 +59,7 @@ def crossing(grid: Sequence[int], dims: Sequence[int], fit: np.ndarray, target: 
     Between measured dimensions the fit is linear in log d, above them it stays as it is; nothing is known below them.
     """
     values = np.where(np.array(grid) < dims[0], -np.inf, np.interp(np.log(grid), np.log(dims), fit))
-    reached = np.nonzero(values >= target - 1e-12)[0]
+    reached = np.nonzero(values >= target - TINY)[0]
     return int(reached[0]) if len(reached) else len(grid)
 
 
@@ -50,71 +69,120 @@ class Curve:
 
     Args:
         grid: all dimensions in question, ascending.
-        scores: those found, one per seed, at each measured d.
-        baseline: scores of full fine-tuning, one per seed.
-        share, floor: the target is `floor + share · (mean baseline − floor)`.
+        points: what was found at each measured d.
+        baseline: what was found of full fine-tuning.
+        share, floor: the target is `floor + share · (baseline − floor)`.
+        center: of the seeds of one d and of full fine-tuning.
     """
 
     grid: Sequence[int]
-    scores: Scores
-    baseline: Sequence[float]
+    points: Mapping[int, Runs]
+    baseline: Runs
     share: float = 0.9
     floor: float = 0.0
+    center: Literal["median", "mean"] = "median"
 
     @property
     def dims(self) -> list[int]:
         """The measured dimensions."""
-        return sorted(self.scores)
+        return sorted(self.points)
 
-    @property
-    def counts(self) -> np.ndarray:
-        """Seeds of each measured dimension."""
-        return np.array([len(self.scores[d]) for d in self.dims])
+    def level(self, runs: Runs) -> float:
+        """What stands for the seeds."""
+        return float(self._center(np.asarray(runs.scores)))
+
+    def _center(self, scores: np.ndarray) -> np.ndarray:
+        return np.median(scores, -1) if self.center == "median" else np.mean(scores, -1)
 
     @property
     def target(self) -> float:
         """The score to reach."""
-        return self.floor + self.share * (float(np.mean(self.baseline)) - self.floor)
+        return self.floor + self.share * (self.level(self.baseline) - self.floor)
 
-    def fit(self) -> np.ndarray:
-        """The monotone fit at the measured dimensions."""
-        return monotone(self.dims, np.array([np.mean(self.scores[d]) for d in self.dims]), self.counts)
+    def residuals(self) -> np.ndarray:
+        """Deviations of single runs, of all d together, widened for the degree of freedom of a mean; never empty."""
+        groups = [np.asarray(runs.scores) for runs in self.points.values() if len(runs.scores) > 1]
+        parts = [(group - group.mean()) * math.sqrt(len(group) / (len(group) - 1)) for group in groups]
+        return np.concatenate(parts) if parts else np.zeros(1)
 
-    def index(self) -> int:
-        """Where in the grid the fit reaches the target; `len(grid)` if it does not."""
-        return crossing(self.grid, self.dims, self.fit(), self.target)
+    def fit(self) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """The monotone fit: dimensions, fitted scores, seeds of each.
 
-    def interval(self, level: float = 0.9, seed: int = 0) -> tuple[int, int]:
-        """A bootstrap interval of `index`.
+        Scores may fall again at large d, where a learning rate fails: what lies beyond the peak of a fit that rises and
+        then falls is left out, where that explains the scores better than chance would.
+        """
+        dims = self.dims
+        counts = np.array([len(self.points[d].scores) for d in dims], dtype=float)
+        levels = np.array([self.level(self.points[d]) for d in dims])
+
+        def misfit(fitted: np.ndarray) -> float:
+            return float((counts * (fitted - levels) ** 2).sum())
+
+        kept = len(dims)
+        rising = monotone(levels, counts)
+        best = misfit(rising) - 2 * math.log(kept + 1) * float(self.residuals().var()) - TINY
+        for peak in range(len(dims) - 1, 0, -1):
+            falling = -monotone(-levels[peak:], counts[peak:])
+            both = np.concatenate([monotone(levels[:peak], counts[:peak]), falling])
+            if misfit(both) < best - TINY:
+                best, kept = misfit(both), peak
+        return dims[:kept], monotone(levels[:kept], counts[:kept]), counts[:kept]
+
+    def index(self, shift: float = 0.0) -> int:
+        """Where in the grid the fit reaches the target, or a shifted one; `len(grid)` if it does not."""
+        dims, fit, _ = self.fit()
+        return crossing(self.grid, dims, fit, self.target + shift)
+
+    def tie(self, resolution: float) -> tuple[int, int]:
+        """Between which indexes the fit is within `resolution` of the target: a decision there is one of chance."""
+        return self.index(-resolution), self.index(resolution)
+
+    def interval(self, seed: int = 0, resamples: int = RESAMPLES) -> tuple[int, int]:
+        """A bootstrap interval of `index`, 90 %.
 
         Scores are drawn anew around the fit from the residuals of all dimensions together (few seeds at each say little
-        about their own spread), the baseline's mean from Student's t, and each draw is fitted again. What lies between
-        the greatest measured d below the target and the least that reaches it belongs to the interval.
+        about their own spread), the baseline's level from Student's t, and the examples of the held-out data with
+        replacement, the same for all runs, where it is known which ones each has right. Each draw is fitted again. What
+        lies between the greatest measured d below the target and the least that reaches it belongs to the interval.
         """
         rng = np.random.default_rng(seed)
-        spread = _residuals([self.scores[d] for d in self.dims])
-        noise = np.stack([rng.choice(spread, (RESAMPLES, n)).mean(1) for n in self.counts], 1)
-        n = len(self.baseline)
-        own = sem(self.baseline) * rng.standard_t(n - 1, RESAMPLES) if n > 1 else np.zeros(RESAMPLES)
-        fit, counts = self.fit(), self.counts
+        dims, fit, counts = self.fit()
+        spread = self.residuals()
+        noise = np.stack([self._center(rng.choice(spread, (resamples, int(count)))) for count in counts], 1)
+        sampled = self._sampled(dims, rng, resamples)
+        noise = noise + sampled[:, 1:]
+        own = self.uncertainty() * _student(len(self.baseline.scores), rng, resamples) + sampled[:, 0]
         found = [
-            crossing(self.grid, self.dims, monotone(self.dims, fit + row, counts), self.target + self.share * shift)
+            crossing(self.grid, dims, monotone(fit + row, counts), self.target + self.share * shift)
             for row, shift in zip(noise, own, strict=True)
         ]
-        smallest = self.grid.index(self.dims[0])
-        found = [0 if place == smallest else place for place in found]  # reached there: nothing is known below
-        low, high = np.quantile([*found, self.index()], [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
-        below = int(np.searchsorted(fit, self.target - 1e-12))
-        places = [self.grid.index(d) for d in self.dims] + [len(self.grid)]
+        places = [self.grid.index(d) for d in dims] + [len(self.grid)]
+        found = [0 if place == places[0] else place for place in found]  # reached there: nothing is known below
+        ends = [(1 - DRAWN) / 2, (1 + DRAWN) / 2]
+        low, high = np.quantile([*found, crossing(self.grid, dims, fit, self.target)], ends, method="inverted_cdf")
+        below = int(np.searchsorted(fit, self.target - TINY))
         first = places[below - 1] + 1 if below else 0
         return min(int(low), first), max(int(high), places[below])
 
+    def uncertainty(self) -> float:
+        """Standard error of the baseline's level; 0 where there is one seed."""
+        scores = self.baseline.scores
+        if len(scores) < 2:
+            return 0.0
+        # Of three Gaussian values the median varies 1.16 times as much as the mean, of many √(π/2) times.
+        wider = 1.0 if self.center == "mean" or len(scores) < 3 else 1.16 if len(scores) < 5 else math.sqrt(math.pi / 2)
+        return wider * float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
 
-def _residuals(groups: Sequence[Sequence[float]]) -> np.ndarray:
-    """Deviations from each group's mean, widened for the degree of freedom that the mean took; never empty."""
-    parts = [
-        (np.asarray(group) - np.mean(group)) * np.sqrt(len(group) / (len(group) - 1))
-        for group in groups
-        if len(group) > 1
-    ]
-    return np.concatenate(parts) if parts else np.zeros(1)
+    def _sampled(self, dims: Sequence[int], rng: np.random.Generator, resamples: int) -> np.ndarray:
+        """What other held-out examples would change, `[resamples, 1 + dims]`, of full fine-tuning and of each d."""
+        groups = [self.baseline, *(self.points[d] for d in dims)]
+        right = [runs.right.mean(0) for runs in groups if runs.right is not None]
+        if len(right) < len(groups) or len({len(row) for row in right}) != 1:
+            return np.zeros((resamples, len(groups)))
+        examples = len(right[0])
+        drawn = rng.multinomial(examples, np.full(examples, 1 / examples), resamples) / examples
+        return (drawn - 1 / examples) @ np.stack(right, 1)
+
+
+def _student(seeds: int, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    return rng.standard_t(seeds - 1, resamples) if seeds > 1 else np.zeros(resamples)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from .versions import versions
+
 Trial = tuple[int | None, int, float | None]
 """(d, seed, learning rate); d is None for full fine-tuning, the rate is None where the fit chooses it."""
+
+Facts = dict[str, Any]
+"""Of a trial: seconds, the process that ran it (host and number), versions."""
 
 
 class Engine(Protocol):
@@ -16,18 +23,19 @@ class Engine(Protocol):
     slots: int
     """How many at a time."""
 
-    def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, float]]:
-        """(place among the trials, what the fit returned, seconds), in the order in which they end."""
+    def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, Facts]]:
+        """(place among the trials, what the fit returned, facts of the run), in the order in which they end."""
 
     def close(self) -> None:
         """Give back what the trials held; `run` may be called again."""
 
 
-def _timed(fit: Callable[..., Any], trial: Trial) -> tuple[Any, float]:
+def _timed(fit: Callable[..., Any], trial: Trial) -> tuple[Any, Facts]:
     d, seed, rate = trial
     start = time.perf_counter()
     found = fit(d, seed) if rate is None else fit(d, seed, rate)
-    return found, time.perf_counter() - start
+    seconds = round(time.perf_counter() - start, 3)
+    return found, {"seconds": seconds, "process": f"{platform.node()} {os.getpid()}", "versions": versions()}
 
 
 class InProcess:
@@ -35,7 +43,7 @@ class InProcess:
 
     slots = 1
 
-    def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, float]]:
+    def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, Facts]]:
         """See `Engine`."""
         for place, trial in enumerate(trials):
             yield place, *_timed(fit, trial)
@@ -75,7 +83,7 @@ class RayEngine:
         self.workers: list[Any] = []
         self.fit: Any = None
 
-    def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, float]]:
+    def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, Facts]]:
         """See `Engine`."""
         import ray
 
@@ -119,7 +127,7 @@ class RayEngine:
 class _Worker:
     sent: Any = None
 
-    def run(self, sent: list[Any], trial: Trial) -> tuple[Any, float]:
+    def run(self, sent: list[Any], trial: Trial) -> tuple[Any, Facts]:
         import ray
 
         if self.sent != sent[0]:

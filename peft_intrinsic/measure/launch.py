@@ -1,4 +1,4 @@
-"""Trials in processes of their own: each is one `accelerate launch` (or torchrun, or plain python)."""
+"""Trials on text: in the process that asks for them, or each in one `accelerate launch` (or torchrun, or python)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,35 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .options import TextOptions
 from .store import write_whole
+
+
+class LoadedFit:
+    """`fit(d, seed, learning_rate)`: loads model and tokenised data with the first trial, once in each process.
+
+    Args:
+        options: of `text_fit`.
+        folder: for the tokenised data and logs.
+        task: where it is loaded; not sent to other processes.
+    """
+
+    def __init__(self, options: TextOptions, folder: str | os.PathLike, task: Any = None) -> None:
+        self.options, self.folder, self.task, self.fit = options, str(Path(folder).resolve()), task, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "task": None, "fit": None}
+
+    def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> Any:
+        if self.fit is None:
+            from .text import text_fit
+
+            self.fit = text_fit(self.options, self.task, self.folder)  # type: ignore[assignment]
+        return self.fit(d, seed, learning_rate)  # type: ignore[misc]
 
 
 class LaunchedFit:
@@ -30,16 +55,21 @@ class LaunchedFit:
         RuntimeError: the launched process failed; the message ends with what it said last.
     """
 
-    def __init__(self, options: Mapping[str, Any], launcher: str, folder: str | os.PathLike) -> None:
+    def __init__(self, options: TextOptions, launcher: str, folder: str | os.PathLike) -> None:
         # A worker of a cluster may run it in another folder.
-        places = {name: options.get(name) for name in ("model", "train", "eval")}
-        found = {name: str(Path(place).resolve()) for name, place in places.items() if place and Path(place).exists()}
-        self.options, self.launcher, self.folder = {**options, **found}, launcher, str(Path(folder).resolve())
+        places = {name: getattr(options, name) for name in ("model", "train", "eval")}
+        there = {name: place for name, place in places.items() if place and Path(place).exists()}
+        found: dict[str, Any] = {name: str(Path(place).resolve()) for name, place in there.items()}
+        self.options, self.launcher, self.folder = replace(options, **found), launcher, str(Path(folder).resolve())
 
     def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "found.json")
-            trial: dict[str, Any] = {"options": self.options, "folder": self.folder, "trial": [d, seed, learning_rate]}
+            trial: dict[str, Any] = {
+                "options": self.options.to_dict(),
+                "folder": self.folder,
+                "trial": [d, seed, learning_rate],
+            }
             trial |= {"out": str(out), "parent": os.getpid()}
             command = [*shlex.split(self.launcher), "-m", "peft_intrinsic.measure.launch", json.dumps(trial)]
             # The launcher of this environment, also where the environment is not activated.
@@ -70,7 +100,8 @@ def _main(trial: Mapping[str, Any]) -> None:
     threading.Thread(target=_end_with, args=(trial["parent"],), daemon=True).start()
     from .text import text_fit
 
-    fit = text_fit(trial["options"], trial["folder"])
+    options = {**trial["options"], "columns": tuple(trial["options"]["columns"])}
+    fit = text_fit(TextOptions(**options), folder=trial["folder"])
     out = Path(trial["out"])
     fit.arguments["output_dir"] = str(out.parent)  # one for all processes, which load the best checkpoint from it
     found = fit(*trial["trial"])

@@ -1,90 +1,174 @@
-"""`report.json`, `report.md` and `curve.png` of a measurement."""
+"""`report.json`, `report.md`, `curve.csv` and the plot of a measurement."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from .analysis import Answer, Result
+from .store import write_whole
 
-from .measure import Result
-from .store import REPORTS, write_whole
+FORMATS = "png", "svg", "pdf"
+
+
+def told(result: Result, answer: Answer) -> tuple[str, str]:
+    """d and its interval in words: the ends of the grid are ≤ and >."""
+    low, high = result.grid
+
+    def end(d: int | None) -> str:
+        return f"> {high}" if d is None else f"≤ {low}" if d == low else str(d)
+
+    first, last = map(end, answer.interval)
+    interval = f"90 % interval [{first}, {last}]" if result.seeds > 1 else "interval unknown with one seed"
+    return end(answer.d), interval
 
 
 def summary(result: Result) -> str:
     """One line."""
-    low, high = (end if end is not None else "beyond the grid" for end in result.interval)
-    found = result.d if result.d is not None else f"above {result.points[-1][0]}"
-    trials = sum(len(scores) for _, _, scores in result.points)
-    interval = f"90 % interval [{low}, {high}]" if result.seeds > 1 else "interval unknown with one seed"
-    told = f"{result.name} = {found}, {interval}; {result.stopped} after {trials} trials"
+    d, interval = told(result, result.answers[result.of])
+    line = f"{result.name} {d if d[0] in '≤>' else f'= {d}'}, {interval}; {result.stopped}"
     if result.majority is not None and result.target <= result.majority:
-        told += f"; the target, {result.target:.4f}, is no better than the majority class: use of='gain' (--of gain)"
-    return told
+        line += f"; the target, {result.target:.4f}, is no better than the majority class: use of='gain' (--of gain)"
+    return line
+
+
+def title(result: Result) -> str:
+    """Model, task and method, as far as the settings name them."""
+    names = [result.settings.get(name) for name in ("model", "task", "train", "method")]
+    model, task, train, method = (str(name).partition(", sha256")[0] if name else "" for name in names)
+    return ", ".join(filter(None, (Path(model).name, task or train, method)))
 
 
 def markdown(result: Result) -> str:
     """The report as text."""
-    baseline = ", ".join(f"{score:.4f}" for score in result.baseline)
-    rates = [rate or "scores given" for rate in result.learning_rates or ()]
+    base = result.baseline
+    scores = ", ".join(f"{score:.4f}" for score in base.scores)
+    kind = "median of those that did not collapse" if result.center == "median" else "mean"
+    collapsed = sum(point.collapsed for point in result.points)
+    runs = collapsed + sum(len(point.scores) for point in result.points) * (result.center == "median")
     lines = [
         f"# {summary(result)}",
         "",
+        title(result),
+        "",
+        "| target | score | d | 90 % interval | |",
+        "|---|---|---|---|---|",
+    ]
+    for of, answer in result.answers.items():
+        d, interval = told(result, answer)
+        tie = f"a tie: within one held-out example from {answer.tie[0]} to {answer.tie[1] or '>'}" if answer.tie else ""
+        target = f"{result.share:g} of the {of}"
+        lines.append(f"| {target} | {answer.target:.4f} | {d} | {interval.removeprefix('90 % interval ')} | {tie} |")
+    lines += [
+        "",
         "| | |",
         "|---|---|",
-        f"| full fine-tuning, by seed | {baseline} |",
-        f"| its mean | {np.mean(result.baseline):.4f} |",
-        f"| target | {result.target:.4f} ({result.share:g} of the {result.of}) |",
+        f"| full fine-tuning, by seed | {scores} |",
+        f"| its {kind} | {base.level:.4f} |",
+        f"| collapsed: full fine-tuning, subspace | {base.collapsed}, {collapsed} of {runs} |",
         f"| majority class | {'unknown' if result.majority is None else f'{result.majority:.4f}'} |",
-        *([f"| diverged trials, counted as the trivial answer | {result.diverged} |"] if result.diverged else []),
         *([] if result.untrained is None else [f"| before training | {result.untrained:.4f} |"]),
-        f"| learning rates (full, subspace) | {', '.join(map(str, rates)) or 'fixed by the fit'} |",
+        f"| learning rate of full fine-tuning | {_rate(base.learning_rate)} |",
+        *([f"| best rate at the edge of those tried | {_edges(result)} |"] if result.edges else []),
+        f"| held-out examples | {_examples(result)} |",
         f"| versions | {', '.join(f'{name} {version}' for name, version in result.versions.items())} |",
         "",
-        "| d | monotone fit | scores by seed |",
-        "|---|---|---|",
+        "| d | monotone fit | learning rate | scores by seed | collapsed |",
+        "|---|---|---|---|---|",
     ]
-    for d, fit, scores in result.points:
-        lines.append(f"| {d} | {fit:.4f} | {', '.join(f'{score:.4f}' for score in scores)} |")
+    for point in result.points:
+        fit = "" if point.fit is None else f"{point.fit:.4f}"
+        scores = ", ".join(f"{score:.4f}" for score in point.scores)
+        lines.append(f"| {point.d} | {fit} | {_rate(point.learning_rate)} | {scores} | {point.collapsed or ''} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(result: Result, path: str | os.PathLike) -> None:
-    """Score against d: seeds as points, the monotone fit, target and full fine-tuning as lines, the interval as a band.
+def _rate(rate: float | None) -> str:
+    return "fixed by the fit" if rate is None else f"{rate:g}"
+
+
+def _edges(result: Result) -> str:
+    where = ", ".join("full fine-tuning" if d is None else f"d = {d}" for d in result.edges)
+    return f"{where}: try lower or higher ones, or 'auto' (--rates, --full-rates)"
+
+
+def _examples(result: Result) -> str:
+    if result.examples is None:
+        return "unknown to the interval, which leaves their sampling out"
+    return f"{result.examples}; the interval includes their sampling"
+
+
+def table(result: Result) -> str:
+    """Every trial as CSV, for other programs."""
+    names = ["d", "seed", "learning_rate", "score", "seconds", "process"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "d": "full" if row["d"] is None else row["d"]} for row in result.trials)
+    return text.getvalue()
+
+
+def plot(result: Result, folder: Path, name: str) -> None:
+    """Score against d, as PNG, SVG and PDF.
+
+    Runs are points, collapsed ones open; the monotone fit joins measured d; full fine-tuning is a line with its seeds
+    at the right and their range as a band; d90 by either definition is a mark on its target, with its interval.
 
     Raises:
         ImportError: matplotlib is missing; `pip install peft_intrinsic[plot]`.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    dims = [d for d, _, _ in result.points]
-    edge = dims[-1] * 1.15
-    low, high = (end if end is not None else edge for end in result.interval)
-    axes.axvspan(low, max(high, low * 1.01), color="0.85", label="90 % interval" if result.seeds > 1 else "bracket")
-    for d, _, scores in result.points:
-        axes.plot([d] * len(scores), scores, "o", color="0.35", markersize=3)
-    axes.plot(dims, [fit for _, fit, _ in result.points], color="black", label="monotone fit")
-    axes.axhline(float(np.mean(result.baseline)), color="black", linestyle=":", label="full fine-tuning")
-    axes.axhline(result.target, color="black", linestyle="--", label=f"{result.share:.0%} of the {result.of}")
-    for level, label in ((result.majority, "majority class"), (result.untrained, "before training")):
-        if level is not None:
-            axes.axhline(level, color="0.6", linestyle="-.", label=label)
-    if result.d is not None:
-        axes.axvline(result.d, color="black", linewidth=0.8)
-        axes.annotate(f"{result.name} = {result.d}", (result.d, axes.get_ylim()[0]), (4, 4), textcoords="offset points")
+    rates = {point.d: point.learning_rate for point in result.points}
+    floor = result.majority if result.majority is not None else result.untrained
+    kept = {(point.d, score) for point in result.points for score in point.scores}
+    for row in result.trials:
+        if row["d"] in rates and row["learning_rate"] == rates[row["d"]]:
+            score = floor if row["score"] is None else row["score"]
+            counts = (row["d"], row["score"]) in kept
+            if score is not None:
+                axes.plot(row["d"], score, "o", color="0.35", fillstyle="full" if counts else "none", markersize=3.5)
+    fitted = [(point.d, point.fit) for point in result.points if point.fit is not None]
+    axes.plot(*zip(*fitted, strict=True), color="black", linewidth=1, label="monotone fit")
+    base, edge = result.baseline, result.grid[1]
+    axes.axhline(base.level, color="black", linestyle=":", label="full fine-tuning, its seeds")
+    axes.axhspan(min(base.scores), max(base.scores), color="0.9", zorder=0)
+    axes.plot([edge * 1.25] * len(base.scores), base.scores, "_", color="black", clip_on=False)
+    for color, (of, answer) in zip(("tab:red", "tab:blue"), result.answers.items(), strict=False):
+        d, interval = told(result, answer)
+        axes.axhline(answer.target, color=color, linestyle="--", linewidth=0.8)
+        low, high = (end or edge * 1.2 for end in answer.interval)
+        axes.plot([low, high], [answer.target] * 2, color=color, linewidth=4, alpha=0.35, solid_capstyle="butt")
+        label = f"{result.name} by {of}: {d} {interval.removeprefix('90 % interval ')}"
+        axes.plot(answer.d or edge * 1.2, answer.target, "D" if answer.d else ">", color=color, label=label)
+    if floor is not None:
+        text = "majority class" if result.majority is not None else "before training"
+        axes.axhline(floor, color="0.6", linestyle="-.", linewidth=0.8, label=text)
     metric = str(result.settings.get("metric", "score")).partition(", sha256")[0]
-    axes.set(xscale="log", xlabel="d, trained numbers", ylabel=metric)
+    axes.set(xscale="log", xlabel="d, trained numbers", ylabel=metric, title=title(result))
     axes.legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
+    save(figure, folder, name)
+
+
+def save(figure: Any, folder: Path, name: str) -> None:
+    """A figure in every format."""
+    for ending in FORMATS:
+        data = io.BytesIO()
+        figure.savefig(data, format=ending, dpi=150)
+        write_whole(folder / f"{name}.{ending}", data.getvalue())
 
 
 def write_report(result: Result, folder: str | os.PathLike) -> None:
-    """Write `report.json`, `report.md` and `curve.png` into a folder that exists."""
+    """Write `report.json`, `report.md`, `curve.csv`, and `curve` as PNG, SVG and PDF."""
     folder = Path(folder)
-    data, text, picture = (folder / name for name in REPORTS)
-    write_whole(data, json.dumps(result.to_dict(), indent=1))
-    write_whole(text, markdown(result))
-    plot(result, picture)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "report.json", json.dumps(result.to_dict(), indent=1))
+    write_whole(folder / "report.md", markdown(result))
+    write_whole(folder / "curve.csv", table(result))
+    plot(result, folder, "curve")

@@ -1,21 +1,29 @@
-"""Which d to try next: bracket, bisect, and then look around the crossing."""
+"""Which trial to run next: scan from below, bracket, and then where the interval is widest."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+
+from scipy.stats import t as student
 
 from .curve import Curve
+from .engine import Trial
+from .evidence import TUNING, Evidence
+from .plan import AUTO, Plan
 
 AROUND = (0, -1, 1, -2, 2, -4, 4, -7, 7)
 """Grid steps from the crossing at which the fit is supported."""
 
-Trial = tuple[int, int]
-"""(d, seed)"""
+RESERVE = 7
+"""Dimensions around the crossing for which seeds of full fine-tuning leave room in the budget."""
+
+FACTOR, WIDENED = 4.0, 4
+"""Of learning rates by `"auto"`: from one to the next, and how often they go on beyond the first three."""
 
 Evaluate = Callable[[Sequence[Trial]], Sequence[float]]
-"""Scores of trials that are independent of each other, so that an engine may run them at once."""
+"""Scores of trials that are independent of each other, so that an engine may run them at once; NaN if it diverged."""
 
 
 class Spent(Exception):
@@ -27,109 +35,248 @@ class Search:
 
     Args:
         evaluate: runs trials.
-        grid: dimensions, ascending.
-        baseline: scores of full fine-tuning, one per seed.
-        share, floor: the target is `floor + share · (mean baseline − floor)`.
-        seeds: of each d. A seed sets P and the order of the data.
-        trials, minutes: the budget; None is no limit.
+        plan: what is asked.
+        found: scores of trials; filled.
+        least: see `Evidence`.
+        at_once: dimensions that are tried in one round, where that many trials run side by side.
+        progress: called before each round with what is done, and how many trials are left at most (None: unknown).
         start: of the minutes, on the clock of `time.monotonic`; None is now.
-        at_once: dimensions that are tried in one round of the bisection, where that many trials run side by side.
-        progress: called before each round with the lowest and the highest d in question, and about how many trials are
-            left.
     """
 
     def __init__(
         self,
         evaluate: Evaluate,
-        grid: Sequence[int],
-        baseline: Sequence[float],
-        share: float = 0.9,
-        floor: float = 0.0,
-        seeds: Sequence[int] = (0, 1, 2),
-        trials: int | None = None,
-        minutes: float | None = None,
-        progress: Callable[[int, int, int], None] = lambda low, high, left: None,
+        plan: Plan,
+        found: MutableMapping[Trial, float] | None = None,
+        least: float | None = None,
         at_once: int = 1,
+        progress: Callable[[str, int | None], None] = lambda what, left: None,
         start: float | None = None,
     ) -> None:
-        self.at_once = max(at_once, 1)
-        self.evaluate, self.grid, self.seeds = evaluate, list(grid), tuple(seeds)
-        self.trials, self.minutes, self.progress = trials, minutes, progress
-        self.curve = Curve(self.grid, {}, list(baseline), share, floor)
-        self.scores: dict[int, list[float]] = self.curve.scores  # type: ignore[assignment]
+        self.evaluate, self.plan, self.at_once, self.progress = evaluate, plan, max(at_once, 1), progress
+        self.found: MutableMapping[Trial, float] = {} if found is None else found
+        self.evidence = Evidence(self.found, plan, least)
+        self.grid, self.last = plan.dims, len(plan.dims) - 1
         self.start = time.monotonic() if start is None else start
+        self.doing = ""
 
-    def run(self, sweep: bool = False) -> str:
-        """Search, or measure the whole grid. Fills `curve`, and says why it stopped."""
+    def run(self) -> str:
+        """Search, or measure the whole grid. Fills `found`, and says why it stopped."""
         try:
-            return self._sweep() if sweep else self._search()
+            self.full()
+            return self._sweep() if self.plan.sweep else self._search()
         except Spent as spent:
             return str(spent)
 
-    def _measure(self, indexes: Sequence[int], low: int, high: int, after: int | None = None) -> list[int]:
-        """Every seed of the dimensions that were not measured yet, the first ones if the budget allows no more.
+    def full(self) -> None:
+        """Full fine-tuning: its learning rate, and the first seeds."""
+        if self.plan.baseline is not None:
+            return
+        self.doing = "full fine-tuning"
+        self._choose(None)
+        first = self.plan.baseline_seeds or (3 if self.plan.seeds > 1 else 1)
+        self._ask([(None, seed, self.evidence.rate(None)) for seed in range(first)])
 
-        Returns those of the indexes that are measured now.
+    def _ask(self, wanted: Sequence[Trial]) -> None:
+        """Run trials that were not run yet, the first ones if the budget allows no more."""
+        new = [trial for trial in dict.fromkeys(wanted) if trial not in self.found]
+        if not new:
+            return
+        left = None if self.plan.budget is None else self.plan.budget - len(self.found)
+        if left is not None and left < 1:
+            raise Spent(f"the budget of {self.plan.budget} trials is spent")
+        if self.plan.minutes is not None and time.monotonic() - self.start > 60 * self.plan.minutes:
+            raise Spent(f"the budget of {self.plan.minutes:g} minutes is spent")
+        self.progress(self.doing, left)
+        new = new if left is None else new[:left]
+        for trial, score in zip(new, self.evaluate(new), strict=True):
+            self.found[trial] = float(score)
 
-        `after` is how many dimensions will follow once the grid between low and high has been bisected.
+    def _choose(self, d: int | None, near: float | None = None) -> None:
+        """Try learning rates, those about the one that was best at a neighbouring d if there is one.
+
+        Raises:
+            ValueError: all diverge.
         """
-        dims = [self.grid[i] for i in indexes if self.grid[i] not in self.scores]
-        wanted = [(d, seed) for d in dims for seed in self.seeds]
-        if not wanted:
-            return list(indexes)
-        if self.trials is not None:
-            left = self.trials - sum(map(len, self.scores.values()))
-            wanted = wanted[: left // len(self.seeds) * len(self.seeds)]
-            if not wanted:
-                raise Spent(f"the budget of {self.trials} trials is spent")
-        halvings = math.log(max(high - low, 1), self.at_once + 1)
-        left = len(dims) if after is None else after + math.ceil(halvings) * self.at_once
-        self.progress(self.grid[low], self.grid[high], left * len(self.seeds))
-        part = len(wanted) if self.minutes is None else self.at_once * len(self.seeds)
-        for first in range(0, len(wanted), part):
-            if self.minutes is not None and time.monotonic() - self.start > 60 * self.minutes:
-                raise Spent(f"the budget of {self.minutes:g} minutes is spent")
-            some = wanted[first : first + part]
-            for (d, _), score in zip(some, self.evaluate(some), strict=True):
-                self.scores.setdefault(d, []).append(float(score))
-        return [i for i in indexes if self.grid[i] in self.scores]
+        if self.plan.rates is None or ((listed := self.plan.rates[d is not None]) != "auto" and len(listed) == 1):
+            return
+        if listed != "auto":
+            rates = sorted(listed)
+            place = rates.index(near) if near in rates else None
+            rates = rates if place is None else rates[max(place - 1, 0) : place + 2]
+        else:
+            rates = list(AUTO[d is not None]) if near is None else [_round(near * FACTOR**i) for i in (-1, 0, 1)]
+        self._ask([(d, TUNING, rate) for rate in rates])
+        for _ in range(WIDENED):
+            if listed != "auto" or not self.evidence.at_edge(d):
+                break
+            tried, best = list(self.evidence.tried(d)), self.evidence.tuned(d)
+            self._ask([(d, TUNING, _round(tried[0] / FACTOR if best == tried[0] else tried[-1] * FACTOR))])
+        if self.evidence.tuned(d) is None:
+            raise ValueError(f"fit returned no finite score for d={d} at any of the learning rates {rates}.")
+
+    def _measure(self, indexes: Sequence[int], seeds: int | None = None) -> None:
+        """As many seeds of these dimensions as are wanted."""
+        dims = [self.grid[i] for i in indexes]
+        self._ask([(d, seed, self.evidence.rate(d)) for d in dims for seed in range(seeds or self.plan.seeds)])
 
     def _reaches(self, index: int) -> bool:
-        found = self.scores[self.grid[index]]
-        return sum(found) / len(found) >= self.curve.target
+        curve = self.evidence.curve()
+        runs = curve.points.get(self.grid[index])
+        return runs is not None and curve.level(runs) >= curve.target
 
     def _sweep(self) -> str:
-        last = len(self.grid) - 1
-        for i in range(0, last + 1, self.at_once):
-            self._measure(range(i, min(i + self.at_once, last + 1)), i, last, last - i)
+        self.doing = "the whole grid"
+        near = None
+        for i in range(0, self.last + 1, self.at_once):
+            some = range(i, min(i + self.at_once, self.last + 1))
+            for place in some:
+                if place in self.plan.coarse:
+                    self._choose(self.grid[place], near)
+                    near = self.evidence.rate(self.grid[place])
+            self._measure(some)
         return "the whole grid was measured"
 
     def _search(self) -> str:
-        low, high = 0, len(self.grid) - 1
-        support = len(AROUND) - 1
-        self._measure([high] if self.at_once == 1 else [low, high], low, high, support)
-        if not self._reaches(high):  # by chance, or because more numbers did worse there: look a little lower
-            tops = self._measure([high - step for step in (2, 4, 7) if high > step], low, high)
-            high = max((i for i in tops if self._reaches(i)), default=low)
-            if high == low:
-                if self.curve.interval()[0] == len(self.grid):
-                    return "the target is not reached at the largest dimensions"
-                high = len(self.grid) - 1  # undecided: that it is reached somewhere is not excluded
-        self._measure([low], low, high, support)
-        while high - low > 1 and not self._reaches(low):
-            parts = self.at_once + 1
-            middle = (low + high) / 2
-            between = {low + (high - low) * part // parts for part in range(1, parts)} - {low}
-            tried = self._measure(sorted(between, key=lambda i: abs(i - middle)), low, high, support)
-            high = min((i for i in tried if self._reaches(i)), default=high)
-            low = max(i for i in (low, *tried) if i < high)
-        # These decisions were made on noisy means: support the fit on both sides of where it crosses, and look again.
-        last, index = len(self.grid) - 1, -1
-        while index != (index := self.curve.index()):
-            near = dict.fromkeys(min(max(index + step, 0), last) for step in AROUND)
-            self._measure(list(near), min(near), max(near))
-        if index > last:
-            return "the monotone fit does not reach the target"
+        low, high = self._scan()
+        self._spend()
+        self._bracket(low, high)
+        self._narrow()
+        curve = self.evidence.curve()
+        index = curve.index()
         if index == 0:
             return "the target is reached at the smallest dimension"
-        return "the bracket is one step of the grid"
+        if index > self.last:
+            return "the target is not reached at the largest dimensions"
+        return "the interval spans at most two steps of the grid"
+
+    def _scan(self) -> tuple[int, int | None]:
+        """From below, until a d reaches the target: the last that did not (or the first of all), and that one."""
+        low, near, coarse = 0, None, self.plan.coarse
+        for i in range(0, len(coarse), self.at_once):
+            some = coarse[i : i + self.at_once]
+            self.doing = f"scan at d = {self.grid[some[0]]}"
+            for place in some:
+                self._choose(self.grid[place], near)
+            if not self.evidence.tried(self.grid[some[0]]):
+                self._measure(some, seeds=1)
+            near = self.evidence.rate(self.grid[some[-1]])
+            for place in some:
+                tried = self.evidence.tried(self.grid[place])
+                if not tried and not self._reaches(place):
+                    low = place
+                    continue
+                if tried and max(tried.values(), default=0.0) < self.evidence.curve().target:
+                    low = place
+                    continue
+                self._measure([place])
+                if self._reaches(place):
+                    return low, place
+                low = place
+        return low, None
+
+    def _spend(self) -> None:
+        """Seeds of full fine-tuning, as long as they narrow the interval more than trials around the crossing will."""
+        reserve = RESERVE * self.plan.seeds
+        slope = _slope(self.evidence.curve())
+        while self._may_add() and len(self.found) + reserve < (self.plan.budget or math.inf):
+            full, around = self._gains(reserve)
+            curve = self.evidence.curve()
+            width = curve.share * curve.uncertainty() * student.ppf(0.95, len(curve.baseline.scores) - 1)
+            if full <= around or width <= slope:  # a step of the grid
+                break
+            self._add_full()
+
+    def _may_add(self) -> bool:
+        more = self.plan.baseline is None and self.plan.baseline_seeds is None
+        return more and len(self.evidence.runs(None).scores) > 1
+
+    def _add_full(self) -> None:
+        self.doing = "more seeds of full fine-tuning"
+        done = len(self.evidence.seeds(None))
+        self._ask([(None, done + i, self.evidence.rate(None)) for i in range(self.at_once)])
+
+    def _gains(self, around: int) -> tuple[float, float]:
+        """By how much one more trial lowers the square of the interval's half width, in the score's units: of full
+        fine-tuning, and of the curve where `around` trials determine it."""
+        curve = self.evidence.curve()
+        seeds = len(curve.baseline.scores)
+        single = (curve.share * curve.uncertainty()) ** 2 * seeds
+        full = single * (_quantile(seeds) ** 2 / seeds - _quantile(seeds + 1) ** 2 / (seeds + 1))
+        rest = (1.645**2) * float(curve.residuals().var()) * (math.pi / 2 if curve.center == "median" else 1.0)
+        return full, rest * (1 / around - 1 / (around + self.plan.seeds)) / self.plan.seeds
+
+    def _bracket(self, low: int, high: int | None) -> None:
+        """Bisect to two steps of the grid; where nothing reached the target, look at the best of the scan again."""
+        if high is None:
+            curve = self.evidence.curve()
+            best = {i: max(self.evidence.tried(self.grid[i]).values(), default=0.0) for i in self.plan.coarse}
+            if not any(best.values()):
+                best = {i: curve.level(curve.points[self.grid[i]]) for i in self.plan.coarse}
+            self.doing = "nothing reached the target: the best of the scan"
+            return self._measure(sorted(best, key=best.__getitem__)[-3:])
+        if high > 0:
+            self._measure([low])
+        while high - low > 2 and not self._reaches(low):
+            self.doing = f"{self.grid[low]} ≤ d ≤ {self.grid[high]}"
+            parts = self.at_once + 1
+            between = sorted({low + (high - low) * part // parts for part in range(1, parts)} - {low})
+            self._measure(between)
+            high = min((i for i in between if self._reaches(i)), default=high)
+            low = max((i for i in (low, *between) if i < high), default=low)
+        return None
+
+    def _narrow(self) -> None:
+        """Support the fit around its crossing, look beyond what was measured where the interval does, add seeds."""
+        step = max(round(self.last / (len(self.plan.coarse) - 1)), 1)
+        while True:
+            curve = self.evidence.curve()
+            index, places = curve.index(), [self.grid.index(d) for d in curve.dims]
+            low, high = curve.interval(resamples=200)
+            if low > self.last and places[-1] == self.last:
+                return
+            if index > self.last:
+                index = self.grid.index(curve.fit()[0][-1])
+            steps = dict.fromkeys(min(max(index + step, 0), self.last) for step in AROUND)
+            near = [i for i in steps if len(self.evidence.seeds(self.grid[i])) < self.plan.seeds]
+            support = [i for i in near if abs(i - index) <= (2 if high - low > 2 else 4)]
+            self.doing = f"d = {self.grid[min(low, self.last)]} to {self.grid[min(high, self.last)]}"
+            if high - low <= 2 and not support:
+                return
+            if high > places[-1] < self.last:
+                self._measure([min(places[-1] + step, self.last)])
+            elif low < places[0]:
+                self._measure([max(places[0] - step, 0)])
+            elif support:
+                self._measure(support[: self.at_once])
+            else:
+                self._improve(curve, index, near)
+
+    def _improve(self, curve: Curve, index: int, near: list[int]) -> None:
+        window = range(max(index - 4, 0), min(index + 5, self.last + 1))
+        done = {i: len(self.evidence.seeds(self.grid[i])) for i in window}
+        full, around = self._gains(max(sum(done.values()), 1))
+        if self._may_add() and full > around:
+            self._add_full()
+        elif near:
+            self._measure(near[: self.at_once])
+        else:
+            close = sorted((i for i in window if abs(i - index) <= 2), key=lambda i: (done[i], abs(i - index)))
+            for i in close[: self.at_once]:
+                self._measure([i], done[i] + 1)
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.6g}")
+
+
+def _quantile(seeds: int) -> float:
+    return float(student.ppf(0.95, seeds - 1))
+
+
+def _slope(curve: Curve) -> float:
+    """Between the two greatest measured d, for one step of the grid."""
+    if len(curve.dims) < 2:
+        return 0.0
+    (first, low), (second, high) = ((curve.grid.index(d), curve.level(curve.points[d])) for d in curve.dims[-2:])
+    return max((high - low) / (second - first), 0.0)

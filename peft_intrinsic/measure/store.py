@@ -14,7 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 TRIALS, SETTINGS, DAMAGED = "trials.jsonl", "settings.json", "damaged.jsonl"
-REPORTS = "report.json", "report.md", "curve.png"
+PLAN = "plan.json"
+REPORTS = "report.json", "report.md", "curve.csv", "curve.png", "curve.svg", "curve.pdf"
 
 
 def key(configuration: Mapping[str, Any]) -> str:
@@ -27,6 +28,25 @@ def write_whole(path: Path, contents: str | bytes) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_bytes(contents.encode() if isinstance(contents, str) else contents)
     os.replace(temporary, path)
+
+
+def read_json(path: Path, lost: str) -> dict[str, Any]:
+    """A mapping that a run keeps.
+
+    Args:
+        path: of the file.
+        lost: what is not known without it.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}), {lost}. Put back a copy, use another folder, or fresh=True (--fresh) to "
+            "begin anew in this one."
+        ) from None
 
 
 def _sum(row: Mapping[str, Any]) -> str:
@@ -49,7 +69,8 @@ class Store:
 
     Args:
         folder: made if missing.
-        settings: what all trials of the run have in common. A folder written by others is refused.
+        settings: what all trials of the run have in common. A folder written by others is refused. None takes those of
+            a folder that is there.
         fresh: begin anew in a folder that is already in use.
 
     Raises:
@@ -58,8 +79,10 @@ class Store:
         OSError: it cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any], fresh: bool = False) -> None:
+    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any] | None, fresh: bool = False) -> None:
         self.folder = Path(folder)
+        if settings is None and not (self.folder / SETTINGS).exists():
+            raise ValueError(f"{self.folder} is not the folder of a run: it has no {SETTINGS}.")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / ".lock")
         try:
@@ -70,28 +93,23 @@ class Store:
             ) from None
         try:
             if fresh:
-                for name in (TRIALS, SETTINGS, DAMAGED, *REPORTS):
+                for name in (TRIALS, SETTINGS, DAMAGED, PLAN, *REPORTS):
                     (self.folder / name).unlink(missing_ok=True)
-            self.settings = json.loads(json.dumps(settings))
-            self._check(self.settings)
+            self.settings = self._checked(json.loads(json.dumps(settings)))
             self.rows = self._read()
         except BaseException:
             self._lock.release()
             raise
 
-    def _check(self, settings: dict[str, Any]) -> None:
+    def _checked(self, settings: dict[str, Any] | None) -> dict[str, Any]:
         path = self.folder / SETTINGS
-        if not path.exists():
+        if settings is not None and not path.exists():
             if (self.folder / TRIALS).exists():
                 raise ValueError(f"{self.folder} holds trials but no settings. Use another folder, or fresh=True.")
-            return write_whole(path, json.dumps(settings, indent=1, sort_keys=True))
-        try:
-            found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}), so it is not known what its trials mean. Put back a copy, use another "
-                "folder, or fresh=True (--fresh) to begin anew in this one."
-            ) from None
+            write_whole(path, json.dumps(settings, indent=1, sort_keys=True))
+            return settings
+        found = read_json(path, "so it is not known what its trials mean")
+        settings = found if settings is None else settings
         unlike = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
         if unlike:
             told = ", ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in unlike)
@@ -99,6 +117,7 @@ class Store:
                 f"{self.folder} was written by a run with other settings ({told}). Use another folder, or fresh=True "
                 "(--fresh) to begin anew in this one."
             )
+        return settings
 
     def _read(self) -> dict[str, dict[str, Any]]:
         path = self.folder / TRIALS

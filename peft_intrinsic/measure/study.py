@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,16 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
 
-from .command import measure_text
-from .curve import grid
-from .measure import NothingToMeasure, Result
+from .analysis import NothingToMeasure, Result
+from .command import measure_prepared, prepare
+from .evidence import TUNING
+from .report import save, told
 from .store import write_whole
-from .text import check_dims
 
 KINDS: dict[str, str] = {
     "checkpoints": "d90 over the checkpoints of one pretraining (section 5.1)",
     "models": "d90 against the number of parameters (section 5.2)",
-    "methods": "DID against SAID (Table 1)",
+    "methods": "d90 by several methods (Table 1)",
     "gap": "d90 against the relative generalization gap (section 5.3)",
 }
 
@@ -30,57 +33,76 @@ KINDS: dict[str, str] = {
 def study(
     kind: str,
     models: Sequence[str],
+    methods: Sequence[str],
     options: Mapping[str, Any],
+    question: Mapping[str, Any],
     out: str | os.PathLike,
     tell: Callable[[str], None] = print,
-    **measure: Any,
+    **run: Any,
 ) -> list[dict[str, Any]]:
-    """Measure each model (with `"methods"` by DID and by SAID); write `study.json`, `study.md`, `study.png` into `out`.
+    """Measure each model by each method; write `study.json`, `.md`, `.csv`, and the plot, into `out`.
 
     Every measurement has a folder of its own in `out`: the same call goes on where it stopped, and models can be added.
-    Full fine-tuning is measured once per model; where it is no better than the majority class, the study notes so and
-    goes on.
+    All are checked before the first begins. Full fine-tuning is measured once per model; where it is no better than the
+    majority class, the study notes so and goes on.
 
     Args:
         kind: a key of `KINDS`.
         models: names or folders.
-        options, measure: of `measure_text`.
+        methods: keys of `METHODS`.
+        options, question: of `prepare`, without model and method.
         tell: is given a line per measurement.
+        run: of `measure_prepared`.
 
     Returns:
-        Per measurement: name, x (place on the axis), parameters, d, interval, baseline, train, eval, gap, why_not.
+        Per measurement: name, x (place on the axis), parameters, method, answers (by definition of the target: d,
+        interval), baseline, train, eval, gap, why_not. Nothing with `dry_run`.
     """
+    if len(methods) > 1 and kind != "methods":
+        raise ValueError(f"--method {','.join(methods)}: study {kind} has one. Use 'study methods' for several.")
     rows: list[dict[str, Any]] = []
     out = Path(out)
-    if kind == "methods":
-        for model in models:  # DID's hours are lost if SAID asks for another grid
-            check_dims({**options, "model": model, "said": True}, measure.get("dims") or grid())
-    for place, model in enumerate(models):
-        baseline: list[float] | None = None
-        why_not: dict[str, str] = {}
-        for said in (False, True) if kind == "methods" else (bool(options["said"]),):
-            trials = {**options, "model": model, "said": said, "train_score": kind == "gap"}
-            name = f"{model} {'SAID' if said else 'DID'}"
-            row: dict[str, Any] = {"name": name, "parameters": _parameters(model)}
-            try:
-                if not why_not:  # full fine-tuning is the same by either method
-                    folder = out / re.sub(r"[^\w.-]+", "_", name.strip("./"))
-                    result = measure_text(trials, folder, **{"baseline": baseline, **measure})
-                    baseline = result.baseline
-                    row |= {"d": result.d, "interval": result.interval, "baseline": float(np.mean(result.baseline))}
-                    row |= {"share": result.name, "seeds": result.seeds, "top": result.points[-1][0], **_gap(result)}
-            except NothingToMeasure as error:
-                why_not = {"why_not": str(error)}
-            row |= why_not
-            row["x"] = {"checkpoints": _step(model, place), "models": row["parameters"], "gap": row.get("gap")}.get(
-                kind, len(rows)
-            )
-            rows.append(row)
-            tell(_line(row))
-            write_whole(out / "study.json", json.dumps({"kind": kind, "rows": rows}, indent=1))
-            write_whole(out / "study.md", _markdown(kind, rows))
-            _plot(kind, rows, out / "study.png")
+    places = [(place, model, method) for place, model in enumerate(models) for method in methods]
+    shared = {**options, "train_score": kind == "gap"}
+    ready = [prepare({**shared, "model": model, "method": method}, question) for _, model, method in places]
+    baselines: dict[str, tuple[float, ...]] = {}
+    for (place, model, method), one in zip(places, ready, strict=True):
+        name = f"{model} {method}"
+        parameters = _parameters(model)
+        row: dict[str, Any] = {"name": name, "parameters": parameters, "method": method}
+        folder = out / re.sub(r"[^\w.-]+", "_", name.strip("./"))
+        why_not = next((known["why_not"] for known in rows if "why_not" in known and known["model"] == model), None)
+        try:
+            if why_not:  # full fine-tuning is the same by either method
+                raise NothingToMeasure(why_not)
+            if model in baselines:
+                one = replace(one, plan=replace(one.plan, baseline=baselines[model]))
+            result = measure_prepared(one, folder, **run)
+            if result is None:
+                continue
+            baselines[model] = tuple(result.baseline.scores)
+            row |= _found(result)
+        except NothingToMeasure as error:
+            row["why_not"] = str(error)
+        row["model"] = model
+        x = {"checkpoints": _step(model, place), "models": parameters, "gap": row.get("gap")}
+        row["x"] = x.get(kind, len(rows))
+        rows.append(row)
+        tell("  ".join(cell for cell in _cells(row) if cell))
+        write_whole(out / "study.json", json.dumps({"kind": kind, "rows": rows}, indent=1))
+        write_whole(out / "study.md", _markdown(kind, rows))
+        write_whole(out / "study.csv", _table(rows))
+        _plot(kind, rows, out)
     return rows
+
+
+def _found(result: Result) -> dict[str, Any]:
+    answers = {
+        of: {"d": answer.d, "interval": answer.interval, "told": told(result, answer)}
+        for of, answer in result.answers.items()
+    }
+    found = {"answers": answers, "of": result.of, "share": result.name, "seeds": result.seeds, "grid": result.grid}
+    return {**found, "baseline": result.baseline.level, **_gap(result)}
 
 
 def _parameters(model: str) -> int:
@@ -96,11 +118,13 @@ def _step(model: str, place: int) -> int:
 
 def _gap(result: Result) -> dict[str, float]:
     """Scores on training and held-out data at d90; their gap over what is left to the best (of a loss, the gap)."""
-    rate = result.learning_rates and result.learning_rates[1]
+    rate = next((point.learning_rate for point in result.points if point.d == result.d), None)
     rows = [
         row
         for row in result.trials
-        if (row["d"], row["learning_rate"]) == (result.d, rate) and None not in (row.get("train_score"), row["score"])
+        if (row["d"], row["learning_rate"]) == (result.d, rate)
+        and row["seed"] != TUNING
+        and None not in (row.get("train_score"), row["score"])
     ]
     if result.d is None or not rows:
         return {}
@@ -110,17 +134,15 @@ def _gap(result: Result) -> dict[str, float]:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
+    start = [row["name"], f"{row['parameters']:,}"]
     if "why_not" in row:
-        return [row["name"], f"{row['parameters']:,}", "", row["why_not"], "", ""]
-    ends = ["beyond the grid" if end is None else str(end) for end in row["interval"]]
-    d = f"above {row['top']}" if row["d"] is None else str(row["d"])
-    gap = f"{row['gap']:.4f}" if "gap" in row else ""
-    interval = f"[{ends[0]}, {ends[1]}]{' (bracket of one seed)' if row['seeds'] == 1 else ''}"
-    return [row["name"], f"{row['parameters']:,}", f"{row['baseline']:.4f}", d, interval, gap]
+        return [*start, "", row["why_not"], "", ""]
+    by = [f"{d} {interval.removeprefix('90 % interval ')}" for d, interval in map(_words, ("score", "gain"), [row] * 2)]
+    return [*start, f"{row['baseline']:.4f}", *by, f"{row['gap']:.4f}" if "gap" in row else ""]
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    return "  ".join(cell for cell in _cells(row) if cell)
+def _words(of: str, row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["answers"][of]["told"] if of in row["answers"] else ("", "")
 
 
 def _markdown(kind: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -128,28 +150,47 @@ def _markdown(kind: str, rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"# {KINDS[kind].replace('d90', share)}",
         "",
-        f"| model | parameters | full fine-tuning | {share} | 90 % interval | gap at {share} |",
+        f"| model, method | parameters | full fine-tuning | {share} by score [90 %] | by gain | gap at {share} |",
         "|---|---|---|---|---|---|",
         *(f"| {' | '.join(_cells(row))} |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _plot(kind: str, rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "method", "parameters", "full fine-tuning", "by", "d", "low", "high"])
+    for row in rows:
+        for of, answer in row.get("answers", {}).items():
+            start = [row["model"], row["method"], row["parameters"], row["baseline"]]
+            writer.writerow([*start, of, answer["d"], *answer["interval"]])
+    return text.getvalue()
+
+
+def _plot(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """Intervals as horizontal lines, a row for each measurement; an arrow where one is open."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    found = [row for row in rows if "answers" in row and row["x"] is not None]
+    found = sorted(found, key=lambda row: row["x"], reverse=True)
+    figure = Figure(figsize=(6.5, 1.5 + 0.4 * len(found)), layout="constrained")
     axes = figure.subplots()
-    found = [row for row in rows if row.get("d") is not None and row["x"] is not None]
-    for row in found:
-        low, high = (row["top"] if end is None else end for end in row["interval"])
-        axes.errorbar(row["x"], row["d"], [[row["d"] - low], [high - row["d"]]], fmt="o", color="black", capsize=3)
-        if kind in ("models", "gap"):
-            axes.annotate(Path(row["name"]).name, (row["x"], row["d"]), (5, 5), textcoords="offset points", fontsize=7)
-    labels = {"checkpoints": "pretraining step", "models": "parameters", "gap": "relative generalization gap"}
-    axes.set(yscale="log", ylabel=f"{rows[0].get('share', 'd90')}, 90 % interval", xlabel=labels.get(kind, ""))
-    if kind == "methods":
-        axes.set_xticks([row["x"] for row in found], [Path(row["name"]).name for row in found], rotation=20)
-    if kind == "models":
-        axes.set_xscale("log")
-    figure.savefig(path, dpi=150)
+    for place, row in enumerate(found):
+        answer = row["answers"][row["of"]]
+        least, most = row["grid"]
+        low, high = (most if end is None else end for end in answer["interval"])
+        axes.plot([low, high], [place, place], color="black")
+        for at, mark, is_open in ((low, "<", low == least), (high, ">", answer["interval"][1] is None)):
+            axes.plot(at, place, mark if is_open else "|", color="black")
+        if answer["d"] is not None:
+            axes.plot(answer["d"], place, "o", color="black")
+    note = {"models": "parameters", "checkpoints": "step", "gap": "gap"}.get(kind)
+    labels = [
+        f"{Path(row['model']).name}, {row['method']}" + (f"\n{note} {row['x']:.3g}" if note else "") for row in found
+    ]
+    axes.set_yticks(range(len(found)), labels)
+    share = rows[0].get("share", "d90")
+    axes.set(xscale="log", xlabel=f"{share}, 90 % interval", ylim=(-0.6, max(len(found), 1) - 0.4))
+    axes.grid(axis="x", alpha=0.3)
+    save(figure, out, "study")

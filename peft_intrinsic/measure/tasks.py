@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -16,7 +15,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset
 
 from .metrics import METRICS, load_metric, parts, script
-from .store import key
+from .options import TextOptions
 
 GLUE: dict[str, tuple[tuple[str, ...], str]] = {
     "cola": (("sentence",), "matthews"),
@@ -32,9 +31,6 @@ GLUE: dict[str, tuple[tuple[str, ...], str]] = {
 """Text columns and metric of each task. MRPC and QQP by accuracy, as Aghajanyan et al. report them."""
 
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
-"""Of a model's folder: configuration, tokenizer and weights."""
 
 TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM")
 """As PEFT names them: classify or rate texts; classify each word; predict the next token."""
@@ -146,18 +142,19 @@ class Task:
         return score if math.isfinite(score) else None
 
 
-def load_task(options: Mapping[str, Any]) -> Task:
-    """The task that the options of the command name: `task` of GLUE, or the files `train` and `eval`.
+def load_task(options: TextOptions) -> Task:
+    """The task that the options name: of GLUE, the files `train` and `eval`, or splits of a dataset of the Hub.
 
     Raises:
         ValueError: an option does not fit the data; the message names it.
         ImportError: the metric is one of `evaluate`, which is missing.
     """
-    if options["task"] is not None and options["task_type"] != "SEQ_CLS":
-        raise ValueError(f"task_type={options['task_type']!r}: the tasks of GLUE are SEQ_CLS. Name files for others.")
-    if options["task"] is None:
-        return files(*(options[name] for name in ("train", "eval", "columns", "label", "metric", "task_type")))
-    return glue(options["task"], options["metric"])
+    if options.task is None:
+        shared = (options.columns, options.label, options.metric, options.task_type, options.dataset)
+        return files(str(options.train), str(options.eval), *shared)
+    if options.task_type != "SEQ_CLS":
+        raise ValueError(f"task_type={options.task_type!r}: the tasks of GLUE are SEQ_CLS. Name files for others.")
+    return glue(options.task, options.metric)
 
 
 def glue(task: str, metric: str | None = None) -> Task:
@@ -185,8 +182,11 @@ def files(
     label: str | None = "label",
     metric: str | None = None,
     task_type: str = "SEQ_CLS",
+    dataset: str | None = None,
 ) -> Task:
     """A task from local files (CSV, TSV, JSON lines, Parquet), by accuracy, or loss for CAUSAL_LM, unless told.
+
+    With `dataset`, a name on the Hub, or `NAME:CONFIGURATION`, `train` and `held_out` name its splits.
 
     Raises:
         ValueError: a column is missing, a split is empty, labels do not fit, or the metric is unknown.
@@ -199,21 +199,11 @@ def files(
         metric = _check_metric(metric or "accuracy", task_type)
     if len(columns) not in ((1, 2) if task_type == "SEQ_CLS" else (1,)):
         raise ValueError(f"text={list(columns)}: name one column, or two for pairs of sentences (SEQ_CLS).")
+    if label in columns:
+        raise ValueError(f"label={label!r} (--label) is a column of the text too.")
     splits: dict[str, Dataset] = {}
     for split, path in (("train", train), ("eval", held_out)):
-        reader = READERS.get(Path(path).suffix)
-        if reader is None:
-            raise ValueError(f"{path}: the ending must be one of {', '.join(READERS)}.")
-        # Only an empty cell is missing: None and NA may be classes, or texts.
-        options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if reader == "csv" else {}
-        if path.endswith(".tsv"):
-            options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-        try:
-            data = load_dataset(reader, data_files=str(path), split="train", **options)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # each reader has its own
-            raise ValueError(f"{path} cannot be read: {error!r}") from error
+        data = _read(path, dataset)
         if not len(data):
             raise ValueError(f"{path} holds no rows.")
         kept = [*columns, *([label] if label else [])]
@@ -234,6 +224,38 @@ def files(
     task = Task(DatasetDict(splits), tuple(columns), label, metric, task_type)
     _check_labels(task, train, held_out)
     return task
+
+
+def _read(path: str, dataset: str | None) -> Dataset:
+    if dataset:
+        name, _, configuration = dataset.partition(":")
+        try:
+            return load_dataset(name, configuration or None, split=path)
+        except Exception as error:  # of the Hub, the network, the dataset
+            raise ValueError(f"split {path!r} of dataset={dataset!r} (--dataset) cannot be read: {error}") from error
+    reader = READERS.get(Path(path).suffix)
+    if reader is None:
+        raise ValueError(f"{path}: the ending must be one of {', '.join(READERS)}.")
+    # Only an empty cell is missing: None and NA may be classes, or texts.
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if reader == "csv" else {}
+    if path.endswith(".tsv"):
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    try:
+        return load_dataset(reader, data_files=str(path), split="train", **options)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each reader has its own
+        raise ValueError(
+            f"{path} cannot be read: {_cause(error)}. Is it {Path(path).suffix[1:].upper()} in UTF-8, with as many "
+            "cells in each row as its head has?"
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """What a chain of errors began with: `datasets` says only that generating failed."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return f"{type(error).__name__}: {error}"
 
 
 def _check_metric(metric: str, task_type: str) -> str:
@@ -262,36 +284,12 @@ def _check_labels(task: Task, train: str, held_out: str) -> None:
                         f"{path}, row {i}: for TOKEN_CLS, {task.columns[0]!r} and {task.label!r} must be lists of "
                         "equal length."
                     )
-    unseen = set(task.labels("eval")) - set(task.classes)
-    if unseen:
+    found = {path: set(task.labels(split)) for split, path in (("train", train), ("eval", held_out))}
+    kinds = sorted({type(label).__name__ for labels in found.values() for label in labels})
+    if len(kinds) > 1:
+        raise ValueError(f"column {task.label!r} holds labels of several types: {', '.join(kinds)}. Make them alike.")
+    if unseen := found[held_out] - found[train]:
         raise ValueError(f"{held_out} has labels that {train} lacks: {sorted(unseen)[:5]}.")
-    if len(task.classes) < 2:
-        raise ValueError(f"{train}: every row has the same label, {task.classes[0]!r}.")
-
-
-def settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the trials depend on: the options, with files by name and content instead of by place."""
-    found = dict(options)
-    for name in ("model", "train", "eval"):
-        if options[name] is not None and Path(options[name]).exists():
-            found[name] = _named(Path(options[name]))
-    metric = options.get("metric") or ""
-    if path := script(metric):
-        found["metric"] = ":".join(filter(None, (_named(path), parts(metric)[1])))
-    return found
-
-
-def _named(path: Path) -> str:
-    files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES) if path.is_dir() else [path]
-    found = hashlib.sha256()
-    for place in files:
-        with place.open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
-    return f"{path.name}, sha256 {found.hexdigest()}"
-
-
-def tokens_name(options: Mapping[str, Any]) -> str:
-    """A name for the tokenised data."""
-    names = ("model", "task", "train", "eval", "columns", "label", "task_type", "metric", "max_length")
-    return key({name: value for name, value in settings(options).items() if name in names})
+    for path, labels in found.items():
+        if len(labels) < 2:
+            raise ValueError(f"{path}: every row has the same label, {labels.pop()!r}: nothing can be measured on it.")

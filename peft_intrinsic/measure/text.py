@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import tempfile
@@ -31,11 +32,11 @@ from transformers import (
     default_data_collator,
 )
 
-from ..tuner import IntrinsicConfig
-from .tasks import IGNORED, Task, load_task, tokens_name
-
-PAPER: dict[str, Any] = {"target_modules": "all", "projection": "global"}
-"""An intrinsic dimension is that of all weights, with θ spread over all of them (Aghajanyan et al. 2020, 3.1)."""
+from .analysis import packed
+from .methods import METHODS, adapter
+from .options import TextOptions, tokens_name
+from .store import write_whole
+from .tasks import IGNORED, Task, load_task
 
 
 def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,11 +51,11 @@ def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any, default: Any) -> Any:
-    if not isinstance(value, str) or isinstance(default, bool) or not isinstance(default, int | float):
+    if isinstance(value, int | float) or isinstance(default, bool) or not isinstance(default, int | float):
         return value
     try:  # YAML takes 1e-2 for a text
         number = float(value)
-    except ValueError:
+    except (TypeError, ValueError):
         raise ValueError(f"{name}={value!r} of the TrainingArguments is not a number.") from None
     return int(number) if isinstance(default, int) and number.is_integer() else number
 
@@ -68,12 +69,13 @@ class TextFit:
     Args:
         model: name or folder of a pretrained encoder or decoder.
         task: what to learn.
-        said: a learned scale per layer.
+        method: what is trained, a key of `METHODS`.
         max_length: tokens of an input.
         patience: evaluations without a better score after which a trial stops; None trains to the end.
         arguments: of `TrainingArguments`, for every trial.
         train_score: score the training data too.
         tokens: file name, without ending, for the tokenised data; None keeps them in memory.
+        logs: folder for what each trial logs, a file of JSON lines; None keeps nothing.
     """
 
     loader: ClassVar[Any] = AutoModelForSequenceClassification
@@ -84,16 +86,16 @@ class TextFit:
         self,
         model: str,
         task: Task,
-        said: bool = False,
+        method: str = "did",
         max_length: int = 128,
         patience: int | None = None,
         arguments: Mapping[str, Any] | None = None,
         train_score: bool = False,
         tokens: str | None = None,
+        logs: str | None = None,
     ) -> None:
-        if patience is not None and patience < 1:
-            raise ValueError(f"patience must be at least 1, got {patience}. Leave it out to train to the end.")
-        self.task, self.said, self.patience, self.max_length = task, said, patience, max_length
+        self.task, self.method, self.patience, self.max_length, self.logs = task, method, patience, max_length, logs
+        self.right: np.ndarray | None = None  # held-out examples of the last evaluation
         self.arguments = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
         self.arguments["dataloader_pin_memory"] = torch.accelerator.is_available()
         if patience:
@@ -126,8 +128,8 @@ class TextFit:
         return base
 
     def settled(self, base: Any) -> Any:
-        """With its fresh head drawn from the fixed stream, as adapters draw it: full training starts there too."""
-        return get_peft_model(base, self.config(1000, 0, head="subspace")).merge_and_unload()  # θ is zero
+        """With its fresh head drawn as adapters draw it (θ is zero): full training starts there too."""
+        return get_peft_model(base, adapter("did", 1000, 0, base, self.task.task_type, "subspace")).merge_and_unload()
 
     def tokenise(self, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
         """Rows of text as rows of numbers."""
@@ -147,27 +149,26 @@ class TextFit:
             return {"score": math.nan}
         answers = found.squeeze(-1) if self.task.regression else found.argmax(-1)
         labels = prediction.label_ids[0] if isinstance(prediction.label_ids, tuple) else prediction.label_ids
+        if self.task.metric == "accuracy" and labels.ndim == 1:
+            self.right = labels == answers
         return {"score": self.task.score(labels, answers)}
 
-    def config(self, d: int, seed: int, head: Any = "keep") -> IntrinsicConfig:
-        """The adapter of a trial."""
-        return IntrinsicConfig(d=d, seed=seed, said=self.said, head=head, task_type=self.task.task_type, **PAPER)
-
-    def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> float | dict[str, float]:
+    def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> dict[str, Any]:
         model: Any = self.base
         if d is None:
             model = copy.deepcopy(self.base).requires_grad_(True)  # detaching an adapter leaves the base frozen
         elif d:
-            model = get_peft_model(self.base, self.config(d, seed))
+            model = get_peft_model(self.base, adapter(self.method, d, seed, self.base, self.task.task_type))
+        name = f"d={'full' if d is None else d} seed={seed} lr={learning_rate}"
         try:
-            return self.run(model, {"seed": seed, "learning_rate": learning_rate} if d != 0 else None)
+            return self.run(model, name, {"seed": seed, "learning_rate": learning_rate} if d != 0 else None)
         finally:
             if d:
                 model.unload()
 
-    def trainer(self, model: Any, folder: str, trained: Mapping[str, Any]) -> Trainer:
+    def trainer(self, model: Any, folder: str, trained: Mapping[str, Any], name: str = "") -> Trainer:
         """A Trainer for the task."""
-        chosen = TrainingArguments(**{"output_dir": folder, **self.arguments, **trained})
+        chosen = TrainingArguments(**{"output_dir": folder, "run_name": name, **self.arguments, **trained})
         chosen._n_gpu = min(chosen.n_gpu, 1)  # no DataParallel, which multiplies the batch: --launch is for several
         trainer = Trainer(
             model=model,
@@ -181,15 +182,21 @@ class TextFit:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
-    def run(self, model: Any, trained: dict[str, Any] | None) -> float | dict[str, float]:
-        """Train, unless told no rate, and score."""
+    def run(self, model: Any, name: str, trained: dict[str, Any] | None) -> dict[str, Any]:
+        """Train, unless told no rate, and score; for its row, the score and which examples are right."""
+        self.right = None
         with tempfile.TemporaryDirectory() as folder:
-            trainer = self.trainer(model, folder, trained or {})
+            trainer = self.trainer(model, folder, trained or {}, name)
             if trained:
                 trainer.train()
-            splits = ("eval", "train") if self.train_score else ("eval",)
-            scores = [self.score(trainer.evaluate(self.data[split])) for split in splits]
-        return {"score": scores[0], "train_score": scores[1]} if self.train_score else scores[0]
+            found: dict[str, Any] = {"score": self.score(trainer.evaluate(self.data["eval"]))}
+            found |= packed(self.right) if self.right is not None else {}
+            if self.train_score:
+                found["train_score"] = self.score(trainer.evaluate(self.data["train"]))
+            if self.logs and trainer.is_world_process_zero():
+                lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history]
+                write_whole(Path(self.logs, f"{name}.jsonl".replace(" ", ",")), "".join(lines))
+        return found
 
     def score(self, found: Mapping[str, float]) -> float:
         """The score, higher is better, from the Trainer's evaluation."""
@@ -240,33 +247,45 @@ class LanguageFit(TextFit):
 FITS: dict[str, type[TextFit]] = {"SEQ_CLS": TextFit, "TOKEN_CLS": TokenFit, "CAUSAL_LM": LanguageFit}
 
 
-def check_dims(options: Mapping[str, Any], dims: Sequence[int]) -> None:
-    """Whether the model, loaded without its weights, can have adapters of these d: asked before hours are spent.
+def check(options: TextOptions, dims: Sequence[int]) -> None:
+    """Whether the model, loaded without its weights, can be trained so at these d: asked before hours are spent.
 
     Raises:
-        ValueError: the largest d exceeds the number of weights, or with SAID the least does not exceed that of λ.
+        ValueError: the largest d exceeds the number of weights, the least is too small for the method, the inputs are
+            longer than the model's positions, or the arguments are not the Trainer's.
     """
-    with torch.device("meta"):
-        base = FITS[options["task_type"]].loader.from_config(AutoConfig.from_pretrained(options["model"]))
-    if dims[-1] > base.num_parameters():
+    _checked(options.arguments)
+    config = AutoConfig.from_pretrained(options.model)
+    places = getattr(config, "max_position_embeddings", None)
+    if places is not None and options.max_length > places:
         raise ValueError(
-            f"dims (--dims): {options['model']} has {base.num_parameters()} weights, fewer than {dims[-1]}."
+            f"max_length (--max-length) = {options.max_length}: {options.model} has {places} positions. Take fewer."
         )
+    with torch.device("meta"):
+        base = FITS[options.task_type].loader.from_config(config)
+    if dims[-1] > base.num_parameters():
+        raise ValueError(f"dims (--dims): {options.model} has {base.num_parameters()} weights, fewer than {dims[-1]}.")
+    if options.method not in METHODS:
+        raise ValueError(f"method={options.method!r} (--method) is unknown. Known are {', '.join(METHODS)}.")
     try:
-        get_peft_model(base, IntrinsicConfig(d=dims[0], said=options["said"], task_type=options["task_type"], **PAPER))
+        get_peft_model(base, adapter(options.method, dims[0], 0, base, options.task_type))
     except ValueError as error:
         raise ValueError(f"dims (--dims): {error}") from None
 
 
-def text_fit(options: Mapping[str, Any], folder: str | os.PathLike | None = None) -> TextFit:
-    """The fit that the options of the command describe; tokenised data are kept in the folder."""
-    task = load_task(options)
-    tokens = None
+def text_fit(options: TextOptions, task: Task | None = None, folder: str | os.PathLike | None = None) -> TextFit:
+    """The fit that the options describe, of a task that is loaded; tokenised data and logs are kept in the folder."""
+    task = task or load_task(options)
+    kept: dict[str, str] = {}
     if folder is not None:
-        Path(folder, "tokens").mkdir(parents=True, exist_ok=True)
-        tokens = str(Path(folder, "tokens", tokens_name(options)))
-    shared = {name: options[name] for name in ("said", "max_length", "patience", "arguments", "train_score")}
-    fit = FITS[task.task_type](options["model"], task, tokens=tokens, **shared)
+        for name in ("tokens", "logs"):
+            Path(folder, name).mkdir(parents=True, exist_ok=True)
+        kept = {"tokens": str(Path(folder, "tokens", tokens_name(options))), "logs": str(Path(folder, "logs"))}
+    names = ("method", "max_length", "patience", "arguments", "train_score")
+    shared: dict[str, Any] = {**kept, **{name: getattr(options, name) for name in names}}
+    fit = FITS[task.task_type](options.model, task, **shared)
     if not all(map(len, fit.data.values())):
-        raise ValueError(f"max_length={options['max_length']} leaves a split without a single whole block of text.")
+        raise ValueError(
+            f"max_length (--max-length) = {options.max_length} leaves a split without a single whole block of text."
+        )
     return fit

@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 from ..version import __version__
 
 
+@cache
 def versions() -> dict[str, str]:
     """Versions of this package (`git describe` where it runs from a checkout), Python, torch, PEFT, transformers."""
     found = {"peft_intrinsic": __version__, "python": platform.python_version()}

@@ -17,8 +17,8 @@ from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.bounds import Certificate
 from peft_intrinsic.bounds.certify import message_bits
 from peft_intrinsic.bounds.texts import PackedTexts
-from peft_intrinsic.cli import main
 from peft_intrinsic.codec import load_packed, read_packed
+from peft_intrinsic_command import main
 
 D = 30
 

@@ -13,9 +13,10 @@ from conftest import build, trained
 from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
-from peft_intrinsic import IntrinsicConfig, SupermaskConfig, cli
+from peft_intrinsic import IntrinsicConfig, SupermaskConfig
 from peft_intrinsic.closeness import distance, parameter_distance
 from peft_intrinsic.closeness.distance import write_report
+from peft_intrinsic_command import main
 
 THRESHOLD = 1e-3
 SHAPES = {"h.0.weight": (7, 9), "h.0.bias": (7,), "h.1.weight": (5, 4, 3), "h.1.scale": (), "embed.weight": (11, 6)}
@@ -237,13 +238,13 @@ def test_command(tmp_path, capsys):
     model = trained("bert", task_type="SEQ_CLS", head="keep")
     model.save_pretrained(tmp_path / "adapter")
     wanted = parameter_distance(build("bert"), model).total
-    cli.main(["distance", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "out")])
+    main(["distance", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "out")])
     told = json.loads((tmp_path / "out/distance.json").read_text())["total"]
     assert told["l1"] == pytest.approx(wanted.l1, rel=1e-6)
     assert (tmp_path / "out/distance.md").read_text() in capsys.readouterr().out
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
-    cli.main(["distance", str(tmp_path / "base"), str(tmp_path / "merged"), "--threshold", "0.5"])
+    main(["distance", str(tmp_path / "base"), str(tmp_path / "merged"), "--threshold", "0.5"])
     assert "moved > 0.5" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["distance", str(tmp_path / "base"), str(tmp_path / "merged"), "--threshold", "-1"])
+        main(["distance", str(tmp_path / "base"), str(tmp_path / "merged"), "--threshold", "-1"])
     assert "threshold must not be negative" in capsys.readouterr().err

@@ -16,10 +16,11 @@ import pytest
 from test_documents import tiny
 from texts import command, write
 
-from peft_intrinsic.cli import main
 from peft_intrinsic.measure import RayEngine, grid, measure_intrinsic_dimension
 from peft_intrinsic.measure.engine import _Worker
 from peft_intrinsic.measure.launch import LaunchedFit, _lives
+from peft_intrinsic.measure.options import TextOptions
+from peft_intrinsic_command import main
 
 ray = pytest.importorskip("ray")
 
@@ -43,7 +44,12 @@ def test_the_same_result_as_in_process(engine, curve, tmp_path):
     """Two slots are fewer than the three seeds, so the search is the same too."""
     assert engine.slots == 2
     there = measure_intrinsic_dimension(curve, DIMS, out=tmp_path, engine=engine)
-    assert there == measure_intrinsic_dimension(curve, DIMS)
+    here = measure_intrinsic_dimension(curve, DIMS)
+    assert there.answers == here.answers
+    assert [(row["d"], row["seed"], row["score"]) for row in there.trials] == [
+        (row["d"], row["seed"], row["score"]) for row in here.trials
+    ]
+    assert {row["process"] for row in there.trials}.isdisjoint({row["process"] for row in here.trials})
     calls = []
     again = measure_intrinsic_dimension(lambda d, seed: calls.append(d) or 0.0, DIMS, out=tmp_path)
     assert (again, calls) == (there, [])
@@ -76,7 +82,7 @@ def test_trials_run_side_by_side_in_workers_that_load_the_fit_once(engine, tmp_p
 
 def test_finished_trials_are_kept_when_another_fails(engine, curve, tmp_path):
     def fails(d, seed):
-        if d == 1000 and seed == 2:
+        if d and seed == 2:
             time.sleep(1)
             raise ValueError("out of memory")
         return curve(d, seed)
@@ -84,7 +90,8 @@ def test_finished_trials_are_kept_when_another_fails(engine, curve, tmp_path):
     with pytest.raises(ValueError, match="out of memory"):
         measure_intrinsic_dimension(fails, DIMS, out=tmp_path, engine=engine)
     rows = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
-    assert {(row["d"], row["seed"]) for row in rows if row["d"]} == {(1000, 0), (1000, 1)}
+    last = max(row["d"] or 0 for row in rows)
+    assert {row["seed"] for row in rows if row["d"] == last} == {0, 1}
     assert measure_intrinsic_dimension(curve, DIMS, out=tmp_path, engine=engine).d is not None
 
 
@@ -92,12 +99,12 @@ def test_a_trial_whose_worker_dies_is_repeated(engine, curve, tmp_path):
     marker = tmp_path / "died"
 
     def dies(d, seed):
-        if d == 1000 and not marker.exists():
+        if d == DIMS[0] and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return curve(d, seed)
 
-    assert measure_intrinsic_dimension(dies, DIMS, engine=engine) == measure_intrinsic_dimension(curve, DIMS)
+    assert measure_intrinsic_dimension(dies, DIMS, engine=engine).d == measure_intrinsic_dimension(curve, DIMS).d
     assert marker.exists()
 
 
@@ -138,7 +145,7 @@ def test_each_trial_an_accelerate_launch_in_ray(engine, tmp_path):
         options += ["--full-rates", "0.001", "--rates", "2e-4", "--config", str(yaml), *more]
         main(command(data, str(base), tmp_path / name, *options))
         report = json.loads((tmp_path / name / "report.json").read_text())
-        found[name] = {row["d"]: row["score"] for row in report["trials"]}
+        found[name] = {(row["d"], row["seed"]): row["score"] for row in report["trials"]}
     assert len(list((tmp_path / "launched" / "tokens").iterdir())) == 2
     assert found["there"] == pytest.approx(found["here"], abs=1e-6)
     assert found["launched"] == pytest.approx(found["here"], abs=5e-3)  # ranks of near ties
@@ -148,7 +155,9 @@ def test_each_trial_an_accelerate_launch_in_ray(engine, tmp_path):
 def test_launched_processes_end_with_their_run(tmp_path):
     code = f"""
     from peft_intrinsic.measure.launch import LaunchedFit, _lives
-    LaunchedFit({{"never": 1}}, "{sys.executable} {tmp_path}/slow.py", {str(tmp_path)!r})(8, 0)
+    from peft_intrinsic.measure.options import TextOptions
+    options = TextOptions("none", task="glue/mrpc")
+    LaunchedFit(options, "{sys.executable} {tmp_path}/slow.py", {str(tmp_path)!r})(8, 0)
     """
     (tmp_path / "slow.py").write_text(
         textwrap.dedent("""
@@ -176,5 +185,5 @@ def wait(for_what, seconds=120):
 
 
 def test_a_launcher_that_fails(tmp_path):
-    with pytest.raises(RuntimeError, match=r"python ended with 1:[\s\S]*KeyError"):
-        LaunchedFit({}, "python", tmp_path)(8, 0, 0.1)
+    with pytest.raises(RuntimeError, match=r"python ended with 1:[\s\S]*never\.jsonl"):
+        LaunchedFit(TextOptions("none", train="never.jsonl", eval="never.jsonl"), "python", tmp_path)(8, 0, 0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import random
 import signal
@@ -12,11 +13,12 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from peft_intrinsic.measure import NothingToMeasure, Result, grid, measure_intrinsic_dimension, write_report
+from peft_intrinsic.measure import NothingToMeasure, analyse, grid, measure_intrinsic_dimension, write_report
 from peft_intrinsic.measure.report import markdown, summary
 from peft_intrinsic.measure.store import Store
 
@@ -31,16 +33,17 @@ def test_a_step():
     result = measure_intrinsic_dimension(step, DIMS)
     assert result.d == next(d for d in DIMS if d >= 100)
     assert result.interval == (result.d, result.d)
-    assert (result.baseline, result.target) == ([0.8, 0.8, 0.8], pytest.approx(0.72))
-    assert len(result.trials) == len(result.baseline) + 3 * len(result.points) <= 3 * len(DIMS) * 0.7
+    assert (result.baseline.scores, result.target) == ([0.8, 0.8, 0.8], pytest.approx(0.72))
+    assert len(result.trials) <= 3 * len(DIMS) * 0.7
 
 
 def test_beyond_and_below_the_grid():
     never = measure_intrinsic_dimension(lambda d, seed: 0.8 if d is None else 0.4, DIMS)
     assert (never.d, never.interval) == (None, (None, None))
-    assert "above 1000" in summary(never)
+    assert "d90 > 1000, 90 % interval [> 1000, > 1000]" in summary(never)
     always = measure_intrinsic_dimension(lambda d, seed: 0.8, DIMS)
     assert always.d == DIMS[0]
+    assert "d90 ≤ 10, 90 % interval [≤ 10, ≤ 10]" in summary(always)
 
 
 def test_learning_rates_are_chosen_on_the_same_terms():
@@ -49,13 +52,15 @@ def test_learning_rates_are_chosen_on_the_same_terms():
     def fit(d, seed, rate):
         tried.append((d, seed, rate))
         best = 1e-3 if d is None else 0.1
-        return step(d, seed) - (rate != best) * 0.3
+        return step(d, seed) - 0.1 * abs(math.log(rate / best, 4))
 
     result = measure_intrinsic_dimension(fit, DIMS, learning_rates=([1e-4, 1e-3], [0.1, 0.5]))
-    assert result.learning_rates == (1e-3, 0.1)
-    assert {rate for d, _, rate in tried if d not in (None, DIMS[10])} == {0.1}
+    assert (result.baseline.learning_rate, {point.learning_rate for point in result.points}) == (1e-3, {0.1})
     assert len(tried) == len(set(tried))
     assert result.d == next(d for d in DIMS if d >= 100)
+    assert result.edges[0] is None  # the better of two is always at an edge
+    assert "| best rate at the edge of those tried | full fine-tuning, d = 10" in markdown(result)
+    assert not measure_intrinsic_dimension(fit, DIMS, learning_rates=("auto", "auto")).edges
 
 
 @pytest.mark.parametrize(
@@ -69,8 +74,13 @@ def test_learning_rates_are_chosen_on_the_same_terms():
         ({"of": "gain", "majority": 0.8}, "no better than the majority class"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"learning_rates": ([1], [1, 2])}, "as many for full fine-tuning as for the subspace"),
+        ({"learning_rates": ("auto", [1, 2])}, "or be 'auto' for both"),
+        ({"learning_rates": ([math.nan], [1])}, r"\(--full-rates, --rates\) must be above 0, got"),
+        ({"baseline_seeds": 0}, "baseline_seeds must be at least 1, got 0"),
+        ({"minutes": math.nan}, "minutes must be at least 0, got nan"),
+        ({"center": "mode"}, "center must be 'median' or 'mean', got 'mode'"),
         ({"majority": 0.8}, "no better than the majority class"),
-        ({"trials": 2}, "trials=2 does not allow a single d with seeds=3"),
+        ({"trials": 2}, "trials must be at least 4, got 2: fewer do not measure a single d with seeds=3"),
         ({"baseline": -1.0}, "a share of a negative score means nothing"),
     ],
 )
@@ -79,27 +89,58 @@ def test_refused(options, message):
         measure_intrinsic_dimension(step, **{"dims": DIMS, **options})
 
 
+def test_another_question_uses_the_trials_that_are_there(tmp_path):
+    """Another target, another definition, more seeds, a finer grid: only what is missing runs."""
+    calls: list = []
+
+    def fit(d, seed):
+        calls.append((d, seed))
+        return step(d, seed)
+
+    first = measure_intrinsic_dimension(fit, DIMS, majority=0.2, out=tmp_path)
+    known, rows = len(calls), first.trials
+    assert measure_intrinsic_dimension(fit, DIMS, majority=0.2, out=tmp_path) == first
+    assert len(calls) == known
+    for question in ({"target": 0.5}, {"of": "gain"}, {"center": "mean"}):
+        found = analyse(tmp_path, **question)
+        assert found == replace(
+            measure_intrinsic_dimension(fit, DIMS, majority=0.2, **question), stopped=found.stopped, trials=rows
+        ) or question == {"target": 0.5}
+    assert analyse(tmp_path, target=0.5).answers["score"].target == pytest.approx(0.4)
+    calls.clear()
+    more = measure_intrinsic_dimension(fit, grid(10, 1000, 39), majority=0.2, seeds=4, out=tmp_path)
+    assert not set(calls) & {(row["d"], row["seed"]) for row in rows}
+    assert more.d == next(d for d in grid(10, 1000, 39) if d >= 100)
+    assert analyse(tmp_path).d == more.d  # the newest question is the folder's
+
+
 def test_folder_of_other_settings(tmp_path):
-    first = measure_intrinsic_dimension(step, DIMS, out=tmp_path)
-    calls = []
-    again = measure_intrinsic_dimension(lambda d, seed: calls.append(d) or 0, DIMS, out=tmp_path)
-    assert (again, calls) == (first, [])
-    with pytest.raises(ValueError, match=r"other settings \(target: 0.9 there, 0.5 now\).*--fresh"):
-        measure_intrinsic_dimension(step, DIMS, target=0.5, out=tmp_path)
-    assert measure_intrinsic_dimension(step, DIMS, target=0.5, out=tmp_path, fresh=True).target == pytest.approx(0.4)
+    measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 3})
+    with pytest.raises(ValueError, match=r"other settings \(width: 3 there, 4 now\).*--fresh"):
+        measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 4})
+    measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 4}, fresh=True)
+    with pytest.raises(ValueError, match=r"not the folder of a run: it has no settings\.json"):
+        analyse(tmp_path / "elsewhere")
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match=r"plan\.json is damaged .*what was asked"):
+        analyse(tmp_path)
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(ValueError, match=r"has no plan\.json: it is not the folder of a measurement"):
+        analyse(tmp_path)
 
 
 def test_a_row_of_other_settings_does_not_count(tmp_path):
-    for share in (0.5, 0.6):
-        measure_intrinsic_dimension(step, DIMS, target=share, out=tmp_path / str(share))
-    first, second = (tmp_path / str(share) / "trials.jsonl" for share in (0.5, 0.6))
+    for width in (5, 6):
+        measure_intrinsic_dimension(step, DIMS, out=tmp_path / str(width), settings={"width": width})
+    first, second = (tmp_path / str(width) / "trials.jsonl" for width in (5, 6))
     row = json.loads(first.read_text().splitlines()[-1])
-    settings = json.loads((first.parent / "settings.json").read_text())
-    complete = {**settings, **{name: row[name] for name in ("d", "seed", "learning_rate")}}
+    complete = {"width": 5, **{name: row[name] for name in ("d", "seed", "learning_rate")}}
     assert row["key"] == hashlib.sha256(json.dumps(complete, sort_keys=True).encode()).hexdigest()[:16]
     again, rows = [], second.read_text().splitlines()
     second.write_text(first.read_text())
-    measure_intrinsic_dimension(lambda d, seed: again.append(d) or step(d, seed), DIMS, target=0.6, out=second.parent)
+    measure_intrinsic_dimension(
+        lambda d, seed: again.append(d) or step(d, seed), DIMS, out=second.parent, settings={"width": 6}
+    )
     assert len(again) == len(rows)
 
 
@@ -173,8 +214,11 @@ def test_killed_at_random_and_resumed(tmp_path):
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-    for file in ("report.json", "report.md"):
-        assert (shot / file).read_text() == (quiet / file).read_text()
+    assert (shot / "report.md").read_text() == (quiet / "report.md").read_text()
+    own, other = (json.loads((folder / "report.json").read_text()) for folder in (shot, quiet))
+    for row in (*own["trials"], *other["trials"]):
+        del row["seconds"], row["process"]
+    assert own == other
     finished = [json.loads(line)["key"] for line in (shot / "trials.jsonl").read_text().splitlines()]
     assert len(finished) == len(set(finished)) == count(quiet)
     calls = (shot / "calls").read_text().splitlines()
@@ -188,20 +232,30 @@ def count(folder: Path) -> int:
 
 
 def test_report(tmp_path):
-    result = measure_intrinsic_dimension(step, DIMS, majority=0.5, out=tmp_path)
+    fit = lambda d, seed: 0.3 if (d, seed) == (1000, 1) else step(d, seed)  # noqa: E731
+    result = measure_intrinsic_dimension(fit, DIMS, majority=0.35, out=tmp_path, sweep=True)
     write_report(result, tmp_path)
     report = json.loads((tmp_path / "report.json").read_text())
-    again = Result(**{**report, "interval": tuple(report["interval"]), "points": [tuple(p) for p in report["points"]]})
-    assert again == result
-    assert report["trials"][0] == {"d": None, "seed": 0, "learning_rate": None, "score": 0.8}
+    assert report["answers"]["score"]["d"] == report["answers"]["gain"]["d"] == result.d
+    assert report["answers"]["gain"]["target"] == pytest.approx(0.35 + 0.9 * 0.45)
+    first = report["trials"][0]
+    assert (first["d"], first["seed"], first["learning_rate"], first["score"]) == (None, 0, None, 0.8)
+    assert first["process"].endswith(f" {os.getpid()}")
+    assert first["versions"]["torch"] == report["versions"]["torch"] == importlib.metadata.version("torch")
     assert len(report["trials"]) == count(tmp_path)
-    assert report["settings"]["dims"] == DIMS
-    assert report["versions"]["torch"] == importlib.metadata.version("torch")
-    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    for name in ("png", "svg", "pdf"):
+        assert (tmp_path / f"curve.{name}").stat().st_size > 5_000
+    rows = (tmp_path / "curve.csv").read_text().splitlines()
+    assert rows[0] == "d,seed,learning_rate,score,seconds,process"
+    assert rows[1].startswith("full,0,,0.8,")
+    assert len(rows) == 1 + count(tmp_path)
     text = markdown(result)
     assert f"d90 = {result.d}, 90 % interval [{result.d}, {result.d}]" in text
-    assert "| majority class | 0.5000 |" in text
-    assert f"| {result.d} | 0.8000 | 0.8000, 0.8000, 0.8000 |" in text
+    assert "| majority class | 0.3500 |" in text
+    assert f"| collapsed: full fine-tuning, subspace | 0, 1 of {3 * len(DIMS)} |" in text
+    assert f"| {result.d} | 0.8000 | fixed by the fit | 0.8000, 0.8000, 0.8000 |  |" in text
+    assert "| 1000 | 0.8000 | fixed by the fit | 0.8000, 0.8000 | 1 |" in text
+    assert analyse(tmp_path, center="mean").points[-1].scores == [0.8, 0.8, 0.3]
 
 
 def test_gain_over_the_untrained_model():
@@ -235,7 +289,7 @@ def test_the_untrained_model_is_asked_at_a_rate_too():
         baseline=-1.0,
         learning_rates=([1e-4], [0.1]),
     )
-    assert (result.untrained, result.learning_rates) == (-3.0, (None, 0.1))
+    assert (result.untrained, result.points[0].learning_rate) == (-3.0, 0.1)
     assert all(row["d"] is not None for row in result.trials)
 
 
@@ -249,7 +303,7 @@ def test_beginning_anew_leaves_nothing_of_the_old_run(tmp_path):
     write_report(measure_intrinsic_dimension(step, DIMS, out=tmp_path), tmp_path)
     with pytest.raises(NothingToMeasure):
         measure_intrinsic_dimension(step, DIMS, majority=0.9, out=tmp_path, fresh=True)
-    assert {path.name for path in tmp_path.iterdir()} <= {"trials.jsonl", "settings.json", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"trials.jsonl", "settings.json", "plan.json", ".lock"}
 
 
 def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):

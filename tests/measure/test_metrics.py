@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from sklearn.metrics import accuracy_score, mean_squared_error, recall_score
 from test_documents import tiny
 from texts import BAD, GOOD, QUICK, command, write
 
-from peft_intrinsic.cli import main
+from peft_intrinsic.measure.analysis import Point
 from peft_intrinsic.measure.metrics import METRICS, load_metric
+from peft_intrinsic.measure.options import TextOptions, settings
 from peft_intrinsic.measure.study import _gap
-from peft_intrinsic.measure.tasks import IGNORED, Task, files, settings
+from peft_intrinsic.measure.tasks import IGNORED, Task, files
 from peft_intrinsic.measure.text import TextFit, TokenFit
+from peft_intrinsic_command import main
 
 MODULE = """
 import datasets
@@ -107,7 +110,7 @@ def test_a_metric_of_numbers_where_less_is_better(tmp_path):
     answers = np.sin(values)
     assert found.score(values, answers) == pytest.approx(-mean_squared_error(values, answers), rel=1e-5)
     fit = TextFit(tiny("bert", tmp_path / "base"), found, arguments={**QUICK, "max_steps": 60})
-    assert found.majority() < fit(None, 0, 1e-2) < 0
+    assert found.majority() < fit(None, 0, 1e-2)["score"] < 0
 
 
 def test_a_metric_that_gives_a_constant_no_score(tmp_path):
@@ -233,15 +236,15 @@ def test_a_script_counts_by_its_content(tmp_path, monkeypatch):
     script(tmp_path / "own", "own", f'{{"right": {RIGHT}}}')
     found = task(tmp_path, [0, 1], "own:right")
     assert found.metric == f"{tmp_path}/own/own.py:right"
-    options = {"model": None, "train": None, "eval": None}
-    before = settings({**options, "metric": "own:right"})["metric"]
+    options = TextOptions("none", task="glue/mrpc")
+    before = settings(replace(options, metric="own:right"))["metric"]
     assert before.startswith("own.py, sha256 ")
     assert before.endswith(":right")
-    assert settings({**options, "metric": found.metric})["metric"] == before
+    assert settings(replace(options, metric=found.metric))["metric"] == before
     script(tmp_path / "own", "own", f'{{"right": 2 * {RIGHT}}}')
-    assert settings({**options, "metric": found.metric})["metric"] != before
+    assert settings(replace(options, metric=found.metric))["metric"] != before
     script(tmp_path / "f1", "f1", "1 / 0")
-    assert settings({**options, "metric": "f1"})["metric"] == task(tmp_path, [0, 1], "f1").metric == "f1"
+    assert settings(replace(options, metric="f1"))["metric"] == task(tmp_path, [0, 1], "f1").metric == "f1"
 
 
 def test_a_launched_trial_is_told_where_the_script_is(data, tmp_path, monkeypatch):
@@ -249,7 +252,7 @@ def test_a_launched_trial_is_told_where_the_script_is(data, tmp_path, monkeypatc
     told = []
 
     def launched(options, *_):
-        told.append(options["metric"])
+        told.append(options.metric)
         return lambda d, seed, rate: 1.0
 
     monkeypatch.setattr("peft_intrinsic.measure.command.LaunchedFit", launched)
@@ -266,12 +269,13 @@ def test_the_command_with_an_error(data, tmp_path, capsys):
     base = tiny("bert", tmp_path / "base")
     (tmp_path / "more.yaml").write_text("max_steps: 60\nuse_cpu: true\ndataloader_pin_memory: false\n")
     wrong = script(tmp_path, "wrong", f'{{"wrong": 100 - 100 * {RIGHT}}}')
-    options = ["--config", str(tmp_path / "more.yaml"), "--trials", "4", "--metric", wrong]
+    options = ["--config", str(tmp_path / "more.yaml"), "--trials", "8", "--metric", wrong]
     main(command(data, base, tmp_path / "run", *options))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["majority"] == pytest.approx(-100 / 3)
     assert report["of"] == "gain"
-    assert report["target"] == pytest.approx(-100 / 3 + 0.9 * (np.mean(report["baseline"]) + 100 / 3))
+    gain = report["baseline"]["level"] + 100 / 3
+    assert report["answers"]["gain"]["target"] == pytest.approx(-100 / 3 + 0.9 * gain)
     assert report["settings"]["best"] == 0
     with pytest.raises(SystemExit):
         main(command(data, base, tmp_path / "other", *options, "--of", "score"))
@@ -280,7 +284,7 @@ def test_the_command_with_an_error(data, tmp_path, capsys):
 
 def test_the_gap_to_the_best_score():
     class result:
-        d, settings, learning_rates = 8, {"metric": "mse", "best": 0.0}, (1.0, 0.1)
-        trials = [{"d": 8, "learning_rate": 0.1, "score": -0.4, "train_score": -0.1}]  # noqa: RUF012
+        d, settings, points = 8, {"metric": "mse", "best": 0.0}, [Point(8, -0.4, [-0.4], 0, 0.1)]
+        trials = [{"d": 8, "seed": 0, "learning_rate": 0.1, "score": -0.4, "train_score": -0.1}]  # noqa: RUF012
 
     assert _gap(result)["gap"] == pytest.approx(0.3 / 0.4)

@@ -9,8 +9,10 @@ from test_documents import tiny
 from texts import command
 from transformers import AutoModel
 
-from peft_intrinsic.cli import main
+from peft_intrinsic.measure.analysis import Point
+from peft_intrinsic.measure.evidence import TUNING
 from peft_intrinsic.measure.study import _gap, _step
+from peft_intrinsic_command import main
 
 
 @pytest.fixture
@@ -24,7 +26,8 @@ def study(kind, models, options, folder):
     main(["study", kind, *models, *options])
     found = json.loads((folder / "study.json").read_text())
     assert found["kind"] == kind
-    assert (folder / "study.png").stat().st_size > 5_000
+    for name in ("png", "svg", "pdf"):
+        assert (folder / f"study.{name}").stat().st_size > 5_000
     return found["rows"]
 
 
@@ -32,12 +35,13 @@ def test_methods(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "base")
     rows = study("methods", ["base"], options, tmp_path / "study")
-    assert [row["name"] for row in rows] == ["base DID", "base SAID"]
+    assert [row["name"] for row in rows] == ["base did", "base said"]
     for row in rows:
         report = json.loads((tmp_path / "study" / row["name"].replace(" ", "_") / "report.json").read_text())
-        assert (report["d"], report["interval"]) == (row["d"], row["interval"])
-        assert report["settings"]["said"] == row["name"].endswith("SAID")
-        assert any(trial["d"] is None for trial in report["trials"]) == row["name"].endswith(" DID")
+        for of, answer in report["answers"].items():
+            assert (answer["d"], answer["interval"]) == (row["answers"][of]["d"], row["answers"][of]["interval"])
+        assert report["settings"]["method"] == row["method"]
+        assert any(trial["d"] is None for trial in report["trials"]) == (row["method"] == "did")
     assert rows[0]["baseline"] == rows[1]["baseline"]
     before = {path: path.read_text() for path in tmp_path.glob("study/*/trials.jsonl")}
     assert study("methods", ["base"], options, tmp_path / "study") == rows
@@ -57,16 +61,16 @@ def test_models_that_cannot_be_measured_are_noted(options, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "small")
     tiny("electra", tmp_path / "other")
-    never = [*options, "--full-rates", "0"]
+    never = [*options, "--full-rates", "1e-30"]
     both = study("methods", ["small"], [*never, "--out", "methods"], tmp_path / "methods")
     assert [row["why_not"] for row in both] == [both[0]["why_not"]] * 2
-    assert not (tmp_path / "methods" / "small_SAID").exists()
+    assert not (tmp_path / "methods" / "small_said").exists()
     rows = study("models", ["small"], never, tmp_path / "study")
     assert "no better than the majority class" in rows[0]["why_not"]
-    assert "small DID" in capsys.readouterr().out
+    assert "small did" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        study("models", ["small"], options, tmp_path / "study")
-    assert "learning_rates: " in capsys.readouterr().err
+        study("models", ["small"], [*options, "--epochs", "2"], tmp_path / "study")
+    assert "arguments: " in capsys.readouterr().err
     rows = study("models", ["small", "other"], [*options, "--fresh"], tmp_path / "study")
     assert [row["x"] for row in rows] == [row["parameters"] for row in rows]
     model = AutoModel.from_pretrained("other")
@@ -85,14 +89,16 @@ def test_gap_against_d90(options, tmp_path, monkeypatch):
 
 def test_gap_by_hand():
     class result:
-        d, settings, learning_rates = 8, {"metric": "accuracy"}, (1.0, 0.1)
+        d, settings = 8, {"metric": "accuracy"}
+        points = [Point(8, 0.6, [0.7, 0.5], 1, 0.1)]  # noqa: RUF012
         trials = [  # noqa: RUF012
-            {"d": None, "learning_rate": 1.0, "score": 1.0, "train_score": 1.0},
-            {"d": 8, "learning_rate": 0.5, "score": 0.1, "train_score": 0.1},  # tried, not chosen
-            {"d": 8, "learning_rate": 0.1, "score": None, "train_score": 0.9},  # diverged
-            {"d": 8, "learning_rate": 0.1, "score": 0.7, "train_score": 0.8},
-            {"d": 8, "learning_rate": 0.1, "score": 0.5, "train_score": 0.8},
-            {"d": 9, "learning_rate": 0.1, "score": 0.0, "train_score": 0.0},
+            {"d": None, "seed": 0, "learning_rate": 1.0, "score": 1.0, "train_score": 1.0},
+            {"d": 8, "seed": 0, "learning_rate": 0.5, "score": 0.1, "train_score": 0.1},  # another rate
+            {"d": 8, "seed": TUNING, "learning_rate": 0.1, "score": 0.1, "train_score": 0.1},  # it chose the rate
+            {"d": 8, "seed": 0, "learning_rate": 0.1, "score": None, "train_score": 0.9},  # diverged
+            {"d": 8, "seed": 1, "learning_rate": 0.1, "score": 0.7, "train_score": 0.8},
+            {"d": 8, "seed": 2, "learning_rate": 0.1, "score": 0.5, "train_score": 0.8},
+            {"d": 9, "seed": 0, "learning_rate": 0.1, "score": 0.0, "train_score": 0.0},
         ]
 
     assert _gap(result)["gap"] == pytest.approx((0.8 - 0.6) / (1 - 0.6))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from test_documents import tiny
 from texts import BAD, GOOD, command, write
 
-from peft_intrinsic.cli import main
-from peft_intrinsic.measure.tasks import files, settings
+from peft_intrinsic.measure.options import TextOptions, settings
+from peft_intrinsic.measure.tasks import files
+from peft_intrinsic_command import main
 
 
 @pytest.mark.parametrize(
@@ -20,18 +22,31 @@ from peft_intrinsic.measure.tasks import files, settings
         ({"--text": "sentence"}, "has no column 'sentence'. It has text, label"),
         ({"--label": "class"}, "has no column 'class'"),
         ({"--train": "train.txt"}, "train.txt: the ending must be one of"),
-        ({"--task": "glue/mrpc"}, "either --task, or both"),
+        ({"--task": "glue/mrpc"}, "name either a task of GLUE (--task), or both"),
         ({"--config": "absent.yaml"}, "absent.yaml"),
-        ({"--dims": "9,5,3"}, "argument --dims: '9,5,3': A grid needs 1 <= low < high"),
+        ({"--dims": "9,5,3"}, "dims (--dims): A grid needs 1 <= low < high"),
         ({"--dims": "many"}, "argument --dims: 'many'"),
         ({"--metric": "spearman"}, "metric='spearman' is for numbers; column 'label' holds others"),
         ({"--task-type": "TOKEN_CLS", "--metric": "spearman"}, "metric='spearman' is for texts"),
         ({"--train": "tags.jsonl"}, "label='label' holds ['O', 'B'], not one class or number per row"),
         ({"--task-type": "TOKEN_CLS"}, "column 'text' holds 'a very bad film', not lists of words"),
+        ({"--label": "text"}, "label='text' (--label) is a column of the text too"),
+        (
+            {"--train": "mixed.jsonl", "--eval": "mixed.jsonl"},
+            "holds labels of several types: bool, int",
+        ),
+        ({"--eval": "one.jsonl"}, "one.jsonl: every row has the same label, 'yes'"),
+        ({"--max-length": "-1"}, "max_length (--max-length) must be at least 1, got -1"),
+        ({"--patience": "0"}, "patience (--patience) must be at least 1, got 0"),
+        ({"--rates": "nan"}, "learning_rates (--full-rates, --rates) must be above 0"),
+        ({"--target": "90"}, "target must lie in (0, 1], got 90.0"),
+        ({"--seeds": "0"}, "seeds must be at least 1, got 0"),
     ],
 )
 def test_bad_input(change, message, data, tmp_path, capsys, monkeypatch):
     write(tmp_path, "tags.jsonl", [{"text": GOOD, "label": ["O", "B"]}])
+    write(tmp_path, "one.jsonl", [{"text": GOOD, "label": "yes"}] * 2)
+    write(tmp_path, "mixed.jsonl", [{"text": GOOD, "label": True}, {"text": BAD, "label": 2}])
     monkeypatch.chdir(tmp_path)
     arguments = command(data, "no-model", tmp_path / "run")
     for option, value in change.items():
@@ -52,6 +67,7 @@ def test_bad_input(change, message, data, tmp_path, capsys, monkeypatch):
         ("learning_rat: 0.1", "TrainingArguments have no learning_rat"),
         ("warmup_steps: a tenth", "warmup_steps='a tenth' of the TrainingArguments is not a number"),
         ("- a list", "more.yaml must hold names and values"),
+        ("max_steps: [1]", "max_steps=[1] of the TrainingArguments is not a number"),
     ],
 )
 def test_bad_arguments(yaml, message, data, tmp_path, capsys):
@@ -64,8 +80,10 @@ def test_bad_arguments(yaml, message, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--patience", "0"], "patience must be at least 1, got 0"),
-        (["--said", "--dims", "2,512,3"], "dims (--dims): d=2 must exceed the number of λ"),
+        (["--method", "said", "--dims", "2,512,3"], "dims (--dims): d=2 must exceed the number of λ"),
+        (["--method", "lora", "--dims", "8,512,3"], "dims (--dims): lora has "),
+        (["--method", "bitfit"], "method='bitfit' (--method) is unknown. Known are did, said"),
+        (["--max-length", "4000"], "max_length (--max-length) = 4000: base has "),
         (["--dims", "8,1000000,3"], "weights, fewer than 1000000"),
         (["--engine", "ray"], "pip install 'peft_intrinsic[ray]'"),
     ],
@@ -149,7 +167,7 @@ def test_quotes_and_further_columns(tmp_path):
     """GLUE's TSV files are not quoted; the two files need not have the same further columns."""
     train, held_out = tmp_path / "train.tsv", tmp_path / "dev.tsv"
     train.write_text('text\tlabel\tidx\n"a good film\t1\t0\na bad film\t0\t1\n"very bad\t0\t2\n')
-    held_out.write_text("text\tlabel\na film\t1\n")
+    held_out.write_text("text\tlabel\na film\t1\nbad\t0\n")
     task = files(str(train), str(held_out), ["text"])
     assert list(task.data["train"]["text"]) == ['"a good film', "a bad film", '"very bad']
     assert task.data["train"].column_names == task.data["eval"].column_names == ["text", "label"]
@@ -172,10 +190,10 @@ def test_files_that_cannot_be_used(name, content, message, tmp_path):
 
 def test_a_model_counts_by_its_content(tmp_path):
     base = Path(tiny("bert", tmp_path / "base"))
-    options = {"model": str(base), "task": None, "train": None, "eval": None}
+    options = TextOptions(str(base), task="glue/mrpc")
     before = settings(options)["model"]
     assert before.startswith("base, sha256 ")
-    assert settings({**options, "model": "bert-base-uncased"})["model"] == "bert-base-uncased"
+    assert settings(replace(options, model="bert-base-uncased"))["model"] == "bert-base-uncased"
     with open(base / "tokenizer.json", "a") as file:
         file.write(" ")
     assert settings(options)["model"] != before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,25 +14,27 @@ from test_documents import tiny
 from texts import BAD, GOOD, QUICK, command, write
 from torch import nn
 
-from peft_intrinsic.cli import main
+from peft_intrinsic.measure.options import TextOptions
 from peft_intrinsic.measure.tasks import files
 from peft_intrinsic.measure.text import IGNORED, LanguageFit, TextFit, TokenFit, text_fit
+from peft_intrinsic_command import main
 
 
 def test_the_command_measures_and_goes_on(data, tmp_path, capsys):
     base = tiny("bert", tmp_path / "base")
     out = tmp_path / "run"
     (tmp_path / "more.yaml").write_text("max_steps: 120\nuse_cpu: true\ndataloader_pin_memory: false\n")
-    options = ["--said", "--config", str(tmp_path / "more.yaml")]
+    options = ["--method", "said", "--config", str(tmp_path / "more.yaml")]
     main(command(data, base, out, *options))
     told = capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
-    assert told.startswith(f"d90 = {report['d']}, 90 % interval [")
+    assert told.startswith(f"d90 = {report['answers']['score']['d']}, 90 % interval [")
     assert report["majority"] == pytest.approx(2 / 3)
-    assert report["learning_rates"] == [0.01, 3e-4]
+    assert (report["baseline"]["learning_rate"], report["points"][0]["learning_rate"]) == (0.01, 3e-4)
     assert report["settings"]["metric"] == "accuracy"
-    assert all(score == pytest.approx(1) for score in report["baseline"])
-    assert report["d"] in [18, 42, 97, 222, 512]  # 8 numbers, less the scales, do not learn it
+    assert all(score == pytest.approx(1) for score in report["baseline"]["scores"])
+    assert report["examples"] == 24
+    assert report["answers"]["score"]["d"] in [18, 42, 97, 222, 512]  # 8 numbers, less the scales, do not learn it
     assert (out / "curve.png").exists()
     before = (out / "trials.jsonl").read_text()
     main(command(data, base, out, *options))
@@ -39,7 +42,7 @@ def test_the_command_measures_and_goes_on(data, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(command(data, base, out, "--config", str(tmp_path / "more.yaml")))
     assert ended.value.code == 2
-    assert "said: True there, False now" in capsys.readouterr().err
+    assert "method: 'said' there, 'did' now" in capsys.readouterr().err
 
 
 def test_trials_share_the_base_and_leave_it_as_it_was(data, tmp_path):
@@ -48,8 +51,8 @@ def test_trials_share_the_base_and_leave_it_as_it_was(data, tmp_path):
     quick = {"max_steps": 6, "use_cpu": True, "dataloader_pin_memory": False, "per_device_train_batch_size": 8}
     fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments=quick)
     before = {name: p.clone() for name, p in fit.base.named_parameters()}
-    first = [fit(20, 0, 1e-3), fit(300, 1, 1e-3), fit(None, 0, 1e-3)]
-    again = [fit(None, 0, 1e-3), fit(300, 1, 1e-3), fit(20, 0, 1e-3)]
+    first = [fit(20, 0, 1e-3)["score"], fit(300, 1, 1e-3)["score"], fit(None, 0, 1e-3)["score"]]
+    again = [fit(None, 0, 1e-3)["score"], fit(300, 1, 1e-3)["score"], fit(20, 0, 1e-3)["score"]]
     assert first == again[::-1]
     assert all(torch.equal(p, before[name]) for name, p in fit.base.named_parameters())
     assert list(before) == [name for name, _ in fit.base.named_parameters()]
@@ -66,7 +69,7 @@ def test_pairs_and_numbers(tmp_path):
     fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments=quick, patience=None)
     assert isinstance(fit.base.classifier, nn.Linear)
     assert fit.base.classifier.out_features == 1
-    assert fit(None, 0, 1e-2) > 0.7
+    assert fit(None, 0, 1e-2)["score"] > 0.7
 
 
 def test_early_stopping(data, tmp_path):
@@ -76,7 +79,7 @@ def test_early_stopping(data, tmp_path):
     epochs = []
     scored = fit.scored
     fit.scored = lambda prediction: epochs.append(1) or scored(prediction)
-    assert fit(None, 0, 1e-2) == pytest.approx(1)
+    assert fit(None, 0, 1e-2)["score"] == pytest.approx(1)
     assert 11 < len(epochs) < 50  # the best epoch's weights, ten epochs after it
 
 
@@ -97,8 +100,8 @@ def test_classes_of_words(tmp_path):
     assert task.majority() == pytest.approx(2 / 3)
     fit = TokenFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 60})
     assert fit.data["train"][0]["labels"] == [2, 1, 2]
-    assert fit(None, 0, 1e-2) == pytest.approx(1)
-    assert fit(0, 0) < 1 <= fit(500, 0, 1e-3) + 1e-9
+    assert fit(None, 0, 1e-2)["score"] == pytest.approx(1)
+    assert fit(0, 0)["score"] < 1 <= fit(500, 0, 1e-3)["score"] + 1e-9
 
     class Halves:
         def __call__(self, words, **options):
@@ -137,24 +140,24 @@ def test_causal_language_model(tmp_path, capsys):
     fit = LanguageFit(base, task, max_length=10, arguments={**QUICK, "max_steps": 30})
     ids = torch.tensor(fit.data["eval"]["input_ids"])
     assert ids.shape == (12, 10)  # 32 · 4 words
-    assert fit(0, 0) == pytest.approx(-fit.base(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
-    assert fit(None, 0, 1e-2) > fit(0, 0) + 0.5
+    assert fit(0, 0)["score"] == pytest.approx(-fit.base(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
+    assert fit(None, 0, 1e-2)["score"] > fit(0, 0)["score"] + 0.5
     out = tmp_path / "run"
     (tmp_path / "more.yaml").write_text("max_steps: 30\nuse_cpu: true\ndataloader_pin_memory: false\n")
     options = ["--task-type", "CAUSAL_LM", "--max-length", "10", "--config", str(tmp_path / "more.yaml")]
     main(command(data, base, out, *options))
     report = json.loads((out / "report.json").read_text())
-    assert report["untrained"] == pytest.approx(fit(0, 0), abs=1e-5)
-    assert report["target"] == pytest.approx(
-        report["untrained"] + 0.9 * (np.mean(report["baseline"]) - report["untrained"])
-    )
+    assert report["untrained"] == pytest.approx(fit(0, 0)["score"], abs=1e-5)
+    gain = report["baseline"]["level"] - report["untrained"]
+    assert report["answers"]["gain"]["target"] == pytest.approx(report["untrained"] + 0.9 * gain)
+    assert "score" not in report["answers"]  # a share of a loss means nothing
     for more, message in ((["--of", "score"], "a share of a loss"), (["--metric", "f1"], "by its loss")):
         with pytest.raises(SystemExit):
             main(command(data, base, tmp_path / "other", *options, *more))
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(command(data, base, tmp_path / "other", *options, "--max-length", "1000"))
-    assert "max_length=1000 leaves a split without" in capsys.readouterr().err
+    assert "max_length (--max-length) = 1000 leaves a split without" in capsys.readouterr().err
 
 
 def test_the_training_data_are_scored_too(data, tmp_path):
@@ -162,22 +165,20 @@ def test_the_training_data_are_scored_too(data, tmp_path):
     fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 3}, train_score=True)
     found = fit(20, 0, 2e-4)
     alone = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 3})
-    assert found["score"] == alone(20, 0, 2e-4)
+    assert found["score"] == alone(20, 0, 2e-4)["score"]
     alone.data["eval"] = alone.data["train"]
-    assert found["train_score"] == alone(20, 0, 2e-4)
+    assert found["train_score"] == alone(20, 0, 2e-4)["score"]
 
 
 def test_tokenised_once_per_folder(data, tmp_path, monkeypatch):
     base, out = tiny("bert", tmp_path / "base"), tmp_path / "run"
-    options = {"model": base, "task": None, **data, "columns": ["text"], "label": "label", "metric": None}
-    options |= {"task_type": "SEQ_CLS", "said": False, "max_length": 8, "patience": None, "arguments": QUICK}
-    options["train_score"] = False
-    first = text_fit(options, out)
+    options = TextOptions(base, **data, max_length=8, arguments=QUICK)
+    first = text_fit(options, folder=out)
     monkeypatch.setattr(TextFit, "tokenise", lambda *rows: pytest.fail("tokenised again"))
-    again = text_fit(options, out)
+    again = text_fit(options, folder=out)
     assert again.data["train"][:] == first.data["train"][:]
     monkeypatch.undo()
-    assert len(text_fit({**options, "max_length": 3}, out).data["train"][0]["input_ids"]) == 3
+    assert len(text_fit(replace(options, max_length=3), folder=out).data["train"][0]["input_ids"]) == 3
 
 
 def test_an_encoder_decoder(tmp_path):
@@ -187,7 +188,7 @@ def test_an_encoder_decoder(tmp_path):
     tokenizer = tiny("bert", tmp_path / "tokenizer")
     build("bart").save_pretrained(tokenizer)
     fit = TextFit(tokenizer, task, arguments={**QUICK, "max_steps": 2})
-    assert 0 <= fit(50, 0, 2e-4) <= 1
+    assert 0 <= fit(50, 0, 2e-4)["score"] <= 1
 
 
 def test_yaml_s_numbers(data, tmp_path):
@@ -199,14 +200,14 @@ def test_yaml_s_numbers(data, tmp_path):
         "warmup_steps": 0.1,
         "max_steps": 1,
     }
-    assert 0 <= fit(8, 0, 0.01) <= 1
+    assert 0 <= fit(8, 0, 0.01)["score"] <= 1
 
 
 def test_a_classifier_that_diverges_has_no_score(data, tmp_path):
     task = files(data["train"], data["eval"], ["text"])
     fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 2, "max_grad_norm": 0})
-    assert math.isnan(fit(None, 0, 1e30))
-    assert math.isfinite(fit(None, 0, 1e-3))
+    assert math.isnan(fit(None, 0, 1e30)["score"])
+    assert math.isfinite(fit(None, 0, 1e-3)["score"])
 
 
 def test_arguments_win_over_what_early_stopping_asks(data, tmp_path):
@@ -215,4 +216,4 @@ def test_arguments_win_over_what_early_stopping_asks(data, tmp_path):
     fit = TextFit(tiny("bert", tmp_path / "base"), task, patience=1, arguments={**QUICK, **more})
     assert fit.arguments["eval_strategy"] == "steps"
     assert fit.arguments["load_best_model_at_end"]
-    assert 0 <= fit(8, 0, 0.01) <= 1
+    assert 0 <= fit(8, 0, 0.01)["score"] <= 1

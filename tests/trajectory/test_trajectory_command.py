@@ -13,9 +13,9 @@ from test_documents import tiny
 from texts import BAD, GOOD, write
 from transformers import BertForSequenceClassification
 
-from peft_intrinsic import cli
 from peft_intrinsic.measure.labelled import LabelledTexts
 from peft_intrinsic.trajectory import Subspace, fit_subspace, snapshots
+from peft_intrinsic_command import main
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def files(tmp_path, monkeypatch):
 
 
 def run(*words: str) -> None:
-    cli.main(["trajectory", *words])
+    main(["trajectory", *words])
 
 
 def record(out: str, train: str = "train.jsonl", *more: str) -> None:

@@ -145,7 +145,7 @@ def _later(package: str, name: str) -> Callable[[argparse.Namespace], None]:
 
     def run(args: argparse.Namespace) -> None:
         try:
-            module = import_module(f".{package}.command", __package__)
+            module = import_module(f"peft_intrinsic.{package}.command")
         except ImportError as error:
             raise RuntimeError(f"{error}. pip install peft_intrinsic[codec,measure]") from None
         getattr(module, name)(args)
