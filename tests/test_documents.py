@@ -213,6 +213,19 @@ def test_measure(tmp_path):
     assert (tmp_path / "digits" / "curve.png").exists()
 
 
+def test_measure_trainer(tmp_path):
+    rows = [f"a very {word} film,{int(word == 'good')}" for word in ["good", "bad", "good"] * 16]
+    (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]))
+    base = tiny("bert", tmp_path / "base")
+    files = ["--train", "data.csv", "--test", "data.csv", "--epochs", "40"]
+    options = ["--dims", "64", "512", "2", "--trials", "20"]
+    out = run("measure_trainer.py", "--model", base, *files, *options, cwd=tmp_path)
+    assert re.search(r"d90 = \S+, 90 % interval .*; report and plot in runs/measure", out), out
+    report = json.loads((tmp_path / "runs/measure/report.json").read_text())
+    assert report["majority"] == pytest.approx(2 / 3)
+    assert len(report["trials"]) <= 20
+
+
 def test_every_row_of_the_compatibility_table_names_a_test():
     rows = re.findall(r"^\| .+ \| (.+) \|$", (ROOT / "docs/compatibility.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) > 40

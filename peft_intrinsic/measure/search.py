@@ -107,11 +107,13 @@ class Search:
         else:
             rates = list(AUTO[d is not None]) if near is None else [_round(near * FACTOR**i) for i in (-1, 0, 1)]
         self._ask([(d, TUNING, rate) for rate in rates])
-        for _ in range(WIDENED):
-            if listed != "auto" or not self.evidence.at_edge(d):
+        for _ in range(WIDENED if listed == "auto" else 0):
+            tried, best = self.evidence.tried(d), self.evidence.tuned(d)
+            low, high = min(tried), max(tried)
+            learnt = d is not None or not all(map(self.evidence.collapsed, tried.values()))
+            if learnt and not self.evidence.at_edge(d):
                 break
-            tried, best = list(self.evidence.tried(d)), self.evidence.tuned(d)
-            self._ask([(d, TUNING, _round(tried[0] / FACTOR if best == tried[0] else tried[-1] * FACTOR))])
+            self._ask([(d, TUNING, _round(low / FACTOR if learnt and best == low else high * FACTOR))])
         if self.evidence.tuned(d) is None:
             raise ValueError(f"fit returned no finite score for d={d} at any of the learning rates {rates}.")
 

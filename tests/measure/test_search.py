@@ -142,6 +142,16 @@ def test_of_equal_rates_the_middle_one():
     assert search.evidence.tuned(100) == 2e-4
 
 
+def test_full_fine_tuning_that_learns_nothing_is_given_higher_rates():
+    search = Search(
+        lambda wanted: [0.9 if rate > 1e-3 else 0.5 for _, _, rate in wanted],
+        Plan(GRID, rates=("auto", "auto")),
+        least=0.5,
+    )
+    search.full()
+    assert search.evidence.rate(None) > 1e-3
+
+
 def test_rates_that_all_diverge():
     with pytest.raises(ValueError, match=r"no finite score for d=None at any of the learning rates \[2.0, 3.0\]"):
         rated(lambda d: 1e-3, ((2.0, 3.0), (1e-3, 2e-3)), [])

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import build
+from peft import get_peft_model
 from test_documents import tiny
 from texts import BAD, GOOD, QUICK, command, write
 from torch import nn
 
+from peft_intrinsic.measure.analysis import evidence
+from peft_intrinsic.measure.methods import adapter
 from peft_intrinsic.measure.options import TextOptions
+from peft_intrinsic.measure.plan import Plan
 from peft_intrinsic.measure.tasks import files
 from peft_intrinsic.measure.text import IGNORED, LanguageFit, TextFit, TokenFit, text_fit
 from peft_intrinsic_command import main
@@ -43,6 +49,37 @@ def test_the_command_measures_and_goes_on(data, tmp_path, capsys):
         main(command(data, base, out, "--config", str(tmp_path / "more.yaml")))
     assert ended.value.code == 2
     assert "method: 'said' there, 'did' now" in capsys.readouterr().err
+
+
+def test_a_newcomer_s_run(tmp_path):
+    """From a CSV of their own, in a process of its own: look, measure, ask something else."""
+    rows = [f"{GOOD if i % 3 else BAD},{'yes' if i % 3 else 'no'}" for i in range(48)]
+    (tmp_path / "mine.csv").write_text("\n".join(["review,verdict", *rows]))
+    tiny("bert", tmp_path / "base")
+    (tmp_path / "more.yaml").write_text("max_steps: 60\nuse_cpu: true\ndataloader_pin_memory: false\n")
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-W", "ignore", "-c", "from peft_intrinsic_command import main; main()", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    asked = ["measure", "--model", "base", "--train", "mine.csv", "--eval", "mine.csv", "--text", "review"]
+    asked += ["--label", "verdict", "--dims", "8,512,6", "--full-rates", "0.01", "--rates", "3e-4", "--batch", "8"]
+    asked += ["--config", "more.yaml", "--trials", "14", "--out", "run"]
+    planned = run(*asked, "--dry-run")
+    assert "base by did on 48 train, 48 eval examples, by accuracy" in planned
+    assert "scan from below until the target is reached: 8, 18, 42, 97, 222, 512" in planned
+    assert "at most 14 trials" in planned
+    assert not (tmp_path / "run").exists()
+    assert run(*asked).startswith("d90 ")
+    trials = (tmp_path / "run" / "trials.jsonl").read_text()
+    assert len(list((tmp_path / "run" / "logs").iterdir())) == len(trials.splitlines())
+    told = run("analyse", "run", "--of", "gain", "--target", "0.5", "--out", "half")
+    assert told.startswith("d50 ")
+    report = json.loads((tmp_path / "half" / "report.json").read_text())
+    assert report["answers"]["gain"]["target"] == pytest.approx(2 / 3 + 0.5 * (report["baseline"]["level"] - 2 / 3))
+    assert (tmp_path / "run" / "trials.jsonl").read_text() == trials
 
 
 def test_trials_share_the_base_and_leave_it_as_it_was(data, tmp_path):
@@ -208,6 +245,36 @@ def test_a_classifier_that_diverges_has_no_score(data, tmp_path):
     fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 2, "max_grad_norm": 0})
     assert math.isnan(fit(None, 0, 1e30)["score"])
     assert math.isfinite(fit(None, 0, 1e-3)["score"])
+
+
+def test_what_is_right_is_kept(data, tmp_path):
+    """A bit for each held-out example; and what the trial logged."""
+    task = files(data["train"], data["eval"], ["text"])
+    fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 3}, logs=str(tmp_path))
+    row = fit(20, 1, 2e-4)
+    assert row["examples"] == 24
+    assert 0 < row["score"] < 1
+    trial = (20, 1, 2e-4)
+    rows = {"key": {"d": 20, "seed": 1, "learning_rate": 2e-4, **row}}
+    right = evidence(rows, Plan((20, 30), rates=((1.0,), (2e-4,)))).right[trial]
+    assert right.mean() == row["score"]
+    answers = fit.trainer(fit.base, str(tmp_path / "out"), {}).predict(fit.data["eval"])  # untrained: another model
+    assert (fit.right == (answers.predictions.argmax(1) == answers.label_ids)).all()
+    assert "train_loss" in (tmp_path / "d=20,seed=1,lr=0.0002.jsonl").read_text()
+
+
+@pytest.mark.parametrize("method", ["default", "lora", "unilora", "tinylora"])
+def test_other_methods_on_the_same_axis(method):
+    """At most d numbers, the head as it was drawn."""
+    base = build("bert")
+    least = 2 * 2 * (base.config.hidden_size * 2)  # of LoRA: two layers, queries and values
+    d = 2 * least if method == "lora" else 62
+    model = get_peft_model(base, adapter(method, d, 0, base, "SEQ_CLS"))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == (d if method != "tinylora" else 4 * (d // 4))
+    if method == "lora":
+        with pytest.raises(ValueError, match=f"lora has {least} numbers at least for this model, got d={least - 1}"):
+            adapter(method, least - 1, 0, base, "SEQ_CLS")
 
 
 def test_arguments_win_over_what_early_stopping_asks(data, tmp_path):
