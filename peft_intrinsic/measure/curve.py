@@ -53,14 +53,21 @@ def monotone(levels: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return isotonic_regression(levels, weights=counts).x
 
 
-def crossing(grid: Sequence[int], dims: Sequence[int], fit: np.ndarray, target: float) -> int:
+def crossing(grid: Sequence[int], dims: Sequence[int], fit: np.ndarray, target: float | np.ndarray) -> np.ndarray:
     """Index in `grid` of the least d whose fitted score reaches the target; `len(grid)` if none does.
 
     Between measured dimensions the fit is linear in log d, above them it stays as it is; nothing is known below them.
+
+    Args:
+        grid, dims: all dimensions, and those measured.
+        fit: `[..., dims]`.
+        target: `[...]`.
     """
-    values = np.where(np.array(grid) < dims[0], -np.inf, np.interp(np.log(grid), np.log(dims), fit))
-    reached = np.nonzero(values >= target - TINY)[0]
-    return int(reached[0]) if len(reached) else len(grid)
+    places, measured = np.log(grid), np.log(dims)
+    weights = np.stack([np.interp(places, measured, unit) for unit in np.eye(len(dims))])
+    values = np.where(places < measured[0], -np.inf, fit @ weights)
+    reached = values >= np.asarray(target)[..., None] - TINY
+    return np.where(reached.any(-1), reached.argmax(-1), len(grid))
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ class Curve:
     def index(self, shift: float = 0.0) -> int:
         """Where in the grid the fit reaches the target, or a shifted one; `len(grid)` if it does not."""
         dims, fit, _ = self.fit()
-        return crossing(self.grid, dims, fit, self.target + shift)
+        return int(crossing(self.grid, dims, fit, self.target + shift))
 
     def tie(self, resolution: float) -> tuple[int, int]:
         """Between which indexes the fit is within `resolution` of the target: a decision there is one of chance."""
@@ -152,14 +159,12 @@ class Curve:
         sampled = self._sampled(dims, rng, resamples)
         noise = noise + sampled[:, 1:]
         own = self.uncertainty() * _student(len(self.baseline.scores), rng, resamples) + sampled[:, 0]
-        found = [
-            crossing(self.grid, dims, monotone(fit + row, counts), self.target + self.share * shift)
-            for row, shift in zip(noise, own, strict=True)
-        ]
+        drawn = np.stack([monotone(fit + row, counts) for row in noise])
+        found = crossing(self.grid, dims, drawn, self.target + self.share * own)
         places = [self.grid.index(d) for d in dims] + [len(self.grid)]
-        found = [0 if place == places[0] else place for place in found]  # reached there: nothing is known below
+        found[found == places[0]] = 0  # reached there: nothing is known below
         ends = [(1 - DRAWN) / 2, (1 + DRAWN) / 2]
-        low, high = np.quantile([*found, crossing(self.grid, dims, fit, self.target)], ends, method="inverted_cdf")
+        low, high = np.quantile([*found, self.index()], ends, method="inverted_cdf")
         below = int(np.searchsorted(fit, self.target - TINY))
         first = places[below - 1] + 1 if below else 0
         return min(int(low), first), max(int(high), places[below])
