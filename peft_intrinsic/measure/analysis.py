@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from .engine import Trial
 from .evidence import Evidence
-from .plan import Plan, listed
+from .plan import Plan
+from .runner import unpacked
 from .store import PLAN, Store, read_json
 from .versions import versions
 
@@ -50,6 +50,7 @@ class Point:
         d: how many numbers.
         fit: the monotone fit; None beyond the peak of scores that fall again.
         scores: of the runs that count, one per seed.
+        seeds: runs, those that collapsed among them.
         collapsed: runs that were no better than the trivial answer, or diverged.
         learning_rate: of all of them, where there was a choice.
     """
@@ -57,6 +58,7 @@ class Point:
     d: int
     fit: float | None
     scores: list[float]
+    seeds: int
     collapsed: int
     learning_rate: float | None
 
@@ -122,7 +124,7 @@ class Result:
     @property
     def seeds(self) -> int:
         """The most of any d."""
-        return max(len(point.scores) for point in self.points)
+        return max(point.seeds for point in self.points)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -153,9 +155,8 @@ def evidence(rows: Mapping[str, Mapping[str, Any]], plan: Plan) -> Evidence:
     for row in rows.values():
         trial = (row["d"], row["seed"], row["learning_rate"])
         found[trial] = math.nan if row["score"] is None else row["score"]
-        if row.get("right") is not None:
-            bits = np.frombuffer(base64.b64decode(row["right"]), dtype=np.uint8)
-            right[trial] = np.unpackbits(bits, count=row["examples"])
+        if (known := unpacked(row)) is not None:
+            right[trial] = known
     return Evidence(found, plan, least(rows, plan), right)
 
 
@@ -163,11 +164,6 @@ def least(rows: Mapping[str, Mapping[str, Any]], plan: Plan) -> float | None:
     """Score of the trivial answer: the majority class, or the untrained model where that was scored."""
     untrained = [row["score"] for row in rows.values() if row["d"] == 0]
     return plan.majority if plan.majority is not None or not untrained else untrained[0]
-
-
-def packed(right: np.ndarray) -> dict[str, Any]:
-    """Which held-out examples a run has right, for its row: a bit for each."""
-    return {"examples": len(right), "right": base64.b64encode(np.packbits(right.astype(bool)).tobytes()).decode()}
 
 
 def check_baseline(found: Evidence) -> None:
@@ -201,10 +197,15 @@ def result(store: Store, plan: Plan, stopped: str) -> Result:
     found = evidence(store.rows, plan)
     if plan.baseline is None and not found.seeds(None):
         raise ValueError(f"{stopped} before full fine-tuning was measured. Allow more.")
+    if plan.of == "gain" and found.least is None:
+        raise ValueError("of='gain' needs the trivial answer's score, which these trials lack. Pass majority=.")
     check_baseline(found)
     curve = found.curve()
     if not curve.points:
-        raise ValueError(f"{stopped} before a single dimension was measured. Allow more.")
+        raise ValueError(
+            f"{stopped} before a single dimension was measured from {plan.dims[0]} to {plan.dims[-1]}. Allow more "
+            "trials or minutes (--trials, --minutes), or ask for the dims (--dims) that were measured."
+        )
     examples = next((row["examples"] for row in store.rows.values() if row.get("examples")), None)
     base = found.runs(None)
     answers = {}
@@ -215,7 +216,8 @@ def result(store: Store, plan: Plan, stopped: str) -> Result:
     dims, fit, _ = curve.fit()
     fitted = dict(zip(dims, map(float, fit), strict=True))
     points = [
-        Point(d, fitted.get(d), list(runs.scores), runs.collapsed, found.rate(d)) for d, runs in curve.points.items()
+        Point(d, fitted.get(d), list(runs.scores), len(found.seeds(d)), runs.collapsed, found.rate(d))
+        for d, runs in curve.points.items()
     ]
     untrained = None if plan.majority is not None else found.least
     return Result(
@@ -251,12 +253,20 @@ def _answer(found: Evidence, of: Any, examples: int | None) -> Answer:
     return Answer(places[curve.index()], (places[low], places[high]), tie, curve.target)
 
 
-def analyse(folder: str | os.PathLike, **changes: Any) -> Result:
+def analyse(
+    folder: str | os.PathLike,
+    dims: Sequence[int] | None = None,
+    target: float | None = None,
+    of: Literal["score", "gain"] | None = None,
+    center: Literal["median", "mean"] | None = None,
+    majority: float | None = None,
+) -> Result:
     """Ask the trials of a finished, or interrupted, run something else. Nothing is trained.
 
     Args:
         folder: of the run.
-        changes: fields of `Plan` that differ from the run's own: dims, target, of, center, …
+        dims, target, of, center, majority: see `measure_intrinsic_dimension`; None is what the run asked. Of other
+            dims, those that were measured between the least and the greatest are what the fit has.
 
     Raises:
         ValueError: the folder is not a run's, is damaged, or an option cannot work.
@@ -267,6 +277,7 @@ def analyse(folder: str | os.PathLike, **changes: Any) -> Result:
         if not path.exists():
             raise ValueError(f"{folder} has no {PLAN}: it is not the folder of a measurement.")
         plan = Plan.from_dict(read_json(path, "so it is not known what was asked"))
-        if "rates" in changes:
-            changes["rates"] = listed(changes["rates"])
+        asked: dict[str, Any] = {"target": target, "of": of, "center": center, "majority": majority}
+        asked["dims"] = None if dims is None else tuple(dims)
+        changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         return result(store, replace(plan, **changes), "the trials were analysed")

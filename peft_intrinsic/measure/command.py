@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from .measure import measured
 from .options import TextOptions, settings
 from .plan import Plan, listed
 from .report import write_report
+from .store import check_folder
 from .tasks import Task, load_task
 from .text import check
 
@@ -26,6 +27,24 @@ class Prepared:
     options: TextOptions
     task: Task
     plan: Plan
+
+    def settings(self, launcher: str | None) -> dict[str, Any]:
+        """What the trials depend on."""
+        found = settings(self.options)
+        if self.task.best not in (None, 1):
+            found["best"] = self.task.best
+        if launcher:
+            found["launcher"] = launcher  # more processes make larger batches
+        return found
+
+    def check(self, out: str | os.PathLike, launcher: str | None = None, fresh: bool = False, **_: Any) -> None:
+        """Whether the run can have this folder.
+
+        Raises:
+            ValueError: see `check_folder`.
+        """
+        if not fresh:
+            check_folder(out, self.settings(launcher))
 
 
 def prepare(options: Mapping[str, Any], question: Mapping[str, Any]) -> Prepared:
@@ -78,6 +97,7 @@ def measure_prepared(
     engine: Callable[[], Engine] | None = None,
     fresh: bool = False,
     dry_run: bool = False,
+    known: Sequence[Mapping[str, Any]] = (),
 ) -> Result | None:
     """Measure what is prepared, and write the report into `out`.
 
@@ -88,19 +108,16 @@ def measure_prepared(
         engine: makes what runs the trials; None is this process.
         fresh: begin anew in a folder that is in use.
         dry_run: print the plan, run nothing, return None.
+        known: rows of full fine-tuning that another run has and that are the same here.
     """
     options, task, plan = ready.options, ready.task, ready.plan
+    ready.check(out, launcher, fresh)
     if dry_run:
         sizes = ", ".join(f"{len(task.data[split])} {split}" for split in task.data)
         print(f"{options.model} by {options.method} on {sizes} examples, by {task.metric}\n{plan.told()}\nin {out}")
         return None
     fit = LaunchedFit(options, launcher, out) if launcher else LoadedFit(options, out, task)
-    common = settings(options)
-    if task.best not in (None, 1):
-        common["best"] = task.best
-    if launcher:
-        common["launcher"] = launcher  # more processes make larger batches
-    made = engine() if engine else None
-    result = measured(fit, plan, out=out, fresh=fresh, settings=common, engine=made)
+    common, made = ready.settings(launcher), engine() if engine else None
+    result = measured(fit, plan, out=out, fresh=fresh, settings=common, engine=made, known=known)
     write_report(result, out)
     return result

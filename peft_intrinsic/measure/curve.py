@@ -126,9 +126,10 @@ class Curve:
             return float((counts * (fitted - levels) ** 2).sum())
 
         kept = len(dims)
-        rising = monotone(levels, counts)
-        best = misfit(rising) - 2 * math.log(kept + 1) * float(self.residuals().var()) - TINY
-        for peak in range(len(dims) - 1, 0, -1):
+        spread = float(self.residuals().var())
+        best = misfit(monotone(levels, counts)) - 4 * math.log(kept + 1) * spread
+        single = all(len(self.points[d].scores) == 1 for d in dims)  # nothing tells a peak from chance
+        for peak in range(0 if single else len(dims) - 1, 0, -1):
             falling = -monotone(-levels[peak:], counts[peak:])
             both = np.concatenate([monotone(levels[:peak], counts[:peak]), falling])
             if misfit(both) < best - TINY:
@@ -144,30 +145,31 @@ class Curve:
         """Between which indexes the fit is within `resolution` of the target: a decision there is one of chance."""
         return self.index(-resolution), self.index(resolution)
 
-    def interval(self, seed: int = 0, resamples: int = RESAMPLES) -> tuple[int, int]:
+    def interval(self, seed: int = 0, resamples: int = RESAMPLES, sampling: bool = True) -> tuple[int, int]:
         """A bootstrap interval of `index`, 90 %.
 
         Scores are drawn anew around the fit from the residuals of all dimensions together (few seeds at each say little
         about their own spread), the baseline's level from Student's t, and the examples of the held-out data with
         replacement, the same for all runs, where it is known which ones each has right. Each draw is fitted again. What
         lies between the greatest measured d below the target and the least that reaches it belongs to the interval.
+        Without `sampling` the held-out examples stay as they are: what more trials can narrow.
         """
         rng = np.random.default_rng(seed)
         dims, fit, counts = self.fit()
         spread = self.residuals()
         noise = np.stack([self._center(rng.choice(spread, (resamples, int(count)))) for count in counts], 1)
-        sampled = self._sampled(dims, rng, resamples)
+        sampled = self._sampled(dims, rng, resamples) if sampling else np.zeros((resamples, 1 + len(dims)))
         noise = noise + sampled[:, 1:]
         own = self.uncertainty() * _student(len(self.baseline.scores), rng, resamples) + sampled[:, 0]
         drawn = np.stack([monotone(fit + row, counts) for row in noise])
         found = crossing(self.grid, dims, drawn, self.target + self.share * own)
-        places = [self.grid.index(d) for d in dims] + [len(self.grid)]
+        places = [*np.searchsorted(self.grid, dims), len(self.grid)]
         found[found == places[0]] = 0  # reached there: nothing is known below
         ends = [(1 - DRAWN) / 2, (1 + DRAWN) / 2]
         low, high = np.quantile([*found, self.index()], ends, method="inverted_cdf")
         below = int(np.searchsorted(fit, self.target - TINY))
-        first = places[below - 1] + 1 if below else 0
-        return min(int(low), first), max(int(high), places[below])
+        first = np.searchsorted(self.grid, dims[below - 1], "right") if below else 0
+        return min(int(low), int(first)), max(int(high), int(places[below]))
 
     def uncertainty(self) -> float:
         """Standard error of the baseline's level; 0 where there is one seed."""
@@ -181,12 +183,13 @@ class Curve:
     def _sampled(self, dims: Sequence[int], rng: np.random.Generator, resamples: int) -> np.ndarray:
         """What other held-out examples would change, `[resamples, 1 + dims]`, of full fine-tuning and of each d."""
         groups = [self.baseline, *(self.points[d] for d in dims)]
-        right = [runs.right.mean(0) for runs in groups if runs.right is not None]
-        if len(right) < len(groups) or len({len(row) for row in right}) != 1:
+        known = [runs.right.mean(0) for runs in groups if runs.right is not None]
+        if not known or len({len(row) for row in known}) > 1:
             return np.zeros((resamples, len(groups)))
-        examples = len(right[0])
+        examples = len(known[0])
+        means = [np.zeros(examples) if runs.right is None else runs.right.mean(0) for runs in groups]
         drawn = rng.multinomial(examples, np.full(examples, 1 / examples), resamples) / examples
-        return (drawn - 1 / examples) @ np.stack(right, 1)
+        return (drawn - 1 / examples) @ np.stack(means, 1)
 
 
 def _student(seeds: int, rng: np.random.Generator, resamples: int) -> np.ndarray:

@@ -36,16 +36,26 @@ class Evidence:
     ) -> None:
         self.found, self.plan, self.least, self.right = found, plan, least, right or {}
 
+    def _asked(self, d: int | None, rate: float | None) -> bool:
+        """Whether the plan has this rate: a folder may hold trials of others."""
+        listed = self.plan.rates and self.plan.rates[d is not None]
+        return (rate is None) == (listed is None) and (not listed or listed == "auto" or rate in listed)
+
     def tried(self, d: int | None) -> dict[float, float]:
-        """Scores of the learning rates that were tried at a d, or (None) of full fine-tuning."""
+        """Scores of the learning rates tried at a d, or (None) of full fine-tuning; NaN of one that diverged."""
         rows = {rate: score for (at, seed, rate), score in self.found.items() if (at, seed) == (d, TUNING)}
-        return {rate: rows[rate] for rate in sorted(rate for rate in rows if rate is not None)}
+        return {rate: rows[rate] for rate in sorted(rate for rate in rows if rate and self._asked(d, rate))}
 
     def tuned(self, d: int | None) -> float | None:
         """The best of them, of equally good ones the middle; None where none was tried, or all diverged."""
         finite = {rate: score for rate, score in self.tried(d).items() if math.isfinite(score)}
         best = [rate for rate, score in finite.items() if score >= max(finite.values()) - TINY]
         return best[len(best) // 2] if best else None
+
+    def best(self, d: int | None) -> float:
+        """The score of that rate; minus infinity where there is none."""
+        rate = self.tuned(d)
+        return -math.inf if rate is None else self.tried(d)[rate]
 
     def rate(self, d: int | None) -> float | None:
         """The learning rate that counts: the one of a list; chosen there; measured there; chosen at the nearest d."""
@@ -54,18 +64,19 @@ class Evidence:
         listed = self.plan.rates[d is not None]
         if listed != "auto" and len(listed) == 1:
             return listed[0]
-        if d is None or self.tried(d):
-            return self.tuned(d)
-        measured = [rate for at, seed, rate in self.found if at == d and seed != TUNING]
+        if (own := self.tuned(d)) is not None or d is None:
+            return own
+        measured = [rate for at, seed, rate in self.found if at == d and seed != TUNING and self._asked(d, rate)]
         if measured:
             return max(sorted(set(measured), key=lambda rate: rate or 0.0), key=measured.count)
-        places = sorted({at for at, seed, _ in self.found if at and seed == TUNING and self.tuned(at)})
+        places = sorted({at for at, seed, _ in self.found if at and seed == TUNING and self.tuned(at) is not None})
         return self.tuned(min(places, key=lambda at: abs(math.log(at / d)))) if places else None
 
     def at_edge(self, d: int | None) -> bool:
-        """Whether the best of several rates is the lowest or the highest of them."""
-        tried, best = list(self.tried(d)), self.tuned(d)
-        return len(tried) > 1 and best in (tried[0], tried[-1])
+        """Whether the best of several rates is the lowest or the highest of the list, or of those tried by "auto"."""
+        listed = self.plan.rates and self.plan.rates[d is not None]
+        known = sorted(listed) if listed and listed != "auto" else list(self.tried(d))
+        return len(known) > 1 and self.tuned(d) in (known[0], known[-1])
 
     def seeds(self, d: int | None) -> list[int]:
         """Those that ran at the rate that counts."""
@@ -77,23 +88,23 @@ class Evidence:
         return not math.isfinite(score) or (self.least is not None and score <= self.least + 1e-9)
 
     def runs(self, d: int | None) -> Runs:
-        """Of a d, or of full fine-tuning. Where all collapsed, the trivial answer stands for them."""
+        """Of a d, or of full fine-tuning. Where all collapsed they count, one without a score as the trivial answer."""
         if d is None and self.plan.baseline is not None:
             return Runs(self.plan.baseline)
         trials: list[Trial] = [(d, seed, self.rate(d)) for seed in self.seeds(d)]
         failed = [trial for trial in trials if self.collapsed(self.found[trial])]
         instead = self.least or 0.0
         kept = [trial for trial in trials if trial not in failed]
-        right = np.stack([self.right[t] for t in kept]) if kept and all(t in self.right for t in kept) else None
-        scores = [self.found[trial] for trial in kept]
-        if self.plan.center == "mean":  # of all: a collapsed run counts as what it is
-            scores += [self.found[t] if math.isfinite(self.found[t]) else instead for t in failed]
-            right = None if failed else right
-        return Runs(scores or ([instead] if failed else []), len(failed), right)
+        if self.plan.center == "mean" or not kept:  # a collapsed run counts as what it is
+            kept = trials
+        scores = [self.found[trial] if math.isfinite(self.found[trial]) else instead for trial in kept]
+        right = [self.right[trial] for trial in kept if trial in self.right]
+        return Runs(scores, len(failed), np.stack(right) if right else None)
 
     def curve(self, of: Literal["score", "gain"] | None = None) -> Curve:
         """The curve by one definition of the target, or the plan's."""
         dims = sorted({d for d, seed, _ in self.found if d and seed != TUNING})
-        points = {d: runs for d in dims if d in self.plan.dims and (runs := self.runs(d)).scores}
+        first, last = self.plan.dims[0], self.plan.dims[-1]
+        points = {d: runs for d in dims if first <= d <= last and (runs := self.runs(d)).scores}
         floor = float(self.least or 0.0) if (of or self.plan.of) == "gain" else 0.0
         return Curve(self.plan.dims, points, self.runs(None), self.plan.target, floor, self.plan.center)

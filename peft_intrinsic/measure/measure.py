@@ -6,8 +6,9 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from .analysis import Result, check_baseline, least, result
 from .curve import grid
 from .engine import Engine, InProcess
 from .plan import AUTO, Plan, listed
-from .runner import Fit, Runner
+from .runner import TRIAL, Fit, Runner
 from .search import Search
 from .store import PLAN, Store, write_whole
 
@@ -78,7 +79,7 @@ def measure_intrinsic_dimension(
     """
     known = baseline if baseline is None or isinstance(baseline, Sequence) else [baseline]
     plan = Plan(
-        dims=tuple(grid() if dims is None else dims),
+        dims=tuple(grid() if dims is None else map(index, dims)),
         baseline=None if known is None else tuple(map(float, known)),
         rates=listed(learning_rates),
         target=target,
@@ -102,13 +103,18 @@ def measured(
     fresh: bool,
     settings: dict[str, Any] | None,
     engine: Engine | None,
+    known: Sequence[Mapping[str, Any]] = (),
 ) -> Result:
-    """See `measure_intrinsic_dimension`."""
+    """See `measure_intrinsic_dimension`; `known` are rows of full fine-tuning from a run where it is the same."""
     start = time.monotonic()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if out is None else out
         store = stack.enter_context(Store(folder, settings or {}, fresh))
         write_whole(Path(folder, PLAN), json.dumps(plan.to_dict(), indent=1))
+        for row in known:
+            trial = {name: row[name] for name in TRIAL}
+            if store.key(trial) not in store.rows:
+                store.add(trial, {name: value for name, value in row.items() if name not in TRIAL})
         bar = stack.enter_context(tqdm(desc="trials", unit="trial", leave=False))
         engine = engine or InProcess()
         stack.callback(engine.close)
@@ -119,13 +125,20 @@ def measured(
             bar.set_postfix_str(doing)
 
         search = Search(
-            runner.run, plan, at_once=engine.slots // plan.seeds, progress=progress, start=start, least=plan.majority
+            runner.run,
+            plan,
+            least=least(store.rows, plan),
+            right=runner.right,
+            at_once=engine.slots // plan.seeds,
+            progress=progress,
+            start=start,
         )
-        search.full()
-        if plan.of == "gain" and plan.majority is None:
-            rates = AUTO[1] if plan.rates and plan.rates[1] == "auto" else plan.rates and plan.rates[1]
-            runner.finite([(0, 0, float(rates[0]) if rates else None)])  # at any rate: nothing is trained
-            search.evidence.least = least(store.rows, plan)
-        if search.evidence.seeds(None) or plan.baseline:
+
+        def begun() -> None:
+            if plan.of == "gain" and plan.majority is None:
+                rates = AUTO[1] if plan.rates and plan.rates[1] == "auto" else plan.rates and plan.rates[1]
+                runner.finite([(0, 0, float(rates[0]) if rates else None)])  # at any rate: nothing is trained
+                search.evidence.least = least(store.rows, plan)
             check_baseline(search.evidence)
-        return result(store, plan, search.run())
+
+        return result(store, plan, search.run(begun))

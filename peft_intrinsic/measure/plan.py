@@ -61,8 +61,12 @@ class Plan:
         for name, known in (("of", ("score", "gain")), ("center", ("median", "mean"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}.")
+        if self.baseline is not None and not (self.baseline and all(map(math.isfinite, self.baseline))):
+            raise ValueError(f"baseline must be finite scores, one or more, got {list(self.baseline)}.")
         for name, least in (("seeds", 1), ("baseline_seeds", 1), ("trials", self.seeds + 1), ("minutes", 0)):
             value = getattr(self, name)
+            if name != "minutes" and not isinstance(value, int | None):
+                raise ValueError(f"{name} must be a whole number, got {value!r}.")
             if value is not None and not value >= least:
                 why = f": fewer do not measure a single d with seeds={self.seeds}" if name == "trials" else ""
                 raise ValueError(f"{name} must be at least {least}, got {value}{why}.")
@@ -74,6 +78,10 @@ class Plan:
         lists = [rates for rates in self.rates if rates != "auto"]
         if any(not (math.isfinite(rate) and rate > 0) for rates in lists for rate in rates):
             raise ValueError(f"learning_rates (--full-rates, --rates) must be above 0, got {self.rates}.")
+        if any(not rates or len(set(rates)) < len(rates) for rates in lists):
+            raise ValueError(
+                f"learning_rates (--full-rates, --rates) must be one or more, each once, got {self.rates}."
+            )
         if len({len(rates) for rates in lists}) != 1 - (not lists) or len(lists) == 1:
             raise ValueError(
                 f"learning_rates (--full-rates, --rates) must hold as many for full fine-tuning as for the subspace, "
@@ -128,8 +136,17 @@ class Plan:
 
 
 def listed(rates: Sequence[Any] | None) -> tuple[Rates, Rates] | None:
-    """Learning rates as the plan has them."""
+    """Learning rates as the plan has them; `"auto"` is of both.
+
+    Raises:
+        ValueError: they are neither.
+    """
     if rates is None:
         return None
+    rates = ("auto", "auto") if rates == "auto" else rates
+    if isinstance(rates, str) or len(rates) != 2:
+        raise ValueError(
+            f"learning_rates must be 'auto', or those of full fine-tuning and of the subspace, got {rates!r}."
+        )
     full, subspace = (part if isinstance(part, str) else tuple(map(float, part)) for part in rates)
     return full, subspace  # type: ignore[return-value]

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .analysis import Answer, Result
+from .evidence import TUNING
 from .store import write_whole
 
 FORMATS = "png", "svg", "pdf"
+ALONE = " (of one seed: how uncertain it is, is not in the interval)"
 
 
 def told(result: Result, answer: Answer) -> tuple[str, str]:
@@ -49,7 +51,7 @@ def markdown(result: Result) -> str:
     scores = ", ".join(f"{score:.4f}" for score in base.scores)
     kind = "median of those that did not collapse" if result.center == "median" else "mean"
     collapsed = sum(point.collapsed for point in result.points)
-    runs = collapsed + sum(len(point.scores) for point in result.points) * (result.center == "median")
+    runs = sum(point.seeds for point in result.points)
     lines = [
         f"# {summary(result)}",
         "",
@@ -68,7 +70,7 @@ def markdown(result: Result) -> str:
         "| | |",
         "|---|---|",
         f"| full fine-tuning, by seed | {scores} |",
-        f"| its {kind} | {base.level:.4f} |",
+        f"| its {kind} | {base.level:.4f}{ALONE if len(base.scores) == 1 else ''} |",
         f"| collapsed: full fine-tuning, subspace | {base.collapsed}, {collapsed} of {runs} |",
         f"| majority class | {'unknown' if result.majority is None else f'{result.majority:.4f}'} |",
         *([] if result.untrained is None else [f"| before training | {result.untrained:.4f} |"]),
@@ -129,7 +131,7 @@ def plot(result: Result, folder: Path, name: str) -> None:
     floor = result.majority if result.majority is not None else result.untrained
     kept = {(point.d, score) for point in result.points for score in point.scores}
     for row in result.trials:
-        if row["d"] in rates and row["learning_rate"] == rates[row["d"]]:
+        if row["d"] in rates and row["learning_rate"] == rates[row["d"]] and row["seed"] != TUNING:
             score = floor if row["score"] is None else row["score"]
             counts = (row["d"], row["score"]) in kept
             if score is not None:

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from .engine import Engine, Trial
 from .store import Store
+
+TRIAL = "d", "seed", "learning_rate"
 
 Fit = Callable[..., float | Mapping[str, float]]
 """`fit(d, seed)`, or `fit(d, seed, learning_rate)`: trains once, returns the score, or a mapping with a
 `score` that is kept whole. `d=None` is full fine-tuning."""
 
 
+def packed(right: np.ndarray) -> dict[str, Any]:
+    """Which held-out examples a run has right, for its row: a bit for each."""
+    return {"examples": len(right), "right": base64.b64encode(np.packbits(right.astype(bool)).tobytes()).decode()}
+
+
+def unpacked(row: Mapping[str, Any]) -> np.ndarray | None:
+    """What `packed` put there, `[examples]`; None where it is not known."""
+    if row.get("right") is None:
+        return None
+    return np.unpackbits(np.frombuffer(base64.b64decode(row["right"]), dtype=np.uint8), count=row["examples"])
+
+
 class Runner:
-    """Trials of one fit, kept in one store; the bar counts them."""
+    """Trials of one fit, kept in one store; the bar counts them. `right` has what `unpacked` gives of those asked."""
 
     def __init__(self, fit: Fit, store: Store, engine: Engine, bar: Any) -> None:
         self.fit, self.store, self.engine, self.bar = fit, store, engine, bar
+        self.right: dict[Trial, np.ndarray] = {}
 
     def finite(self, trials: Sequence[Trial]) -> list[float]:
         """The score of each trial.
@@ -35,7 +53,7 @@ class Runner:
 
     def run(self, trials: Sequence[Trial]) -> list[float]:
         """The score of each trial, NaN where it is not a finite number."""
-        configurations = [dict(zip(("d", "seed", "learning_rate"), trial, strict=True)) for trial in trials]
+        configurations = [dict(zip(TRIAL, trial, strict=True)) for trial in trials]
         keys = [self.store.key(configuration) for configuration in configurations]
         new = [place for place, name in enumerate(keys) if name not in self.store.rows]
         self.bar.initial += len(trials) - len(new)  # what is known tells nothing of the time that a trial takes
@@ -44,6 +62,9 @@ class Runner:
             configuration = configurations[new[place]]
             self.store.add(configuration, {**_row(found, configuration), **facts})
             self.bar.update()
+        for trial, name in zip(trials, keys, strict=True):
+            if (right := unpacked(self.store.rows[name])) is not None:
+                self.right[trial] = right
         scores = [self.store.rows[name]["score"] for name in keys]
         return [math.nan if score is None else score for score in scores]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
+import numpy as np
 from scipy.stats import t as student
 
 from .curve import Curve
@@ -37,7 +38,7 @@ class Search:
         evaluate: runs trials.
         plan: what is asked.
         found: scores of trials; filled.
-        least: see `Evidence`.
+        least, right: see `Evidence`.
         at_once: dimensions that are tried in one round, where that many trials run side by side.
         progress: called before each round with what is done, and how many trials are left at most (None: unknown).
         start: of the minutes, on the clock of `time.monotonic`; None is now.
@@ -49,26 +50,32 @@ class Search:
         plan: Plan,
         found: MutableMapping[Trial, float] | None = None,
         least: float | None = None,
+        right: Mapping[Trial, np.ndarray] | None = None,
         at_once: int = 1,
         progress: Callable[[str, int | None], None] = lambda what, left: None,
         start: float | None = None,
     ) -> None:
         self.evaluate, self.plan, self.at_once, self.progress = evaluate, plan, max(at_once, 1), progress
         self.found: MutableMapping[Trial, float] = {} if found is None else found
-        self.evidence = Evidence(self.found, plan, least)
+        self.evidence = Evidence(self.found, plan, least, right)
         self.grid, self.last = plan.dims, len(plan.dims) - 1
         self.start = time.monotonic() if start is None else start
         self.doing = ""
 
-    def run(self) -> str:
-        """Search, or measure the whole grid. Fills `found`, and says why it stopped."""
+    def run(self, begun: Callable[[], None] = lambda: None) -> str:
+        """Search, or measure the whole grid. Fills `found`, and says why it stopped.
+
+        Args:
+            begun: called after the first seeds of full fine-tuning.
+        """
         try:
-            self.full()
+            self._full()
+            begun()
             return self._sweep() if self.plan.sweep else self._search()
         except Spent as spent:
             return str(spent)
 
-    def full(self) -> None:
+    def _full(self) -> None:
         """Full fine-tuning: its learning rate, and the first seeds."""
         if self.plan.baseline is not None:
             return
@@ -76,6 +83,9 @@ class Search:
         self._choose(None)
         first = self.plan.baseline_seeds or (3 if self.plan.seeds > 1 else 1)
         self._ask([(None, seed, self.evidence.rate(None)) for seed in range(first)])
+        for seed in range(first, 2 * first):  # two at least that did not collapse: one says nothing of the spread
+            if self.plan.baseline_seeds is None and self.plan.seeds > 1 and self._sound() == 1:
+                self._ask([(None, seed, self.evidence.rate(None))])
 
     def _ask(self, wanted: Sequence[Trial]) -> None:
         """Run trials that were not run yet, the first ones if the budget allows no more."""
@@ -88,34 +98,45 @@ class Search:
         if self.plan.minutes is not None and time.monotonic() - self.start > 60 * self.plan.minutes:
             raise Spent(f"the budget of {self.plan.minutes:g} minutes is spent")
         self.progress(self.doing, left)
-        new = new if left is None else new[:left]
-        for trial, score in zip(new, self.evaluate(new), strict=True):
+        for trial, score in zip(new[:left], self.evaluate(new[:left]), strict=True):
             self.found[trial] = float(score)
+        if left is not None and len(new) > left:
+            raise Spent(f"the budget of {self.plan.budget} trials is spent")
 
     def _choose(self, d: int | None, near: float | None = None) -> None:
-        """Try learning rates, those about the one that was best at a neighbouring d if there is one.
+        """Try learning rates, those about the one that was best at a neighbouring d if there is one, and further ones
+        while the best is at an end of those tried.
 
         Raises:
-            ValueError: all diverge.
+            ValueError: full fine-tuning diverges at all of them.
         """
         if self.plan.rates is None or ((listed := self.plan.rates[d is not None]) != "auto" and len(listed) == 1):
             return
-        if listed != "auto":
-            rates = sorted(listed)
-            place = rates.index(near) if near in rates else None
-            rates = rates if place is None else rates[max(place - 1, 0) : place + 2]
-        else:
-            rates = list(AUTO[d is not None]) if near is None else [_round(near * FACTOR**i) for i in (-1, 0, 1)]
+        rates = sorted(AUTO[d is not None] if listed == "auto" else listed)
+        if near is not None:
+            about = [_round(near * FACTOR**i) for i in (-1, 0, 1)]
+            place = 0 if listed == "auto" else rates.index(near)
+            rates = about if listed == "auto" else rates[max(place - 1, 0) : place + 2]
         self._ask([(d, TUNING, rate) for rate in rates])
-        for _ in range(WIDENED if listed == "auto" else 0):
-            tried, best = self.evidence.tried(d), self.evidence.tuned(d)
-            low, high = min(tried), max(tried)
-            learnt = d is not None or not all(map(self.evidence.collapsed, tried.values()))
-            if learnt and not self.evidence.at_edge(d):
-                break
-            self._ask([(d, TUNING, _round(low / FACTOR if learnt and best == low else high * FACTOR))])
-        if self.evidence.tuned(d) is None:
-            raise ValueError(f"fit returned no finite score for d={d} at any of the learning rates {rates}.")
+        while (rate := self._further(d)) is not None:
+            self._ask([(d, TUNING, rate)])
+        if d is None and self.evidence.tuned(d) is None:
+            tried = list(self.evidence.tried(d))
+            raise ValueError(f"fit returned no finite score for d=None at any of the learning rates {tried}.")
+
+    def _further(self, d: int | None) -> float | None:
+        """The next rate to try; None where the best has neighbours, or there are no more."""
+        tried, best = self.evidence.tried(d), self.evidence.tuned(d)
+        low, high = min(tried), max(tried)
+        listed = self.plan.rates and self.plan.rates[d is not None]
+        learnt = d is not None or not all(map(self.evidence.collapsed, tried.values()))
+        lower = best in (None, low) and (learnt or best is None)
+        if not lower and best != high and learnt:
+            return None
+        if listed == "auto":
+            return None if len(tried) > 2 + WIDENED else _round(low / FACTOR if lower else high * FACTOR)
+        left = [rate for rate in sorted(listed or ()) if (rate < low if lower else rate > high)]
+        return left[-1 if lower else 0] if left else None
 
     def _measure(self, indexes: Sequence[int], seeds: int | None = None) -> None:
         """As many seeds of these dimensions as are wanted."""
@@ -135,7 +156,7 @@ class Search:
             for place in some:
                 if place in self.plan.coarse:
                     self._choose(self.grid[place], near)
-                    near = self.evidence.rate(self.grid[place])
+                    near = self.evidence.tuned(self.grid[place]) or near
             self._measure(some)
         return "the whole grid was measured"
 
@@ -150,6 +171,9 @@ class Search:
             return "the target is reached at the smallest dimension"
         if index > self.last:
             return "the target is not reached at the largest dimensions"
+        low, high = curve.interval()
+        if high - low > 2:
+            return "what is left of the interval is the sampling of the held-out examples"
         return "the interval spans at most two steps of the grid"
 
     def _scan(self) -> tuple[int, int | None]:
@@ -162,18 +186,14 @@ class Search:
                 self._choose(self.grid[place], near)
             if not self.evidence.tried(self.grid[some[0]]):
                 self._measure(some, seeds=1)
-            near = self.evidence.rate(self.grid[some[-1]])
+            near = self.evidence.tuned(self.grid[some[-1]]) or near
+            target = self.evidence.curve().target
             for place in some:
                 tried = self.evidence.tried(self.grid[place])
-                if not tried and not self._reaches(place):
-                    low = place
-                    continue
-                if tried and max(tried.values(), default=0.0) < self.evidence.curve().target:
-                    low = place
-                    continue
-                self._measure([place])
-                if self._reaches(place):
-                    return low, place
+                if self.evidence.best(self.grid[place]) >= target if tried else self._reaches(place):
+                    self._measure([place])
+                    if self._reaches(place):
+                        return low, place
                 low = place
         return low, None
 
@@ -189,9 +209,12 @@ class Search:
                 break
             self._add_full()
 
+    def _sound(self) -> int:
+        runs = self.evidence.runs(None)
+        return len(self.evidence.seeds(None)) - runs.collapsed
+
     def _may_add(self) -> bool:
-        more = self.plan.baseline is None and self.plan.baseline_seeds is None
-        return more and len(self.evidence.runs(None).scores) > 1
+        return self.plan.baseline is None and self.plan.baseline_seeds is None and self._sound() > 1
 
     def _add_full(self) -> None:
         self.doing = "more seeds of full fine-tuning"
@@ -211,12 +234,13 @@ class Search:
     def _bracket(self, low: int, high: int | None) -> None:
         """Bisect to two steps of the grid; where nothing reached the target, look at the best of the scan again."""
         if high is None:
-            curve = self.evidence.curve()
-            best = {i: max(self.evidence.tried(self.grid[i]).values(), default=0.0) for i in self.plan.coarse}
-            if not any(best.values()):
-                best = {i: curve.level(curve.points[self.grid[i]]) for i in self.plan.coarse}
+            if not any(self.evidence.rate(self.grid[i]) is not None for i in self.plan.coarse) and self.plan.rates:
+                raise ValueError(f"fit returned no finite score at any d and learning rate of {self.plan.rates[1]}.")
             self.doing = "nothing reached the target: the best of the scan"
-            return self._measure(sorted(best, key=best.__getitem__)[-3:])
+            points = self.evidence.curve().points
+            level = {i: self.evidence.best(self.grid[i]) for i in self.plan.coarse if self.grid[i] not in points}
+            level |= {self.grid.index(d): self.evidence.curve().level(runs) for d, runs in points.items()}
+            return self._measure(sorted(level, key=level.__getitem__)[-3:])
         if high > 0:
             self._measure([low])
         while high - low > 2 and not self._reaches(low):
@@ -234,7 +258,7 @@ class Search:
         while True:
             curve = self.evidence.curve()
             index, places = curve.index(), [self.grid.index(d) for d in curve.dims]
-            low, high = curve.interval(resamples=200)
+            low, high = curve.interval(resamples=200, sampling=False)
             if low > self.last and places[-1] == self.last:
                 return
             if index > self.last:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 TRIALS, SETTINGS, DAMAGED = "trials.jsonl", "settings.json", "damaged.jsonl"
 PLAN = "plan.json"
+LOST = "so it is not known what its trials mean"
 REPORTS = "report.json", "report.md", "curve.csv", "curve.png", "curve.svg", "curve.pdf"
 
 
@@ -47,6 +48,25 @@ def read_json(path: Path, lost: str) -> dict[str, Any]:
             f"{path} is damaged ({error}), {lost}. Put back a copy, use another folder, or fresh=True (--fresh) to "
             "begin anew in this one."
         ) from None
+
+
+def check_folder(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None:
+    """Whether a folder is free, or of a run with these settings; nothing is locked or written.
+
+    Raises:
+        ValueError: it is of another run, or damaged; the message names what differs.
+    """
+    path = Path(folder, SETTINGS)
+    if not path.exists():
+        return
+    found, settings = read_json(path, LOST), json.loads(json.dumps(settings))
+    unlike = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
+    if unlike:
+        told = ", ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in unlike)
+        raise ValueError(
+            f"{folder} was written by a run with other settings ({told}). Use another folder, or fresh=True "
+            "(--fresh) to begin anew in this one."
+        )
 
 
 def _sum(row: Mapping[str, Any]) -> str:
@@ -108,15 +128,9 @@ class Store:
                 raise ValueError(f"{self.folder} holds trials but no settings. Use another folder, or fresh=True.")
             write_whole(path, json.dumps(settings, indent=1, sort_keys=True))
             return settings
-        found = read_json(path, "so it is not known what its trials mean")
-        settings = found if settings is None else settings
-        unlike = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
-        if unlike:
-            told = ", ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in unlike)
-            raise ValueError(
-                f"{self.folder} was written by a run with other settings ({told}). Use another folder, or fresh=True "
-                "(--fresh) to begin anew in this one."
-            )
+        if settings is None:
+            return read_json(path, LOST)
+        check_folder(self.folder, settings)
         return settings
 
     def _read(self) -> dict[str, dict[str, Any]]:

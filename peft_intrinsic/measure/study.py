@@ -8,7 +8,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +64,22 @@ def study(
     places = [(place, model, method) for place, model in enumerate(models) for method in methods]
     shared = {**options, "train_score": kind == "gap"}
     ready = [prepare({**shared, "model": model, "method": method}, question) for _, model, method in places]
-    baselines: dict[str, tuple[float, ...]] = {}
-    for (place, model, method), one in zip(places, ready, strict=True):
+    folders = [out / re.sub(r"[^\w.-]+", "_", f"{model} {method}".strip("./")) for _, model, method in places]
+    for one, folder in zip(ready, folders, strict=True):
+        one.check(folder, **run)
+    full: dict[str, list[Mapping[str, Any]]] = {}
+    for (place, model, method), one, folder in zip(places, ready, folders, strict=True):
         name = f"{model} {method}"
         parameters = _parameters(model)
         row: dict[str, Any] = {"name": name, "parameters": parameters, "method": method}
-        folder = out / re.sub(r"[^\w.-]+", "_", name.strip("./"))
         why_not = next((known["why_not"] for known in rows if "why_not" in known and known["model"] == model), None)
         try:
             if why_not:  # full fine-tuning is the same by either method
                 raise NothingToMeasure(why_not)
-            if model in baselines:
-                one = replace(one, plan=replace(one.plan, baseline=baselines[model]))
-            result = measure_prepared(one, folder, **run)
+            result = measure_prepared(one, folder, **run, known=full.get(model, ()))
             if result is None:
                 continue
-            baselines[model] = tuple(result.baseline.scores)
+            full[model] = [trial for trial in result.trials if trial["d"] is None]
             row |= _found(result)
         except NothingToMeasure as error:
             row["why_not"] = str(error)

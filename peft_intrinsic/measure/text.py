@@ -30,11 +30,12 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
+    set_seed,
 )
 
-from .analysis import packed
 from .methods import METHODS, adapter
 from .options import TextOptions, tokens_name
+from .runner import packed
 from .store import write_whole
 from .tasks import IGNORED, Task, load_task
 
@@ -158,6 +159,7 @@ class TextFit:
         if d is None:
             model = copy.deepcopy(self.base).requires_grad_(True)  # detaching an adapter leaves the base frozen
         elif d:
+            set_seed(seed)  # some methods draw their start from the global stream
             model = get_peft_model(self.base, adapter(self.method, d, seed, self.base, self.task.task_type))
         name = f"d={'full' if d is None else d} seed={seed} lr={learning_rate}"
         try:

@@ -82,6 +82,18 @@ def test_the_sampling_of_examples_widens_the_interval_as_a_binomial_does():
     assert blind.interval() == (35, 35)
 
 
+def test_runs_of_which_nothing_is_known_do_not_hide_the_sampling():
+    """As a d where all collapsed."""
+    rng = np.random.default_rng(0)
+    right = {d: (rng.random((2, 400)) < 0.5 + 0.05 * i).astype(np.uint8) for i, d in enumerate((10, 20, 40, 80, 160))}
+    points = {d: Runs(list(map(float, rows.mean(1))), 0, rows) for d, rows in right.items()}
+    base = (rng.random((3, 400)) < 0.7).astype(np.uint8)
+    whole = Curve(list(range(5, 200)), points, Runs([0.7] * 3, 0, base))
+    some = Curve(whole.grid, {5: Runs([0.4, 0.4]), **points}, whole.baseline)
+    assert some.interval() == pytest.approx(whole.interval(), abs=8)
+    assert some.interval(sampling=False)[1] - some.interval(sampling=False)[0] < some.interval()[1] - some.interval()[0]
+
+
 def test_scores_that_fall_again_do_not_hide_the_crossing():
     """Isotonic regression alone would pool the peak with the fall, and never reach the target."""
     rising = {d: [0.5 + 0.01 * i, 0.51 + 0.01 * i] for i, d in enumerate(GRID[:40])}

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,13 +67,19 @@ def test_learning_rates_are_chosen_on_the_same_terms():
     [
         ({"dims": [5]}, "dims must be ascending"),
         ({"dims": [5, 4]}, "dims must be ascending"),
-        ({"dims": [0.5, 4]}, "dims must be ascending"),
+        ({"dims": [0, 4]}, "dims must be ascending"),
         ({"target": 1.5}, "target must lie in"),
         ({"of": "loss"}, "of must be 'score' or 'gain', got 'loss'"),
         ({"of": "gain", "majority": 0.8}, "no better than the majority class"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"learning_rates": ([1], [1, 2])}, "as many for full fine-tuning as for the subspace"),
         ({"learning_rates": ("auto", [1, 2])}, "or be 'auto' for both"),
+        ({"learning_rates": "fast"}, "learning_rates must be 'auto', or those of full fine-tuning"),
+        ({"learning_rates": ([1, 1], [1, 2])}, "must be one or more, each once"),
+        ({"learning_rates": ([], [])}, "must be one or more, each once"),
+        ({"baseline": []}, r"baseline must be finite scores, one or more, got \[\]"),
+        ({"baseline": math.nan}, r"baseline must be finite scores, one or more, got \[nan\]"),
+        ({"seeds": 2.5}, "seeds must be a whole number, got 2.5"),
         ({"learning_rates": ([math.nan], [1])}, r"\(--full-rates, --rates\) must be above 0, got"),
         ({"baseline_seeds": 0}, "baseline_seeds must be at least 1, got 0"),
         ({"minutes": math.nan}, "minutes must be at least 0, got nan"),
@@ -101,17 +106,34 @@ def test_another_question_uses_the_trials_that_are_there(tmp_path):
     known, rows = len(calls), first.trials
     assert measure_intrinsic_dimension(fit, DIMS, majority=0.2, out=tmp_path) == first
     assert len(calls) == known
-    for question in ({"target": 0.5}, {"of": "gain"}, {"center": "mean"}):
-        found = analyse(tmp_path, **question)
-        assert found == replace(
-            measure_intrinsic_dimension(fit, DIMS, majority=0.2, **question), stopped=found.stopped, trials=rows
-        ) or question == {"target": 0.5}
+    for question in ({"of": "gain"}, {"center": "mean"}):
+        again = measure_intrinsic_dimension(fit, DIMS, majority=0.2, **question)
+        assert analyse(tmp_path, **question).answers == again.answers
     assert analyse(tmp_path, target=0.5).answers["score"].target == pytest.approx(0.4)
     calls.clear()
     more = measure_intrinsic_dimension(fit, grid(10, 1000, 39), majority=0.2, seeds=4, out=tmp_path)
     assert not set(calls) & {(row["d"], row["seed"]) for row in rows}
     assert more.d == next(d for d in grid(10, 1000, 39) if d >= 100)
     assert analyse(tmp_path).d == more.d  # the newest question is the folder's
+
+
+def test_trials_of_rates_that_are_not_asked_for_do_not_count(tmp_path):
+    fit = lambda d, seed, rate: step(d, seed) - 0.01 * abs(math.log(rate / 0.1))  # noqa: E731
+    for rates in (([1e-3, 1e-2, 0.1], [1e-2, 0.1, 0.2]), ([1e-6, 1e-5], [1e-5, 1e-4])):
+        found = measure_intrinsic_dimension(fit, DIMS, learning_rates=rates, out=tmp_path)
+    assert found.answers == measure_intrinsic_dimension(fit, DIMS, learning_rates=rates).answers
+    assert (found.baseline.learning_rate, found.points[0].learning_rate) == (1e-5, 1e-4)
+
+
+def test_another_grid_has_the_dims_between_its_ends(tmp_path):
+    first = measure_intrinsic_dimension(step, DIMS, out=tmp_path)
+    other = analyse(tmp_path, dims=grid(11, 990, 30))
+    assert other.d in (d for d in grid(11, 990, 30) if first.points[0].d < d)
+    assert other.interval[0] <= 112 <= other.interval[1] * 1.2
+    with pytest.raises(ValueError, match=r"analysed before a single dimension was measured from 2 to 3\. .*\(--dims\)"):
+        analyse(tmp_path, dims=[2, 3])
+    with pytest.raises(ValueError, match="of='gain' needs the trivial answer's score"):
+        analyse(tmp_path, of="gain")
 
 
 def test_folder_of_other_settings(tmp_path):
@@ -255,7 +277,7 @@ def test_report(tmp_path):
     assert f"| collapsed: full fine-tuning, subspace | 0, 1 of {3 * len(DIMS)} |" in text
     assert f"| {result.d} | 0.8000 | fixed by the fit | 0.8000, 0.8000, 0.8000 |  |" in text
     assert "| 1000 | 0.8000 | fixed by the fit | 0.8000, 0.8000 | 1 |" in text
-    assert analyse(tmp_path, center="mean").points[-1].scores == [0.8, 0.8, 0.3]
+    assert analyse(tmp_path, center="mean").points[-1].scores == [0.8, 0.3, 0.8]
 
 
 def test_gain_over_the_untrained_model():

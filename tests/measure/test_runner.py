@@ -27,14 +27,14 @@ def test_scores_that_are_no_numbers():
         measure_intrinsic_dimension(lambda d, seed: math.nan if d == 0 else 1.0, DIMS, of="gain")
 
 
-@pytest.mark.parametrize(("center", "scores"), [("median", [0.8, 0.8]), ("mean", [0.8, 0.8, 0.5])])
+@pytest.mark.parametrize(("center", "scores"), [("median", [0.8, 0.8]), ("mean", [0.8, 0.35, 0.8])])
 def test_a_trial_that_diverges_collapsed(center, scores, tmp_path):
     """By the mean it counts as the trivial answer."""
     fit = lambda d, seed: math.nan if (d, seed) == (1000, 1) else step(d, seed)  # noqa: E731
-    options = {"majority": 0.5, "out": tmp_path, "sweep": True, "center": center}
+    options = {"majority": 0.35, "out": tmp_path, "sweep": True, "center": center}
     result = measure_intrinsic_dimension(fit, DIMS, **options)
     assert (result.points[-1].scores, result.points[-1].collapsed) == (scores, 1)
-    assert "| collapsed: full fine-tuning, subspace | 0, " in markdown(result)
+    assert f"| collapsed: full fine-tuning, subspace | 0, 1 of {3 * len(DIMS)} |" in markdown(result)
     assert measure_intrinsic_dimension(fit, DIMS, **options) == result
     assert "NaN" not in (tmp_path / "trials.jsonl").read_text()
 
@@ -82,3 +82,8 @@ def test_minutes_count_from_the_call(monkeypatch):
     minutes[0] = 0
     with pytest.raises(ValueError, match="the budget of 2 minutes is spent before a single dimension was measured"):
         measure_intrinsic_dimension(fit, DIMS, minutes=2)
+    minutes[0] = 0
+    with pytest.raises(ValueError, match="the budget of 1 minutes is spent before full fine-tuning was measured"):
+        measure_intrinsic_dimension(
+            lambda d, seed, rate: fit(d, seed), DIMS, minutes=1, learning_rates=([1, 2, 3], [1, 2, 3])
+        )

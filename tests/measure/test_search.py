@@ -142,13 +142,43 @@ def test_of_equal_rates_the_middle_one():
     assert search.evidence.tuned(100) == 2e-4
 
 
+def test_a_list_is_gone_through_while_the_best_is_at_an_end():
+    """Also below a rate that was best before, where higher ones diverge."""
+    seen: list = []
+    evidence = rated(lambda d: 1e-2 if d and d < 200 else 1e-4, ((1e-4, 1e-3, 1e-2), (1e-4, 1e-3, 1e-2)), seen)
+    assert (evidence.rate(100), evidence.rate(GRID[31])) == (1e-2, 1e-4)
+
+    def diverges(wanted):
+        return [math.nan if d and d > 100 and rate > 2e-4 else step(31)(d or 10**6, 0) for d, _, rate in wanted]
+
+    search = Search(diverges, Plan(GRID, rates=((1e-4, 4e-4, 1.6e-3), (1e-4, 4e-4, 1.6e-3))))
+    search.run()
+    assert search.evidence.curve().index() == 31
+
+
+def test_scores_of_zero_are_scores():
+    search = Search(
+        lambda wanted: [0.5 if d is None else 0.0 for d, _, _ in wanted], Plan(GRID, rates=("auto", "auto")), least=0.0
+    )
+    search.run()
+    assert search.evidence.curve().interval() == (64, 64)
+
+
+@pytest.mark.parametrize("at_once", [1, 7])
+@pytest.mark.parametrize("trials", range(4, 24))
+def test_any_budget(trials, at_once):
+    _, stopped, asked = searched(step(31), trials=trials, at_once=at_once)
+    assert len(asked) <= trials
+    assert stopped.startswith("the budget of") or len(asked) < trials
+
+
 def test_full_fine_tuning_that_learns_nothing_is_given_higher_rates():
     search = Search(
         lambda wanted: [0.9 if rate > 1e-3 else 0.5 for _, _, rate in wanted],
         Plan(GRID, rates=("auto", "auto")),
         least=0.5,
     )
-    search.full()
+    search._full()
     assert search.evidence.rate(None) > 1e-3
 
 

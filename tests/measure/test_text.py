@@ -263,6 +263,20 @@ def test_what_is_right_is_kept(data, tmp_path):
     assert "train_loss" in (tmp_path / "d=20,seed=1,lr=0.0002.jsonl").read_text()
 
 
+@pytest.mark.parametrize("method", ["did", "said", "default", "lora", "unilora", "tinylora"])
+def test_a_trial_is_determined_by_d_seed_and_rate(method, data, tmp_path):
+    task = files(data["train"], data["eval"], ["text"])
+    fit = TextFit(tiny("bert", tmp_path / "base"), task, method, arguments={**QUICK, "max_steps": 3})
+    torch.manual_seed(5)
+    losses = []
+    scored = fit.scored
+    fit.scored = lambda prediction: losses.append(prediction.predictions.sum()) or scored(prediction)
+    fit(600, 0, 1e-3)
+    torch.manual_seed(6)
+    fit(600, 0, 1e-3)
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("method", ["default", "lora", "unilora", "tinylora"])
 def test_other_methods_on_the_same_axis(method):
     """At most d numbers, the head as it was drawn."""
