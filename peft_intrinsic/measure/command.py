@@ -66,9 +66,8 @@ def prepare(options: Mapping[str, Any], question: Mapping[str, Any]) -> Prepared
     question = {"of": "gain" if task.sign < 0 else "score", **question}
     if task.sign < 0 and question["of"] == "score":
         raise ValueError(f"of='score': a share of a loss or an error ({task.metric}) means nothing. Use of='gain'.")
-    plan = Plan(**question, majority=task.majority())
-    check(chosen, plan.dims)
-    return Prepared(chosen, task, plan)
+    question["dims"] = check(chosen, question["dims"])
+    return Prepared(chosen, task, Plan(**question, majority=task.majority()))
 
 
 def measure_text(

@@ -43,7 +43,7 @@ def adapter(method: str, d: int, seed: int, base: Any, task_type: str, head: Any
         return IntrinsicConfig(d=d, seed=seed, said=method == "said", head=head, task_type=task_type, **where)
     if method == "unilora":
         return UniLoraConfig(r=4, theta_d_length=d, proj_seed=seed)
-    least = _numbers(base, LoraConfig(r=1) if method == "lora" else TinyLoraConfig(r=1, u=1))
+    least = step(method, base)
     if d < least:
         raise ValueError(f"{method} has {least} numbers at least for this model, got d={d}.")
     if method == "lora":
@@ -51,7 +51,11 @@ def adapter(method: str, d: int, seed: int, base: Any, task_type: str, head: Any
     return TinyLoraConfig(r=math.ceil(math.sqrt(d // least)), u=d // least, projection_seed=seed)
 
 
-def _numbers(base: Any, config: PeftConfig) -> int:
+def step(method: str, base: Any) -> int:
+    """In what steps a method's numbers come for this model; the least that it can have."""
+    if method not in ("lora", "tinylora"):
+        return 1
     with torch.device("meta"):
         shapes = type(base)(base.config)
+    config = LoraConfig(r=1) if method == "lora" else TinyLoraConfig(r=1, u=1)
     return get_peft_model(shapes, config).num_parameters(only_trainable=True)

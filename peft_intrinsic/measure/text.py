@@ -33,7 +33,7 @@ from transformers import (
     set_seed,
 )
 
-from .methods import METHODS, adapter
+from .methods import METHODS, adapter, step
 from .options import TextOptions, tokens_name
 from .runner import packed
 from .store import write_whole
@@ -249,11 +249,13 @@ class LanguageFit(TextFit):
 FITS: dict[str, type[TextFit]] = {"SEQ_CLS": TextFit, "TOKEN_CLS": TokenFit, "CAUSAL_LM": LanguageFit}
 
 
-def check(options: TextOptions, dims: Sequence[int]) -> None:
-    """Whether the model, loaded without its weights, can be trained so at these d: asked before hours are spent.
+def check(options: TextOptions, dims: Sequence[int]) -> tuple[int, ...]:
+    """Which of these d the model, loaded without its weights, can have: asked before hours are spent.
+
+    Those below the least of LoRA or TinyLoRA are left out, so that one grid does for several methods.
 
     Raises:
-        ValueError: the largest d exceeds the number of weights, the least is too small for the method, the inputs are
+        ValueError: the largest d exceeds the number of weights, the method can have fewer than two, the inputs are
             longer than the model's positions, or the arguments are not the Trainer's.
     """
     _checked(options.arguments)
@@ -269,10 +271,17 @@ def check(options: TextOptions, dims: Sequence[int]) -> None:
         raise ValueError(f"dims (--dims): {options.model} has {base.num_parameters()} weights, fewer than {dims[-1]}.")
     if options.method not in METHODS:
         raise ValueError(f"method={options.method!r} (--method) is unknown. Known are {', '.join(METHODS)}.")
+    least = step(options.method, base)
+    kept = tuple(d for d in dims if d >= least)
+    if len(kept) < 2:
+        raise ValueError(
+            f"dims (--dims): {options.method} has {least} numbers at least for {options.model}. Go higher."
+        )
     try:
-        get_peft_model(base, adapter(options.method, dims[0], 0, base, options.task_type))
+        get_peft_model(base, adapter(options.method, kept[0], 0, base, options.task_type))
     except ValueError as error:
         raise ValueError(f"dims (--dims): {error}") from None
+    return kept
 
 
 def text_fit(options: TextOptions, task: Task | None = None, folder: str | os.PathLike | None = None) -> TextFit:

@@ -50,6 +50,23 @@ def test_methods(options, tmp_path, monkeypatch):
     assert {path: path.read_text() for path in before} == before
 
 
+def test_methods_of_peft_on_the_same_axis(options, tmp_path, monkeypatch, capsys):
+    """Of one grid each has the d that it can have."""
+    monkeypatch.chdir(tmp_path)
+    tiny("bert", tmp_path / "base")
+    (tmp_path / "few.yaml").write_text("max_steps: 4\nuse_cpu: true\ndataloader_pin_memory: false\n")
+    few = ["--config", "few.yaml", "--dims", "16,4096,5", "--trials", "9", "--of", "gain", "--patience", "1"]
+    main(["study", "methods", "base", *options, *few, "--method", "lora,unilora", "--dry-run"])
+    planned = capsys.readouterr().out
+    assert "base by lora" in planned
+    assert "grid: 5 dimensions from 16 to 4096" in planned.partition("base by unilora")[2]
+    assert "from 16 to 4096" not in planned.partition("base by unilora")[0]
+    assert not (tmp_path / "study").exists()
+    with pytest.raises(SystemExit):
+        main(["study", "gap", "base", *options, "--method", "lora,unilora"])
+    assert "--method lora,unilora: study gap has one" in capsys.readouterr().err
+
+
 def test_a_grid_that_said_cannot_have_is_refused_before_did_begins(options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "base")

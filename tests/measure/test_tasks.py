@@ -81,7 +81,7 @@ def test_bad_arguments(yaml, message, data, tmp_path, capsys):
     ("options", "message"),
     [
         (["--method", "said", "--dims", "2,512,3"], "dims (--dims): d=2 must exceed the number of λ"),
-        (["--method", "lora", "--dims", "8,512,3"], "dims (--dims): lora has "),
+        (["--method", "lora", "--dims", "8,512,3"], "numbers at least for base. Go higher."),
         (["--method", "bitfit"], "method='bitfit' (--method) is unknown. Known are did, said"),
         (["--max-length", "4000"], "max_length (--max-length) = 4000: base has "),
         (["--dims", "8,1000000,3"], "weights, fewer than 1000000"),
