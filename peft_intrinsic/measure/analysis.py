@@ -28,9 +28,9 @@ class Answer:
     """d90 by one definition of the target.
 
     Args:
-        d: the least d whose fitted score reaches the target, None where none of the grid does. The least of the grid
-            means that or less.
-        interval: of d, 90 % (with one seed, merely the bracket); an end that lies beyond the grid is None.
+        d: the least d whose fitted score reaches the target, None where none that was measured does. The least of the
+            grid means that or less.
+        interval: of d, 90 % (with one seed, merely the bracket); an end that lies beyond what was measured is None.
         tie: the d between which the fit is within one held-out example of the target; None where that is a single one,
             or the number of examples is unknown.
         target: the score to reach.
@@ -81,7 +81,7 @@ class Result:
         stopped: why the search ended.
         trials: all rows: d (None is full fine-tuning), seed, learning rate, score, seconds, process, versions.
         settings: what the trials depend on.
-        grid: its least and its greatest d.
+        ends: the least d of the grid, and the greatest that was measured.
         versions: of the process that made this result.
     """
 
@@ -98,7 +98,7 @@ class Result:
     stopped: str
     trials: list[dict[str, Any]]
     settings: dict[str, Any]
-    grid: tuple[int, int]
+    ends: tuple[int, int]
     versions: dict[str, str] = field(default_factory=versions)
 
     @property
@@ -237,7 +237,7 @@ def result(store: Store, plan: Plan, stopped: str) -> Result:
             key=lambda row: (row["d"] is not None, row["d"] or 0, row["learning_rate"] or 0.0, row["seed"]),
         ),
         settings=store.settings,
-        grid=(plan.dims[0], plan.dims[-1]),
+        ends=(plan.dims[0], points[-1].d),
     )
 
 

@@ -18,8 +18,8 @@ ALONE = " (of one seed: how uncertain it is, is not in the interval)"
 
 
 def told(result: Result, answer: Answer) -> tuple[str, str]:
-    """d and its interval in words: the ends of the grid are ≤ and >."""
-    low, high = result.grid
+    """d and its interval in words: ≤ the grid's least, > the greatest that was measured."""
+    low, high = result.ends
 
     def end(d: int | None) -> str:
         return f"> {high}" if d is None else f"≤ {low}" if d == low else str(d)
@@ -138,7 +138,7 @@ def plot(result: Result, folder: Path, name: str) -> None:
                 axes.plot(row["d"], score, "o", color="0.35", fillstyle="full" if counts else "none", markersize=3.5)
     fitted = [(point.d, point.fit) for point in result.points if point.fit is not None]
     axes.plot(*zip(*fitted, strict=True), color="black", linewidth=1, label="monotone fit")
-    base, edge = result.baseline, result.grid[1]
+    base, edge = result.baseline, result.ends[1]
     axes.axhline(base.level, color="black", linestyle=":", label="full fine-tuning, its seeds")
     axes.axhspan(min(base.scores), max(base.scores), color="0.9", zorder=0)
     axes.plot([edge * 1.25] * len(base.scores), base.scores, "_", color="black", clip_on=False)

@@ -100,7 +100,7 @@ def _found(result: Result) -> dict[str, Any]:
         of: {"d": answer.d, "interval": answer.interval, "told": told(result, answer)}
         for of, answer in result.answers.items()
     }
-    found = {"answers": answers, "of": result.of, "share": result.name, "seeds": result.seeds, "grid": result.grid}
+    found = {"answers": answers, "of": result.of, "share": result.name, "seeds": result.seeds, "ends": result.ends}
     return {**found, "baseline": result.baseline.level, **_gap(result)}
 
 
@@ -177,7 +177,7 @@ def _plot(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     axes = figure.subplots()
     for place, row in enumerate(found):
         answer = row["answers"][row["of"]]
-        least, most = row["grid"]
+        least, most = row["ends"]
         low, high = (most if end is None else end for end in answer["interval"])
         axes.plot([low, high], [place, place], color="black")
         for at, mark, is_open in ((low, "<", low == least), (high, ">", answer["interval"][1] is None)):

@@ -117,6 +117,19 @@ def test_another_question_uses_the_trials_that_are_there(tmp_path):
     assert analyse(tmp_path).d == more.d  # the newest question is the folder's
 
 
+def test_what_was_not_measured_is_not_claimed():
+    """The search for the score ends below the gain's crossing: that lies above what was measured."""
+
+    def slow(d, seed):
+        return 0.9 if d is None else 0.5 + 0.32 * min(d / 500, 1) + 0.08 * max(math.log10(d / 500), 0) / 3
+
+    found = measure_intrinsic_dimension(slow, grid(10, 100_000, 40), majority=0.5)
+    last = found.points[-1].d
+    assert last < 15_000
+    assert found.answers["gain"].d is None
+    assert f"| 0.9 of the gain | 0.8600 | > {last} | [" in markdown(found)
+
+
 def test_trials_of_rates_that_are_not_asked_for_do_not_count(tmp_path):
     fit = lambda d, seed, rate: step(d, seed) - 0.01 * abs(math.log(rate / 0.1))  # noqa: E731
     for rates in (([1e-3, 1e-2, 0.1], [1e-2, 0.1, 0.2]), ([1e-6, 1e-5], [1e-5, 1e-4])):
