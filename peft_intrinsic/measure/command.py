@@ -37,7 +37,7 @@ class Prepared:
             found["launcher"] = launcher  # more processes make larger batches
         return found
 
-    def check(self, out: str | os.PathLike, launcher: str | None = None, fresh: bool = False, **_: Any) -> None:
+    def check(self, out: str | os.PathLike, launcher: str | None, fresh: bool) -> None:
         """Whether the run can have this folder.
 
         Raises:

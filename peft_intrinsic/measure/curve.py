@@ -160,7 +160,8 @@ class Curve:
         noise = np.stack([self._center(rng.choice(spread, (resamples, int(count)))) for count in counts], 1)
         sampled = self._sampled(dims, rng, resamples) if sampling else np.zeros((resamples, 1 + len(dims)))
         noise = noise + sampled[:, 1:]
-        own = self.uncertainty() * _student(len(self.baseline.scores), rng, resamples) + sampled[:, 0]
+        student = rng.standard_t(max(len(self.baseline.scores) - 1, 1), resamples)  # of one seed, times 0
+        own = self.uncertainty() * student + sampled[:, 0]
         drawn = np.stack([monotone(fit + row, counts) for row in noise])
         found = crossing(self.grid, dims, drawn, self.target + self.share * own)
         places = [*np.searchsorted(self.grid, dims), len(self.grid)]
@@ -190,7 +191,3 @@ class Curve:
         means = [np.zeros(examples) if runs.right is None else runs.right.mean(0) for runs in groups]
         drawn = rng.multinomial(examples, np.full(examples, 1 / examples), resamples) / examples
         return (drawn - 1 / examples) @ np.stack(means, 1)
-
-
-def _student(seeds: int, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    return rng.standard_t(seeds - 1, resamples) if seeds > 1 else np.zeros(resamples)

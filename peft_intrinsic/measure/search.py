@@ -11,17 +11,15 @@ from scipy.stats import t as student
 
 from .curve import Curve
 from .engine import Trial
-from .evidence import TUNING, Evidence
-from .plan import AUTO, Plan
+from .evidence import Evidence
+from .plan import Plan
+from .rates import choose
 
 AROUND = (0, -1, 1, -2, 2, -4, 4, -7, 7)
 """Grid steps from the crossing at which the fit is supported."""
 
 RESERVE = 7
 """Dimensions around the crossing for which seeds of full fine-tuning leave room in the budget."""
-
-FACTOR, WIDENED = 4.0, 4
-"""Of learning rates by `"auto"`: from one to the next, and how often they go on beyond the first three."""
 
 Evaluate = Callable[[Sequence[Trial]], Sequence[float]]
 """Scores of trials that are independent of each other, so that an engine may run them at once; NaN if it diverged."""
@@ -104,39 +102,7 @@ class Search:
             raise Spent(f"the budget of {self.plan.budget} trials is spent")
 
     def _choose(self, d: int | None, near: float | None = None) -> None:
-        """Try learning rates, those about the one that was best at a neighbouring d if there is one, and further ones
-        while the best is at an end of those tried.
-
-        Raises:
-            ValueError: full fine-tuning diverges at all of them.
-        """
-        if self.plan.rates is None or ((listed := self.plan.rates[d is not None]) != "auto" and len(listed) == 1):
-            return
-        rates = sorted(AUTO[d is not None] if listed == "auto" else listed)
-        if near is not None:
-            about = [_round(near * FACTOR**i) for i in (-1, 0, 1)]
-            place = 0 if listed == "auto" else rates.index(near)
-            rates = about if listed == "auto" else rates[max(place - 1, 0) : place + 2]
-        self._ask([(d, TUNING, rate) for rate in rates])
-        while (rate := self._further(d)) is not None:
-            self._ask([(d, TUNING, rate)])
-        if d is None and self.evidence.tuned(d) is None:
-            tried = list(self.evidence.tried(d))
-            raise ValueError(f"fit returned no finite score for d=None at any of the learning rates {tried}.")
-
-    def _further(self, d: int | None) -> float | None:
-        """The next rate to try; None where the best has neighbours, or there are no more."""
-        tried, best = self.evidence.tried(d), self.evidence.tuned(d)
-        low, high = min(tried), max(tried)
-        listed = self.plan.rates and self.plan.rates[d is not None]
-        learnt = d is not None or not all(map(self.evidence.collapsed, tried.values()))
-        lower = best in (None, low) and (learnt or best is None)
-        if not lower and best != high and learnt:
-            return None
-        if listed == "auto":
-            return None if len(tried) > 2 + WIDENED else _round(low / FACTOR if lower else high * FACTOR)
-        left = [rate for rate in sorted(listed or ()) if (rate < low if lower else rate > high)]
-        return left[-1 if lower else 0] if left else None
+        choose(self.evidence, self._ask, d, near)
 
     def _measure(self, indexes: Sequence[int], seeds: int | None = None) -> None:
         """As many seeds of these dimensions as are wanted."""
@@ -200,11 +166,15 @@ class Search:
     def _spend(self) -> None:
         """Seeds of full fine-tuning, as long as they narrow the interval more than trials around the crossing will."""
         reserve = RESERVE * self.plan.seeds
-        slope = _slope(self.evidence.curve())
+        curve = self.evidence.curve()
+        slope = 0.0  # of one step of the grid, between the two greatest measured d
+        if len(curve.dims) > 1:
+            (first, low), (second, high) = ((self.grid.index(d), curve.level(curve.points[d])) for d in curve.dims[-2:])
+            slope = max((high - low) / (second - first), 0.0)
         while self._may_add() and len(self.found) + reserve < (self.plan.budget or math.inf):
             full, around = self._gains(reserve)
             curve = self.evidence.curve()
-            width = curve.share * curve.uncertainty() * student.ppf(0.95, len(curve.baseline.scores) - 1)
+            width = curve.share * curve.uncertainty() * _quantile(len(curve.baseline.scores))
             if full <= around or width <= slope:  # a step of the grid
                 break
             self._add_full()
@@ -292,17 +262,5 @@ class Search:
                 self._measure([i], done[i] + 1)
 
 
-def _round(rate: float) -> float:
-    return float(f"{rate:.6g}")
-
-
 def _quantile(seeds: int) -> float:
     return float(student.ppf(0.95, seeds - 1))
-
-
-def _slope(curve: Curve) -> float:
-    """Between the two greatest measured d, for one step of the grid."""
-    if len(curve.dims) < 2:
-        return 0.0
-    (first, low), (second, high) = ((curve.grid.index(d), curve.level(curve.points[d])) for d in curve.dims[-2:])
-    return max((high - low) / (second - first), 0.0)

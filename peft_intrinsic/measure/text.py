@@ -8,7 +8,6 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,32 +32,12 @@ from transformers import (
     set_seed,
 )
 
+from .arguments import checked
 from .methods import METHODS, adapter, step
 from .options import TextOptions, tokens_name
 from .runner import packed
 from .store import write_whole
 from .tasks import IGNORED, Task, load_task
-
-
-def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = {field.name: field.default for field in fields(TrainingArguments)}
-    unknown = sorted(set(arguments) - set(defaults))
-    if unknown:
-        raise ValueError(f"transformers' TrainingArguments have no {', '.join(unknown)}.")
-    own = sorted({"learning_rate", "seed", "output_dir"} & set(arguments))
-    if own:
-        raise ValueError(f"{', '.join(own)}: set by each trial. For learning rates to try: --full-rates and --rates.")
-    return {name: _number(name, value, defaults[name]) for name, value in arguments.items()}
-
-
-def _number(name: str, value: Any, default: Any) -> Any:
-    if isinstance(value, int | float) or isinstance(default, bool) or not isinstance(default, int | float):
-        return value
-    try:  # YAML takes 1e-2 for a text
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} of the TrainingArguments is not a number.") from None
-    return int(number) if isinstance(default, int) and number.is_integer() else number
 
 
 class TextFit:
@@ -107,7 +86,7 @@ class TextFit:
                 "load_best_model_at_end": True,
                 "metric_for_best_model": self.best,
             }
-        self.arguments |= _checked(arguments or {})
+        self.arguments |= checked(arguments or {})
         self.train_score = train_score
         self.tokenizer = AutoTokenizer.from_pretrained(model, **self.tokenizer_options)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -258,7 +237,7 @@ def check(options: TextOptions, dims: Sequence[int]) -> tuple[int, ...]:
         ValueError: the largest d exceeds the number of weights, the method can have fewer than two, the inputs are
             longer than the model's positions, or the arguments are not the Trainer's.
     """
-    _checked(options.arguments)
+    checked(options.arguments)
     config = AutoConfig.from_pretrained(options.model)
     places = getattr(config, "max_position_embeddings", None)
     if places is not None and options.max_length > places:
