@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        parser.exit(130, "\npeft-intrinsic: stopped. Finished trials are kept: the same command goes on.\n")
+        parser.exit(130, "\npeft-intrinsic: stopped. What was finished is kept: the same command goes on.\n")
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         if args.debug or not _meant(error):
             raise

@@ -164,7 +164,7 @@ def test_a_sweep_goes_on_and_certifies_the_best(folder, capsys, monkeypatch):
     def dies(texts, d, *rest):
         asked.append(d)
         if asked == [10, 40]:
-            raise RuntimeError("killed")
+            raise OSError("killed")
         return train(texts, d, *rest)
 
     monkeypatch.setattr(sweeping, "trained", dies)

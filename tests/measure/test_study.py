@@ -109,7 +109,7 @@ def test_gap_against_d90(options, tmp_path, monkeypatch):
 def test_gap_by_hand():
     class result:
         d, settings = 8, {"metric": "accuracy"}
-        points = [Point(8, 0.6, [0.7, 0.5], 1, 0.1)]  # noqa: RUF012
+        points = [Point(8, 0.6, [0.7, 0.5], 3, 1, 0.1)]  # noqa: RUF012
         trials = [  # noqa: RUF012
             {"d": None, "seed": 0, "learning_rate": 1.0, "score": 1.0, "train_score": 1.0},
             {"d": 8, "seed": 0, "learning_rate": 0.5, "score": 0.1, "train_score": 0.1},  # another rate
