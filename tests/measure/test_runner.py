@@ -9,15 +9,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from steps import DIMS, step
 
-from peft_intrinsic.measure import NothingToMeasure, grid, measure_intrinsic_dimension
+from peft_intrinsic.measure import NothingToMeasure, measure_intrinsic_dimension
 from peft_intrinsic.measure.report import markdown
-
-DIMS = grid(10, 1000, 20)
-
-
-def step(d, seed, *rate) -> float:
-    return 0.8 if d is None or d >= 100 else 0.4
 
 
 def test_scores_that_are_no_numbers():

@@ -1,0 +1,81 @@
+"""Trials that are there, asked something else."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from steps import DIMS, step
+
+from peft_intrinsic.measure import analyse, grid, measure_intrinsic_dimension
+from peft_intrinsic.measure.report import markdown
+
+
+def test_another_question_uses_the_trials_that_are_there(tmp_path):
+    """Another target, another definition, more seeds, a finer grid: only what is missing runs."""
+    calls: list = []
+
+    def fit(d, seed):
+        calls.append((d, seed))
+        return step(d, seed)
+
+    first = measure_intrinsic_dimension(fit, DIMS, majority=0.2, out=tmp_path)
+    known, rows = len(calls), first.trials
+    assert measure_intrinsic_dimension(fit, DIMS, majority=0.2, out=tmp_path) == first
+    assert len(calls) == known
+    for question in ({"of": "gain"}, {"center": "mean"}):
+        again = measure_intrinsic_dimension(fit, DIMS, majority=0.2, **question)
+        assert analyse(tmp_path, **question).answers == again.answers
+    assert analyse(tmp_path, target=0.5).answers["score"].target == pytest.approx(0.4)
+    calls.clear()
+    more = measure_intrinsic_dimension(fit, grid(10, 1000, 39), majority=0.2, seeds=4, out=tmp_path)
+    assert not set(calls) & {(row["d"], row["seed"]) for row in rows}
+    assert more.d == next(d for d in grid(10, 1000, 39) if d >= 100)
+    assert analyse(tmp_path).d == more.d  # the newest question is the folder's
+
+
+def test_what_was_not_measured_is_not_claimed():
+    """The search for the score ends below the gain's crossing: that lies above what was measured."""
+
+    def slow(d, seed):
+        return 0.9 if d is None else 0.5 + 0.32 * min(d / 500, 1) + 0.08 * max(math.log10(d / 500), 0) / 3
+
+    found = measure_intrinsic_dimension(slow, grid(10, 100_000, 40), majority=0.5)
+    last = found.points[-1].d
+    assert last < 15_000
+    assert found.answers["gain"].d is None
+    assert f"| 0.9 of the gain | 0.8600 | > {last} | [" in markdown(found)
+
+
+def test_trials_of_rates_that_are_not_asked_for_do_not_count(tmp_path):
+    fit = lambda d, seed, rate: step(d, seed) - 0.01 * abs(math.log(rate / 0.1))  # noqa: E731
+    for rates in (([1e-3, 1e-2, 0.1], [1e-2, 0.1, 0.2]), ([1e-6, 1e-5], [1e-5, 1e-4])):
+        found = measure_intrinsic_dimension(fit, DIMS, learning_rates=rates, out=tmp_path)
+    assert found.answers == measure_intrinsic_dimension(fit, DIMS, learning_rates=rates).answers
+    assert (found.baseline.learning_rate, found.points[0].learning_rate) == (1e-5, 1e-4)
+
+
+def test_another_grid_has_the_dims_between_its_ends(tmp_path):
+    first = measure_intrinsic_dimension(step, DIMS, out=tmp_path)
+    other = analyse(tmp_path, dims=grid(11, 990, 30))
+    assert other.d in (d for d in grid(11, 990, 30) if first.points[0].d < d)
+    assert other.interval[0] <= 112 <= other.interval[1] * 1.2
+    with pytest.raises(ValueError, match=r"analysed before a single dimension was measured from 2 to 3\. .*\(--dims\)"):
+        analyse(tmp_path, dims=[2, 3])
+    with pytest.raises(ValueError, match="of='gain' needs the trivial answer's score"):
+        analyse(tmp_path, of="gain")
+
+
+def test_folder_of_other_settings(tmp_path):
+    measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 3})
+    with pytest.raises(ValueError, match=r"other settings \(width: 3 there, 4 now\).*--fresh"):
+        measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 4})
+    measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 4}, fresh=True)
+    with pytest.raises(ValueError, match=r"not the folder of a run: it has no settings\.json"):
+        analyse(tmp_path / "elsewhere")
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match=r"plan\.json is damaged .*what was asked"):
+        analyse(tmp_path)
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(ValueError, match=r"has no plan\.json: it is not the folder of a measurement"):
+        analyse(tmp_path)
