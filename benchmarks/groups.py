@@ -80,6 +80,14 @@ def sizes(task: str) -> list[Row]:
     return [ours(task, 256, seed=seed, **c) for seed, c in runs]
 
 
+def places(task: str) -> list[Row]:
+    """Norms, biases and head beside every parameter, by budget."""
+    return [ours(task, d, **c) for c in ({}, {"target_modules": "all"}) for d in (1024, 4096, 16384)]
+
+
+OWN = {"rates": rates, "sizes": sizes, "places": places}
+
+
 def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
     """Every contestant: its run, and the rates that it starts with, a factor of 4 apart."""
     result: dict[str, tuple[Row, tuple[float, ...]]] = {}
@@ -165,7 +173,7 @@ def at_best(method: tuple[Row, tuple[float, ...]], rows: list[Row], model: str) 
 
 
 def group(name: str, rows: list[Row], model: str) -> list[Row]:
-    """The runs of a group: rates, sizes, peers, free or smallest, a dash, and the task; further seeds last.
+    """The runs of a group: rates, sizes, places, peers, free or smallest, a dash, and the task; further seeds last.
 
     Raises:
         SystemExit: there is no such group.
@@ -174,9 +182,9 @@ def group(name: str, rows: list[Row], model: str) -> list[Row]:
     if kind in ("peers", "free", "smallest"):
         runs = [run for _, run in tuned(contestants(kind, task), rows, model)]
         return sorted(runs, key=lambda run: run["seed"])
-    if kind not in ("rates", "sizes"):
-        raise SystemExit(f"unknown group {name!r}: rates, sizes, peers, free or smallest, a dash, and the task")
-    return (rates if kind == "rates" else sizes)(task)
+    if kind not in OWN:
+        raise SystemExit(f"unknown group {name!r}: rates, sizes, places, peers, free or smallest, a dash, and the task")
+    return OWN[kind](task)
 
 
 def described(row: Row) -> str:
@@ -216,14 +224,14 @@ def table(rows: list[Row], name: str) -> None:
                 done = [found(mine, {"model": model, **ours(task, d, lr)}) for lr in grid]
                 jumps = [f"{jump(row):.3f}" for row in done if row and row["lr"] == RATE]
                 line(d, *(cell([row] if row else []) for row in done), *jumps)
-        elif kind == "sizes":
-            line("candidate", "accuracy / cross-entropy", "seeds", "each")
-            line(*["---"] * 4)
-            planned = [{"model": model, **run} for run in sizes(task)]
-            for words in dict.fromkeys(map(described, planned)):
-                done = [row for run in planned if described(run) == words and (row := found(mine, run))]
-                if done:
-                    line(words, cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
+        elif kind in OWN:
+            line("d", "candidate", "accuracy / cross-entropy", "seeds", "each")
+            line(*["---"] * 5)
+            planned = [{"model": model, **run} for run in OWN[kind](task)]
+            for d, words in dict.fromkeys((run["d"], described(run)) for run in planned):
+                same = [run for run in planned if (run["d"], described(run)) == (d, words)]
+                if done := [row for run in same if (row := found(mine, run))]:
+                    line(d, words, cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
         else:
             methods = contestants(kind, task)
             line("contestant", "numbers", "best rate", "accuracy / cross-entropy", "seeds")

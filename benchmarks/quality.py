@@ -4,8 +4,8 @@
     python benchmarks/quality.py table GROUP
     python benchmarks/quality.py plot FILE.png
 
-A group is rates, sizes, peers, free or smallest, a dash, and a task: benchmarks/groups.py says what runs. Each run
-appends one JSON line to benchmarks/results/quality.jsonl; runs that are there already are skipped, so that an
+A group is rates, sizes, places, peers, free or smallest, a dash, and a task: benchmarks/groups.py says what runs. Each
+run appends one JSON line to benchmarks/results/quality.jsonl; runs that are there already are skipped, so that an
 interrupted group goes on. Several processes share a group's runs.
 
 Protocol: AdamW without weight decay, Trainer's default schedule (linear decay, no warm-up), dropout on, batches of
