@@ -107,28 +107,27 @@ def smallest(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
     """Methods that cannot go lower, a trained head, full fine-tuning; heads frozen."""
     base: Row = {"task": task, "seed": 0, "head": "frozen", "d": None, "config": {}}
     options: dict[str, tuple[Row, tuple[float, ...]]] = {
+        "head": ({}, (6.4e-2, 2.56e-1, 1.024)),
+        "full": ({}, (2.5e-5, 1e-4, 4e-4)),
         "lora": ({"r": 1, "lora_alpha": 2, "target_modules": QUERY_VALUE}, (2e-3, 8e-3, 3.2e-2)),
-        "vera": ({"r": 16, "target_modules": QUERY_VALUE, "projection_prng_key": "seed"}, (8e-3, 3.2e-2, 1.28e-1)),
-        "fourierft": (
-            {"n_frequency": 16, "target_modules": QUERY_VALUE, "random_loc_seed": "seed"},
-            (1.28, 5.12, 20.48),
+        "ia3": (
+            {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]},
+            (8e-3, 3.2e-2, 1.28e-1),
         ),
+        "lntuning": ({"target_modules": ["LayerNorm"]}, (1e-3, 4e-3, 1.6e-2)),
+        "bitfit": ({}, (2e-3, 8e-3, 3.2e-2)),
+        "vera": ({"r": 16, "target_modules": QUERY_VALUE, "projection_prng_key": "seed"}, (8e-3, 3.2e-2, 1.28e-1)),
         "vblora": (
             {"r": 1, "num_vectors": 8, "vector_length": 64, "target_modules": QUERY_VALUE},
             (4e-3, 1.6e-2, 6.4e-2),
         ),
         "beft": ({}, (4e-3, 1.6e-2, 6.4e-2)),
-        "bitfit": ({}, (2e-3, 8e-3, 3.2e-2)),
-        "lntuning": ({"target_modules": ["LayerNorm"]}, (1e-3, 4e-3, 1.6e-2)),
-        "ia3": (
-            {"target_modules": ["key", "value", "output.dense"], "feedforward_modules": ["output.dense"]},
-            (8e-3, 3.2e-2, 1.28e-1),
+        "fourierft": (
+            {"n_frequency": 16, "target_modules": QUERY_VALUE, "random_loc_seed": "seed"},
+            (1.28, 5.12, 20.48),
         ),
     }
-    result = {method: ({**base, "method": method, "config": o}, r) for method, (o, r) in options.items()}
-    result["head"] = {**base, "method": "head"}, (6.4e-2, 2.56e-1, 1.024)
-    result["full"] = {**base, "method": "full"}, (2.5e-5, 1e-4, 4e-4)
-    return result
+    return {method: ({**base, "method": method, "config": o}, rates) for method, (o, rates) in options.items()}
 
 
 def contestants(kind: str, task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
