@@ -45,7 +45,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from carriers import minilm, rotten_tomatoes
 from contestants import attach, trained
 from groups import found, group, plot, table

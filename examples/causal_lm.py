@@ -31,17 +31,17 @@ def blocks(data: Dataset, tokenizer: Any, length: int) -> Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M", help="Hub name or folder")
-    parser.add_argument("--dataset", help="Hub name, with its configuration after a slash")
+    parser.add_argument("--dataset", help="Hub name, with its configuration after a colon")
     parser.add_argument("--train", help="text file")
     parser.add_argument("--d", type=int, default=1000)
-    parser.add_argument("--targets", help="such as all-linear; every parameter without it")
+    parser.add_argument("--targets", help="such as all-linear; without it norms, biases and head")
     parser.add_argument("--length", type=int, default=128, help="tokens in a block")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--out", default="runs/causal_lm")
     args = parser.parse_args()
     if args.dataset:
-        name, _, configuration = args.dataset.partition("/")
+        name, _, configuration = args.dataset.partition(":")
         data = load_dataset(name, configuration or None, split="train")
     elif args.train:
         data = load_dataset("text", data_files=args.train, split="train")

@@ -1,6 +1,6 @@
 """Fine-tune a text classifier through d numbers with Trainer.
 
-    python examples/text_classification.py --model bert-base-uncased --dataset glue/mrpc --text sentence1 sentence2
+    python examples/text_classification.py --dataset nyu-mll/glue:mrpc --text sentence1 sentence2
     python examples/text_classification.py --model PATH --train train.csv --test dev.csv --text text --label label
     python examples/text_classification.py --evaluate runs/classifier --test dev.csv --text text --label label
 
@@ -92,7 +92,7 @@ def evaluate(folder: str, data: DatasetDict, text: list[str], label: str, labels
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-base-uncased", help="Hub name or folder")
-    parser.add_argument("--dataset", help="Hub name, with its configuration after a slash, such as glue/mrpc")
+    parser.add_argument("--dataset", help="Hub name, with its configuration after a colon, such as nyu-mll/glue:mrpc")
     parser.add_argument("--train", help="CSV or JSON-lines file")
     parser.add_argument("--test", help="CSV or JSON-lines file")
     parser.add_argument("--text", nargs="+", default=["text"], help="one column, or two for pairs")
@@ -106,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.dataset:
-        name, _, configuration = args.dataset.partition("/")
+        name, _, configuration = args.dataset.partition(":")
         loaded = load_dataset(name, configuration or None)
         data = DatasetDict({"train": loaded["train"], "test": loaded.get("validation", loaded.get("test"))})
     elif args.test and (args.train or args.evaluate):

@@ -13,6 +13,7 @@ from peft import get_peft_model
 from ..codec import PRIORS, Packed, adapter_from_string, adapter_to_string
 from ..codec.quantise import check_levels
 from ..measure.store import Store, write_whole
+from ..tuner.identity import base_digest
 from .certificate import Certificate
 from .certify import certificate, digest, message_bits, write
 from .texts import PackedTexts
@@ -48,7 +49,7 @@ def sweep(
 
     Raises:
         ValueError: a number of levels or a d that cannot be had, before anything is trained; or `out` holds a sweep of
-            other settings.
+            another base model, or of other settings.
 
     Returns:
         A row for each: d, levels, bytes, the body's bits with a table and with a prior fixed beforehand (the adapter
@@ -56,10 +57,15 @@ def sweep(
     """
     for count in levels:
         check_levels(count)
+    redrawn: list[str] = []
     for d in dims:
-        get_peft_model(texts.base, texts.adapter(d, seed)).unload()  # raises before hours are spent
+        model: Any = get_peft_model(texts.base, texts.adapter(d, seed))  # raises before hours are spent
+        redrawn = model.peft_config[model.active_adapter].redrawn or []
+        model.unload()
     settings = {
+        "base_model": base_digest(texts.base, redrawn).hex(),
         "training_data": digest(texts.task.data["train"]),
+        "max_length": texts.max_length,
         **{"steps": steps, "tuning_steps": tuning_steps, "learning_rate": learning_rate, "seed": seed},
         "arguments": {name: texts.arguments[name] for name in ("per_device_train_batch_size",)},
     }

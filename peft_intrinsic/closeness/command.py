@@ -14,8 +14,17 @@ from .distance import parameter_distance, write_report
 
 
 def _place(name: str) -> str:
-    """A file or folder as it is; of a name on the Hub, the folder of its weights."""
-    return name if Path(name).exists() else snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
+    """A file or folder as it is; of a name on the Hub, the folder of its weights.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if Path(name).exists():
+        return name
+    try:
+        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
+    except (OSError, ValueError) as error:  # HFValidationError, RepositoryNotFoundError, no network
+        raise ValueError(f"{name!r} is neither a file or folder nor a name that the Hub gives: {error}") from None
 
 
 def distance(args: argparse.Namespace) -> None:

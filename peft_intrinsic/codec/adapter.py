@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 
 from ..tuner import IntrinsicConfig
 from ..tuner.identity import base_digest
-from ..tuner.layer import base_places
+from ..tuner.layer import attached, base_places
 from .packed import NAME, NUMBERS, OPTIONS, PROJECTIONS, TASKS, Packed
 from .quantise import LEVELS, check_levels, rounded
 
@@ -75,7 +75,7 @@ def _error(theta: np.ndarray, levels: int) -> float:
 
 def _taken(model: Any, adapter: str | None) -> dict[str, Any]:
     """The fields of `Packed`, θ not yet rounded."""
-    name = named(model, adapter)
+    name = attached(model, adapter)
     config: Any = model.peft_config[name]
     root = model.get_base_model()
     if not isinstance(config, IntrinsicConfig):
@@ -113,18 +113,6 @@ def _taken(model: Any, adapter: str | None) -> dict[str, Any]:
         "scales": scales,
         "algorithm": config.algorithm_version,
     }
-
-
-def named(model: Any, adapter: str | None) -> str:
-    """The adapter of this name, or the active one.
-
-    Raises:
-        ValueError: there is none of this name.
-    """
-    name = adapter or model.active_adapter
-    if name not in model.peft_config:
-        raise ValueError(f"adapter={name!r} is not attached. Attached are {list(model.peft_config)}.")
-    return name
 
 
 def _plain(value: Any) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..tuner.layer import attached
 from ..tuner.vector import Vector
-from .adapter import named
 from .quantise import check_levels, codebook, rounded
 
 
@@ -50,7 +50,7 @@ def quantisation_aware(model: Any, levels: int, adapter: str | None = None) -> I
         >>> data = compress(model, levels=4)
     """
     vectors = model.base_model.vector.intrinsic_theta
-    name = named(model, adapter)
+    name = attached(model, adapter)
     vector = vectors[name]
     vectors[name] = RoundedVector(vector.weight.detach().clone(), check_levels(levels))
     vectors[name].train(vector.training).weight.requires_grad_(vector.weight.requires_grad)

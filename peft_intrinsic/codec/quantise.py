@@ -37,8 +37,8 @@ def whole(exponent: int, values: np.ndarray) -> np.ndarray:
 
 def check_levels(levels: int) -> int:
     """Raises ValueError where so many values cannot be had."""
-    if not 1 <= levels <= LEVELS:
-        raise ValueError(f"levels must be 1 to {LEVELS}, got {levels}.")
+    if not isinstance(levels, (int, np.integer)) or not 1 <= levels <= LEVELS:
+        raise ValueError(f"levels must be a whole number from 1 to {LEVELS}, got {levels!r}.")
     return levels
 
 

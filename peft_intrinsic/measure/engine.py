@@ -76,7 +76,10 @@ class RayEngine:
         room, shares = ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}
         self.slots = min(int(room.get(name, 0.0) / share) for name, share in shares.items() if share)
         if not self.slots:
-            raise ValueError(f"A trial asks for {cpus:g} CPUs and {gpus:g} GPUs; the cluster has {room}.")
+            had = {name: room.get(name, 0.0) for name in shares}
+            raise ValueError(
+                f"cpus={cpus:g} and gpus={gpus:g} for each trial (--cpus, --gpus), but Ray has {had}. Ask for less."
+            )
         # A worker that dies is started again and repeats its trial.
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
         self.worker = ray.remote(**options)(_Worker)

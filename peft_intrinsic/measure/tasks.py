@@ -209,7 +209,7 @@ def files(
         kept = [*columns, *([label] if label else [])]
         for column in kept:
             if column not in data.column_names:
-                raise ValueError(f"{path} has no column {column!r}. It has {', '.join(data.column_names)}.")
+                raise ValueError(f"{path} has no column {column!r} (--text, --label), only {data.column_names}.")
             if None in data[column]:
                 raise ValueError(f"{path} has no {column!r} in row {list(data[column]).index(None)}.")
             if column != label and not isinstance(data[0][column], list if task_type == "TOKEN_CLS" else str):
@@ -289,7 +289,7 @@ def _check_labels(task: Task, train: str, held_out: str) -> None:
     if len(kinds) > 1:
         raise ValueError(f"column {task.label!r} holds labels of several types: {', '.join(kinds)}. Make them alike.")
     if unseen := found[held_out] - found[train]:
-        raise ValueError(f"{held_out} has labels that {train} lacks: {sorted(unseen)[:5]}.")
+        raise ValueError(f"{held_out} has labels that {train} lacks: {sorted(unseen)[:5]}. Leave those rows out.")
     for path, labels in found.items():
         if len(labels) < 2:
             raise ValueError(f"{path}: every row has the same label, {labels.pop()!r}: nothing can be measured on it.")

@@ -84,7 +84,7 @@ def users_of(model: nn.Module, matched: Iterable[Match], config: IntrinsicConfig
     if not users:
         raise ValueError(
             f"target_modules={config.target_modules!r} and target_parameters={config.target_parameters!r} matched "
-            "no module with parameters of its own. Name linear layers, norms or embeddings, or pass None for all."
+            "no module with parameters of its own. Name linear layers, norms or embeddings, or pass 'all'."
         )
     return users
 

@@ -15,6 +15,7 @@ from torch import nn
 from .batches import Route
 from .config import IntrinsicConfig
 from .files import checked_numbers
+from .layer import attached
 
 BASE = "__base__"
 """PEFT's name for no adapter at all."""
@@ -109,7 +110,7 @@ class AdapterBank:
         adapter: the attached adapter that lends its projection; by default the active one.
 
     Raises:
-        ValueError: `numbers` has another width than d, or a targeted module cannot be mixed.
+        ValueError: `numbers` has another width than d, a targeted module cannot be mixed, or there is no such adapter.
 
     Example:
         >>> bank = AdapterBank.from_pretrained(model, ["users/ann", "users/bob"])
@@ -119,7 +120,7 @@ class AdapterBank:
 
     def __init__(self, model: Any, numbers: torch.Tensor, adapter: str | None = None) -> None:
         self.model = model
-        self.adapter = adapter or model.active_adapter
+        self.adapter = attached(model, adapter)
         config = model.peft_config[self.adapter]
         if numbers.dim() != 2 or numbers.shape[1] != config.d:
             raise ValueError(

@@ -219,6 +219,18 @@ class IntrinsicLayer(BaseTunerLayer):
         self.merged_adapters = []
 
 
+def attached(model: Any, adapter: str | None) -> str:
+    """The adapter of this name, or the active one.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    name = adapter or model.active_adapter
+    if name not in model.peft_config:
+        raise ValueError(f"adapter={name!r} is not attached. Attached are {list(model.peft_config)}.")
+    return name
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the base model and their names in it, whatever adapters are already attached."""
     for name, module in model.named_modules():

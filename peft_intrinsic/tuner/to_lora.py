@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from ..projection import FastfoodTensor
-from .layer import IntrinsicLayer, base_modules
+from .layer import IntrinsicLayer, attached, base_modules
 from .modules import IntrinsicEmbedding, IntrinsicLinear
 
 PREFIX = "base_model.model."
@@ -43,9 +43,9 @@ def convert_to_lora(
 
     Raises:
         ValueError: the adapter moves what a LoRA cannot hold and `accept_loss` is False: the message lists it with the
-            share of the offset's norm that it carries; or nothing can be converted.
+            share of the offset's norm that it carries; or nothing can be converted, or there is no such adapter.
     """
-    config = model.peft_config[adapter_name]
+    config = model.peft_config[attached(model, adapter_name)]
     base = model.get_base_model()
     names = {id(module): name for name, module in base_modules(base)}
     whole = {name.rpartition(".")[0] for name in config.redrawn or []}

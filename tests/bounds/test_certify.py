@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_documents import tiny
 from texts import write
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -182,6 +184,14 @@ def test_a_sweep_goes_on_and_certifies_the_best(folder, capsys, monkeypatch):
     assert Path("out/certificates.png").stat().st_size > 10_000
     main(["verify", "out/best.pia", "--train", "train.jsonl", "--model", "base"])
     assert capsys.readouterr().out.count("| 40 |") == 2
+
+    shutil.copytree("base", "other")
+    weights = load_file("base/model.safetensors")
+    next(value for value in weights.values() if value.dim() == 2).add_(1)
+    save_file(weights, "other/model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match="2"):
+        certify(*sweep, "--model", "other", "-o", "out")
+    assert "base_model" in capsys.readouterr().err
 
 
 def test_fine_tuning_is_of_the_rounded_numbers(folder, monkeypatch):

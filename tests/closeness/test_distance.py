@@ -248,3 +248,9 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["distance", str(tmp_path / "base"), str(tmp_path / "merged"), "--threshold", "-1"])
     assert "threshold must not be negative" in capsys.readouterr().err
+
+
+def test_a_place_that_does_not_exist(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["distance", str(tmp_path / "a/b/c"), str(tmp_path)])
+    assert "a/b/c' is neither a file or folder nor a name that the Hub gives" in capsys.readouterr().err

@@ -84,9 +84,9 @@ def test_rounded_numbers_are_packed_without_further_loss(theta):
     assert Packed.from_bytes(synthetic(once).to_bytes()).theta.tolist() == once.tolist()
 
 
-@pytest.mark.parametrize("levels", [0, -1, 257])
+@pytest.mark.parametrize("levels", [0, -1, 257, 2.5, "8"])
 def test_levels_out_of_range_are_refused(levels):
-    with pytest.raises(ValueError, match=f"levels must be 1 to 256, got {levels}"):
+    with pytest.raises(ValueError, match=f"levels must be a whole number from 1 to 256, got {levels!r}"):
         compress(trained("bert"), levels)
 
 

@@ -116,7 +116,7 @@ def test_a_worker_that_dies_again_and_again(engine):
 
 
 def test_a_trial_that_fits_nowhere(engine):
-    with pytest.raises(ValueError, match="A trial asks for 1 CPUs and 3 GPUs; the cluster has"):
+    with pytest.raises(ValueError, match=r"cpus=1 and gpus=3 for each trial \(--cpus, --gpus\), but Ray has"):
         RayEngine(gpus=3)
 
 

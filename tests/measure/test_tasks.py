@@ -19,7 +19,7 @@ from peft_intrinsic_command import main
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--text": "sentence"}, "has no column 'sentence'. It has text, label"),
+        ({"--text": "sentence"}, "has no column 'sentence' (--text, --label), only ['text', 'label']"),
         ({"--label": "class"}, "has no column 'class'"),
         ({"--train": "train.txt"}, "train.txt: the ending must be one of"),
         ({"--task": "glue/mrpc"}, "name either a task of GLUE (--task), or both"),

@@ -113,6 +113,8 @@ def test_refused():
         convert_to_lora(trained("llama", target_modules=["norm"], d=20), accept_loss=True)
     with pytest.raises(ValueError, match="cannot hold"):
         convert_to_lora(trained("llama", target_modules=["q_proj"], projection="dense"))
+    with pytest.raises(ValueError, match="adapter='nope' is not attached"):
+        convert_to_lora(trained("llama"), "nope")
 
 
 def test_peft_s_own_converter(tmp_path):

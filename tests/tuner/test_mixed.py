@@ -220,6 +220,13 @@ def test_bad_choices():
         pass
 
 
+def test_an_unknown_adapter_lends_nothing():
+    with pytest.raises(ValueError, match=r"adapter='nope' is not attached. Attached are \['default'\]"):
+        AdapterBank(
+            get_peft_model(build("bert"), IntrinsicConfig(d=20, task_type="SEQ_CLS")), torch.zeros(2, 20), "nope"
+        )
+
+
 def test_a_choice_ends_for_all_threads():
     """Within it, a thread that has not chosen is refused; after it, all run the active adapter."""
     model = trained("bert")
