@@ -63,7 +63,9 @@ def rates(task: str) -> list[Row]:
 def sizes(task: str) -> list[Row]:
     """What moves, how far, and with how many coordinates."""
     if task == "reviews":
-        return [ours(task, 256, **c) for c in ({}, {"add_bias": True}, {"target_modules": "all-linear"})]
+        attention = {"target_modules": ["q_proj", "v_proj"]}
+        others = [{"add_bias": True}, {"target_modules": "all-linear"}, attention]
+        return [*(ours(task, 256, **c) for c in ({}, *others)), ours(task, 256, 8e-4, **attention)]
     every = {"target_modules": "all", "exclude_modules": ".*embeddings.*"}
     if task == "mrpc":
         others = [{"factors": {"norm": 2}}, {"factors": {"bias": 2}}, {"projection": "one_hot"}, {"said": True}]
@@ -186,10 +188,11 @@ def group(name: str, rows: list[Row], model: str) -> list[Row]:
     return OWN[kind](task)
 
 
-def described(row: Row) -> str:
-    """A run of this tuner in words."""
+def described(row: Row) -> tuple[str, str, str]:
+    """A run of this tuner: d, learning rate, and what differs from the default."""
     changed = {**row["config"], **{name: row[name] for name in ("factors", "parts") if name in row}}
-    return ", ".join(f"{name} {value}" for name, value in changed.items()) or "default"
+    words = ", ".join(f"{name} {value}" for name, value in changed.items())
+    return f"{row['d']}", f"{row['lr']:g}", words or "default"
 
 
 def line(*cells: Any) -> None:
@@ -224,13 +227,13 @@ def table(rows: list[Row], name: str) -> None:
                 jumps = [f"{jump(row):.3f}" for row in done if row and row["lr"] == RATE]
                 line(d, *(cell([row] if row else []) for row in done), *jumps)
         elif kind in OWN:
-            line("d", "candidate", "accuracy / cross-entropy", "seeds", "each")
-            line(*["---"] * 5)
+            line("d", "lr", "candidate", "accuracy / cross-entropy", "seeds", "each")
+            line(*["---"] * 6)
             planned = [{"model": model, **run} for run in OWN[kind](task)]
-            for d, words in dict.fromkeys((run["d"], described(run)) for run in planned):
-                same = [run for run in planned if (run["d"], described(run)) == (d, words)]
+            for words in dict.fromkeys(map(described, planned)):
+                same = [run for run in planned if described(run) == words]
                 if done := [row for run in same if (row := found(mine, run))]:
-                    line(d, words, cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
+                    line(*words, cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
         else:
             methods = contestants(kind, task)
             line("contestant", "numbers", "best rate", "accuracy / cross-entropy", "seeds")

@@ -11,7 +11,8 @@ interrupted group goes on. Several processes share a group's runs.
 Protocol: AdamW without weight decay, Trainer's default schedule (linear decay, no warm-up), dropout on, batches of
 sentences of about the same length, bfloat16 autocast. sst2: 4,000 phrases, 250 batches of 32, accuracy and
 cross-entropy on the 872 of the validation set. rotten_tomatoes: 4,000 sentences, as many batches, 1,000 held out. mrpc:
-3,668 pairs, 500 batches of 16, on validation and test together (2,133); mrpc_250: 250 of them.
+3,668 pairs, 500 batches of 16, on validation and test together (2,133); mrpc_250: 250 of them. rotten_tomatoes_apart:
+none of its sentences in sst2's validation set.
 sst2_150, for larger encoders: 150 batches.
 reviews, for decoders: the words of rotten_tomatoes, 150 batches of 8, accuracy and cross-entropy of the next token.
 sst2 and mrpc are read from --data, which has GLUE's files as JSON lines. The encoders are sentence encoders, tuned on

@@ -4,9 +4,9 @@
     python benchmarks/trajectory.py table TASK
     python benchmarks/trajectory.py plot TASK
 
-Tasks and protocol are those of benchmarks/quality.py (sst2, mrpc_250, rotten_tomatoes; all-MiniLM-L6-v2). A run appends
-one JSON line to benchmarks/results/trajectory/TASK/trials.jsonl, and runs that are there are skipped. Recordings and
-subspaces lie in --scratch, and are made again where they are missing.
+Tasks and protocol are those of benchmarks/quality.py (sst2, mrpc_250, rotten_tomatoes_apart; all-MiniLM-L6-v2). A run
+appends one JSON line to benchmarks/results/trajectory/TASK/trials.jsonl, and runs that are there are skipped.
+Recordings and subspaces lie in --scratch, and are made again where they are missing.
 
 full: everything trained. freeze: embeddings, pooler and head. All subspace methods train these in the original space,
 as the paper, at freeze's best rate, and 6 times `dim` numbers, `dim` for each layer: random (Gaussian vectors),

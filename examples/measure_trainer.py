@@ -1,4 +1,4 @@
-"""d90 of an existing Trainer script: the five lines of `fit` are all that is added.
+"""d90 of an existing Trainer script: a function `fit` and the call that takes it are all that is added.
 
     python examples/measure_trainer.py --model PATH --train train.csv --test dev.csv --text text --label label
 

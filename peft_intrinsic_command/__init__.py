@@ -206,7 +206,7 @@ def _extras() -> Any:
         import peft_intrinsic.measure.command
         import peft_intrinsic.measure.report
     except ImportError as error:
-        raise RuntimeError(f"{error}. pip install peft_intrinsic[measure]") from None
+        raise RuntimeError(f"{error}. pip install 'peft_intrinsic[measure]'") from None
     return peft_intrinsic.measure
 
 

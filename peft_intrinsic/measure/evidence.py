@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,9 @@ import numpy as np
 from .curve import TINY, Curve, Runs
 from .engine import Trial
 from .plan import Plan
+
+BELOW = 2
+"""At how many d before it learning rates that were tried help to choose one."""
 
 TUNING = 10_000
 """The seed on which learning rates are tried: its scores choose, so they do not count."""
@@ -47,10 +50,29 @@ class Evidence:
         return {rate: rows[rate] for rate in sorted(rate for rate in rows if rate and self._asked(d, rate))}
 
     def tuned(self, d: int | None) -> float | None:
-        """The best of them, of equally good ones the middle; None where none was tried, or all diverged."""
-        finite = {rate: score for rate, score in self.tried(d).items() if math.isfinite(score)}
-        best = [rate for rate, score in finite.items() if score >= max(finite.values()) - TINY]
+        """The rate that loses least at a d and at the `BELOW` d before it where rates were tried; of equally good ones
+        the middle; None where none was tried, or all diverged. (One seed alone often takes a wrong one of two that are
+        nearly as good, and the best rate moves little from one d to the next.)"""
+        below = [] if d is None else [at for at in self.places() if at < d][-BELOW:]
+        return self._least_lost([rate for rate, score in self.tried(d).items() if math.isfinite(score)], [*below, d])
+
+    def places(self) -> list[int]:
+        """The d at which rates were tried, and one did not diverge."""
+        tried = {at for at, seed, _ in self.found if at and seed == TUNING}
+        return sorted(at for at in tried if any(map(math.isfinite, self.tried(at).values())))
+
+    def _least_lost(self, rates: Sequence[float], places: Sequence[int | None]) -> float | None:
+        lost = {rate: sum(self._lost(at, rate) for at in places) for rate in rates}
+        best = sorted(rate for rate, much in lost.items() if much <= min(lost.values()) + TINY)
         return best[len(best) // 2] if best else None
+
+    def _lost(self, d: int | None, rate: float) -> float:
+        """By how much the rate, or the nearest that was tried, is behind the best of a d; one that diverged as far as
+        the worst."""
+        tried = self.tried(d)
+        finite = [score for score in tried.values() if math.isfinite(score)]
+        score = tried[min(tried, key=lambda other: abs(math.log(other / rate)))]
+        return max(finite) - (score if math.isfinite(score) else min(finite))
 
     def best(self, d: int | None) -> float:
         """The score of that rate; minus infinity where there is none."""
@@ -58,7 +80,8 @@ class Evidence:
         return -math.inf if rate is None else self.tried(d)[rate]
 
     def rate(self, d: int | None) -> float | None:
-        """The learning rate that counts: the one of a list; chosen there; measured there; chosen at the nearest d."""
+        """The learning rate that counts: the one of a list; chosen there; measured there; between two d at which rates
+        were tried, the one that loses least at both."""
         if self.plan.rates is None:
             return None
         listed = self.plan.rates[d is not None]
@@ -69,8 +92,11 @@ class Evidence:
         measured = [rate for at, seed, rate in self.found if at == d and seed != TUNING and self._asked(d, rate)]
         if measured:
             return max(sorted(set(measured), key=lambda rate: rate or 0.0), key=measured.count)
-        places = sorted({at for at, seed, _ in self.found if at and seed == TUNING and self.tuned(at) is not None})
-        return self.tuned(min(places, key=lambda at: abs(math.log(at / d)))) if places else None
+        below, above = ([at for at in self.places() if (at < d) == side] for side in (True, False))
+        about = [*below[-1:], *above[:1]]
+        if len(about) < 2:
+            return self.tuned(about[0]) if about else None
+        return self._least_lost([rate for at in about if (rate := self.tuned(at)) is not None], about)
 
     def at_edge(self, d: int | None) -> bool:
         """Whether the best of several rates is the lowest or the highest of the list, or of those tried by "auto"."""

@@ -1,0 +1,62 @@
+"""Which learning rate counts, from scores whose sums can be made by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from peft_intrinsic.measure.evidence import TUNING, Evidence
+from peft_intrinsic.measure.plan import Plan
+
+DIGITS = {
+    22: {5e-5: 0.216, 2e-4: 0.352, 8e-4: 0.352, 3.2e-3: 0.280},
+    43: {5e-5: 0.492, 2e-4: 0.688, 8e-4: 0.678, 3.2e-3: 0.638},
+    95: {5e-5: 0.704, 2e-4: 0.810, 8e-4: 0.850, 3.2e-3: 0.854, 1.28e-2: 0.668},
+    209: {8e-4: 0.914, 3.2e-3: 0.904, 1.28e-2: 0.922, 5.12e-2: 0.888},
+}
+"""Of a network on digits (benchmarks/digits_width.py), one seed."""
+
+
+def evidence(tried: dict[int, dict[float, float]], *more: tuple[int, int, float, float]) -> Evidence:
+    found = {(d, TUNING, rate): score for d, scores in tried.items() for rate, score in scores.items()}
+    found |= {(d, seed, rate): score for d, seed, rate, score in more}
+    return Evidence(found, Plan((10, 1000), baseline=(0.98,), rates=("auto", "auto")))
+
+
+@pytest.mark.parametrize(("d", "rate"), [(22, 8e-4), (43, 2e-4), (95, 8e-4), (209, 8e-4)])
+def test_two_d_below_have_a_say(d, rate):
+    """By hand: at 209 the rate 8e-4 loses .008 + .004 + .010, 3.2e-3 loses .018 + 0 + .050, and 1.28e-2, the best of
+    209 alone, 0 + .186 + .050 (of the nearest that 43 has). At 43, 2e-4 loses nothing. At 95, 8e-4 loses .004 + .010,
+    2e-4 .044, 3.2e-3 .050 + .072. At 22 two are equal: the upper one."""
+    assert evidence(DIGITS).tuned(d) == rate
+
+
+def test_those_above_have_none():
+    assert [evidence({at: DIGITS[at] for at in DIGITS if at <= d}).tuned(d) for d in DIGITS] == [
+        evidence(DIGITS).tuned(d) for d in DIGITS
+    ]
+
+
+def test_between_two_d_the_one_that_loses_least_at_both():
+    """2e-4 is best at 100 and .09 behind at 400; 8e-4 is .03 behind and best: it loses less, also next to 100."""
+    tried = {100: {2e-4: 0.63, 8e-4: 0.60}, 400: {2e-4: 0.71, 8e-4: 0.80}}
+    assert [evidence(tried).rate(d) for d in (50, 100, 101, 399, 400, 900)] == [2e-4, 2e-4, 8e-4, 8e-4, 8e-4, 8e-4]
+
+
+def test_a_rate_that_was_measured_there_stays():
+    tried = {100: {2e-4: 0.63, 8e-4: 0.60}, 400: {2e-4: 0.71, 8e-4: 0.80}}
+    assert evidence(tried, (200, 0, 2e-4, 0.7)).rate(200) == 2e-4
+
+
+def test_one_that_diverged_counts_as_the_worst():
+    """8e-4 loses nothing at 400 and, diverged, as much as the worst, .3, at 100; 2e-4 loses .2 and nothing."""
+    tried = {100: {5e-5: 0.3, 2e-4: 0.6, 8e-4: math.nan}, 400: {2e-4: 0.6, 8e-4: 0.8}}
+    assert evidence(tried).tuned(400) == 2e-4
+    assert evidence({400: tried[400]}).tuned(400) == 8e-4
+
+
+def test_where_all_diverged_there_is_none():
+    tried = {100: {2e-4: 0.6}, 400: {2e-4: math.nan, 8e-4: math.nan}}
+    assert evidence(tried).tuned(400) is None
+    assert evidence(tried).rate(400) == 2e-4
