@@ -2,6 +2,8 @@
 
     python benchmarks/simulations.py [--curves 500] [--kind NAME ...] [--out FILE.json]
 
+The file keeps the rows of other kinds with as many curves.
+
 A curve is a logistic function of log d between two scores; a trial adds Gaussian noise, full fine-tuning lies a little
 above the curve's end. The grid is the paper's, of 64 points; a sweep of it with three seeds is 192 trials.
 
@@ -144,7 +146,10 @@ def main() -> None:
             print("| curves | " + " | ".join(rows[0]) + " |", "|---" * (len(rows[0]) + 1) + "|", sep="\n")
         print(f"| {kind} | " + " | ".join(f"{value:g}" for value in table[kind].values()) + " |", flush=True)
     if args.out:
-        args.out.write_text(json.dumps({"curves": args.curves, "grid": len(GRID), "table": table}, indent=1) + "\n")
+        sizes = {"curves": args.curves, "grid": len(GRID)}
+        before = json.loads(args.out.read_text()) if args.out.exists() else {}
+        kept = before.get("table", {}) if {**before, **sizes} == before else {}
+        args.out.write_text(json.dumps({**sizes, "table": {**kept, **table}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
