@@ -218,7 +218,10 @@ def test_fine_tuning_is_of_the_rounded_numbers(folder, monkeypatch):
         (("--dims", "2"), "--dims needs --model"),
         (("--dims", "2", "--model", "base", "-o", "out", "--tried", "3"), "--tried 3"),
         (("--dims", "2,9999999", "--model", "base", "-o", "out"), "d=9999999 is more than"),
-        (("--dims", "2", "--model", "base", "-o", "out", "--levels", "4,300"), "levels must be 1 to 256, got 300"),
+        (
+            ("--dims", "2", "--model", "base", "-o", "out", "--levels", "4,300"),
+            "levels must be a whole number from 1 to 256, got 300",
+        ),
         (("--dims", "2,x"), "'2,x' is not whole numbers"),
         (("--adapter", "adapter", "--delta", "2"), "delta must be"),
         (("--adapter", "adapter", "--tried", "0"), "tried must be"),
@@ -254,4 +257,4 @@ def test_a_missing_package_is_named_with_its_extra(folder, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft_intrinsic.bounds.command", None)
     with pytest.raises(SystemExit, match="2"):
         certify("--adapter", "adapter")
-    assert "pip install peft_intrinsic[codec,measure]" in capsys.readouterr().err
+    assert "pip install 'peft_intrinsic[codec,measure]'" in capsys.readouterr().err
