@@ -12,7 +12,7 @@ mrpc: low, flat curves, and full fine-tuning that varies by .026, as MRPC's.  co
 subspace score as the majority class.  collapse both: and of full fine-tuning.  dip: scores fall again at large d.
 rate falls: the best learning rate falls as d^-0.3; three rates a factor of 4 apart are tried.  rate falls, auto: the
 same with rates="auto", which begins a factor of 20 too low.  rates alike: a rate a factor of 4 off loses .01 only, half
-of what two seeds differ by, one 16 off .04; "auto".
+of what one run varies by, one 16 off .04; "auto".
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def main() -> None:
     if args.out:
         sizes = {"curves": args.curves, "grid": len(GRID)}
         before = json.loads(args.out.read_text()) if args.out.exists() else {}
-        kept = before.get("table", {}) if {**before, **sizes} == before else {}
+        kept = before["table"] if before.get("curves") == args.curves else {}
         args.out.write_text(json.dumps({**sizes, "table": {**kept, **table}}, indent=1) + "\n")
 
 
