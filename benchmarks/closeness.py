@@ -5,8 +5,8 @@
 Fine-tunes in full at the best rate of benchmarks/results/supermask/TASK, and writes to
 benchmarks/results/closeness/TASK: distance.json, distance.md and distance.png (`parameter_distance`, the model against
 itself before), critical.md (`critical_layers`, by accuracy on the test examples), and frozen.md with its trials
-(`frozen_sweep`: the k most critical layers trained, all others frozen, pooler and head always; three seeds). Trials
-that are there are not run again.
+(`frozen_sweep`: the k most critical parts trained, all others frozen, pooler and head always; three seeds). What is
+there is not run again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from supermask import NAMES, TASKS, Supermasks, contestants
 
 from peft_intrinsic.closeness import critical_layers, frozen_sweep, parameter_distance
 from peft_intrinsic.closeness.distance import write_report
+from peft_intrinsic.tuner.targets import block_of
 
 
 def main() -> None:
@@ -39,22 +40,25 @@ def main() -> None:
     study = Supermasks(results, args.task, args.model or minilm(), args.data, Path("runs"))
     rate, runner = results.rate(args.task, "full"), study.runner(args.task)
 
-    tuned = study.base(0)
-    base = copy.deepcopy(tuned)
-    study.train(args.task, tuned, {rate: list(tuned.parameters())}, 0)
-    write_report(parameter_distance(base, tuned), out)
-    found = critical_layers(base, tuned, lambda model: runner.score(model)["accuracy"])
-    (out / "critical.md").write_text(found.report() + "\n", encoding="utf-8")
-    (out / "critical.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
-    found.plot(out / "critical.png")
-    print(found.report(), flush=True)
+    if not (out / "critical.json").exists():
+        tuned = study.base(0)
+        base = copy.deepcopy(tuned)
+        study.train(args.task, tuned, {rate: list(tuned.parameters())}, 0)
+        write_report(parameter_distance(base, tuned), out)
+        found = critical_layers(base, tuned, lambda model: runner.score(model)["accuracy"])
+        (out / "critical.md").write_text(found.report() + "\n", encoding="utf-8")
+        found.plot(out / "critical.png")
+        (out / "critical.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        print(found.report(), flush=True)
+    parts = json.loads((out / "critical.json").read_text(encoding="utf-8"))["parts"]
+    order = [part for part in parts if part != "classifier"]
 
-    always = ("pooler", "classifier")
-    order = [part for part in found.parts if part not in ("classifier",)]
-
-    def fit(parts: list[str], seed: int) -> float:
+    def fit(moved: list[str], seed: int) -> float:
         model = study.base(seed)
-        parameters = study.only(model, (*always, *(f"{part}." for part in parts)))
+        for name, parameter in model.named_parameters():
+            part = block_of(name) or name.partition(".")[0]
+            parameter.requires_grad_(part in moved or "pooler" in name or part == "classifier")
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return study.train(args.task, model, {rate: parameters}, seed)["accuracy"]
 
     scores = frozen_sweep(fit, order, out, counts=sorted({0, 1, 2, 4, len(order)}))

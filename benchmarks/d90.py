@@ -1,11 +1,13 @@
-"""d90 of a small encoder on real tasks, by DID and by SAID.
+"""d90 of a sentence encoder on real tasks, by this tuner and by others.
 
-    python benchmarks/d90.py mrpc|sst2 --model all-MiniLM-L6-v2 --data GLUE [--out benchmarks/results/d90/TASK]
+    python benchmarks/d90.py mrpc|sst2 --model all-MiniLM-L6-v2 --data GLUE [OPTION ...]
     python benchmarks/d90.py pairs      # do runs of one seed lie on the same side, full and in the subspace?
 
-Runs `peft-intrinsic study methods` with the options below on the CPU, and goes on where it stopped. GLUE
-is a folder with mrpc/ and sst2/, each with train.jsonl and validation.jsonl, as `to_json` of the dataset nyu-mll/glue
-writes them. Of SST-2's 67,349 training phrases 4,000 are taken, shuffled by Python's generator of seed 0.
+Runs `peft-intrinsic study methods` with the options below and those that follow, such as --method did,said (by default
+all that are below) or --engine ray --gpus 0.1, and goes on where it stopped. Measurements lie in
+benchmarks/results/d90/TASK. GLUE is a folder with mrpc/ and sst2/, each with train.jsonl and validation.jsonl, mrpc/
+with test.jsonl too, as `to_json` of the dataset nyu-mll/glue writes them. Of SST-2's 67,349 training phrases 4,000 are
+taken, shuffled by Python's generator of seed 0; MRPC is scored on validation and test together.
 """
 
 from __future__ import annotations
@@ -19,17 +21,11 @@ from statistics import mean
 
 from peft_intrinsic_command import main as command
 
-CPU = "use_cpu: true\ndataloader_pin_memory: false\ntrain_sampling_strategy: group_by_length\n"
-
+CONFIG = "dataloader_pin_memory: false\ntrain_sampling_strategy: group_by_length\n"
+METHODS = {"sst2": "did,said,default,lora,unilora,tinylora", "mrpc": "did,said,default"}
 TASKS = {
-    "sst2": (
-        CPU,
-        "--text sentence --epochs 1 --max-length 64 --dims 64,16384,33",
-    ),
-    "mrpc": (
-        CPU + "bf16: true\n",
-        "--text sentence1 sentence2 --epochs 2 --batch 8 --max-length 80 --dims 256,65536,33",
-    ),
+    "sst2": "--text sentence --epochs 1 --max-length 64 --dims 64,16384,33",
+    "mrpc": "--text sentence1 sentence2 --epochs 2 --batch 16 --max-length 80 --dims 256,65536,33",
 }
 
 
@@ -49,6 +45,8 @@ def pairs() -> None:
             for place, scores in whole.items()
         }
         below = [apart[place] for place in apart if place[0] is not None]
+        if not below:
+            continue
         spread = (sum(value**2 for row in below for value in row) / (2 * len(below))) ** 0.5
         for seed in range(3):
             full = "".join(f"{apart[place][seed]:+.4f}" for place in apart if place[0] is None)
@@ -56,29 +54,38 @@ def pairs() -> None:
             print(f"| {path.parent.parent.name}, {path.parent.name} | {seed} | {full} | {average} | {spread:.4f} |")
 
 
+def files(task: str, data: Path, folder: Path) -> tuple[Path, Path]:
+    """Training and held-out examples of a task, the shortened or joined ones in `folder`."""
+    train, held_out = data / task / "train.jsonl", data / task / "validation.jsonl"
+    if task == "mrpc":
+        joined = folder / "validation_and_test.jsonl"
+        joined.write_text("".join(file.read_text("utf-8") for file in (held_out, data / task / "test.jsonl")), "utf-8")
+        return train, joined
+    rows = train.read_text("utf-8").splitlines(keepends=True)
+    random.Random(0).shuffle(rows)
+    short = folder / "train_4000.jsonl"
+    short.write_text("".join(rows[:4000]), "utf-8")
+    return short, held_out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=[*sorted(TASKS), "pairs"])
+    parser.add_argument("task", choices=[*TASKS, "pairs"])
     parser.add_argument("--model")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--out")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     if args.task == "pairs":
         return pairs()
     if args.model is None or args.data is None:
         parser.error("--model and --data are needed")
-    (arguments, options), source = TASKS[args.task], args.data / args.task
     with tempfile.TemporaryDirectory() as folder:
-        config, train = Path(folder, "cpu.yaml"), source / "train.jsonl"
-        config.write_text(arguments)
-        if args.task == "sst2":
-            rows = [json.loads(line) for line in train.read_text(encoding="utf-8").splitlines()]
-            random.Random(0).shuffle(rows)
-            train = Path(folder, "train_4000.jsonl")
-            train.write_text("".join(json.dumps(row) + "\n" for row in rows[:4000]), encoding="utf-8")
-        files = ["--train", str(train), "--eval", str(source / "validation.jsonl"), "--config", str(config)]
-        out = args.out or f"benchmarks/results/d90/{args.task}"
-        command(["study", "methods", args.model, *files, *options.split(), "--out", out])
+        config = Path(folder, "config.yaml")
+        config.write_text(CONFIG)
+        train, held_out = files(args.task, args.data, Path(folder))
+        options = ["--train", str(train), "--eval", str(held_out), "--config", str(config)]
+        options += ["--method", METHODS[args.task], "--out", f"benchmarks/results/d90/{args.task}"]
+        command(["study", "methods", args.model, *options, *TASKS[args.task].split(), *more])
+    return None
 
 
 if __name__ == "__main__":

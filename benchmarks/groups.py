@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 Row = dict[str, Any]
-MEASURED = ("numbers", "accuracy", "loss", "train", "seconds", "zeros", "sparsity", "bytes")
+MEASURED = ("numbers", "accuracy", "loss", "train", "seconds", "device", "zeros", "sparsity", "bytes")
 RATE = 2e-4
 BUDGETS = (256, 1024, 64, 4096)
 HEADS = (4e-3, 1.6e-2, 6.4e-2)

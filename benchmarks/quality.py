@@ -9,12 +9,12 @@ run appends one JSON line to benchmarks/results/quality.jsonl; runs that are the
 interrupted group goes on. Several processes share a group's runs.
 
 Protocol: AdamW without weight decay, Trainer's default schedule (linear decay, no warm-up), dropout on, batches of
-sentences of about the same length, bfloat16 autocast. sst2: 4,000 phrases, 250 batches of 32, accuracy and
-cross-entropy on the 872 of the validation set. rotten_tomatoes: 4,000 sentences, as many batches, 1,000 held out. mrpc:
-3,668 pairs, 500 batches of 16, on validation and test together (2,133); mrpc_250: 250 of them. rotten_tomatoes_apart:
-none of its sentences in sst2's validation set.
-sst2_150, for larger encoders: 150 batches.
-reviews, for decoders: the words of rotten_tomatoes, 150 batches of 8, accuracy and cross-entropy of the next token.
+sentences of about the same length, bfloat16 autocast, on the accelerator where there is one (the row says which).
+sst2: 4,000 phrases, 250 batches of 32, accuracy and cross-entropy on the 872 of the validation set; sst2_150, for
+larger encoders: 150 batches. rotten_tomatoes: 4,000 sentences, as many batches, 1,000 held out;
+rotten_tomatoes_apart: none of its sentences in sst2's validation set. mrpc: 3,668 pairs, 500 batches of 16, on
+validation and test together (2,133); mrpc_250: 250 of them. reviews, for decoders: the words of rotten_tomatoes, 150
+batches of 8, accuracy and cross-entropy of the next token.
 sst2 and mrpc are read from --data, which has GLUE's files as JSON lines. The encoders are sentence encoders, tuned on
 pairs of sentences.
 
@@ -51,6 +51,7 @@ from carriers import minilm, rotten_tomatoes
 from contestants import attach, trained
 from groups import found, group, plot, table
 
+DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
 LOCKS: list[FileLock] = []
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 Row = dict[str, Any]
@@ -116,7 +117,8 @@ class Runner:
         for examples in load(task, folder):
             texts = [[row[column] for row in examples] for column in self.task["text"]]
             inputs = tokenizer(*texts, truncation=True, max_length=128)["input_ids"]
-            self.parts.append(([torch.tensor(ids) for ids in inputs], torch.tensor([row["label"] for row in examples])))
+            labels = torch.tensor([row["label"] for row in examples], device=DEVICE)
+            self.parts.append(([torch.tensor(ids) for ids in inputs], labels))
         self.pad = tokenizer.pad_token_id
         self.lengths = np.array([len(ids) for ids in self.parts[0][0]])
 
@@ -124,20 +126,21 @@ class Runner:
         """Mean cross-entropy, hits and how many, of sentences or of next tokens."""
         inputs, labels = self.parts[part]
         ids = torch.nn.utils.rnn.pad_sequence([inputs[i] for i in index], batch_first=True, padding_value=self.pad)
-        with torch.autocast("cpu", torch.bfloat16):
+        ids = ids.to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             logits = model(input_ids=ids, attention_mask=(ids != self.pad).long()).logits
         if logits.dim() == 3:
             seen = ids[:, 1:] != self.pad
             logits, target = logits[:, :-1][seen], ids[:, 1:][seen]
         else:
-            target = labels[torch.as_tensor(index)]
+            target = labels[torch.as_tensor(index, device=DEVICE)]
         loss = torch.nn.functional.cross_entropy(logits.float(), target)
         return loss, (logits.argmax(-1) == target).sum(), len(target)
 
     def run(self, row: Row) -> Row:
         """One training: accuracy, cross-entropy, trained numbers, the training loss every 25 steps, seconds."""
         torch.manual_seed(row["seed"])
-        model = attach(self.kind.from_pretrained(self.path, num_labels=2, dtype=torch.float32), row)
+        model = attach(self.kind.from_pretrained(self.path, num_labels=2, dtype=torch.float32), row).to(DEVICE)
         moved = {name: p for name, p in model.named_parameters() if p.requires_grad}
         head = [p for name, p in moved.items() if "head_lr" in row and "classifier" in name]
         rest = [p for p in moved.values() if not any(p is h for h in head)]
@@ -153,7 +156,7 @@ class Runner:
             "numbers": trained(model, row),
             **self.score(model),
             "train": [round(float(np.mean(losses[i : i + 25])), 3) for i in range(0, len(losses), 25)],
-            "seconds": round(time.time() - start),
+            **spent(start),
         }
 
     def fit(
@@ -170,9 +173,9 @@ class Runner:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            losses.append(float(loss.detach()))
+            losses.append(loss.detach())
             after(step)
-        return losses
+        return torch.stack(losses).tolist()
 
     def score(self, model: Any) -> Row:
         """Accuracy and cross-entropy on the test examples."""
@@ -185,6 +188,11 @@ class Runner:
             "accuracy": round(sum(int(hits) for _, hits, _ in scores) / count, 4),
             "loss": round(sum(float(loss) * size for loss, _, size in scores) / count, 4),
         }
+
+
+def spent(start: float) -> Row:
+    """Seconds since `start`, and where."""
+    return {"seconds": round(time.time() - start), "device": DEVICE.type}
 
 
 def claimed(name: str, model: str) -> Row | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from groups import at_best, cell, found, line, tuned
 from peft import get_peft_model
-from quality import Row, Runner, lines, minilm
+from quality import DEVICE, Row, Runner, lines, minilm, spent
 
 from peft_intrinsic import IntrinsicConfig
 
@@ -141,7 +141,7 @@ class Study:
         model = self.runner(self.task).kind.from_pretrained(self.path, num_labels=2, dtype=torch.float32)
         model = get_peft_model(model, IntrinsicConfig(d=200, task_type="SEQ_CLS")).merge_and_unload()  # θ is zero
         torch.manual_seed(seed)
-        return model.requires_grad_(True)
+        return model.requires_grad_(True).to(DEVICE)
 
     def train(self, task: str, model: Any, rates: dict[float, list[Any]], seed: int, **more: Any) -> Row:
         """Train, and score on the test examples.
@@ -158,7 +158,7 @@ class Study:
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         losses = self.runner(task).fit(model, optimizer, seed, **more)
         steps = [round(sum(losses[i : i + 25]) / 25, 3) for i in range(0, len(losses), 25)]
-        return {**self.runner(task).score(model), "train": steps, "seconds": round(time.time() - start)}
+        return {**self.runner(task).score(model), "train": steps, **spent(start)}
 
     def only(self, model: Any, parts: tuple[str, ...]) -> list[Any]:
         """Freeze a model but for the parameters whose names contain one of these, and return those."""
