@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--batch", type=int, default=32, help="answers in a step, 8 to each question")
-    parser.add_argument("--tests", type=int, default=100, help="questions that are kept for the score")
+    parser.add_argument("--tests", type=int, default=100, help="questions of the score, sums of the same range")
     parser.add_argument("--length", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--out", default="runs/grpo")
     args = parser.parse_args()
