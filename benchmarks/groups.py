@@ -261,9 +261,9 @@ def plot(rows: list[Row], path: str) -> None:
         for method in ("ours", "unilora", "tinylora"):
             curve = sorted(point for label, point in points.items() if label.startswith(f"{method} "))
             axis.plot(*zip(*curve, strict=True), marker="o", label=method)
-        for label in set(points) & set(smallest(task)):
-            axis.plot(*points[label], "k.")
-            axis.annotate(label, points[label])
+        for marker, label in zip("oXs^v<>PDd", smallest(task), strict=True):
+            if label in points:
+                axis.plot(*points[label], color="black", linestyle="", marker=marker, label=label)
         axis.set(xscale="log", xlabel="trained numbers", ylabel="cross-entropy, lower is better", title=task)
-        axis.legend()
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
