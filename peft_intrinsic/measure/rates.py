@@ -12,9 +12,21 @@ FACTOR, WIDENED = 4.0, 4
 """Of learning rates by `"auto"`: from one to the next, and how often they go on beyond the first three."""
 
 
+def first(evidence: Evidence, d: int | None, near: float | None) -> list[Trial]:
+    """The rates that are tried at a d whatever they give: those about the one that was best at a neighbouring d, if
+    there is one. Empty where the plan leaves nothing to choose."""
+    if evidence.plan.rates is None or ((listed := evidence.plan.rates[d is not None]) != "auto" and len(listed) == 1):
+        return []
+    rates = sorted(AUTO[d is not None] if listed == "auto" else listed)
+    if near is not None:
+        about = [_round(near * FACTOR**i) for i in (-1, 0, 1)]
+        place = 0 if listed == "auto" else rates.index(near)
+        rates = about if listed == "auto" else rates[max(place - 1, 0) : place + 2]
+    return [(d, TUNING, rate) for rate in rates]
+
+
 def choose(evidence: Evidence, ask: Callable[[list[Trial]], None], d: int | None, near: float | None) -> None:
-    """Try learning rates, those about the one that was best at a neighbouring d if there is one, and further ones
-    while the best is at an end of those tried.
+    """Try the first learning rates, and further ones while the best is at an end of those tried.
 
     Args:
         evidence: of the trials so far.
@@ -25,14 +37,9 @@ def choose(evidence: Evidence, ask: Callable[[list[Trial]], None], d: int | None
     Raises:
         ValueError: full fine-tuning diverges at all of them.
     """
-    if evidence.plan.rates is None or ((listed := evidence.plan.rates[d is not None]) != "auto" and len(listed) == 1):
+    if not (trials := first(evidence, d, near)):
         return
-    rates = sorted(AUTO[d is not None] if listed == "auto" else listed)
-    if near is not None:
-        about = [_round(near * FACTOR**i) for i in (-1, 0, 1)]
-        place = 0 if listed == "auto" else rates.index(near)
-        rates = about if listed == "auto" else rates[max(place - 1, 0) : place + 2]
-    ask([(d, TUNING, rate) for rate in rates])
+    ask(trials)
     while (rate := _further(evidence, d)) is not None:
         ask([(d, TUNING, rate)])
     if d is None and evidence.tuned(d) is None:

@@ -13,7 +13,7 @@ from .curve import Curve
 from .engine import Trial
 from .evidence import Evidence
 from .plan import Plan
-from .rates import choose
+from .rates import choose, first
 
 AROUND = (0, -1, 1, -2, 2, -4, 4, -7, 7)
 """Grid steps from the crossing at which the fit is supported."""
@@ -148,6 +148,7 @@ class Search:
         for i in range(0, len(coarse), self.at_once):
             some = coarse[i : i + self.at_once]
             self.doing = f"scan at d = {self.grid[some[0]]}"
+            self._ask([trial for place in some for trial in first(self.evidence, self.grid[place], near)])
             for place in some:
                 self._choose(self.grid[place], near)
             if not self.evidence.tried(self.grid[some[0]]):

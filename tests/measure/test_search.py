@@ -142,6 +142,17 @@ def test_of_equal_rates_the_middle_one():
     assert search.evidence.tuned(100) == 2e-4
 
 
+def test_side_by_side_the_rates_of_several_d_are_one_round():
+    rounds: list = []
+
+    def evaluate(wanted):
+        rounds.append(wanted)
+        return [0.9 if d is None or d >= GRID[31] else 0.2 for d, *_ in wanted]
+
+    Search(evaluate, Plan(GRID, baseline=(0.9,), rates=("auto", "auto")), at_once=2).run()
+    assert [(d, seed) for d, seed, _ in rounds[0]] == [(GRID[0], TUNING)] * 3 + [(GRID[9], TUNING)] * 3
+
+
 def test_a_list_is_gone_through_while_the_best_is_at_an_end():
     """Also below a rate that was best before, where higher ones diverge."""
     seen: list = []
