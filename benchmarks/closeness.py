@@ -4,9 +4,9 @@
 
 Fine-tunes in full at the best rate of benchmarks/results/supermask/TASK, and writes to
 benchmarks/results/closeness/TASK: distance.json, distance.md and distance.png (`parameter_distance`, the model against
-itself before), critical.md (`critical_layers`, by accuracy on the test examples), and frozen.md with its trials
-(`frozen_sweep`: the k most critical parts trained, all others frozen, pooler and head always; three seeds). What is
-there is not run again.
+itself before), critical.json, critical.md and critical.png (`critical_layers`, by accuracy on the test examples), and
+frozen.md with its trials (`frozen_sweep`: the k most critical parts trained, all others frozen, pooler and head always;
+three seeds). Where critical.json is there, only what the sweep lacks runs.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ def attach(model: Any, row: dict[str, Any]) -> Any:
     """The model of one run, ready for training. `row["config"]` are options of the method's PEFT configuration.
 
     `row["head"]`: `"subspace"` (this tuner: inside the d numbers), `"frozen"`, or `"free"` (trained, not counted).
-    `row["factors"]` replaces the sizes of the kinds of tensors, for this tuner's rejected candidates.
+    `row["factors"]` and `row["parts"]` replace sizes and shares of the kinds of tensors, for this tuner's rejected
+    candidates.
     """
     method, options = row["method"], dict(row.get("config", {}))
     if method == "full":

@@ -79,7 +79,9 @@ def sizes(task: str) -> list[Row]:
         {"projection": "global"},
     ]
     runs = [(seed, c) for seed in range(3) for c in (close + others if seed == 0 else close)]
-    return [ours(task, 256, seed=seed, **c) for seed, c in runs]
+    again = [(256, 1, {"projection": "one_hot"})]
+    again += [(64, seed, c) for c in ({}, {"projection": "one_hot"}) for seed in (0, 1)]
+    return [*(ours(task, 256, seed=seed, **c) for seed, c in runs), *(ours(task, d, seed=s, **c) for d, s, c in again)]
 
 
 def places(task: str) -> list[Row]:
@@ -106,7 +108,7 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
 
 
 def smallest(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
-    """Methods that cannot go lower, a trained head, full fine-tuning; heads frozen."""
+    """Other methods of PEFT at small settings, a trained head, full fine-tuning; heads frozen but for BitFit's bias."""
     base: Row = {"task": task, "seed": 0, "head": "frozen", "d": None, "config": {}}
     options: dict[str, tuple[Row, tuple[float, ...]]] = {
         "head": ({}, (6.4e-2, 2.56e-1, 1.024)),

@@ -13,7 +13,7 @@ from peft_intrinsic import AdapterBank, IntrinsicConfig, SupermaskConfig
 from peft_intrinsic.closeness import parameter_distance
 from peft_intrinsic.codec import compress, load_packed
 
-DEVICE = torch.accelerator.current_accelerator() or torch.device("cpu")
+DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 pytestmark = pytest.mark.skipif(DEVICE.type == "cpu", reason="this machine has no accelerator")
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}

@@ -33,7 +33,7 @@ class SupermaskConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained and saved in full.
         initial_sparsity (`float`):
-            Share of zeros at the start, from 0 to below 1. The final one stays near it.
+            Share of zeros at the start, from 0 to below 1. How many training ends with depends on its rate.
         init (`"magnitude"` or `"random"`):
             Which weights are zero, or likely zero, at the start: the smallest of each layer, or any.
         mask (`"threshold"` or `"bernoulli"`):
