@@ -159,10 +159,14 @@ def plot(result: Result, folder: Path, name: str) -> None:
 
 
 def save(figure: Any, folder: Path, name: str) -> None:
-    """A figure in every format."""
+    """A figure in every format; the same figure gives the same bytes."""
+    import matplotlib as mpl
+
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     for ending in FORMATS:
         data = io.BytesIO()
-        figure.savefig(data, format=ending, dpi=150)
+        with mpl.rc_context({"svg.hashsalt": name}):
+            figure.savefig(data, format=ending, dpi=150, metadata=undated.get(ending))
         write_whole(folder / f"{name}.{ending}", data.getvalue())
 
 

@@ -203,8 +203,10 @@ def test_report(tmp_path):
     assert first["process"].endswith(f" {os.getpid()}")
     assert first["versions"]["torch"] == report["versions"]["torch"] == importlib.metadata.version("torch")
     assert len(report["trials"]) == count(tmp_path)
-    for name in ("png", "svg", "pdf"):
-        assert (tmp_path / f"curve.{name}").stat().st_size > 5_000
+    figures = {name: (tmp_path / f"curve.{name}").read_bytes() for name in ("png", "svg", "pdf")}
+    assert all(len(figure) > 5_000 for figure in figures.values())
+    write_report(result, tmp_path)
+    assert figures == {name: (tmp_path / f"curve.{name}").read_bytes() for name in figures}
     rows = (tmp_path / "curve.csv").read_text().splitlines()
     assert rows[0] == "d,seed,learning_rate,score,seconds,process"
     assert rows[1].startswith("full,0,,0.8,")
