@@ -1,4 +1,4 @@
-"""The same on an accelerator as on the processor: outputs, gradients, files, masks, banks, other code's devices."""
+"""The same on a CUDA device as on the processor: outputs, gradients, files, masks, banks, other code's devices."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from peft_intrinsic import AdapterBank, IntrinsicConfig, SupermaskConfig
 from peft_intrinsic.closeness import parameter_distance
 from peft_intrinsic.codec import compress, load_packed
 
-DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-pytestmark = pytest.mark.skipif(DEVICE.type == "cpu", reason="this machine has no accelerator")
+DEVICE = torch.device("cuda")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 """Other kernels add up in another order; float32 throughout."""
