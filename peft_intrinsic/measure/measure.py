@@ -115,7 +115,8 @@ def measured(
             trial = {name: row[name] for name in TRIAL}
             if store.key(trial) not in store.rows:
                 store.add(trial, {name: value for name, value in row.items() if name not in TRIAL})
-        bar = stack.enter_context(tqdm(desc="trials", unit="trial", leave=False))
+        # Smoothing would take what is known for trials that took no time.
+        bar = stack.enter_context(tqdm(desc="trials", unit="trial", leave=False, smoothing=0))
         engine = engine or InProcess()
         stack.callback(engine.close)
         runner = Runner(fit, store, engine, bar)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from steps import DIMS, step
+from tqdm.auto import tqdm
 
 from peft_intrinsic.measure import NothingToMeasure, measure_intrinsic_dimension
 from peft_intrinsic.measure.report import markdown
@@ -82,3 +84,25 @@ def test_minutes_count_from_the_call(monkeypatch):
         measure_intrinsic_dimension(
             lambda d, seed, rate: fit(d, seed), DIMS, minutes=1, learning_rates=([1, 2, 3], [1, 2, 3])
         )
+
+
+def test_what_is_known_tells_nothing_of_the_time_that_is_left(tmp_path, monkeypatch):
+    now, bars = [0.0], []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            super().__init__(**options, file=io.StringIO())
+            self._time, self.start_t, self.last_print_t = lambda: now[0], 0.0, 0.0
+            bars.append(self)
+
+    def slow(d, seed):
+        now[0] += 10.0
+        return step(d, seed)
+
+    monkeypatch.setattr("peft_intrinsic.measure.measure.tqdm", Bar)
+    options = {"out": tmp_path, "sweep": True}
+    for dims in (5, 6):
+        now[0] = 0.0
+        measure_intrinsic_dimension(slow, DIMS[:dims], **options)
+        assert "10.00s/trial" in str(bars[-1])
+    assert now[0] == 30.0
