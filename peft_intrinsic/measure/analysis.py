@@ -15,7 +15,7 @@ from .engine import Trial
 from .evidence import Evidence
 from .plan import Plan
 from .runner import unpacked
-from .store import PLAN, Store, read_json
+from .store import PLAN, TRIAL, Store, read_json
 from .versions import versions
 
 
@@ -154,6 +154,8 @@ def evidence(rows: Mapping[str, Mapping[str, Any]], plan: Plan) -> Evidence:
     right: dict[Trial, np.ndarray] = {}
     for row in rows.values():
         trial = (row["d"], row["seed"], row["learning_rate"])
+        if not plan.asks(row["d"], row["learning_rate"]):
+            continue
         found[trial] = math.nan if row["score"] is None else row["score"]
         if (known := unpacked(row)) is not None:
             right[trial] = known
@@ -272,7 +274,7 @@ def analyse(
         ValueError: the folder is not a run's, is damaged, or an option cannot work.
         RuntimeError: the run is still going on.
     """
-    with Store(folder, None) as store:
+    with Store(folder, None, names=TRIAL) as store:
         path = Path(folder, PLAN)
         if not path.exists():
             raise ValueError(f"{folder} has no {PLAN}: it is not the folder of a measurement.")

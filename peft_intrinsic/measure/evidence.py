@@ -23,7 +23,7 @@ class Evidence:
     """The trials of one run, in the light of a plan.
 
     Args:
-        found: scores of trials, NaN for one without a finite score.
+        found: scores of trials that the plan asks for, NaN for one without a finite score.
         plan: what is asked.
         least: score of the trivial answer: the majority class, or the untrained model. A run that is no better
             collapsed.
@@ -39,15 +39,10 @@ class Evidence:
     ) -> None:
         self.found, self.plan, self.least, self.right = found, plan, least, right or {}
 
-    def _asked(self, d: int | None, rate: float | None) -> bool:
-        """Whether the plan has this rate: a folder may hold trials of others."""
-        listed = self.plan.rates and self.plan.rates[d is not None]
-        return (rate is None) == (listed is None) and (not listed or listed == "auto" or rate in listed)
-
     def tried(self, d: int | None) -> dict[float, float]:
         """Scores of the learning rates tried at a d, or (None) of full fine-tuning; NaN of one that diverged."""
         rows = {rate: score for (at, seed, rate), score in self.found.items() if (at, seed) == (d, TUNING)}
-        return {rate: rows[rate] for rate in sorted(rate for rate in rows if rate and self._asked(d, rate))}
+        return {rate: rows[rate] for rate in sorted(rate for rate in rows if rate)}
 
     def tuned(self, d: int | None) -> float | None:
         """The rate that loses least at a d and at the `BELOW` d before it where rates were tried; of equally good ones
@@ -80,18 +75,18 @@ class Evidence:
         return -math.inf if rate is None else self.tried(d)[rate]
 
     def rate(self, d: int | None) -> float | None:
-        """The learning rate that counts: the one of a list; chosen there; measured there; between two d at which rates
+        """The learning rate that counts: the one of a list; measured there; chosen there; between two d at which rates
         were tried, the one that loses least at both."""
         if self.plan.rates is None:
             return None
         listed = self.plan.rates[d is not None]
         if listed != "auto" and len(listed) == 1:
             return listed[0]
+        measured = [rate for at, seed, rate in self.found if at == d and seed != TUNING and rate]
+        if measured:
+            return max(sorted(set(measured)), key=measured.count)
         if (own := self.tuned(d)) is not None or d is None:
             return own
-        measured = [rate for at, seed, rate in self.found if at == d and seed != TUNING and self._asked(d, rate)]
-        if measured:
-            return max(sorted(set(measured), key=lambda rate: rate or 0.0), key=measured.count)
         below, above = ([at for at in self.places() if (at < d) == side] for side in (True, False))
         about = [*below[-1:], *above[:1]]
         if len(about) < 2:

@@ -7,20 +7,21 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from itertools import islice
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from .analysis import Result, check_baseline, least, result
+from .analysis import Result, check_baseline, evidence, least, result
 from .curve import grid
 from .engine import Engine, InProcess
 from .plan import AUTO, Plan, listed
-from .runner import TRIAL, Fit, Runner
+from .runner import Fit, Runner
 from .search import Search
-from .store import PLAN, Store, write_whole
+from .store import PLAN, TRIAL, Store, read_json, write_whole
 
 
 def measure_intrinsic_dimension(
@@ -51,7 +52,9 @@ def measure_intrinsic_dimension(
 
     Args:
         fit: `fit(d, seed) -> score`, higher is better; `fit(None, seed)` is full fine-tuning. With `learning_rates` it
-            gets the rate as a third argument. The seed sets P and the order of the data.
+            gets the rate as a third argument. The seed sets P and the order of the data. It may return a mapping with
+            a `score`; of a share of right answers, `right` tells which they are (`[examples]` of bools), and the
+            interval includes the sampling of the examples. What else it holds is kept with the trial.
         dims: the grid, ascending; by default `grid()`, that of Table 1 of Aghajanyan et al.
         target: the share to reach.
         of: `"score"`: of the baseline's score (as in the papers). `"gain"`: of its gain over `majority`, or without one
@@ -109,17 +112,19 @@ def measured(
     start = time.monotonic()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if out is None else out
-        store = stack.enter_context(Store(folder, settings or {}, fresh))
-        write_whole(Path(folder, PLAN), json.dumps(plan.to_dict(), indent=1))
+        store = stack.enter_context(Store(folder, settings or {}, fresh, TRIAL))
+        earlier = evidence(dict(islice(store.rows.items(), _asked_before(store, plan))), plan)
         for row in known:
             trial = {name: row[name] for name in TRIAL}
             if store.key(trial) not in store.rows:
                 store.add(trial, {name: value for name, value in row.items() if name not in TRIAL})
         # Smoothing would take what is known for trials that took no time.
-        bar = stack.enter_context(tqdm(desc="trials", unit="trial", leave=False, smoothing=0))
+        bar = tqdm(desc="trials", unit="trial", leave=False, smoothing=0, initial=len(earlier.found))
+        stack.enter_context(bar)
         engine = engine or InProcess()
         stack.callback(engine.close)
         runner = Runner(fit, store, engine, bar)
+        runner.right |= earlier.right
 
         def progress(doing: str, left: int | None) -> None:
             bar.total = None if left is None else bar.n + left
@@ -128,9 +133,10 @@ def measured(
         search = Search(
             runner.run,
             plan,
+            earlier.found,
             least=least(store.rows, plan),
             right=runner.right,
-            at_once=engine.slots // plan.seeds,
+            slots=engine.slots,
             progress=progress,
             start=start,
         )
@@ -143,3 +149,17 @@ def measured(
             check_baseline(search.evidence)
 
         return result(store, plan, search.run(begun))
+
+
+def _asked_before(store: Store, plan: Plan) -> int:
+    """How many of the rows an earlier question left, and notes this one. Asked again it has as many as at first: so it
+    goes on as if it had not been stopped."""
+    path, asked = Path(store.folder, PLAN), json.loads(json.dumps(plan.to_dict()))
+    before: dict[str, Any] = {}
+    with suppress(FileNotFoundError, ValueError):  # of a damaged one no more is lost
+        before = read_json(path, "")
+    rows = before.pop("rows", 0)
+    if before != asked:
+        rows = len(store.rows)
+    write_whole(path, json.dumps({**asked, "rows": rows}, indent=1))
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 Rates = tuple[float, ...] | Literal["auto"]
@@ -100,6 +100,12 @@ class Plan:
         count = min(COARSE, last + 1)
         return sorted({round(last * place / (count - 1)) for place in range(count)})
 
+    def asks(self, d: int | None, rate: float | None) -> bool:
+        """Whether such trials belong to it: a folder may hold others."""
+        rates = self.rates and self.rates[d is not None]
+        here = d is None or self.dims[0] <= d <= self.dims[-1]
+        return here and (rate is None) == (rates is None) and (not rates or rates == "auto" or rate in rates)
+
     def told(self) -> str:
         """What will run, for a user to read before it does."""
         scan = ", ".join(str(self.dims[i]) for i in self.coarse)
@@ -124,12 +130,12 @@ class Plan:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Plan:
-        """Of `to_dict`, after JSON.
+        """Of `to_dict`, after JSON; what else it holds is left out.
 
         Raises:
             ValueError, TypeError: it is no such mapping.
         """
-        values = dict(found)
+        values = {field.name: found[field.name] for field in fields(cls) if field.name in found}
         for name in ("dims", "baseline"):
             values[name] = None if values.get(name) is None else tuple(values[name])
         return cls(**{**values, "rates": listed(values.get("rates"))})

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from .engine import Engine, Trial
-from .store import Store
+from .store import TRIAL, Store
 
-TRIAL = "d", "seed", "learning_rate"
+Fit = Callable[..., float | Mapping[str, Any]]
+"""`fit(d, seed)`, or `fit(d, seed, learning_rate)`: trains once, returns the score, or a mapping with a `score` that is
+kept whole. `d=None` is full fine-tuning. Where the score is a share of right answers, `right` in the mapping tells
+which they are, `[examples]` of bools: the interval then includes what other examples would change."""
 
-Fit = Callable[..., float | Mapping[str, float]]
-"""`fit(d, seed)`, or `fit(d, seed, learning_rate)`: trains once, returns the score, or a mapping with a
-`score` that is kept whole. `d=None` is full fine-tuning."""
+OWN = {"key", "sum", *TRIAL, "examples", "seconds", "process", "versions"}
+"""What each row has beside what the fit returned."""
 
-
-def packed(right: np.ndarray) -> dict[str, Any]:
-    """Which held-out examples a run has right, for its row: a bit for each."""
-    return {"examples": len(right), "right": base64.b64encode(np.packbits(right.astype(bool)).tobytes()).decode()}
+SHARE = 1e-5
+"""How far a score in float32 may be from the share of right answers."""
 
 
 def unpacked(row: Mapping[str, Any]) -> np.ndarray | None:
-    """What `packed` put there, `[examples]`; None where it is not known."""
+    """Which held-out examples a run has right, `[examples]`; None where it is not known."""
     if row.get("right") is None:
         return None
     return np.unpackbits(np.frombuffer(base64.b64decode(row["right"]), dtype=np.uint8), count=row["examples"])
@@ -56,7 +58,8 @@ class Runner:
         configurations = [dict(zip(TRIAL, trial, strict=True)) for trial in trials]
         keys = [self.store.key(configuration) for configuration in configurations]
         new = [place for place, name in enumerate(keys) if name not in self.store.rows]
-        self.bar.initial += len(trials) - len(new)  # what is known tells nothing of the time that a trial takes
+        if not self.bar.disable:  # what is known tells nothing of the time that a trial takes
+            self.bar.initial += len(trials) - len(new)
         self.bar.update(len(trials) - len(new))
         for place, found, facts in self.engine.run(self.fit, [trials[place] for place in new]):
             configuration = configurations[new[place]]
@@ -71,17 +74,40 @@ class Runner:
 
 def _row(found: Any, configuration: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of what a fit returned; None stands for a number that is not finite, as JSON has none."""
-    row = {name: _plain(value) for name, value in (found if isinstance(found, Mapping) else {"score": found}).items()}
+    trial = ", ".join(f"{name}={value}" for name, value in configuration.items())
+    row = dict(found) if isinstance(found, Mapping) else {"score": found}
+    if taken := sorted(OWN & row.keys()):
+        raise ValueError(f"fit returned {', '.join(taken)} for {trial}, which every row has of its own. Rename it.")
+    right = row.pop("right", None)
+    row = {name: _plain(value) for name, value in row.items()}
     score = row.get("score")
     row["score"] = float(score) if isinstance(score, int) else score
     if not isinstance(row["score"], float):
-        trial = ", ".join(f"{name}={value}" for name, value in configuration.items())
         raise ValueError(f"fit returned {found!r} for {trial}: neither a number, nor a mapping with one as its score.")
-    return {
+    for name, value in row.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            raise ValueError(
+                f"fit returned {name}={value!r} for {trial}: numbers, texts, lists and mappings can be kept."
+            ) from None
+    numbers = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
+    return numbers if right is None else {**numbers, **_packed(np.asarray(right), row["score"], trial)}
+
+
+def _packed(right: np.ndarray, score: float, trial: str) -> dict[str, Any]:
+    """Which examples a run has right: a bit for each."""
+    if right.ndim != 1 or not np.isin(right, (0, 1)).all() or not abs(right.mean() - score) < SHARE:
+        raise ValueError(
+            f"fit returned right={right} for {trial}, with the score {score}: it must hold a bool for each held-out "
+            "example, and the score be the share that is right. Leave it out for other scores."
+        )
+    return {"examples": len(right), "right": base64.b64encode(np.packbits(right.astype(bool)).tobytes()).decode()}
 
 
 def _plain(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value  # a tensor's or an array's only number
+    with suppress(AttributeError, ValueError, RuntimeError):  # a tensor's or an array's only number
+        value = value.item()
     return float(value) if isinstance(value, Real) and not isinstance(value, int) else value

@@ -35,9 +35,9 @@ class Search:
     Args:
         evaluate: runs trials.
         plan: what is asked.
-        found: scores of trials; filled.
+        found: scores of trials that are there; filled.
         least, right: see `Evidence`.
-        at_once: dimensions that are tried in one round, where that many trials run side by side.
+        slots: trials that run side by side; several d are then tried in one round.
         progress: called before each round with what is done, and how many trials are left at most (None: unknown).
         start: of the minutes, on the clock of `time.monotonic`; None is now.
     """
@@ -49,11 +49,12 @@ class Search:
         found: MutableMapping[Trial, float] | None = None,
         least: float | None = None,
         right: Mapping[Trial, np.ndarray] | None = None,
-        at_once: int = 1,
+        slots: int = 1,
         progress: Callable[[str, int | None], None] = lambda what, left: None,
         start: float | None = None,
     ) -> None:
-        self.evaluate, self.plan, self.at_once, self.progress = evaluate, plan, max(at_once, 1), progress
+        self.evaluate, self.plan, self.slots, self.progress = evaluate, plan, slots, progress
+        self.at_once = max(slots // plan.seeds, 1)
         self.found: MutableMapping[Trial, float] = {} if found is None else found
         self.evidence = Evidence(self.found, plan, least, right)
         self.grid, self.last = plan.dims, len(plan.dims) - 1
@@ -93,11 +94,13 @@ class Search:
         left = None if self.plan.budget is None else self.plan.budget - len(self.found)
         if left is not None and left < 1:
             raise Spent(f"the budget of {self.plan.budget} trials is spent")
-        if self.plan.minutes is not None and time.monotonic() - self.start > 60 * self.plan.minutes:
-            raise Spent(f"the budget of {self.plan.minutes:g} minutes is spent")
         self.progress(self.doing, left)
-        for trial, score in zip(new[:left], self.evaluate(new[:left]), strict=True):
-            self.found[trial] = float(score)
+        some = self.slots if self.plan.minutes is not None else len(new)
+        for place in range(0, len(new[:left]), some):
+            if self.plan.minutes is not None and time.monotonic() - self.start > 60 * self.plan.minutes:
+                raise Spent(f"the budget of {self.plan.minutes:g} minutes is spent")
+            round_ = new[:left][place : place + some]
+            self.found |= {trial: float(score) for trial, score in zip(round_, self.evaluate(round_), strict=True)}
         if left is not None and len(new) > left:
             raise Spent(f"the budget of {self.plan.budget} trials is spent")
 
@@ -109,6 +112,10 @@ class Search:
         dims = [self.grid[i] for i in indexes]
         self._ask([(d, seed, self.evidence.rate(d)) for d in dims for seed in range(seeds or self.plan.seeds)])
 
+    def _place(self, d: int) -> int:
+        """Index of the least d of the grid that is as great: of an earlier grid, d may lie between."""
+        return int(np.searchsorted(self.grid, d))
+
     def _reaches(self, index: int) -> bool:
         curve = self.evidence.curve()
         runs = curve.points.get(self.grid[index])
@@ -117,18 +124,19 @@ class Search:
     def _sweep(self) -> str:
         self.doing = "the whole grid"
         near = None
+        for i in range(0, len(self.plan.coarse), self.at_once):
+            near = self._tune(self.plan.coarse[i : i + self.at_once], near)
         for i in range(0, self.last + 1, self.at_once):
-            some = range(i, min(i + self.at_once, self.last + 1))
-            for place in some:
-                if place in self.plan.coarse:
-                    self._choose(self.grid[place], near)
-                    near = self.evidence.tuned(self.grid[place]) or near
-            self._measure(some)
+            self._measure(range(i, min(i + self.at_once, self.last + 1)))
         return "the whole grid was measured"
 
     def _search(self) -> str:
-        low, high = self._scan()
-        self._spend()
+        low, high = self._known()
+        if high is None:
+            low, high = self._scan(low)
+            self._spend()
+            if high:
+                self._measure([low])
         self._bracket(low, high)
         self._narrow()
         curve = self.evidence.curve()
@@ -142,18 +150,32 @@ class Search:
             return "what is left of the interval is the sampling of the held-out examples"
         return "the interval spans at most two steps of the grid"
 
-    def _scan(self) -> tuple[int, int | None]:
-        """From below, until a d reaches the target: the last that did not (or the first of all), and that one."""
-        low, near, coarse = 0, None, self.plan.coarse
+    def _known(self) -> tuple[int, int | None]:
+        """What trials of an earlier question say: the greatest place that did not reach the target below the least that
+        did (or the first of all), and that one; None where no d, or every d, reached it."""
+        curve = self.evidence.curve()
+        reached = {d: curve.level(runs) >= curve.target for d, runs in curve.points.items()}
+        high = min((d for d in reached if reached[d]), default=math.inf)
+        below = [d for d in reached if d < high]
+        low = int(np.searchsorted(self.grid, below[-1], "right")) - 1 if below else 0
+        return low, self._place(int(high)) if high in self.grid[:1] or (below and high < math.inf) else None
+
+    def _tune(self, some: Sequence[int], near: float | None) -> float | None:
+        """Choose learning rates at several places; gives the one that is near for the next."""
+        self._ask([trial for place in some for trial in first(self.evidence, self.grid[place], near)])
+        for place in some:
+            self._choose(self.grid[place], near)
+        return self.evidence.tuned(self.grid[some[-1]]) or near
+
+    def _scan(self, low: int) -> tuple[int, int | None]:
+        """From below, until a d reaches the target: the last that did not (or `low`), and that one."""
+        near, coarse = None, [place for place in self.plan.coarse if place >= low]
         for i in range(0, len(coarse), self.at_once):
             some = coarse[i : i + self.at_once]
             self.doing = f"scan at d = {self.grid[some[0]]}"
-            self._ask([trial for place in some for trial in first(self.evidence, self.grid[place], near)])
-            for place in some:
-                self._choose(self.grid[place], near)
+            near = self._tune(some, near)
             if not self.evidence.tried(self.grid[some[0]]):
                 self._measure(some, seeds=1)
-            near = self.evidence.tuned(self.grid[some[-1]]) or near
             target = self.evidence.curve().target
             for place in some:
                 tried = self.evidence.tried(self.grid[place])
@@ -170,8 +192,8 @@ class Search:
         curve = self.evidence.curve()
         slope = 0.0  # of one step of the grid, between the two greatest measured d
         if len(curve.dims) > 1:
-            (first, low), (second, high) = ((self.grid.index(d), curve.level(curve.points[d])) for d in curve.dims[-2:])
-            slope = max((high - low) / (second - first), 0.0)
+            (first, low), (second, high) = ((self._place(d), curve.level(curve.points[d])) for d in curve.dims[-2:])
+            slope = max((high - low) / max(second - first, 1), 0.0)
         while self._may_add() and len(self.found) + reserve < (self.plan.budget or math.inf):
             full, around = self._gains(reserve)
             curve = self.evidence.curve()
@@ -210,10 +232,8 @@ class Search:
             self.doing = "nothing reached the target: the best of the scan"
             points = self.evidence.curve().points
             level = {i: self.evidence.best(self.grid[i]) for i in self.plan.coarse if self.grid[i] not in points}
-            level |= {self.grid.index(d): self.evidence.curve().level(runs) for d, runs in points.items()}
+            level |= {self._place(d): self.evidence.curve().level(runs) for d, runs in points.items()}
             return self._measure(sorted(level, key=level.__getitem__)[-3:])
-        if high > 0:
-            self._measure([low])
         while high - low > 2 and not self._reaches(low):
             self.doing = f"{self.grid[low]} ≤ d ≤ {self.grid[high]}"
             parts = self.at_once + 1
@@ -228,12 +248,12 @@ class Search:
         step = max(round(self.last / (len(self.plan.coarse) - 1)), 1)
         while True:
             curve = self.evidence.curve()
-            index, places = curve.index(), [self.grid.index(d) for d in curve.dims]
+            index, places = curve.index(), [self._place(d) for d in curve.dims]
             low, high = curve.interval(resamples=200, sampling=False)
             if low > self.last and places[-1] == self.last:
                 return
             if index > self.last:
-                index = self.grid.index(curve.fit()[0][-1])
+                index = self._place(curve.fit()[0][-1])
             steps = dict.fromkeys(min(max(index + step, 0), self.last) for step in AROUND)
             near = [i for i in steps if len(self.evidence.seeds(self.grid[i])) < self.plan.seeds]
             support = [i for i in near if abs(i - index) <= (2 if high - low > 2 else 4)]

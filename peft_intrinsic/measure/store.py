@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+TRIAL = "d", "seed", "learning_rate"
 TRIALS, SETTINGS, DAMAGED = "trials.jsonl", "settings.json", "damaged.jsonl"
 PLAN = "plan.json"
 LOST = "so it is not known what its trials mean"
@@ -92,6 +93,7 @@ class Store:
         settings: what all trials of the run have in common. A folder written by others is refused. None takes those of
             a folder that is there.
         fresh: begin anew in a folder that is already in use.
+        names: of what a configuration has, where all rows count: those of other settings are then set aside.
 
     Raises:
         ValueError: the folder belongs to other settings, which the message names, or its files contradict themselves.
@@ -99,8 +101,14 @@ class Store:
         OSError: it cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike, settings: Mapping[str, Any] | None, fresh: bool = False) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        settings: Mapping[str, Any] | None,
+        fresh: bool = False,
+        names: Sequence[str] = (),
+    ) -> None:
+        self.folder, self.names = Path(folder), names
         if settings is None and not (self.folder / SETTINGS).exists():
             raise ValueError(f"{self.folder} is not the folder of a run: it has no {SETTINGS}.")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -136,20 +144,15 @@ class Store:
     def _read(self) -> dict[str, dict[str, Any]]:
         path = self.folder / TRIALS
         raw = path.read_bytes() if path.exists() else b""
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if whole != raw:  # killed while writing: the trial of a torn line runs again
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
         rows: dict[str, dict[str, Any]] = {}
-        sound, damaged = [], []
-        for number, line in enumerate(whole.splitlines(keepends=True), 1):
+        sound, aside = [], []
+        for number, line in enumerate(raw.splitlines(), 1):
             row = _row(line)
             known = row and rows.get(row["key"])
-            if row is None:
-                damaged.append(line)
-                warnings.warn(
-                    f"{path}, line {number}, is damaged: set aside in {DAMAGED}, its trial runs again.", stacklevel=4
-                )
+            if row is None or self._foreign(row):
+                aside.append(line + b"\n")
+                what = "is damaged" if row is None else "is of a run with other settings"
+                warnings.warn(f"{path}, line {number}, {what}: set aside in {DAMAGED}.", stacklevel=4)
                 continue
             if known and known != row:
                 raise ValueError(
@@ -157,12 +160,16 @@ class Store:
                     f"{row['key']}). Delete the wrong one of the two lines."
                 )
             rows[row["key"]] = row
-            sound.append(line)
-        if damaged:
+            sound.append(line + b"\n")
+        if aside:
             with (self.folder / DAMAGED).open("ab") as file:
-                file.writelines(damaged)
+                file.writelines(aside)
+        if aside or raw[-1:] not in (b"", b"\n"):
             write_whole(path, b"".join(sound))
         return rows
+
+    def _foreign(self, row: Mapping[str, Any]) -> bool:
+        return bool(self.names) and row["key"] != self.key({name: row.get(name) for name in self.names})
 
     def add(self, configuration: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Note a finished trial, on disk before it counts."""

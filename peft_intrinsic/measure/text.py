@@ -35,7 +35,6 @@ from transformers import (
 from .arguments import checked
 from .methods import METHODS, adapter, step
 from .options import TextOptions, tokens_name
-from .runner import packed
 from .store import write_whole
 from .tasks import IGNORED, Task, load_task
 
@@ -171,7 +170,7 @@ class TextFit:
             if trained:
                 trainer.train()
             found: dict[str, Any] = {"score": self.score(trainer.evaluate(self.data["eval"]))}
-            found |= packed(self.right) if self.right is not None else {}
+            found |= {} if self.right is None else {"right": self.right.tolist()}
             if self.train_score:
                 found["train_score"] = self.score(trainer.evaluate(self.data["train"]))
             if self.logs and trainer.is_world_process_zero():

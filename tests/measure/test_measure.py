@@ -89,14 +89,20 @@ def test_refused(options, message):
         measure_intrinsic_dimension(step, **{"dims": DIMS, **options})
 
 
+@pytest.mark.filterwarnings("ignore:.*is of a run with other settings")
 def test_a_row_of_other_settings_does_not_count(tmp_path):
-    for width in (5, 6):
-        measure_intrinsic_dimension(step, DIMS, out=tmp_path / str(width), settings={"width": width})
+    fits = {5: lambda d, seed: step(None if d is None else 3 * d, seed), 6: step}
+    for width, fit in fits.items():
+        measure_intrinsic_dimension(fit, DIMS, out=tmp_path / str(width), settings={"width": width})
     first, second = (tmp_path / str(width) / "trials.jsonl" for width in (5, 6))
     row = json.loads(first.read_text().splitlines()[-1])
     complete = {"width": 5, **{name: row[name] for name in ("d", "seed", "learning_rate")}}
     assert row["key"] == hashlib.sha256(json.dumps(complete, sort_keys=True).encode()).hexdigest()[:16]
     again, rows = [], second.read_text().splitlines()
+    with second.open("a") as file:
+        file.write(first.read_text())
+    with pytest.warns(UserWarning, match=f"line {len(rows) + 1}, is of a run with other settings: set aside"):
+        assert analyse(second.parent).d == measure_intrinsic_dimension(step, DIMS).d
     second.write_text(first.read_text())
     measure_intrinsic_dimension(
         lambda d, seed: again.append(d) or step(d, seed), DIMS, out=second.parent, settings={"width": 6}
@@ -126,18 +132,6 @@ def test_an_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         measure_intrinsic_dimension(step, DIMS, out=tmp_path / "file")
-
-
-def test_a_torn_line_is_dropped(tmp_path):
-    with Store(tmp_path, {}) as store:
-        store.add({"d": 1}, {"score": 0.5})
-        store.add({"d": 2}, {"score": 0.6})
-    path = tmp_path / "trials.jsonl"
-    path.write_bytes(path.read_bytes()[:-9])
-    with Store(tmp_path, {}) as store:
-        assert [row["d"] for row in store.rows.values()] == [1]
-        store.add({"d": 2}, {"score": 0.7})
-    assert [json.loads(line)["score"] for line in path.read_text().splitlines()] == [0.5, 0.7]
 
 
 RUN = """

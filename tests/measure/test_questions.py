@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from steps import DIMS, step
 
 from peft_intrinsic.measure import analyse, grid, measure_intrinsic_dimension
+from peft_intrinsic.measure.evidence import TUNING
 from peft_intrinsic.measure.report import markdown
 
 
@@ -32,6 +34,30 @@ def test_another_question_uses_the_trials_that_are_there(tmp_path):
     assert not set(calls) & {(row["d"], row["seed"]) for row in rows}
     assert more.d == next(d for d in grid(10, 1000, 39) if d >= 100)
     assert analyse(tmp_path).d == more.d  # the newest question is the folder's
+
+
+@pytest.mark.parametrize("dims", [(1000, 100_000, 60), (100, 200_000, 60)])
+def test_another_grid_goes_on_from_what_is_known(dims, tmp_path):
+    """The best learning rate falls with d. Nothing that was measured is dropped, and nothing is scanned anew."""
+    calls: list = []
+
+    def fit(d, seed, rate):
+        calls.append((d, seed, rate))
+        best = 4e-5 if d is None else 2e-3 * (d / 100) ** -0.3
+        score = 0.9 if d is None else 0.5 + 0.4 / (1 + math.exp(-1.5 * math.log(d / 20_000)))
+        return score - 0.03 * math.log(rate / best, 4) ** 2 + random.Random(f"{d} {seed} {rate}").gauss(0, 0.01)
+
+    options = {"majority": 0.5, "learning_rates": "auto", "out": tmp_path}
+    first = measure_intrinsic_dimension(fit, **options)
+    calls.clear()
+    again = measure_intrinsic_dimension(fit, grid(*dims), trials=100, **options)
+    assert all(seed != TUNING and (d is None or d > 10_000) for d, seed, _ in calls)
+    known = {point.d: (point.seeds, point.learning_rate) for point in first.points if dims[0] <= point.d <= dims[1]}
+    now = {point.d: (point.seeds, point.learning_rate) for point in again.points}
+    assert all(now[d][0] >= seeds and now[d][1] == rate for d, (seeds, rate) in known.items())
+    calls.clear()
+    assert measure_intrinsic_dimension(fit, grid(*dims), trials=100, **options) == again
+    assert not calls
 
 
 def test_what_was_not_measured_is_not_claimed():

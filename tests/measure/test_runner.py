@@ -6,6 +6,8 @@ import io
 import json
 import math
 import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -48,6 +50,43 @@ def test_what_is_no_score_is_not_kept(bad, tmp_path):
     assert measure_intrinsic_dimension(step, DIMS, out=tmp_path).d == measure_intrinsic_dimension(step, DIMS).d
 
 
+@pytest.mark.parametrize(
+    ("noted", "told"),
+    [
+        ({"seed": 3}, "returned seed for d=None, seed=0.* Rename it"),
+        ({"key": "x", "d": 1}, "returned d, key for"),
+        ({"examples": 10}, "returned examples for"),
+        ({"place": Path("x")}, "returned place=.* for d=None, seed=0"),
+        ({"many": np.ones(2)}, "returned many="),
+        ({"right": 8}, "returned right=8 .* a bool for each"),
+        ({"right": [True, False]}, r"with the score 0\.8: .* the share"),
+        ({"right": [0.8, 0.8]}, "a bool for each"),
+    ],
+)
+def test_what_cannot_be_noted(noted, told, tmp_path):
+    with pytest.raises(ValueError, match=told):
+        measure_intrinsic_dimension(lambda d, seed: {"score": 0.8, **noted}, DIMS, out=tmp_path)
+    assert measure_intrinsic_dimension(step, DIMS, out=tmp_path).d == measure_intrinsic_dimension(step, DIMS).d
+
+
+def test_a_fit_of_ones_own_tells_which_examples_are_right():
+    """Ten held-out examples, of which full fine-tuning has all: their sampling makes the interval wider."""
+
+    def fit(d, seed):
+        right = np.arange(10) < (10 if d is None else 10 * min(d, 130) // 130)
+        return {"score": torch.tensor(right.mean(), dtype=torch.float32), "right": right}
+
+    known = measure_intrinsic_dimension(fit, DIMS, sweep=True)
+    alone = measure_intrinsic_dimension(lambda d, seed: fit(d, seed)["score"], DIMS, sweep=True)
+    assert (known.examples, alone.examples) == (10, None)
+    assert known.interval[0] < alone.interval[0] == alone.d == known.d
+
+
+def test_a_bar_that_is_switched_off(monkeypatch):
+    monkeypatch.setattr("peft_intrinsic.measure.measure.tqdm", partial(tqdm, disable=True))
+    assert measure_intrinsic_dimension(step, DIMS).d == 112
+
+
 @pytest.mark.parametrize("kind", [np.float32, torch.tensor, lambda score: {"score": torch.tensor(score), "note": "x"}])
 def test_numbers_of_every_kind(kind, tmp_path):
     result = measure_intrinsic_dimension(lambda d, seed: kind(step(d, seed)), DIMS, out=tmp_path)
@@ -75,7 +114,7 @@ def test_minutes_count_from_the_call(monkeypatch):
 
     result = measure_intrinsic_dimension(fit, DIMS, minutes=10)
     assert result.stopped == "the budget of 10 minutes is spent"
-    assert 10 < minutes[0] <= 13  # a round of three seeds is finished
+    assert minutes[0] == 11  # the trial that was running is finished
     minutes[0] = 0
     with pytest.raises(ValueError, match="the budget of 2 minutes is spent before a single dimension was measured"):
         measure_intrinsic_dimension(fit, DIMS, minutes=2)

@@ -23,7 +23,7 @@ def searched(score, least=None, at_once=1, dims=GRID, **plan) -> tuple[Search, s
         asked.extend(wanted)
         return [0.9 if d is None else score(d, seed) for d, seed, _ in wanted]
 
-    search = Search(evaluate, Plan(dims, **plan), least=least, at_once=at_once)
+    search = Search(evaluate, Plan(dims, **plan), least=least, slots=3 * at_once)
     return search, search.run(), asked
 
 
@@ -149,7 +149,7 @@ def test_side_by_side_the_rates_of_several_d_are_one_round():
         rounds.append(wanted)
         return [0.9 if d is None or d >= GRID[31] else 0.2 for d, *_ in wanted]
 
-    Search(evaluate, Plan(GRID, baseline=(0.9,), rates=("auto", "auto")), at_once=2).run()
+    Search(evaluate, Plan(GRID, baseline=(0.9,), rates=("auto", "auto")), slots=6).run()
     assert [(d, seed) for d, seed, _ in rounds[0]] == [(GRID[0], TUNING)] * 3 + [(GRID[9], TUNING)] * 3
 
 

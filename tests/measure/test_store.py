@@ -42,6 +42,20 @@ def test_a_damaged_row_is_set_aside_and_runs_again(tmp_path, damage):
         assert all("sum" not in row for row in store.rows.values())
 
 
+def test_the_last_row_without_an_end_of_line(tmp_path):
+    """An editor may have dropped it; a killed process leaves half a row."""
+    lines, path = filled(tmp_path), tmp_path / "trials.jsonl"
+    path.write_bytes(b"".join(lines)[:-1])
+    with Store(tmp_path, {"model": "x"}) as store:
+        assert len(store.rows) == 3
+    assert path.read_bytes() == b"".join(lines)
+    path.write_bytes(b"".join(lines)[:-20])
+    with pytest.warns(UserWarning, match="line 3, is damaged"), Store(tmp_path, {"model": "x"}) as store:
+        assert len(store.rows) == 2
+    assert path.read_bytes() == b"".join(lines[:2])
+    assert (tmp_path / DAMAGED).read_bytes() == lines[2][:-20] + b"\n"
+
+
 def test_rows_without_a_checksum_count(tmp_path):
     """As those of earlier versions."""
     lines = [json.loads(line) for line in filled(tmp_path)]
