@@ -4,7 +4,7 @@
     python benchmarks/d90.py pairs      # do runs of one seed lie on the same side, full and in the subspace?
 
 Runs `peft-intrinsic study methods` with the options below and those that follow, such as --method did,said (by default
-also default, and on sst2 lora, unilora and tinylora) or --engine ray --gpus 0.1, and goes on where it stopped.
+also default, and on sst2 unilora and tinylora; of LoRA the grid holds a single rank) or --engine ray --gpus 0.1, and goes on where it stopped.
 Measurements lie in benchmarks/results/d90/TASK, from the folder in which it runs. GLUE is a folder with mrpc/ and
 sst2/, each with train.jsonl and validation.jsonl, mrpc/ with test.jsonl too, as `to_json` of the dataset nyu-mll/glue
 writes them. Of SST-2's 67,349 training phrases 4,000 are taken, shuffled by Python's generator of seed 0; MRPC is
@@ -23,7 +23,7 @@ from statistics import mean
 from peft_intrinsic_command import main as command
 
 CONFIG = "dataloader_pin_memory: false\ntrain_sampling_strategy: group_by_length\n"
-METHODS = {"sst2": "did,said,default,lora,unilora,tinylora", "mrpc": "did,said,default"}
+METHODS = {"sst2": "did,said,default,unilora,tinylora", "mrpc": "did,said,default"}
 TASKS = {
     "sst2": "--text sentence --epochs 1 --max-length 64 --dims 64,16384,33",
     "mrpc": "--text sentence1 sentence2 --epochs 2 --batch 16 --max-length 80 --dims 256,65536,33",

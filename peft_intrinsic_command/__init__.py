@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import linecache
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
     _add_question(analyse.add_argument, None)
     add_commands(commands)
     args = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):  # ≤ is not in every code page
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -66,7 +71,10 @@ def _names(text: str) -> list[str]:
 
 
 def _rates(text: str) -> Any:
-    return text if text == "auto" else [float(part) for part in text.split(",")]
+    try:
+        return text if text == "auto" else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 'auto' nor rates such as 5e-5,2e-4,8e-4.") from None
 
 
 def _dims(text: str) -> list[int]:
@@ -201,6 +209,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _extras() -> Any:
     try:
+        import matplotlib  # noqa: F401
         import rich  # noqa: F401
 
         import peft_intrinsic.measure.command

@@ -28,8 +28,8 @@ class Answer:
     """d90 by one definition of the target.
 
     Args:
-        d: the least d whose fitted score reaches the target, None where none that was measured does. The least of the
-            grid means that or less.
+        d: the least d whose fitted score reaches the target, None where none that was measured does. The least that was
+            measured means that or less.
         interval: of d, 90 % (with one seed, merely the bracket); an end that lies beyond what was measured is None.
         tie: the d between which the fit is within one held-out example of the target; None where that is a single one,
             or the number of examples is unknown.
@@ -81,7 +81,7 @@ class Result:
         stopped: why the search ended.
         trials: all rows: d (None is full fine-tuning), seed, learning rate, score, seconds, process, versions.
         settings: what the trials depend on.
-        ends: the least d of the grid, and the greatest that was measured.
+        ends: the d of the grid below which nothing was measured, and the greatest that was measured.
         versions: of the process that made this result.
     """
 
@@ -119,7 +119,7 @@ class Result:
     @property
     def name(self) -> str:
         """`d90` for a share of 0.9."""
-        return f"d{round(100 * self.share)}"
+        return f"d{100 * self.share:g}"
 
     @property
     def seeds(self) -> int:
@@ -198,7 +198,7 @@ def result(store: Store, plan: Plan, stopped: str) -> Result:
     """
     found = evidence(store.rows, plan)
     if plan.baseline is None and not found.seeds(None):
-        raise ValueError(f"{stopped} before full fine-tuning was measured. Allow more.")
+        raise ValueError(f"{stopped} before full fine-tuning was measured. Allow more (--trials, --minutes).")
     if plan.of == "gain" and found.least is None:
         raise ValueError("of='gain' needs the trivial answer's score, which these trials lack. Pass majority=.")
     check_baseline(found)
@@ -239,7 +239,7 @@ def result(store: Store, plan: Plan, stopped: str) -> Result:
             key=lambda row: (row["d"] is not None, row["d"] or 0, row["learning_rate"] or 0.0, row["seed"]),
         ),
         settings=store.settings,
-        ends=(plan.dims[0], points[-1].d),
+        ends=(next(d for d in plan.dims if d >= points[0].d), points[-1].d),
     )
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 
-def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, numbers as numbers.
+def checked(arguments: Mapping[str, Any], best: str | None = None) -> dict[str, Any]:
+    """The arguments of a trial, numbers as numbers.
+
+    Args:
+        arguments: those that were asked for.
+        best: what early stopping goes by; None trains to the end.
 
     Raises:
-        ValueError: `TrainingArguments` have no such option, it is one of each trial, or it is not a number.
+        ValueError: `TrainingArguments` have no such option, refuse its value, or it is one of each trial.
     """
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
     unknown = sorted(set(arguments) - set(defaults))
@@ -22,7 +29,34 @@ def checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
     own = sorted({"learning_rate", "seed", "output_dir"} & set(arguments))
     if own:
         raise ValueError(f"{', '.join(own)}: set by each trial. For learning rates to try: --full-rates and --rates.")
-    return {name: _number(name, value, defaults[name]) for name, value in arguments.items()}
+    found: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    found["dataloader_pin_memory"] = torch.accelerator.is_available()
+    if best:
+        found |= {
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "save_total_limit": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": best,
+        }
+    found |= {name: _number(name, value, defaults[name]) for name, value in arguments.items()}
+    _try(found)
+    return found
+
+
+def _try(arguments: Mapping[str, Any]) -> None:
+    """Whether a Trainer could begin with them."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            made = TrainingArguments(**{"output_dir": folder, **arguments})
+            get_reporting_integration_callbacks(made.report_to)
+        except (ValueError, TypeError, ImportError) as error:
+            raise ValueError(f"TrainingArguments (--config, --epochs, --batch) cannot work: {error}") from None
+    if made.max_steps <= 0 and not made.num_train_epochs > 0:
+        raise ValueError(f"num_train_epochs (--epochs) must be above 0, got {made.num_train_epochs}.")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if getattr(made, name) < 1:
+            raise ValueError(f"{name} (--batch) must be at least 1, got {getattr(made, name)}.")
 
 
 def _number(name: str, value: Any, default: Any) -> Any:

@@ -189,5 +189,9 @@ class Curve:
             return np.zeros((resamples, len(groups)))
         examples = len(known[0])
         means = [np.zeros(examples) if runs.right is None else runs.right.mean(0) for runs in groups]
-        drawn = rng.multinomial(examples, np.full(examples, 1 / examples), resamples) / examples
-        return (drawn - 1 / examples) @ np.stack(means, 1)
+        table = np.stack(means, 1)
+        drawn = []
+        for start in range(0, resamples, 20):  # a draw has a number for each example
+            counts = rng.multinomial(examples, np.full(examples, 1 / examples), min(20, resamples - start))
+            drawn.append((counts / examples - 1 / examples) @ table)
+        return np.concatenate(drawn)

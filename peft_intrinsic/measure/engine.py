@@ -74,6 +74,8 @@ class RayEngine:
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
         room, shares = ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}
+        if not (cpus >= 0 and gpus >= 0 and cpus + gpus):
+            raise ValueError(f"cpus={cpus:g} and gpus={gpus:g} of a trial (--cpus, --gpus): one must be above 0.")
         self.slots = min(int(room.get(name, 0.0) / share) for name, share in shares.items() if share)
         if not self.slots:
             had = {name: room.get(name, 0.0) for name in shares}

@@ -19,6 +19,11 @@ TUNING = 10_000
 """The seed on which learning rates are tried: its scores choose, so they do not count."""
 
 
+def collapsed(score: float | None, least: float | None) -> bool:
+    """Whether a run is no better than the trivial answer, or diverged."""
+    return score is None or not math.isfinite(score) or (least is not None and score <= least + 1e-9)
+
+
 class Evidence:
     """The trials of one run, in the light of a plan.
 
@@ -105,8 +110,8 @@ class Evidence:
         return sorted(seed for at, seed, used in self.found if at == d and used == rate and seed != TUNING)
 
     def collapsed(self, score: float) -> bool:
-        """Whether a run is no better than the trivial answer, or diverged."""
-        return not math.isfinite(score) or (self.least is not None and score <= self.least + 1e-9)
+        """Whether a run with this score did."""
+        return collapsed(score, self.least)
 
     def runs(self, d: int | None) -> Runs:
         """Of a d, or of full fine-tuning. Where all collapsed they count, one without a score as the trivial answer."""

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .options import TextOptions
+from .options import TextOptions, places
 from .store import write_whole
 
 
@@ -57,9 +57,7 @@ class LaunchedFit:
 
     def __init__(self, options: TextOptions, launcher: str, folder: str | os.PathLike) -> None:
         # A worker of a cluster may run it in another folder.
-        places = {name: getattr(options, name) for name in ("model", "train", "eval")}
-        there = {name: place for name, place in places.items() if place and Path(place).exists()}
-        found: dict[str, Any] = {name: str(Path(place).resolve()) for name, place in there.items()}
+        found: dict[str, Any] = {name: str(Path(getattr(options, name)).resolve()) for name in places(options)}
         self.options, self.launcher, self.folder = replace(options, **found), launcher, str(Path(folder).resolve())
 
     def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> Any:

@@ -133,7 +133,7 @@ def measured(
         search = Search(
             runner.run,
             plan,
-            earlier.found,
+            dict(earlier.found),
             least=least(store.rows, plan),
             right=runner.right,
             slots=engine.slots,

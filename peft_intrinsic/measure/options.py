@@ -57,6 +57,8 @@ class TextOptions:
             raise ValueError(
                 f"patience (--patience) must be at least 1, got {self.patience}. Leave it out to train to the end."
             )
+        if self.task is not None and self.dataset is not None:
+            raise ValueError(f"name either a task of GLUE (--task, got {self.task}) or a dataset (--dataset).")
         if (self.task is None) == (self.train is None or self.eval is None):
             raise ValueError("name either a task of GLUE (--task), or both train and eval (--train, --eval).")
 
@@ -68,13 +70,17 @@ class TextOptions:
 def settings(options: TextOptions) -> dict[str, Any]:
     """What the trials depend on: the options, with files by name and content instead of by place."""
     found = options.to_dict()
-    for name in ("model", "train", "eval"):
-        if found[name] is not None and Path(found[name]).exists():
-            found[name] = _named(Path(found[name]))
+    found |= {name: _named(Path(found[name])) for name in places(options)}
     metric = options.metric or ""
     if path := script(metric):
         found["metric"] = ":".join(filter(None, (_named(path), parts(metric)[1])))
     return found
+
+
+def places(options: TextOptions) -> list[str]:
+    """Which options name a file or folder that is here; splits of a dataset do not."""
+    names = ("model",) if options.dataset else ("model", "train", "eval")
+    return [name for name in names if getattr(options, name) and Path(getattr(options, name)).exists()]
 
 
 def _named(path: Path) -> str:

@@ -44,7 +44,9 @@ def choose(evidence: Evidence, ask: Callable[[list[Trial]], None], d: int | None
         ask([(d, TUNING, rate)])
     if d is None and evidence.tuned(d) is None:
         tried = list(evidence.tried(d))
-        raise ValueError(f"fit returned no finite score for d=None at any of the learning rates {tried}.")
+        raise ValueError(
+            f"fit returned no finite score for d=None at any of the learning rates {tried}. Try others (--full-rates)."
+        )
 
 
 def _further(evidence: Evidence, d: int | None) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .analysis import Answer, Result
-from .evidence import TUNING
+from .evidence import TUNING, collapsed
 from .store import write_whole
 
 FORMATS = "png", "svg", "pdf"
@@ -19,14 +19,14 @@ ALONE = " (of one seed: how uncertain it is, is not in the interval)"
 
 def told(result: Result, answer: Answer) -> tuple[str, str]:
     """d and its interval in words: ≤ the grid's least, > the greatest that was measured."""
-    low, high = result.ends
-
-    def end(d: int | None) -> str:
-        return f"> {high}" if d is None else f"≤ {low}" if d == low else str(d)
-
-    first, last = map(end, answer.interval)
+    first, last = (_end(result, d) for d in answer.interval)
     interval = f"90 % interval [{first}, {last}]" if result.seeds > 1 else "interval unknown with one seed"
-    return end(answer.d), interval
+    return _end(result, answer.d), interval
+
+
+def _end(result: Result, d: int | None) -> str:
+    low, high = result.ends
+    return f"> {high}" if d is None else f"≤ {low}" if d <= low else str(d)
 
 
 def summary(result: Result) -> str:
@@ -40,9 +40,9 @@ def summary(result: Result) -> str:
 
 def title(result: Result) -> str:
     """Model, task and method, as far as the settings name them."""
-    names = [result.settings.get(name) for name in ("model", "task", "train", "method")]
-    model, task, train, method = (str(name).partition(", sha256")[0] if name else "" for name in names)
-    return ", ".join(filter(None, (Path(model).name, task or train, method)))
+    names = [result.settings.get(name) for name in ("model", "task", "dataset", "train", "method")]
+    model, task, dataset, train, method = (str(name).partition(", sha256")[0] if name else "" for name in names)
+    return ", ".join(filter(None, (Path(model).name, task or dataset or train, method)))
 
 
 def markdown(result: Result) -> str:
@@ -50,7 +50,7 @@ def markdown(result: Result) -> str:
     base = result.baseline
     scores = ", ".join(f"{score:.4f}" for score in base.scores)
     kind = "median of those that did not collapse" if result.center == "median" else "mean"
-    collapsed = sum(point.collapsed for point in result.points)
+    failed = sum(point.collapsed for point in result.points)
     runs = sum(point.seeds for point in result.points)
     lines = [
         f"# {summary(result)}",
@@ -62,7 +62,8 @@ def markdown(result: Result) -> str:
     ]
     for of, answer in result.answers.items():
         d, interval = told(result, answer)
-        tie = f"a tie: within one held-out example from {answer.tie[0]} to {answer.tie[1] or '>'}" if answer.tie else ""
+        first, last = (_end(result, d) for d in answer.tie or (None, None))
+        tie = f"a tie: within one held-out example from {first} to {last}" if answer.tie else ""
         target = f"{result.share:g} of the {of}"
         lines.append(f"| {target} | {answer.target:.4f} | {d} | {interval.removeprefix('90 % interval ')} | {tie} |")
     lines += [
@@ -71,7 +72,7 @@ def markdown(result: Result) -> str:
         "|---|---|",
         f"| full fine-tuning, by seed | {scores} |",
         f"| its {kind} | {base.level:.4f}{ALONE if len(base.scores) == 1 else ''} |",
-        f"| collapsed: full fine-tuning, subspace | {base.collapsed}, {collapsed} of {runs} |",
+        f"| collapsed: full fine-tuning, subspace | {base.collapsed}, {failed} of {runs} |",
         f"| majority class | {'unknown' if result.majority is None else f'{result.majority:.4f}'} |",
         *([] if result.untrained is None else [f"| before training | {result.untrained:.4f} |"]),
         f"| learning rate of full fine-tuning | {_rate(base.learning_rate)} |",
@@ -129,13 +130,12 @@ def plot(result: Result, folder: Path, name: str) -> None:
     axes = figure.subplots()
     rates = {point.d: point.learning_rate for point in result.points}
     floor = result.majority if result.majority is not None else result.untrained
-    kept = {(point.d, score) for point in result.points for score in point.scores}
     for row in result.trials:
         if row["d"] in rates and row["learning_rate"] == rates[row["d"]] and row["seed"] != TUNING:
             score = floor if row["score"] is None else row["score"]
-            counts = (row["d"], row["score"]) in kept
+            style = "none" if collapsed(row["score"], floor) else "full"
             if score is not None:
-                axes.plot(row["d"], score, "o", color="0.35", fillstyle="full" if counts else "none", markersize=3.5)
+                axes.plot(row["d"], score, "o", color="0.35", fillstyle=style, markersize=3.5)
     fitted = [(point.d, point.fit) for point in result.points if point.fit is not None]
     axes.plot(*zip(*fitted, strict=True), color="black", linewidth=1, label="monotone fit")
     base, edge = result.baseline, result.ends[1]

@@ -100,7 +100,7 @@ class Search:
             if self.plan.minutes is not None and time.monotonic() - self.start > 60 * self.plan.minutes:
                 raise Spent(f"the budget of {self.plan.minutes:g} minutes is spent")
             round_ = new[:left][place : place + some]
-            self.found |= {trial: float(score) for trial, score in zip(round_, self.evaluate(round_), strict=True)}
+            self.found.update(zip(round_, map(float, self.evaluate(round_)), strict=True))
         if left is not None and len(new) > left:
             raise Spent(f"the budget of {self.plan.budget} trials is spent")
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 
 from .analysis import NothingToMeasure, Result
 from .command import measure_prepared, prepare
-from .evidence import TUNING
+from .evidence import TUNING, collapsed
 from .report import save, told
 from .store import write_whole
 
@@ -87,11 +87,11 @@ def study(
         x = {"checkpoints": _step(model, place), "models": parameters, "gap": row.get("gap")}
         row["x"] = x.get(kind, len(rows))
         rows.append(row)
-        tell("  ".join(cell for cell in _cells(row) if cell))
         write_whole(out / "study.json", json.dumps({"kind": kind, "rows": rows}, indent=1))
         write_whole(out / "study.md", _markdown(kind, rows))
         write_whole(out / "study.csv", _table(rows))
         _plot(kind, rows, out)
+        tell("  ".join(cell for cell in _cells(row) if cell))
     return rows
 
 
@@ -116,16 +116,20 @@ def _step(model: str, place: int) -> int:
 
 
 def _gap(result: Result) -> dict[str, float]:
-    """Scores on training and held-out data at d90; their gap over what is left to the best (of a loss, the gap)."""
-    rate = next((point.learning_rate for point in result.points if point.d == result.d), None)
+    """Scores on training and held-out data at d90, or the next d that was measured, of runs that did not collapse;
+    their gap over what is left to the best (of a loss, the gap)."""
+    above = [point for point in result.points if result.d is not None and point.d >= result.d]
+    where = (above[0].d, above[0].learning_rate) if above else None
+    least = result.majority if result.majority is not None else result.untrained
     rows = [
         row
         for row in result.trials
-        if (row["d"], row["learning_rate"]) == (result.d, rate)
+        if (row["d"], row["learning_rate"]) == where
         and row["seed"] != TUNING
-        and None not in (row.get("train_score"), row["score"])
+        and row.get("train_score") is not None
+        and not collapsed(row["score"], least)
     ]
-    if result.d is None or not rows:
+    if not rows:
         return {}
     train, held_out = (float(np.mean([row[name] for row in rows])) for name in ("train_score", "score"))
     left = 1.0 if result.settings["metric"] == "loss" else max(result.settings.get("best", 1.0) - held_out, 1e-9)
@@ -180,7 +184,7 @@ def _plot(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         least, most = row["ends"]
         low, high = (most if end is None else end for end in answer["interval"])
         axes.plot([low, high], [place, place], color="black")
-        for at, mark, is_open in ((low, "<", low == least), (high, ">", answer["interval"][1] is None)):
+        for at, mark, is_open in ((low, "<", low <= least), (high, ">", answer["interval"][1] is None)):
             axes.plot(at, place, mark if is_open else "|", color="black")
         if answer["d"] is not None:
             axes.plot(answer["d"], place, "o", color="black")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
 from .metrics import METRICS, load_metric, parts, script
 from .options import TextOptions
@@ -220,6 +220,8 @@ def files(
                     f"{path}: label={label!r} holds {data[0][column]!r}, not one class or number per row. For a class "
                     "of each word: task_type='TOKEN_CLS' (--task-type)."
                 )
+        if label and isinstance(data.features[label], ClassLabel):  # -1 stands for none, as in SNLI
+            data = data.filter(lambda value: value >= 0, input_columns=label)
         splits[split] = data.select_columns(kept)
     task = Task(DatasetDict(splits), tuple(columns), label, metric, task_type)
     _check_labels(task, train, held_out)

@@ -75,17 +75,7 @@ class TextFit:
     ) -> None:
         self.task, self.method, self.patience, self.max_length, self.logs = task, method, patience, max_length, logs
         self.right: np.ndarray | None = None  # held-out examples of the last evaluation
-        self.arguments = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-        self.arguments["dataloader_pin_memory"] = torch.accelerator.is_available()
-        if patience:
-            self.arguments |= {
-                "eval_strategy": "epoch",
-                "save_strategy": "epoch",
-                "save_total_limit": 1,
-                "load_best_model_at_end": True,
-                "metric_for_best_model": self.best,
-            }
-        self.arguments |= checked(arguments or {})
+        self.arguments = checked(arguments or {}, self.best if patience else None)
         self.train_score = train_score
         self.tokenizer = AutoTokenizer.from_pretrained(model, **self.tokenizer_options)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -230,36 +220,47 @@ FITS: dict[str, type[TextFit]] = {"SEQ_CLS": TextFit, "TOKEN_CLS": TokenFit, "CA
 def check(options: TextOptions, dims: Sequence[int]) -> tuple[int, ...]:
     """Which of these d the model, loaded without its weights, can have: asked before hours are spent.
 
-    Those below the least of LoRA or TinyLoRA are left out, so that one grid does for several methods.
+    LoRA and TinyLoRA come in steps: of a grid they have those below each d, so that one grid does for several methods.
 
     Raises:
-        ValueError: the largest d exceeds the number of weights, the method can have fewer than two, the inputs are
-            longer than the model's positions, or the arguments are not the Trainer's.
+        ValueError: the largest d exceeds the number of weights, the method can have fewer than two or does not know the
+            model, the inputs are longer than the model's positions, or the arguments are not the Trainer's.
     """
-    checked(options.arguments)
+    fit = FITS[options.task_type]
+    checked(options.arguments, fit.best if options.patience else None)
     config = AutoConfig.from_pretrained(options.model)
-    places = getattr(config, "max_position_embeddings", None)
+    with torch.device("meta"):
+        base = fit.loader.from_config(config)
+    places = _positions(base)
     if places is not None and options.max_length > places:
         raise ValueError(
             f"max_length (--max-length) = {options.max_length}: {options.model} has {places} positions. Take fewer."
         )
-    with torch.device("meta"):
-        base = FITS[options.task_type].loader.from_config(config)
     if dims[-1] > base.num_parameters():
         raise ValueError(f"dims (--dims): {options.model} has {base.num_parameters()} weights, fewer than {dims[-1]}.")
     if options.method not in METHODS:
         raise ValueError(f"method={options.method!r} (--method) is unknown. Known are {', '.join(METHODS)}.")
-    least = step(options.method, base)
-    kept = tuple(d for d in dims if d >= least)
-    if len(kept) < 2:
-        raise ValueError(
-            f"dims (--dims): {options.method} has {least} numbers at least for {options.model}. Go higher."
-        )
     try:
+        least = step(options.method, base)
+        kept = tuple(sorted({d // least * least for d in dims if d >= least}))
+        if len(kept) < 2:
+            raise ValueError(f"it has multiples of {least} numbers, of which the grid must hold two or more")
         get_peft_model(base, adapter(options.method, kept[0], 0, base, options.task_type))
     except ValueError as error:
-        raise ValueError(f"dims (--dims): {error}") from None
+        raise ValueError(
+            f"dims (--dims) of method={options.method!r} (--method) for {options.model} ({config.model_type}): "
+            f"{str(error).rstrip('.')}."
+        ) from None
     return kept
+
+
+def _positions(base: Any) -> int | None:
+    """How many tokens the model has positions for: RoBERTa's and its heirs begin after the padding's."""
+    known = getattr(base.config, "max_position_embeddings", None)
+    for name, module in base.named_modules():
+        if known is not None and name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+            return known - module.padding_idx - 1
+    return known
 
 
 def text_fit(options: TextOptions, task: Task | None = None, folder: str | os.PathLike | None = None) -> TextFit:

@@ -31,6 +31,18 @@ def test_a_step():
     assert len(result.trials) <= 3 * len(DIMS) * 0.7
 
 
+@pytest.mark.parametrize("center", ["median", "mean"])
+def test_collapsed_runs_are_open_marks(center, tmp_path, monkeypatch):
+    """Also where all of a d collapsed."""
+    figures: list = []
+    monkeypatch.setattr("peft_intrinsic.measure.report.save", lambda figure, *place: figures.append(figure))
+    write_report(measure_intrinsic_dimension(step, DIMS, majority=0.4, sweep=True, center=center), tmp_path)
+    marks = [line for line in figures[0].axes[0].lines if line.get_marker() == "o"]
+    assert len(marks) == 3 * len(DIMS)
+    assert {mark.get_fillstyle() for mark in marks if mark.get_xdata() < 100} == {"none"}
+    assert {mark.get_fillstyle() for mark in marks if mark.get_xdata() >= 100} == {"full"}
+
+
 def test_beyond_and_below_the_grid():
     never = measure_intrinsic_dimension(lambda d, seed: 0.8 if d is None else 0.4, DIMS)
     assert (never.d, never.interval) == (None, (None, None))

@@ -10,7 +10,7 @@ from steps import DIMS, step
 
 from peft_intrinsic.measure import analyse, grid, measure_intrinsic_dimension
 from peft_intrinsic.measure.evidence import TUNING
-from peft_intrinsic.measure.report import markdown
+from peft_intrinsic.measure.report import markdown, summary
 
 
 def test_another_question_uses_the_trials_that_are_there(tmp_path):
@@ -29,6 +29,7 @@ def test_another_question_uses_the_trials_that_are_there(tmp_path):
         again = measure_intrinsic_dimension(fit, DIMS, majority=0.2, **question)
         assert analyse(tmp_path, **question).answers == again.answers
     assert analyse(tmp_path, target=0.5).answers["score"].target == pytest.approx(0.4)
+    assert (analyse(tmp_path).name, analyse(tmp_path, target=0.995).name) == ("d90", "d99.5")
     calls.clear()
     more = measure_intrinsic_dimension(fit, grid(10, 1000, 39), majority=0.2, seeds=4, out=tmp_path)
     assert not set(calls) & {(row["d"], row["seed"]) for row in rows}
@@ -86,6 +87,11 @@ def test_another_grid_has_the_dims_between_its_ends(tmp_path):
     other = analyse(tmp_path, dims=grid(11, 990, 30))
     assert other.d in (d for d in grid(11, 990, 30) if first.points[0].d < d)
     assert other.interval[0] <= 112 <= other.interval[1] * 1.2
+    always = measure_intrinsic_dimension(lambda d, seed: 0.8, DIMS, out=tmp_path / "always")
+    assert (always.ends[0], always.d) == (10, 10)
+    assert summary(analyse(tmp_path / "always", dims=grid(2, 990, 30))).startswith(
+        "d90 ≤ 11, 90 % interval [≤ 11, ≤ 11]"
+    )
     with pytest.raises(ValueError, match=r"analysed before a single dimension was measured from 2 to 3\. .*\(--dims\)"):
         analyse(tmp_path, dims=[2, 3])
     with pytest.raises(ValueError, match="of='gain' needs the trivial answer's score"):

@@ -87,6 +87,9 @@ def test_sweep_measures_the_whole_grid():
     assert stopped == "the whole grid was measured"
     assert sorted({d for d, _, _ in asked if d}) == list(GRID)
     assert len(asked) == 3 + 3 * 64
+    _, _, asked = searched(step(3), sweep=True, rates=("auto", "auto"))
+    seeds = [seed for d, seed, _ in asked if d]
+    assert TUNING not in seeds[seeds.index(0) :]  # a rate between two d is of both
 
 
 def test_progress_says_how_many_trials_are_left_at_most():

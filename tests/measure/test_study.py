@@ -72,7 +72,9 @@ def test_a_grid_that_said_cannot_have_is_refused_before_did_begins(options, tmp_
     tiny("bert", tmp_path / "base")
     with pytest.raises(SystemExit):
         main(["study", "methods", "base", *options, "--dims", "2,512,3"])
-    assert "dims (--dims): d=2 must exceed the number of λ" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "dims (--dims) of method='said' (--method) for" in told
+    assert "d=2 must exceed the number of λ" in told
     assert not (tmp_path / "study").exists()
 
 
@@ -108,13 +110,14 @@ def test_gap_against_d90(options, tmp_path, monkeypatch):
 
 def test_gap_by_hand():
     class result:
-        d, settings = 8, {"metric": "accuracy"}
+        d, settings, majority, untrained = 7, {"metric": "accuracy"}, 0.2, None  # d = 7 was not measured itself
         points = [Point(8, 0.6, [0.7, 0.5], 3, 1, 0.1)]  # noqa: RUF012
         trials = [  # noqa: RUF012
             {"d": None, "seed": 0, "learning_rate": 1.0, "score": 1.0, "train_score": 1.0},
             {"d": 8, "seed": 0, "learning_rate": 0.5, "score": 0.1, "train_score": 0.1},  # another rate
             {"d": 8, "seed": TUNING, "learning_rate": 0.1, "score": 0.1, "train_score": 0.1},  # it chose the rate
             {"d": 8, "seed": 0, "learning_rate": 0.1, "score": None, "train_score": 0.9},  # diverged
+            {"d": 8, "seed": 3, "learning_rate": 0.1, "score": 0.2, "train_score": 0.3},  # collapsed
             {"d": 8, "seed": 1, "learning_rate": 0.1, "score": 0.7, "train_score": 0.8},
             {"d": 8, "seed": 2, "learning_rate": 0.1, "score": 0.5, "train_score": 0.8},
             {"d": 9, "seed": 0, "learning_rate": 0.1, "score": 0.0, "train_score": 0.0},

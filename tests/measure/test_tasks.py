@@ -8,11 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 from test_documents import tiny
 from texts import BAD, GOOD, command, write
+from transformers import MPNetConfig, RobertaConfig
 
+from peft_intrinsic.measure.launch import LaunchedFit
 from peft_intrinsic.measure.options import TextOptions, settings
-from peft_intrinsic.measure.tasks import files
+from peft_intrinsic.measure.tasks import files, load_task
+from peft_intrinsic.measure.text import check
 from peft_intrinsic_command import main
 
 
@@ -41,6 +45,8 @@ from peft_intrinsic_command import main
         ({"--rates": "nan"}, "learning_rates (--full-rates, --rates) must be above 0"),
         ({"--target": "90"}, "target must lie in (0, 1], got 90.0"),
         ({"--seeds": "0"}, "seeds must be at least 1, got 0"),
+        ({"--rates": "fast"}, "argument --rates: 'fast' is neither 'auto' nor rates such as 5e-5"),
+        ({"--task": "glue/mrpc", "--dataset": "imdb"}, "a task of GLUE (--task, got glue/mrpc) or a dataset"),
     ],
 )
 def test_bad_input(change, message, data, tmp_path, capsys, monkeypatch):
@@ -68,6 +74,8 @@ def test_bad_input(change, message, data, tmp_path, capsys, monkeypatch):
         ("warmup_steps: a tenth", "warmup_steps='a tenth' of the TrainingArguments is not a number"),
         ("- a list", "more.yaml must hold names and values"),
         ("max_steps: [1]", "max_steps=[1] of the TrainingArguments is not a number"),
+        ("lr_scheduler_type: foo", "TrainingArguments (--config, --epochs, --batch) cannot work: "),
+        ("report_to: wandbb", "wandbb is not supported"),
     ],
 )
 def test_bad_arguments(yaml, message, data, tmp_path, capsys):
@@ -80,8 +88,10 @@ def test_bad_arguments(yaml, message, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "said", "--dims", "2,512,3"], "dims (--dims): d=2 must exceed the number of λ"),
-        (["--method", "lora", "--dims", "8,512,3"], "numbers at least for base. Go higher."),
+        (["--method", "said", "--dims", "2,512,3"], "(--method) for base (bert): d=2 must exceed the number of λ"),
+        (["--method", "lora", "--dims", "8,300,3"], "it has multiples of 192 numbers, of which the grid must hold two"),
+        (["--epochs", "-1"], "num_train_epochs (--epochs) must be above 0, got -1"),
+        (["--batch", "0"], "per_device_train_batch_size (--batch) must be at least 1, got 0"),
         (["--method", "bitfit"], "method='bitfit' (--method) is unknown. Known are did, said"),
         (["--max-length", "4000"], "max_length (--max-length) = 4000: base has "),
         (["--dims", "8,1000000,3"], "weights, fewer than 1000000"),
@@ -96,6 +106,45 @@ def test_bad_options(options, message, data, tmp_path, capsys, monkeypatch):
         main(command(data, "base", tmp_path / "run", *options))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "trials.jsonl").exists()
+
+
+def test_splits_of_a_dataset(tmp_path, monkeypatch):
+    """In a folder that has others of their names; a label of -1 is none."""
+    names = ClassLabel(names=["no", "yes"])
+    rows = {"text": [GOOD, BAD, GOOD], "label": [1, 0, -1]}
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        Dataset.from_dict(rows, features=Features(text=Value("string"), label=names)).to_parquet(
+            tmp_path / "hub" / f"{split}.parquet"
+        )
+    monkeypatch.chdir(tmp_path)
+    options = TextOptions("no-model", dataset="hub", train="train", eval="test")
+    task = load_task(options)
+    assert (task.classes, {split: len(task.data[split]) for split in task.data}) == ([0, 1], {"train": 2, "eval": 2})
+    assert (settings(options)["train"], LaunchedFit(options, "python", tmp_path).options.eval) == ("train", "test")
+
+
+@pytest.mark.parametrize(("method", "kept"), [("lora", (192, 384)), ("did", (100, 200, 300, 400))])
+def test_methods_that_come_in_steps(method, kept, tmp_path):
+    """Between two ranks of LoRA there is nothing to measure."""
+    options = TextOptions(tiny("bert", tmp_path / "base"), task="glue/rte", method=method)
+    assert check(options, (100, 200, 300, 400)) == kept
+
+
+def test_positions_that_begin_after_the_padding(tmp_path):
+    config = RobertaConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config.save_pretrained(tmp_path)
+    most = config.max_position_embeddings - config.pad_token_id - 1
+    check(TextOptions(str(tmp_path), task="glue/rte", max_length=most), (10, 20))
+    with pytest.raises(ValueError, match=rf"--max-length\) = {most + 1}: .* has {most} positions"):
+        check(TextOptions(str(tmp_path), task="glue/rte", max_length=most + 1), (10, 20))
+
+
+def test_a_model_that_a_method_does_not_know(tmp_path):
+    MPNetConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
+    for method in ("lora", "unilora"):
+        with pytest.raises(ValueError, match=rf"'{method}' \(--method\) for .*\(mpnet\): Please specify"):
+            check(TextOptions(str(tmp_path), task="glue/rte", method=method), (10, 20))
 
 
 def test_classes_named_as_if_they_were_missing(tmp_path):
