@@ -126,8 +126,8 @@ def measured(
         runner = Runner(fit, store, engine, bar)
         runner.right |= earlier.right
 
-        def progress(doing: str, left: int | None) -> None:
-            bar.total = None if left is None else bar.n + left
+        def progress(doing: str, left: int) -> None:
+            bar.total = bar.n + left
             bar.set_postfix_str(doing)
 
         search = Search(

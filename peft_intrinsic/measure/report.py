@@ -40,9 +40,17 @@ def summary(result: Result) -> str:
 
 def title(result: Result) -> str:
     """Model, task and method, as far as the settings name them."""
-    names = [result.settings.get(name) for name in ("model", "task", "dataset", "train", "method")]
-    model, task, dataset, train, method = (str(name).partition(", sha256")[0] if name else "" for name in names)
-    return ", ".join(filter(None, (Path(model).name, task or dataset or train, method)))
+    model, method = _named(result, "model"), _named(result, "method")
+    return ", ".join(filter(None, (Path(model).name, task(result), method)))
+
+
+def task(result: Result) -> str:
+    """What was learnt: a task of GLUE, a dataset, or the file of the training data."""
+    return next(filter(None, (_named(result, name) for name in ("task", "dataset", "train"))), "")
+
+
+def _named(result: Result, name: str) -> str:
+    return str(result.settings.get(name) or "").partition(", sha256")[0]
 
 
 def markdown(result: Result) -> str:

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from .curve import Curve
 from .engine import Trial
-from .evidence import Evidence
+from .evidence import TUNING, Evidence
 from .plan import Plan
 from .rates import choose, first
 
@@ -38,7 +38,8 @@ class Search:
         found: scores of trials that are there; filled.
         least, right: see `Evidence`.
         slots: trials that run side by side; several d are then tried in one round.
-        progress: called before each round with what is done, and how many trials are left at most (None: unknown).
+        progress: called before each round with what is done, and how many trials are left: at most, or of a sweep
+            beside the rates that are still to be tried.
         start: of the minutes, on the clock of `time.monotonic`; None is now.
     """
 
@@ -50,7 +51,7 @@ class Search:
         least: float | None = None,
         right: Mapping[Trial, np.ndarray] | None = None,
         slots: int = 1,
-        progress: Callable[[str, int | None], None] = lambda what, left: None,
+        progress: Callable[[str, int], None] = lambda what, left: None,
         start: float | None = None,
     ) -> None:
         self.evaluate, self.plan, self.slots, self.progress = evaluate, plan, slots, progress
@@ -94,7 +95,7 @@ class Search:
         left = None if self.plan.budget is None else self.plan.budget - len(self.found)
         if left is not None and left < 1:
             raise Spent(f"the budget of {self.plan.budget} trials is spent")
-        self.progress(self.doing, left)
+        self.progress(self.doing, self._rest() if left is None else left)
         some = self.slots if self.plan.minutes is not None else len(new)
         for place in range(0, len(new[:left]), some):
             if self.plan.minutes is not None and time.monotonic() - self.start > 60 * self.plan.minutes:
@@ -103,6 +104,11 @@ class Search:
             self.found.update(zip(round_, map(float, self.evaluate(round_)), strict=True))
         if left is not None and len(new) > left:
             raise Spent(f"the budget of {self.plan.budget} trials is spent")
+
+    def _rest(self) -> int:
+        """Trials of a sweep that are left, beside rates that are still to be tried."""
+        counted = sum(bool(d) and seed != TUNING for d, seed, _ in self.found)
+        return max(self.plan.seeds * len(self.grid) - counted, 0)
 
     def _choose(self, d: int | None, near: float | None = None) -> None:
         choose(self.evidence, self._ask, d, near)

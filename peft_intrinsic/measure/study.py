@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel
 from .analysis import NothingToMeasure, Result
 from .command import measure_prepared, prepare
 from .evidence import TUNING, collapsed
-from .report import save, told
+from .report import save, task, told
 from .store import write_whole
 
 KINDS: dict[str, str] = {
@@ -101,7 +101,7 @@ def _found(result: Result) -> dict[str, Any]:
         for of, answer in result.answers.items()
     }
     found = {"answers": answers, "of": result.of, "share": result.name, "seeds": result.seeds, "ends": result.ends}
-    return {**found, "baseline": result.baseline.level, **_gap(result)}
+    return {**found, "task": task(result), "baseline": result.baseline.level, **_gap(result)}
 
 
 def _parameters(model: str) -> int:
@@ -195,5 +195,6 @@ def _plot(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     axes.set_yticks(range(len(found)), labels)
     share = rows[0].get("share", "d90")
     axes.set(xscale="log", xlabel=f"{share}, 90 % interval", ylim=(-0.6, max(len(found), 1) - 0.4))
+    axes.set_title(", ".join(dict.fromkeys(row["task"] for row in found)))
     axes.grid(axis="x", alpha=0.3)
     save(figure, out, "study")

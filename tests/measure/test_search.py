@@ -102,6 +102,9 @@ def test_progress_says_how_many_trials_are_left_at_most():
     assert told[0] == ("full fine-tuning", 40)
     assert [left for _, left in told] == sorted((left for _, left in told), reverse=True)
     assert told[1][0] == "scan at d = 100"
+    told.clear()
+    Search(lambda wanted: [0.9] * len(wanted), Plan(GRID, sweep=True), progress=lambda *row: told.append(row)).run()
+    assert [left for _, left in told] == [3 * 64, *range(3 * 64, 0, -3)]
 
 
 def rated(optimum, rates, seen):

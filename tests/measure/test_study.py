@@ -62,6 +62,13 @@ def test_methods_of_peft_on_the_same_axis(options, tmp_path, monkeypatch, capsys
     assert "grid: 5 dimensions from 16 to 4096" in planned.partition("base by unilora")[2]
     assert "from 16 to 4096" not in planned.partition("base by unilora")[0]
     assert not (tmp_path / "study").exists()
+    rows = study(
+        "methods", ["base"], [*options, "--dims", "18,514,3", "--method", "unilora,tinylora"], tmp_path / "study"
+    )
+    for row, dims in zip(rows, ({18, 96, 514}, {16, 96, 512}), strict=True):
+        report = json.loads((tmp_path / "study" / row["name"].replace(" ", "_") / "report.json").read_text())
+        assert {trial["d"] for trial in report["trials"]} == {None, *dims}
+        assert (row["baseline"], row["ends"]) == (rows[0]["baseline"], [min(dims), max(dims)])
     with pytest.raises(SystemExit):
         main(["study", "gap", "base", *options, "--method", "lora,unilora"])
     assert "--method lora,unilora: study gap has one" in capsys.readouterr().err
