@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -280,6 +281,6 @@ def analyse(
             raise ValueError(f"{folder} has no {PLAN}: it is not the folder of a measurement.")
         plan = Plan.from_dict(read_json(path, "so it is not known what was asked"))
         asked: dict[str, Any] = {"target": target, "of": of, "center": center, "majority": majority}
-        asked["dims"] = None if dims is None else tuple(dims)
+        asked["dims"] = None if dims is None else tuple(map(index, dims))
         changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         return result(store, replace(plan, **changes), "the trials were analysed")

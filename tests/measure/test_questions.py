@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 from steps import DIMS, step
 
@@ -84,7 +85,7 @@ def test_trials_of_rates_that_are_not_asked_for_do_not_count(tmp_path):
 
 def test_another_grid_has_the_dims_between_its_ends(tmp_path):
     first = measure_intrinsic_dimension(step, DIMS, out=tmp_path)
-    other = analyse(tmp_path, dims=grid(11, 990, 30))
+    other = analyse(tmp_path, dims=np.array(grid(11, 990, 30)))
     assert other.d in (d for d in grid(11, 990, 30) if first.points[0].d < d)
     assert other.interval[0] <= 112 <= other.interval[1] * 1.2
     always = measure_intrinsic_dimension(lambda d, seed: 0.8, DIMS, out=tmp_path / "always")
