@@ -24,6 +24,7 @@ from .targets import (
     candidates,
     canonical,
     check_manifest,
+    chosen,
     excluded,
     is_embedding,
     is_linear,
@@ -56,7 +57,7 @@ def default_targets(model: nn.Module, config: IntrinsicConfig) -> str:
     vectors = {
         _identity(module, name): math.prod(logical_shape(module, name)[0])
         for key, module in base_modules(model)
-        for name in candidates(config, key, module)
+        for name in chosen(config, key, module)
         if not excluded(config, key)
         and (key in config.head_modules or (targeted(config, key) and is_vector(module, name)))
     }

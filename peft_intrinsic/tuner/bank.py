@@ -98,6 +98,14 @@ def _route(vector: Any, adapter: str, numbers: torch.Tensor) -> Route:
     return Route(adapter, numbers[:, :length], numbers[:, length:])
 
 
+def _check_full(config: IntrinsicConfig, what: str) -> None:
+    if config.full_modules:
+        raise ValueError(
+            f"modules_to_save={config.full_modules} of {what}: a bank holds d numbers per adapter, and one base model "
+            "for all. Train with the head inside (modules_to_save=None), or attach the adapters and pass adapter_names."
+        )
+
+
 class AdapterBank:
     """K adapters of one projection as one tensor, chosen by index for each sample of a batch.
 
@@ -110,7 +118,8 @@ class AdapterBank:
         adapter: the attached adapter that lends its projection; by default the active one.
 
     Raises:
-        ValueError: `numbers` has another width than d, a targeted module cannot be mixed, or there is no such adapter.
+        ValueError: `numbers` has another width than d, a targeted module cannot be mixed, the adapter has modules that
+            were trained in full, or there is no such adapter.
 
     Example:
         >>> bank = AdapterBank.from_pretrained(model, ["users/ann", "users/bob"])
@@ -126,8 +135,10 @@ class AdapterBank:
             raise ValueError(
                 f"numbers must have the shape [K, {config.d}] for adapter {self.adapter!r}, got {tuple(numbers.shape)}."
             )
+        _check_full(config, f"adapter {self.adapter!r}")
         self._vector: Any = model.base_model.vector
-        check_mixable(model.base_model.tuner_layers(), {self.adapter})
+        self._config, self._layers = config, model.base_model.tuner_layers()
+        check_mixable(self._layers, {self.adapter})
         self.numbers = numbers.to(self._vector.numbers(self.adapter))
 
     @classmethod
@@ -141,6 +152,7 @@ class AdapterBank:
         rows = []
         for path in paths:
             config = IntrinsicConfig.from_pretrained(path)
+            _check_full(config, path)
             if unlike := own.differences(config):
                 raise ValueError(f"{path} cannot join the bank: it differs from the attached adapter in {unlike}.")
             weights = load_peft_weights(path, device="cpu")
@@ -156,8 +168,16 @@ class AdapterBank:
 
         Raises:
             IndexError: an index is not in the bank.
-            ValueError: the model is in training mode.
+            ValueError: the model is in training mode, an adapter is merged, the active one has modules that were
+                trained in full, or the one that lends its projection is no longer attached.
         """
+        if self.model.peft_config.get(self.adapter) is not self._config:
+            raise ValueError(
+                f"Adapter {self.adapter!r}, which lends the bank its projection, is gone. Make a new bank."
+            )
+        for name in self.model.active_adapters:
+            _check_full(self.model.peft_config[name], f"the active adapter {name!r}")
+        check_mixable(self._layers, set())
         chosen = torch.as_tensor(index, device=self.numbers.device)
         if chosen.dim() != 1 or (chosen < -1).any() or (chosen >= len(self.numbers)).any():
             raise IndexError(

@@ -42,6 +42,13 @@ class EffectiveTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, cls):
+                    raise RuntimeError(
+                        f"{func} writes into a parameter that an adapter moves: it is computed anew from the base "
+                        "parameter at each read. Write before attaching, or into get_base_layer()'s parameter."
+                    )
         args, kwargs = tree_map_only(EffectiveTensor, lambda lazy: lazy.numbers(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -58,4 +65,4 @@ class _Promise(torch.autograd.Function):
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
             grads = torch.autograd.grad(ctx.value(*inputs), inputs, grad)
-        return None, None, *grads
+        return grad if ctx.needs_input_grad[0] else None, None, *grads

@@ -46,6 +46,7 @@ def numbers_to_save(
         )
     found = {name: (match[1], value) for name, value in state.items() if (match := _own(adapter).search(name))}
     config.checksum_to_save = _checksum(config, dict(found.values())) if found else None
+    config.checksum = None  # one that it was read with is of other numbers
     return {name: value for name, (_, value) in found.items()}
 
 

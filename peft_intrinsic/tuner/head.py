@@ -35,6 +35,9 @@ HEAD_NAMES: dict[str, tuple[str, ...]] = {
 _FRESH = "_intrinsic_fresh"
 """Attribute of a loaded model: a sample of every parameter that its checkpoint did not bring, by name."""
 
+_KNOWN = "_intrinsic_known"
+"""Attribute of a loaded model: the shapes of all its parameters, by name."""
+
 _SAMPLE = 2**16
 
 _LOADING: ContextVar[bool] = ContextVar("loading", default=False)
@@ -68,31 +71,46 @@ def watch_loading() -> None:
             missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
             note = {name: _sample(p) for name, p in model.named_parameters() if name in missing}
             model.__dict__.setdefault(_FRESH, note)
+            model.__dict__.setdefault(_KNOWN, _shapes(model))
         return (model, info) if output_loading_info else model
 
     from_pretrained.watched = True  # type: ignore[attr-defined]
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
 
 
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: _parameter(place).shape for name, place in base_places(model).items()}
+
+
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    """Enough of a parameter to tell whether it was changed. A copy, on the CPU."""
+    """Enough of a parameter to tell whether it was changed. A copy, on the CPU; empty where it has no values yet."""
+    if parameter.is_meta:
+        return torch.empty(0)
     flat = parameter.detach().reshape(-1)
     return flat[:: -(-flat.numel() // _SAMPLE) or 1].to("cpu", copy=True)
 
 
 def _fresh(model: nn.Module, places: Mapping[str, Place]) -> dict[str, tuple[Note, str]]:
-    """The notes of fresh parameters, and their names in them. What is constant starts the same everywhere: left out."""
+    """The notes of fresh parameters, and their names in them."""
     found = {}
     for prefix, module in base_modules(model):
         note = module.__dict__.get(_FRESH, {})
         for key, sample in note.items():
             name = f"{prefix}.{key}" if prefix else key
-            if name not in places or sample.unique().numel() < 2:
-                continue
-            parameter = _parameter(places[name])
-            if parameter.is_meta or torch.equal(sample.to(parameter.dtype), _sample(parameter)):
+            if name in places and _as_noted(_parameter(places[name]), sample):
                 found[name] = (note, key)
     return found
+
+
+def _as_noted(parameter: torch.Tensor, sample: torch.Tensor) -> bool:
+    """Whether a parameter is what its note says, or what a way through half precision left of it."""
+    if len(sample) and sample.unique().numel() < 2:  # what is constant starts the same everywhere
+        return False
+    if parameter.is_meta:
+        return True
+    now = _sample(parameter)
+    ways = (sample.to(way).to(now.dtype) for way in (sample.dtype, torch.float16, torch.bfloat16))
+    return any(torch.equal(before, now) for before in ways)
 
 
 def _unmarked(model: nn.Module, places: Mapping[str, Place]) -> dict[str, tuple[Note, str]]:
@@ -105,6 +123,17 @@ def _unmarked(model: nn.Module, places: Mapping[str, Place]) -> dict[str, tuple[
         name: (note, name)
         for name, mark in loaded.items()
         if not mark and any(loaded.values()) and not (p := _parameter(places[name])).is_meta and p.unique().numel() > 1
+    }
+
+
+def _replaced(model: nn.Module, places: Mapping[str, Place], heads: tuple[str, ...]) -> dict[str, tuple[Note, str]]:
+    """Parameters of task heads that were put into a model after it was loaded: drawn, or trained elsewhere."""
+    known = model.__dict__.get(_KNOWN)
+    note: Note = {}
+    return {
+        name: (note, name)
+        for name, place in places.items()
+        if known is not None and name.partition(".")[0] in heads and known.get(name) != _parameter(place).shape
     }
 
 
@@ -157,8 +186,11 @@ class Head:
                 )
         self._model = model
         self._places = places = base_places(model)
-        unknown = _unmarked(model, places)
-        self._fresh = unknown if _LOADING.get() else _fresh(model, places)
+        names = HEAD_NAMES.get(config.task_type or "", ())
+        replaced = _replaced(model, places, names)
+        unknown = _unmarked(model, places) | replaced
+        started = {name: replaced[name] for name in config.redrawn or () if name in replaced}
+        self._fresh = unknown if _LOADING.get() else _fresh(model, places) | started
         drawn = {name for known in attached.values() for name in known.redrawn or []}
         whole = config.full_modules or ()
         fresh = [name for name in places if name in self._fresh and name not in drawn and not inside(whole, name)]
@@ -176,8 +208,8 @@ class Head:
             if unsure and not _LOADING.get():
                 raise ValueError(
                     f"It is not known whether these were loaded, trained or drawn at random: {', '.join(unsure)}. "
-                    "Import peft_intrinsic before the model is loaded. Or decide: redrawn=[names] starts them from the "
-                    "fixed stream, redrawn=[] leaves all as they are."
+                    "Import peft_intrinsic before the model is loaded, with the head that it keeps. Or decide: "
+                    "redrawn=[names] starts them from the fixed stream, redrawn=[] leaves all as they are."
                 )
             self.start = fresh
             config.redrawn = [name for name in places if name in {*fresh, *drawn} and not inside(whole, name)]
@@ -193,7 +225,6 @@ class Head:
                     f"head={known.head!r} and relies on the present values. Pass head={known.head!r} here too."
                 )
         owners = {name.rpartition(".")[0] for name in config.redrawn}
-        names = HEAD_NAMES.get(config.task_type or "", ())
         found = {key for key, _ in base_modules(model) if key.partition(".")[0] in names}
         self.modules: set[str] = set() if config.head == "keep" else owners | found
 
@@ -264,3 +295,5 @@ def settle(model: nn.Module) -> None:
     for module in model.modules():
         if module is model or _FRESH in module.__dict__:
             module.__dict__[_FRESH] = {}
+        if _KNOWN in module.__dict__:
+            module.__dict__[_KNOWN] = _shapes(module)

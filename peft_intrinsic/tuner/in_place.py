@@ -107,6 +107,12 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
 
 def _moved(name: str) -> property:
     def read(module: nn.Module) -> Any:
+        if "_is_replica" in module.__dict__:
+            raise RuntimeError(
+                "nn.DataParallel copies modules to other devices, where their moved parameters are not. Train with "
+                "DistributedDataParallel (accelerate launch, torchrun), or let one device be seen "
+                "(CUDA_VISIBLE_DEVICES=0)."
+            )
         return module.__dict__[LAYER].read(name)
 
     def write(module: nn.Module, value: Any) -> None:

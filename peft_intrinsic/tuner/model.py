@@ -258,8 +258,9 @@ class IntrinsicModel(BaseTuner):
                     f"Adapters {adapters[0]!r} and {name!r} have different λ, so no θ gives the sum of their offsets "
                     "(said=True). Keep both active instead: set_adapter([…]) adds offsets."
                 )
-        if first.full_modules:
-            raise ValueError(f"modules_to_save={first.full_modules} cannot be combined. Train without it.")
+        for name in adapters:
+            if whole := self.peft_config[name].full_modules:
+                raise ValueError(f"modules_to_save={whole} of adapter {name!r} cannot be combined. Train without it.")
         self.peft_config[adapter_name] = copy.copy(first)
         self.peft_config[adapter_name].asked = None  # this projection, or none
         self.inject_adapter(self.model, adapter_name)

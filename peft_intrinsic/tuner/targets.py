@@ -122,7 +122,8 @@ def is_vector(module: nn.Module, name: str) -> bool:
 def chosen(config: Any, key: str, module: nn.Module) -> list[str]:
     """Which parameters of a targeted module are moved: under `"vectors"` only vectors, but all of the head."""
     whole = config.target_modules != "vectors" or key in config.head_modules
-    return [name for name in candidates(config, key, module) if whole or is_vector(module, name)]
+    found = [name for name in candidates(config, key, module) if whole or is_vector(module, name)]
+    return found if key else [name for name in found if targeted(config, name) and not excluded(config, name)]
 
 
 def matrix_view(module: nn.Module, name: str, head: bool = False) -> Shape:

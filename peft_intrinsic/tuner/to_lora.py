@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from ..projection import FastfoodTensor
-from .layer import IntrinsicLayer, attached, base_modules
+from .layer import IntrinsicLayer, attached, base_modules, base_places
 from .modules import IntrinsicEmbedding, IntrinsicLinear
 
 PREFIX = "base_model.model."
@@ -30,7 +30,8 @@ def convert_to_lora(
     """An intrinsic adapter as a LoRA, without singular values: outputs are equal within rounding.
 
     The rank is the block size n (times the chunks of a tensor of more than 16,384 rows), alpha equals the rank. A head
-    that the checkpoint did not bring is put into `modules_to_save`, in full, because a plain base model lacks it.
+    that the checkpoint did not bring is put into `modules_to_save`, in full, because a plain base model lacks it; so is
+    what was trained in full.
 
     Args:
         model: a `PeftModel` with an intrinsic adapter.
@@ -43,17 +44,25 @@ def convert_to_lora(
 
     Raises:
         ValueError: the adapter moves what a LoRA cannot hold and `accept_loss` is False: the message lists it with the
-            share of the offset's norm that it carries; or nothing can be converted, or there is no such adapter.
+            share of the offset's norm that it carries; or nothing can be converted, an adapter is merged, or there is
+            no such adapter.
     """
     config = model.peft_config[attached(model, adapter_name)]
     base = model.get_base_model()
     names = {id(module): name for name, module in base_modules(base)}
     whole = {name.rpartition(".")[0] for name in config.redrawn or []}
+    full = {
+        key: module
+        for key, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    }
     state: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     norms: dict[str, float] = {}  # squared, of every offset
     lost: list[str] = []
     layers = [m for m in base.modules() if isinstance(m, IntrinsicLayer) and adapter_name in m.offsets]
+    if any(layer.merged for layer in layers):
+        raise ValueError("An adapter is merged, so its offset would count twice. Call unmerge_adapter() first.")
     for layer in layers:
         module = names[id(layer.get_base_layer())]
         for own, offset in layer.offsets[adapter_name].items():
@@ -69,6 +78,12 @@ def convert_to_lora(
                     state[f"{PREFIX}{module}.{key}"] = value.contiguous()
             else:
                 lost.append(f"{module}.{own}")
+    for name, (owner, own) in base_places(base).items():
+        if name.rpartition(".")[0] in whole:  # what stays where it was drawn, a plain base model lacks too
+            state.setdefault(PREFIX + name, owner._parameters[own].detach().clone())  # type: ignore[union-attr]
+    for key, wrapper in full.items():
+        trained = wrapper.modules_to_save[adapter_name].state_dict()
+        state |= {f"{PREFIX}{key}.{own}": value.clone() for own, value in trained.items()}
     if lost and not accept_loss:
         share = math.sqrt(sum(norms[name] for name in lost) / max(sum(norms.values()), 1e-30))
         raise ValueError(
@@ -86,7 +101,7 @@ def convert_to_lora(
         rank_pattern=smaller,
         alpha_pattern=smaller,
         fan_in_fan_out=all(isinstance(base.get_submodule(name).base_layer, Conv1D) for name in ranks),
-        modules_to_save=sorted(whole) or None,
+        modules_to_save=sorted({*whole, *full}) or None,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,

@@ -59,6 +59,43 @@ def test_trained_head_from_a_state_dict(tmp_path):
     assert unchanged(base, "bert")
 
 
+@pytest.mark.parametrize("head", [lambda: nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 3)), lambda: nn.Linear(24, 5)])
+def test_a_head_that_was_replaced(head, tmp_path):
+    """Drawn or trained elsewhere: nobody knows, and a file of d numbers does not hold it."""
+
+    def replaced(seed: int) -> nn.Module:
+        base = headless(tmp_path / "encoder")
+        torch.manual_seed(seed)
+        base.classifier, base.num_labels = head(), 5
+        return base.eval()
+
+    names = [f"classifier.{name}" for name, _ in head().named_parameters()]
+    with pytest.raises(ValueError, match=rf"not known whether .*{names[0]}.*redrawn=\[names\] starts them"):
+        get_peft_model(replaced(1), IntrinsicConfig(**TASK))
+    model = get_peft_model(replaced(1), IntrinsicConfig(**TASK, redrawn=names, init_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(replaced(2), tmp_path / "adapter").eval()
+    assert torch.equal(evaluate(loaded, "bert"), evaluate(model, "bert"))
+    merged = model.merge_and_unload()  # nothing in it is unknown any more
+    assert get_peft_model(merged, IntrinsicConfig(**TASK)).peft_config["default"].redrawn == []
+    kept = get_peft_model(replaced(1), IntrinsicConfig(**TASK, redrawn=[])).eval()
+    assert torch.equal(evaluate(kept, "bert"), evaluate(replaced(1), "bert"))
+
+
+def test_a_way_through_half_precision_leaves_a_head_fresh(tmp_path):
+    for dtype in (torch.float16, torch.bfloat16):
+        base = headless(tmp_path / "encoder").to(dtype).float()
+        model = get_peft_model(base, IntrinsicConfig(**TASK))
+        assert model.peft_config["default"].redrawn == ["classifier.weight"]
+
+
+def test_a_fresh_head_without_values(tmp_path):
+    """Loading on the meta device, as in plain transformers."""
+    headless(tmp_path / "encoder")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=3, device_map="meta")
+    assert base.classifier.weight.is_meta
+
+
 def test_head_trained_by_lora_and_merged(tmp_path):
     both: list[dict] = [{}, {"modules_to_save": []}]
     for options in both:

@@ -230,3 +230,15 @@ def test_a_moved_head_cannot_be_saved_in_full_by_another():
         model.add_adapter(
             "full", IntrinsicConfig(d=40, task_type="SEQ_CLS", modules_to_save=["classifier"], target_modules="all")
         )
+
+
+def test_options_of_a_saved_adapter_begin_another(tmp_path):
+    """Its numbers are new ones, which a Trainer saves and loads again at the end."""
+    trained("bert").save_pretrained(tmp_path / "old")
+    model = get_peft_model(build("bert"), IntrinsicConfig.from_pretrained(tmp_path / "old"))
+    model.get_base_model().intrinsic.intrinsic_theta["default"].weight.data.fill_(0.01)
+    model.save_pretrained(tmp_path / "best")
+    expected = evaluate(model.eval(), "bert")
+    model.get_base_model().intrinsic.intrinsic_theta["default"].weight.data.zero_()
+    model.load_adapter(tmp_path / "best", "default", is_trainable=True)
+    assert torch.equal(evaluate(model.eval(), "bert"), expected)
