@@ -113,11 +113,12 @@ def measured(
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if out is None else out
         store = stack.enter_context(Store(folder, settings or {}, fresh, TRIAL))
-        earlier = evidence(dict(islice(store.rows.items(), _asked_before(store, plan))), plan)
+        before = len(store.rows)
         for row in known:
             trial = {name: row[name] for name in TRIAL}
             if store.key(trial) not in store.rows:
                 store.add(trial, {name: value for name, value in row.items() if name not in TRIAL})
+        earlier = evidence(dict(islice(store.rows.items(), _asked_before(store, plan, len(store.rows) > before))), plan)
         # Smoothing would take what is known for trials that took no time.
         bar = tqdm(desc="trials", unit="trial", leave=False, smoothing=0, initial=len(earlier.found))
         stack.enter_context(bar)
@@ -151,15 +152,15 @@ def measured(
         return result(store, plan, search.run(begun))
 
 
-def _asked_before(store: Store, plan: Plan) -> int:
-    """How many of the rows an earlier question left, and notes this one. Asked again it has as many as at first: so it
-    goes on as if it had not been stopped."""
+def _asked_before(store: Store, plan: Plan, more: bool) -> int:
+    """How many of the rows are not of this question, which is noted. Asked again, and unless there are `more`, it has
+    as many as at first: so it goes on as if it had not been stopped."""
     path, asked = Path(store.folder, PLAN), json.loads(json.dumps(plan.to_dict()))
     before: dict[str, Any] = {}
     with suppress(FileNotFoundError, ValueError):  # of a damaged one no more is lost
         before = read_json(path, "")
     rows = before.pop("rows", 0)
-    if before != asked:
+    if more or before != asked:
         rows = len(store.rows)
     write_whole(path, json.dumps({**asked, "rows": rows}, indent=1))
     return rows

@@ -11,6 +11,8 @@ from steps import DIMS, step
 
 from peft_intrinsic.measure import analyse, grid, measure_intrinsic_dimension
 from peft_intrinsic.measure.evidence import TUNING
+from peft_intrinsic.measure.measure import measured
+from peft_intrinsic.measure.plan import Plan
 from peft_intrinsic.measure.report import markdown, summary
 
 
@@ -59,6 +61,19 @@ def test_another_grid_goes_on_from_what_is_known(dims, tmp_path):
     assert all(now[d][0] >= seeds and now[d][1] == rate for d, (seeds, rate) in known.items())
     calls.clear()
     assert measure_intrinsic_dimension(fit, grid(*dims), trials=100, **options) == again
+    assert not calls
+
+
+def test_full_fine_tuning_that_another_run_knows(tmp_path):
+    """All of its seeds count from the start, as in the study of several methods."""
+    calls: list = []
+    rows = [{"d": None, "seed": seed, "learning_rate": None, "score": 0.8 + 0.002 * seed} for seed in range(5)]
+    run: dict = {"out": tmp_path, "fresh": False, "settings": None, "engine": None}
+    fit = lambda d, seed: calls.append(d) or step(d, seed)  # noqa: E731
+    found = measured(fit, Plan(tuple(DIMS)), **run, known=rows)
+    assert (found.baseline.scores, None in calls) == ([row["score"] for row in rows], False)
+    calls.clear()
+    assert measured(fit, Plan(tuple(DIMS)), **run, known=rows) == found
     assert not calls
 
 
