@@ -19,7 +19,7 @@ def add_commands(commands: Any) -> None:
     limit.add_argument("--max-bytes", type=int, help="instead: as many values as fit into so many bytes")
     limit.add_argument("--max-error", type=float, help="instead: share of the numbers' norm that rounding may change")
     pack.add_argument("--model", help="the base model, where it lies elsewhere than the adapter says")
-    pack.add_argument("--labels", type=int, help="of the base model's head (as its configuration says)")
+    pack.add_argument("--labels", type=int, help="of the base model's head (as its configuration or the texts say)")
     pack.add_argument("--text-form", action="store_true", help="print it as text too, for a URL or a database")
     pack.add_argument("--qr", help="draw it as a QR code, PNG or SVG")
     pack.add_argument("--eval", help="labelled texts: report the accuracy before and after")
@@ -44,13 +44,18 @@ def add_commands(commands: Any) -> None:
         "--levels", type=_numbers, default=[8], help="values of the numbers, one or several to try (8)"
     )
     certify.add_argument(
-        "--tried", type=int, default=1, help="combinations of d, seed, rate and steps tried before (1)"
+        "--tried",
+        type=int,
+        default=1,
+        help="combinations of d, seed, rate and steps tried before, times those of --levels or of the folder (1)",
     )
     certify.add_argument("--delta", type=float, default=0.05, help="probability that the bound fails (0.05)")
     certify.add_argument("--train", required=True, help="the training data: CSV, TSV, JSON lines or Parquet")
     certify.add_argument("--test", help="data that had no part in any choice, to compare")
     certify.add_argument("--model", help="the base model; needed with --dims")
-    certify.add_argument("-o", "--out", help="x.pia (beside the adapter); with --dims a folder, in which it resumes")
+    certify.add_argument(
+        "-o", "--out", help="x.pia (beside the adapter); with --dims a folder, whose adapters all count"
+    )
     certify.add_argument("--steps", type=int, default=1000, help="of training, with --dims (1000)")
     certify.add_argument("--finetune", type=int, default=0, metavar="STEPS", help="train on as rounded (0)")
     certify.add_argument("--lr", type=float, default=2e-4, help="of training; --finetune has a tenth (2e-4)")

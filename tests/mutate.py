@@ -41,7 +41,7 @@ TESTS = {
     "trajectory/record.py": "trajectory/test_recording",
     "closeness/critical.py": "closeness/test_critical",
     "closeness/distance.py": "closeness/test_distance",
-    "closeness/reading.py": "closeness/test_distance",
+    "closeness/reading.py": "closeness/test_distance closeness/test_distance_of_adapters",
     "supermask/layer.py": "supermask/test_supermask",
     "supermask/masks.py": "supermask/test_masks",
     "supermask/model.py": "supermask/test_mask_files supermask/test_supermask",

@@ -120,7 +120,7 @@ class Certificate:
 
     def claim(self) -> str:
         """What is claimed, in a few words."""
-        return f"error on new examples at most {_up(self.bound)}, with confidence {100 * (1 - self.delta):.10g} %"
+        return f"error on new examples at most {_up(self.bound)}, with confidence {100 * (1 - self.delta):.15g} %"
 
     def report(self) -> str:
         """The certificate for people, one line for each thing; bounds are rounded up."""

@@ -19,6 +19,14 @@ from .texts import PackedTexts
 SLACK = 0.001
 """What the bound of another machine may differ by: a sum in another order decides a few close examples otherwise."""
 
+ROUNDING = 1e-9
+"""What figures from the very same numbers may differ by."""
+
+
+def beside(path: Path) -> Path:
+    """Where the certificate of a packed adapter lies."""
+    return path.with_name(path.name.removesuffix(".pia") + ".certificate.json")
+
 
 def message_bits(data: bytes) -> int:
     """Bits of a packed adapter that were learnt: its body. Head and checksum follow from what is fixed beforehand.
@@ -30,6 +38,19 @@ def message_bits(data: bytes) -> int:
         ValueError: the bytes are no packed adapter.
     """
     return 8 * (len(data) - 4 - len(read_packed(data).head()))
+
+
+def errors(data: bytes, texts: PackedTexts, splits: Sequence[str]) -> list[int]:
+    """How many examples of each split, `train` or `eval`, a packed adapter gets wrong.
+
+    Raises:
+        ValueError: the adapter belongs to another base model, or is damaged.
+    """
+    model = load_packed(texts.base, data)
+    try:
+        return [texts.errors(model, split) for split in splits]
+    finally:
+        model.unload()
 
 
 def certificate(data: bytes, texts: PackedTexts, tried: int, delta: float, test: bool) -> Certificate:
@@ -45,14 +66,10 @@ def certificate(data: bytes, texts: PackedTexts, tried: int, delta: float, test:
     Raises:
         ValueError: the adapter belongs to another base model, or is damaged.
     """
-    model = load_packed(texts.base, data)
-    try:
-        wrong = texts.errors(model, "train")
-        unseen = (texts.errors(model, "eval"), len(texts.data["eval"])) if test else (None, None)
-    finally:
-        model.unload()
+    wrong = errors(data, texts, ["train", "eval"] if test else ["train"])
+    unseen = (wrong[1], len(texts.data["eval"])) if test else (None, None)
     n, bits = len(texts.data["train"]), message_bits(data)
-    return Certificate(n, wrong, bits, tried, delta, texts.majority(), *unseen)
+    return Certificate(n, wrong[0], bits, tried, delta, texts.majority(), *unseen)
 
 
 def packed(
@@ -91,7 +108,7 @@ def digest(rows: Any) -> str:
 def write(path: Path, data: bytes, found: Certificate, texts: PackedTexts) -> Path:
     """The packed adapter, and beside it its certificate as JSON: what was counted, of which bytes and which data."""
     write_whole(path, data)
-    beside = path.with_suffix(".certificate.json")
+    place = beside(path)
     told = {
         "certificate": found.to_dict(),
         "adapter": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
@@ -99,24 +116,24 @@ def write(path: Path, data: bytes, found: Certificate, texts: PackedTexts) -> Pa
         "max_length": texts.max_length,
         "peft_intrinsic": __version__,
     }
-    write_whole(beside, json.dumps(told, indent=1) + "\n")
-    return beside
+    write_whole(place, json.dumps(told, indent=1) + "\n")
+    return place
 
 
-def differences(path: Path, texts: PackedTexts) -> tuple[Certificate, list[str]]:
-    """The certificate of a packed adapter computed again, and where the one beside it is not borne out.
+def differences(path: Path, texts: PackedTexts) -> tuple[Certificate, Certificate, list[str]]:
+    """The certificate beside a packed adapter, the one computed again, and where the first is not borne out.
 
     Raises:
         ValueError: there is none beside it, or it is no such file.
     """
-    beside = path.with_suffix(".certificate.json")
+    place = beside(path)
     try:
-        told = json.loads(beside.read_text(encoding="utf-8"))
+        told = json.loads(place.read_text(encoding="utf-8"))
         claimed = Certificate.from_dict(told["certificate"])
         bound = float(told["certificate"]["bound"])
         sealed = {"adapter": told["adapter"]["sha256"], "training data": told["training_data"]["sha256"]}
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{beside} is no certificate ({error!r}). Make it with certify.") from None
+        raise ValueError(f"{place} is no certificate ({error!r}). Make it with certify.") from None
     data = path.read_bytes()
     found = certificate(data, texts, claimed.tried, claimed.delta, test=False)
     here = {"adapter": hashlib.sha256(data).hexdigest(), "training data": digest(texts.task.data["train"])}
@@ -124,9 +141,21 @@ def differences(path: Path, texts: PackedTexts) -> tuple[Certificate, list[str]]
     for name in ("n", "bits", "majority"):
         if getattr(claimed, name) != getattr(found, name):
             unlike.append(f"{name}: {getattr(claimed, name)} there, {getattr(found, name)} here")
-    if bound < max(claimed.bound - 1e-9, found.bound - SLACK):
+    for name, figure in claimed.to_dict().items():
+        if name != "bound" and _unlike(written := told["certificate"].get(name, figure), figure):
+            unlike.append(f"{name}: {written} there, {figure} from the numbers there")
+    if not bound >= max(claimed.bound - ROUNDING, found.bound - SLACK):  # nor NaN
         unlike.append(
             f"bound: {bound} there; {claimed.bound} from the numbers there, {found.bound} here ({claimed.errors} and "
             f"{found.errors} errors)"
         )
-    return found, unlike
+    return claimed, found, unlike
+
+
+def _unlike(written: Any, figure: Any) -> bool:
+    """Whether what is written is not this figure; of several, whether any of those written is not."""
+    if isinstance(figure, dict):
+        return not isinstance(written, dict) or any(_unlike(written[name], figure.get(name)) for name in written)
+    if isinstance(figure, float):
+        return not isinstance(written, int | float) or not abs(written - figure) <= ROUNDING
+    return written != figure

@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from ..bases import load_base
 from ..codec import adapter_to_string, compress, load_packed, qr_code, quantisation_aware, read_packed
+from ..codec.adapter import DEFAULT_LEVELS
+from ..codec.text import check_ending
 from ..measure.store import write_whole
 from ..tuner import IntrinsicConfig
 from .certificate import Certificate
@@ -17,6 +19,38 @@ from .certify import certificate, differences, packed, write
 from .plot import plot_sweep
 from .sweep import sweep
 from .texts import TUNING, PackedTexts
+
+LABELS = 100_000
+"""The most that a head is made for: how many there are is read from a file that may be anybody's."""
+
+
+def _config(folder: str) -> IntrinsicConfig:
+    """The configuration of an adapter.
+
+    Raises:
+        ValueError: it is of another method, or there is none.
+    """
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is no adapter's folder, or cannot be read: {error}") from None
+    if not isinstance(config, IntrinsicConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{folder} holds an adapter of type {kind}. Name one of IntrinsicConfig.")
+    return config
+
+
+def _file(option: str, place: str | Path) -> Path:
+    """Where a file will be written: its folder is made.
+
+    Raises:
+        ValueError: a folder is there.
+    """
+    path = Path(place)
+    if path.is_dir():
+        raise ValueError(f"{option} {place} is a folder. Name a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _name(args: argparse.Namespace, own: str | None) -> str:
@@ -26,18 +60,23 @@ def _name(args: argparse.Namespace, own: str | None) -> str:
     return name
 
 
-def _texts(args: argparse.Namespace, own: str | None, train: str, test: str | None) -> PackedTexts:
-    return PackedTexts(_name(args, own), train, test, args.text, args.label, args.batch)
+def _texts(
+    args: argparse.Namespace, own: str | None, train: str, test: str | None, labels: int | None = None
+) -> PackedTexts:
+    return PackedTexts(_name(args, own), train, test, args.text, args.label, args.batch, labels)
 
 
 def pack(args: argparse.Namespace) -> None:
     """An adapter's folder as a packed file; its accuracy before and after, where there are data."""
     if args.finetune and not (args.train and args.levels):
         raise ValueError(f"--finetune {args.finetune} needs --train and --levels.")
-    config = IntrinsicConfig.from_pretrained(args.adapter)
+    config = _config(args.adapter)
+    out = _file("--out", args.out)
+    if args.qr:
+        check_ending(_file("--qr", args.qr))
     texts = None
     if args.eval or args.train:
-        texts = _texts(args, config.base_model_name_or_path, args.train or args.eval, args.eval)
+        texts = _texts(args, config.base_model_name_or_path, args.train or args.eval, args.eval, args.labels)
     base = (
         texts.base if texts else load_base(_name(args, config.base_model_name_or_path), config.task_type, args.labels)
     )
@@ -50,7 +89,7 @@ def pack(args: argparse.Namespace) -> None:
         with quantisation_aware(model, args.levels):
             texts.train(model, args.finetune, TUNING * args.lr, 0)
     data = compress(model, args.levels, max_bytes=args.max_bytes, max_error=args.max_error)
-    write_whole(Path(args.out), data)
+    write_whole(out, data)
     found = read_packed(data)
     print(f"{args.out}: {len(data)} bytes, d = {found.d}, {len(found.values)} values of {found.base or 'a base model'}")
     if before is not None:
@@ -72,6 +111,8 @@ def unpack(args: argparse.Namespace) -> None:
     found = read_packed(args.file)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"--out {args.out} holds files already. Name a new folder.")
+    if found.classes > LABELS:
+        raise ValueError(f"{args.file} asks for {found.classes} labels; more than {LABELS} are not unpacked.")
     model = load_packed(load_base(_name(args, found.base), found.options["task_type"], found.classes), args.file)
     model.save_pretrained(args.out)
     print(f"{args.out}: d = {found.d}, for {found.base or args.model}")
@@ -86,16 +127,22 @@ def certify(args: argparse.Namespace) -> None:
         return _sweep(args)
     source = Path(args.adapter)
     if source.is_file():
+        if args.levels != [DEFAULT_LEVELS] or args.finetune:
+            given = f"--finetune {args.finetune}" if args.finetune else f"--levels {','.join(map(str, args.levels))}"
+            raise ValueError(
+                f"{given}: {source} is packed already. Name the adapter's folder, or leave the option out."
+            )
+        out = _file("--out", args.out or source)
         texts = _texts(args, read_packed(source).base, args.train, args.test)
         candidates = [source.read_bytes()]
     else:
-        config = IntrinsicConfig.from_pretrained(args.adapter)
+        config = _config(args.adapter)
+        out = _file("--out", args.out or source / "adapter.pia")
         texts = _texts(args, config.base_model_name_or_path, args.train, args.test)
         candidates = packed(texts, args.adapter, args.levels, args.finetune, args.lr)
     tried = args.tried * len(candidates)
     made = [(certificate(data, texts, tried, args.delta, bool(args.test)), data) for data in candidates]
     found, data = min(made, key=lambda pair: pair[0].bound)
-    out = Path(args.out or (source if source.is_file() else source / "adapter.pia"))
     beside = write(out, data, found, texts)
     if source.is_dir() and (source / "README.md").is_file():
         _note(source / "README.md", found, out)
@@ -112,10 +159,8 @@ def _note(card: Path, found: Certificate, packed_file: Path) -> None:
 def _sweep(args: argparse.Namespace) -> None:
     if not args.model or not args.out:
         raise ValueError("--dims needs --model, the base model, and --out, a folder.")
-    if args.tried != 1:
-        raise ValueError(f"--tried {args.tried}: with --dims the combinations are counted from --dims and --levels.")
     texts = _texts(args, None, args.train, args.test)
-    chosen = (args.steps, args.finetune, args.lr, args.seed, args.delta, bool(args.test))
+    chosen = (args.steps, args.finetune, args.lr, args.seed, args.delta, bool(args.test), args.tried)
     rows = sweep(texts, args.dims, args.levels, args.out, *chosen)
     plot_sweep(rows, Path(args.out, "certificates.png"))
     print("| d | levels | bytes | bits with a table | with a prior | training error | test error | bound |")
@@ -136,8 +181,11 @@ def verify(args: argparse.Namespace) -> None:
         ValueError: it does not agree; the message says where.
     """
     path = Path(args.file)
-    found, unlike = differences(path, _texts(args, read_packed(path).base, args.train, None))
+    claimed, found, unlike = differences(path, _texts(args, read_packed(path).base, args.train, None))
     print(found.report())
+    if claimed.test_n is not None:
+        unseen = f"test_errors={claimed.test_errors} of test_n={claimed.test_n}"
+        print(f"{unseen} were not counted again: verify has no test data.")
     if unlike:
         raise ValueError(f"{path} does not bear out the certificate beside it. " + "; ".join(unlike) + ".")
     print("Agrees with the certificate beside it.")

@@ -15,7 +15,7 @@ from ..codec.quantise import check_levels
 from ..measure.store import Store, write_whole
 from ..tuner.identity import base_digest
 from .certificate import Certificate
-from .certify import certificate, digest, message_bits, write
+from .certify import certificate, digest, errors, message_bits, write
 from .texts import PackedTexts
 
 
@@ -30,11 +30,13 @@ def sweep(
     seed: int = 0,
     delta: float = 0.05,
     test: bool = False,
+    tried: int = 1,
 ) -> list[dict[str, Any]]:
     """Train an adapter for each d, pack it with each number of levels, and certify every one.
 
-    A finished one is a row of `trials.jsonl` in `out`, its packed adapter included, so a killed sweep goes on. The
-    least bound is written as `best.pia` with its certificate, in which all combinations count as tried.
+    A finished one is a row of `trials.jsonl` in `out`, its packed adapter included, so a killed sweep goes on, and may
+    be widened. The least bound of all rows there is written as `best.pia` with its certificate, in which every row
+    counts as tried.
 
     Args:
         texts: task and base model.
@@ -45,15 +47,16 @@ def sweep(
         learning_rate: of training; of fine-tuning as rounded a tenth of it.
         seed: of the projection and of training.
         delta: the probability that the bound fails.
-        test: whether `texts` have test data of their own.
+        test: whether `texts` have test data of their own. Rows that were scored on others are scored again.
+        tried: combinations of anything else tried before, by which the number of rows is multiplied.
 
     Raises:
         ValueError: a number of levels or a d that cannot be had, before anything is trained; or `out` holds a sweep of
             another base model, or of other settings.
 
     Returns:
-        A row for each: d, levels, bytes, the body's bits with a table and with a prior fixed beforehand (the adapter
-        has the fewer), and the certificate.
+        For each row of the folder, by d and levels: d, levels, bytes, the body's bits with a table and with a prior
+        fixed beforehand (the adapter has the fewer), and the certificate.
     """
     for count in levels:
         check_levels(count)
@@ -69,7 +72,7 @@ def sweep(
         **{"steps": steps, "tuning_steps": tuning_steps, "learning_rate": learning_rate, "seed": seed},
         "arguments": {name: texts.arguments[name] for name in ("per_device_train_batch_size",)},
     }
-    tried = len(dims) * len(levels)
+    test_data = digest(texts.task.data["eval"]) if test else None
     with Store(out, settings) as store:
         for d in dims:
             left = [count for count in levels if store.key({"d": d, "levels": count}) not in store.rows]
@@ -77,10 +80,11 @@ def sweep(
                 for count, data in trained(texts, d, left, steps, tuning_steps, learning_rate, seed).items():
                     found = certificate(data, texts, 1, delta, test)
                     counts = {"errors": found.errors, "test_errors": found.test_errors, "test_n": found.test_n}
-                    row = {**counts, "adapter": adapter_to_string(data)}
+                    row = {**counts, "test_data": test_data, "adapter": adapter_to_string(data)}
                     store.add({"d": d, "levels": count}, row)
-        rows = [store.rows[store.key({"d": d, "levels": count})] for d in dims for count in levels]
-    told = [_told(row, texts, tried, delta) for row in rows]
+        rows = sorted(store.rows.values(), key=lambda row: (row["d"], row["levels"]))
+    tried *= len(rows)
+    told = [_told(row, texts, tried, delta, test_data) for row in rows]
     best = min(range(len(told)), key=lambda i: told[i]["certificate"]["bound"])
     data = adapter_from_string(rows[best]["adapter"])
     write(Path(out, "best.pia"), data, Certificate.from_dict(told[best]["certificate"]), texts)
@@ -100,10 +104,14 @@ def trained(
         model.unload()
 
 
-def _told(row: dict[str, Any], texts: PackedTexts, tried: int, delta: float) -> dict[str, Any]:
+def _told(row: dict[str, Any], texts: PackedTexts, tried: int, delta: float, test_data: str | None) -> dict[str, Any]:
     data = adapter_from_string(row["adapter"])
     packed = Packed.from_bytes(data)
-    counts = (row["errors"], message_bits(data), tried, delta, texts.majority(), row["test_errors"], row["test_n"])
+    unseen: tuple[int | None, int | None] = None, None
+    if test_data is not None:
+        known = row.get("test_data") == test_data  # rows of earlier versions do not say
+        unseen = row["test_errors"] if known else errors(data, texts, ["eval"])[0], len(texts.data["eval"])
+    counts = (row["errors"], message_bits(data), tried, delta, texts.majority(), *unseen)
     return {
         **{"d": row["d"], "levels": row["levels"], "bytes": len(data)},
         **{"table_bits": 8 * len(packed.body([0])), "prior_bits": 8 * len(packed.body(range(1, PRIORS + 1)))},

@@ -33,7 +33,10 @@ def distance(args: argparse.Namespace) -> None:
     sides: tuple[Any, Any] = base, tuned
     if Path(tuned, "adapter_config.json").exists():
         model = load_base(base, PeftConfig.from_pretrained(tuned).task_type, args.labels)
-        sides = model, PeftModel.from_pretrained(model, tuned)
+        try:
+            sides = model, PeftModel.from_pretrained(model, tuned)
+        except (RuntimeError, ValueError) as error:  # PEFT's own, of sizes that differ, and ours
+            raise ValueError(f"{error} For another number of labels: --labels.") from None
     found = parameter_distance(*sides, threshold=args.threshold, common=args.common)
     print(found.report())
     if args.out:

@@ -38,7 +38,8 @@ class Reader:
             own = _of_adapters(model)
             places = base_places(model)
             self._model = {n: m._parameters[p] for n, (m, p) in places.items() if id(m._parameters[p]) not in own}
-            self._model |= _in_full(model)
+            if isinstance(source, PeftModel):
+                self._model |= _in_full(model)
         else:
             path = Path(source)
             for file in _files(path) if path.is_dir() else [path]:
@@ -82,7 +83,7 @@ def _of_adapters(model: nn.Module) -> set[int]:
 
 
 def _in_full(model: nn.Module) -> dict[str, Any]:
-    """What an adapter trained in full (`modules_to_save`), by its name in the base model."""
+    """What the active adapters trained in full (`modules_to_save`), by its name in the base model."""
     return {
         f"{canonical(key)}.{own}": parameter
         for key, module in model.named_modules()
@@ -124,16 +125,21 @@ def offsets(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                     if offset.merges:
                         yield offset.name, layer.get_delta_weight(adapter, own)
             continue
+        _unmerge(layer)  # a mask for inference leaves its zeros in the weight
         before = {own: p.detach().clone() for own, p in layer.get_base_layer().named_parameters(recurse=False)}
         layer.merge()
         after = {own: p.detach().clone() for own, p in layer.get_base_layer().named_parameters(recurse=False)}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of inexact unmerging, which is made up for
-            layer.unmerge()
+        _unmerge(layer)
         for own, parameter in layer.get_base_layer().named_parameters(recurse=False):
             parameter.copy_(before[own])
             if not torch.equal(after[own], before[own]):
                 yield f"{canonical(key)}.{own}", after[own].double() - before[own].double()
+
+
+def _unmerge(layer: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is merged, or that it is inexact, which is made up for
+        layer.unmerge()
 
 
 def prefix(before: Reader, after: Reader) -> str:

@@ -18,6 +18,9 @@ from .quantise import LEVELS, check_levels, rounded
 
 DEFAULT_LEVELS = 8
 
+Source = bytes | bytearray | memoryview | str | os.PathLike
+"""The bytes of a packed adapter, or its file."""
+
 
 def compress(
     model: Any,
@@ -124,7 +127,7 @@ def _plain(value: Any) -> Any:
 
 def load_packed(
     model: Any,
-    source: bytes | str | os.PathLike,
+    source: Source,
     adapter_name: str = "default",
     check_base: bool = True,
 ) -> PeftModel:
@@ -144,10 +147,12 @@ def load_packed(
     names = list(base_places(root))
     config = _config(packed, names)
     if check_base and base_digest(root, config.redrawn or []) != packed.base_digest:
+        dtypes = sorted({str(parameter.dtype) for parameter in root.parameters()} - {"torch.float32"})
+        hint = f", or the same in {', '.join(dtypes)}, which rounds them: try torch.float32" if dtypes else ""
         raise ValueError(
             f"This adapter was made for {packed.base or 'a base model without a name'} (digest "
-            f"{packed.base_digest.hex()}); the weights of this model are others. Load that model, with the class for "
-            "its task. For the same model quantised: check_base=False."
+            f"{packed.base_digest.hex()}); the weights of this model are others{hint}. Load that model, with the "
+            "class for its task. For the same model quantised: check_base=False."
         )
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(root, "prepare_inputs_for_generation"):
         raise ValueError(f"This adapter is of a {config.task_type} model, which {type(root).__name__} is not.")
@@ -174,13 +179,15 @@ def load_packed(
     return model.eval()
 
 
-def read_packed(source: bytes | str | os.PathLike) -> Packed:
+def read_packed(source: Source) -> Packed:
     """What a packed adapter holds, from its bytes or its file.
 
     Raises:
         ValueError: it is damaged.
     """
-    return Packed.from_bytes(source if isinstance(source, bytes) else Path(source).read_bytes())
+    if isinstance(source, bytes | bytearray | memoryview):
+        return Packed.from_bytes(bytes(source))
+    return Packed.from_bytes(Path(source).read_bytes())
 
 
 def _config(packed: Packed, names: list[str]) -> IntrinsicConfig:

@@ -39,6 +39,16 @@ def adapter_from_string(text: str) -> bytes:
     return data
 
 
+def check_ending(path: str | os.PathLike) -> None:
+    """Whether a QR code can be drawn as such a file.
+
+    Raises:
+        ValueError: it is neither PNG nor SVG.
+    """
+    if Path(path).suffix not in (".png", ".svg"):
+        raise ValueError(f"path (--qr) = {str(path)!r}: a QR code is drawn as .png or .svg.")
+
+
 def qr_code(data: bytes, path: str | os.PathLike, scale: int = 4) -> None:
     """Draw the text of a packed adapter as a QR code: any phone reads it.
 
@@ -50,9 +60,7 @@ def qr_code(data: bytes, path: str | os.PathLike, scale: int = 4) -> None:
     Raises:
         ValueError: more bytes than a QR code holds, or another ending.
     """
-    ending = Path(path).suffix
-    if ending not in (".png", ".svg"):
-        raise ValueError(f"path={str(path)!r}: a QR code is drawn as .png or .svg.")
+    check_ending(path)
     try:
         picture = segno.make(adapter_to_string(data), mode="byte", micro=False)
     except segno.DataOverflowError:

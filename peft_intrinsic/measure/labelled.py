@@ -24,17 +24,34 @@ class LabelledTexts(TextFit):
         columns: of the one or two texts.
         label: column of the class. Class i of the model is the i-th of the sorted labels of the training data.
         batch: examples in a batch.
+        labels: of the model's head, where the training data have only the first of them.
 
     Raises:
-        ValueError: the files do not hold such data.
+        ValueError: the files do not hold such data, or more labels.
     """
 
     def __init__(
-        self, model: str, train: str, test: str | None, columns: Sequence[str], label: str, batch: int = 32
+        self,
+        model: str,
+        train: str,
+        test: str | None,
+        columns: Sequence[str],
+        label: str,
+        batch: int = 32,
+        labels: int | None = None,
     ) -> None:
         sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 4 * batch}
         task = files(train, test or train, columns, label, "accuracy")
+        self.labels = len(task.classes) if labels is None else labels
+        if self.labels < len(task.classes):
+            raise ValueError(f"labels (--labels) = {labels} is fewer than the {len(task.classes)} that {train} has.")
         super().__init__(model, task, arguments={**sizes, "train_sampling_strategy": "group_by_length"})
+
+    def loaded(self, model: str) -> Any:
+        """As its checkpoint is, with a head of so many labels."""
+        base = self.loader.from_pretrained(model, dtype="float32", num_labels=self.labels)
+        base.config.pad_token_id = self.tokenizer.pad_token_id
+        return base
 
     def settled(self, base: Any) -> Any:
         """As it is: every adapter draws the fresh head itself."""

@@ -70,10 +70,10 @@ class TextOptions:
 def settings(options: TextOptions) -> dict[str, Any]:
     """What the trials depend on: the options, with files by name and content instead of by place."""
     found = options.to_dict()
-    found |= {name: _named(Path(found[name])) for name in places(options)}
+    found |= {name: named(Path(found[name])) for name in places(options)}
     metric = options.metric or ""
     if path := script(metric):
-        found["metric"] = ":".join(filter(None, (_named(path), parts(metric)[1])))
+        found["metric"] = ":".join(filter(None, (named(path), parts(metric)[1])))
     return found
 
 
@@ -83,7 +83,8 @@ def places(options: TextOptions) -> list[str]:
     return [name for name in names if getattr(options, name) and Path(getattr(options, name)).exists()]
 
 
-def _named(path: Path) -> str:
+def named(path: Path) -> str:
+    """A file or a model's folder by its name and a digest of its content."""
     files = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES) if path.is_dir() else [path]
     found = hashlib.sha256()
     for place in files:

@@ -12,14 +12,19 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..measure.labelled import LabelledTexts
+from ..measure.options import named
 from ..measure.store import SETTINGS, Store, write_whole
 from ..projection.subspace import Subspace
 from ..tuner import IntrinsicConfig
 from .fit import fit_subspace
 from .outliers import disable_outliers, find_outliers
 from .record import TrajectoryCallback, snapshots
+
+PLACES = "model", "train", "eval", "adapter", "recordings"
+"""Options that name files and folders, or the model on the Hub."""
 
 CAVEAT = (
     "The unified subspace contains the last snapshot of the task itself, which one coordinate reproduces: that it "
@@ -32,8 +37,15 @@ def _texts(args: argparse.Namespace) -> LabelledTexts:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """All options but where the results go."""
-    return {name: value for name, value in vars(args).items() if name not in ("run", "out")}
+    """All options but where the results go, with files and folders by name and content instead of by place."""
+
+    def content(place: Any) -> Any:
+        if isinstance(place, list):
+            return [content(one) for one in place]
+        return named(Path(place)) if place and Path(place).exists() else place
+
+    found = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
+    return found | {name: content(found[name]) for name in PLACES if name in found}
 
 
 def record(args: argparse.Namespace) -> None:
@@ -44,6 +56,9 @@ def record(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} holds a recording that this command did not make. Name another folder.")
     with Store(args.out, _settings(args)) as store:
         if store.key(done) not in store.rows:
+            for path in folder.glob("checkpoint-*"):
+                if not (path / TRAINER_STATE_NAME).exists():  # the Trainer writes it last: killed before
+                    shutil.rmtree(path)
             begun = any(folder.glob("checkpoint-*"))
             if not begun:  # stopped before the first checkpoint: begin again
                 for path in snapshots(args.out):
@@ -73,7 +88,7 @@ def fit(args: argparse.Namespace) -> None:
 def _config(subspace: Subspace, full: list[str] | None, d: int | None = None, **more: Any) -> IntrinsicConfig:
     """An adapter in a subspace; by default with all of its directions."""
     return IntrinsicConfig(
-        d=d or subspace.dim,
+        d=subspace.dim if d is None else d,
         projection="trajectory",
         subspace=str(subspace.path),
         task_type="SEQ_CLS",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -171,7 +170,8 @@ class TrajectoryCallback(TrainerCallback):
         parameters, dtype: see `record`.
 
     Raises:
-        ValueError: `every` is no positive number; the folder holds the recording of another run; see `record`.
+        ValueError: `every` is no positive number; `parameters` is no regular expression; the folder holds the recording
+            of another run; see `record`.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class TrajectoryCallback(TrainerCallback):
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"every must be a number of steps, at least 1, or None for epochs, got {every!r}.")
         if parameters is not None:
-            re.compile(parameters)
+            fits("parameters", parameters, "")  # raises where it is no expression
         self.folder, self.every, self.parameters, self.dtype = Path(folder), every, parameters, dtype
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

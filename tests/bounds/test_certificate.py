@@ -134,6 +134,11 @@ def test_report():
     assert max(map(len, WHOLE.report().splitlines())) < 120
 
 
+def test_confidence_is_never_whole():
+    assert replace(PLAIN, delta=1e-13).claim().endswith("with confidence 99.99999999999 %")
+    assert replace(PLAIN, delta=0.07).claim().endswith("with confidence 93 %")
+
+
 def test_report_of_what_is_unknown():
     told = rows(PLAIN)
     assert not {"majority class's error", "test error"} & set(told)

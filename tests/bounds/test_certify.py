@@ -3,69 +3,26 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from pathlib import Path
 
 import pytest
-import torch
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from test_documents import tiny
-from texts import write
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from films import D, certify, errors, films, rows, told
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification
 
-import peft_intrinsic.bounds.sweep as sweeping
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.bounds import Certificate
 from peft_intrinsic.bounds.certify import message_bits
 from peft_intrinsic.bounds.texts import PackedTexts
-from peft_intrinsic.codec import load_packed, read_packed
+from peft_intrinsic.codec import read_packed
 from peft_intrinsic_command import main
-
-D = 30
-
-
-def rows(count: int, shift: int = 0) -> list[dict]:
-    """Films, every third of them bad; a few of them wrongly labelled."""
-    words = ["good", "bad", "good"]
-    found = [(i, words[i % 3]) for i in range(count)]
-    return [
-        {"text": f"a {'very ' * (i % 4)}{word} film", "label": int((word == "good") != (i % 11 == shift))}
-        for i, word in found
-    ]
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """A base model, an adapter of it in a folder of its own, and labelled texts; the present directory."""
     monkeypatch.chdir(tmp_path)
-    base = tiny("bert", tmp_path / "base")
-    write(tmp_path, "train.jsonl", rows(120))
-    write(tmp_path, "test.jsonl", rows(40, 3))
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
-    model = get_peft_model(model, IntrinsicConfig(d=D, task_type="SEQ_CLS", init_weights=False))
-    model.save_pretrained("adapter")
-    return tmp_path
-
-
-def certify(*more: str) -> None:
-    main(["certify", "--train", "train.jsonl", *more])
-
-
-def told(name: str = "adapter/adapter.certificate.json") -> dict:
-    return json.loads(Path(name).read_text())
-
-
-def errors(path: str, name: str) -> int:
-    """Wrong answers of a packed adapter, one example at a time."""
-    base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
-    model, tokenizer = load_packed(base, path), AutoTokenizer.from_pretrained("base")
-    with torch.no_grad():
-        return sum(
-            int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax() != row["label"])
-            for row in map(json.loads, Path(name).read_text().splitlines())
-        )
+    return films(tmp_path)
 
 
 def test_the_packed_adapter_itself_is_certified(folder, capsys):
@@ -92,6 +49,14 @@ def test_the_cheapest_of_several_numbers_of_levels_is_kept_and_all_are_counted(f
     assert told("x.certificate.json")["certificate"]["bound"] == min(bounds)
 
 
+def test_names_that_differ_have_certificates_of_their_own(folder):
+    for levels, name in (("2", "m.v1"), ("16", "m.v2")):
+        certify("--adapter", "adapter", "--levels", levels, "-o", name)
+        main(["verify", name, "--train", "train.jsonl"])
+    main(["verify", "m.v1", "--train", "train.jsonl"])
+    assert Path("m.v1.certificate.json").exists()
+
+
 def test_a_line_in_the_model_card(folder):
     for _ in range(2):
         certify("--adapter", "adapter")
@@ -111,7 +76,19 @@ def test_a_file_is_certified_as_it_is(folder):
 def test_verify_agrees(folder, capsys):
     certify("--adapter", "adapter", "-o", "x.pia")
     main(["verify", "x.pia", "--train", "train.jsonl"])
-    assert "Agrees" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Agrees" in out
+    assert "not counted again" not in out
+    certify("--adapter", "adapter", "-o", "x.pia", "--test", "test.jsonl")
+    changed("x.certificate.json", forged_test)
+    main(["verify", "x.pia", "--train", "train.jsonl"])
+    assert "test_errors=0 of test_n=40 were not counted again" in capsys.readouterr().out
+
+
+def forged_test(found: dict) -> None:
+    """No errors on the test data, and the bound that follows."""
+    sound = Certificate.from_dict({**found["certificate"], "test_errors": 0})
+    found["certificate"].update(sound.to_dict())
 
 
 def changed(name: str, change) -> None:
@@ -125,7 +102,12 @@ def changed(name: str, change) -> None:
     [
         ("bound", lambda found: found["certificate"].update(bound=found["certificate"]["bound"] - 0.01)),
         ("bound", lambda found: found["certificate"].update(errors=0, bound=0.2)),
+        ("bound: nan", lambda found: found["certificate"].update(bound=math.nan)),
         ("bits", lambda found: found["certificate"].update(bits=1)),
+        ("risk: 0.0 there", lambda found: found["certificate"].update(risk=0.0)),
+        ("nats: nan there", lambda found: found["certificate"].update(nats=math.nan)),
+        ("bounds", lambda found: found["certificate"]["bounds"].update(seeger=0.01)),
+        ("test_bound: 0.1 there, None", lambda found: found["certificate"].update(test_bound=0.1)),
         ("majority", lambda found: found["certificate"].update(majority=60)),
         ("adapter: SHA-256", lambda found: found["adapter"].update(sha256="")),
         ("is no certificate", lambda found: found.pop("adapter")),
@@ -159,41 +141,6 @@ def test_a_head_outside_the_numbers_is_refused(folder, capsys):
     assert "modules_to_save=['classifier'" in capsys.readouterr().err
 
 
-def test_a_sweep_goes_on_and_certifies_the_best(folder, capsys, monkeypatch):
-    sweep = ("--dims", "10,40", "--levels", "2,4", "--model", "base", "--test", "test.jsonl", "--steps", "3")
-    train, asked = sweeping.trained, []
-
-    def dies(texts, d, *rest):
-        asked.append(d)
-        if asked == [10, 40]:
-            raise OSError("killed")
-        return train(texts, d, *rest)
-
-    monkeypatch.setattr(sweeping, "trained", dies)
-    with pytest.raises(SystemExit, match="2"):
-        certify(*sweep, "-o", "out")
-    certify(*sweep, "-o", "out")
-    assert asked == [10, 40, 40]
-    found = told("out/sweep.json")["rows"]
-    assert [(row["d"], row["levels"]) for row in found] == [(10, 2), (10, 4), (40, 2), (40, 4)]
-    best = min((row["certificate"] for row in found), key=lambda row: row["bound"])
-    assert told("out/best.certificate.json")["certificate"] == best
-    assert best["tried"] == 4
-    assert best["errors"] == errors("out/best.pia", "train.jsonl")
-    assert all(row["certificate"]["bits"] == min(row["table_bits"], row["prior_bits"]) for row in found)
-    assert Path("out/certificates.png").stat().st_size > 10_000
-    main(["verify", "out/best.pia", "--train", "train.jsonl", "--model", "base"])
-    assert capsys.readouterr().out.count("| 40 |") == 2
-
-    shutil.copytree("base", "other")
-    weights = load_file("base/model.safetensors")
-    next(value for value in weights.values() if value.dim() == 2).add_(1)
-    save_file(weights, "other/model.safetensors", {"format": "pt"})
-    with pytest.raises(SystemExit, match="2"):
-        certify(*sweep, "--model", "other", "-o", "out")
-    assert "base_model" in capsys.readouterr().err
-
-
 def test_fine_tuning_is_of_the_rounded_numbers(folder, monkeypatch):
     trained = []
 
@@ -216,7 +163,6 @@ def test_fine_tuning_is_of_the_rounded_numbers(folder, monkeypatch):
         ((), "name either --adapter"),
         (("--adapter", "a", "--dims", "2"), "name either --adapter"),
         (("--dims", "2"), "--dims needs --model"),
-        (("--dims", "2", "--model", "base", "-o", "out", "--tried", "3"), "--tried 3"),
         (("--dims", "2,9999999", "--model", "base", "-o", "out"), "d=9999999 is more than"),
         (
             ("--dims", "2", "--model", "base", "-o", "out", "--levels", "4,300"),
@@ -232,25 +178,6 @@ def test_refused_before_anything_is_trained(folder, capsys, monkeypatch, more, m
     with pytest.raises(SystemExit, match="2"):
         certify(*more)
     assert message in capsys.readouterr().err
-
-
-def test_packing_reports_accuracy_and_unpacking_gives_a_folder_back(folder, capsys):
-    more = ["--eval", "test.jsonl", "--text-form", "--qr", "x.png"]
-    main(["pack", "adapter", "-o", "x.pia", "--max-bytes", "90", *more])
-    out = capsys.readouterr().out
-    after = 1 - errors("x.pia", "test.jsonl") / 40
-    assert f"{after:.4f} packed" in out
-    assert Path("x.pia").stat().st_size <= 90
-    assert Path("x.png").stat().st_size > 200
-    main(["unpack", "x.pia", "-o", "again", "--model", "base"])
-    base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
-    other = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
-    one, two = load_packed(base, "x.pia"), PeftModel.from_pretrained(other, "again")
-    ids = torch.tensor([[2, 3, 4]])
-    assert torch.equal(one(input_ids=ids).logits, two(input_ids=ids).logits)
-    with pytest.raises(SystemExit, match="2"):
-        main(["unpack", "x.pia", "-o", "again", "--model", "base"])
-    assert "holds files already" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_its_extra(folder, capsys, monkeypatch):

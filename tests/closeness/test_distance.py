@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 
@@ -10,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, trained
-from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from peft_intrinsic import IntrinsicConfig, SupermaskConfig
 from peft_intrinsic.closeness import distance, parameter_distance
 from peft_intrinsic.closeness.distance import write_report
 from peft_intrinsic_command import main
@@ -114,65 +112,6 @@ def test_files_folders_and_models_agree(tmp_path):
     }
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "bert_mlm"])
-def test_an_adapter_counts_with_its_offset(family):
-    model = trained(family)
-    found = parameter_distance(build(family), model)
-    merged = parameter_distance(build(family), model.merge_and_unload())
-    assert found.tensors.keys() == merged.tensors.keys()
-    assert found.total.l2_relative > 0
-    for name, sums in found.tensors.items():
-        for measure in ("l1", "l2_relative", "angular"):
-            a, b = getattr(sums, measure), getattr(merged.tensors[name], measure)
-            assert a == pytest.approx(b, rel=1e-3, abs=1e-6, nan_ok=True), (name, measure)
-
-
-OTHERS = [
-    LoraConfig(target_modules=["query", "dense"], init_lora_weights=False, modules_to_save=["classifier"]),
-    LoraConfig(target_modules=["query"], init_lora_weights=False, use_dora=True),
-    OFTConfig(target_modules=["query"], oft_block_size=4),
-    IA3Config(target_modules=["key"], feedforward_modules=[], init_ia3_weights=False),
-    SupermaskConfig(target_modules=["query", "dense"], initial_sparsity=0.2),
-]
-
-
-@pytest.mark.parametrize("config", OTHERS, ids=lambda config: type(config).__name__)
-def test_adapters_of_other_methods_count_too(config):
-    model = get_peft_model(build("bert"), copy.deepcopy(config)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape) * p.requires_grad)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    found = parameter_distance(build("bert"), model)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    merged = parameter_distance(build("bert"), model.merge_and_unload())
-    assert found.total.l1 > 0
-    for name, sums in found.tensors.items():
-        assert sums.l1 == pytest.approx(merged.tensors[name].l1, rel=1e-4, abs=1e-5), name
-
-
-def test_masks_of_two_adapters_are_multiplied(tmp_path):
-    model = get_peft_model(build("bert"), SupermaskConfig(target_modules=["query"], initial_sparsity=0.2))
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
-    loaded.load_adapter(tmp_path, "same")
-    loaded.base_model.set_adapter(["default", "same"])
-    one = parameter_distance(build("bert"), model).total
-    assert parameter_distance(build("bert"), loaded).total.l1 == pytest.approx(one.l1) != 0
-
-
-def test_merged_adapters_are_refused_and_tied_layers_found():
-    model = get_peft_model(build("bert"), LoraConfig(target_modules=["query"], init_lora_weights=False))
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="is merged into the model"):
-        parameter_distance(build("bert"), model)
-    config = IntrinsicConfig(d=20, target_modules=["lm_head"], init_weights=False)
-    found = parameter_distance(build("gpt2"), get_peft_model(build("gpt2"), config))
-    assert [name for name, sums in found.tensors.items() if sums.l1] == ["transformer.wte.weight"]
-    state = build("gpt2").state_dict()
-    assert parameter_distance(state, build("gpt2")).total.l1 == 0
-
-
 def test_folders_with_more_than_the_model(tmp_path):
     build("bert").save_pretrained(tmp_path)
     save_file({"bert.pooler.dense.bias": torch.ones(24), "other": torch.ones(2)}, tmp_path / "z.safetensors")
@@ -248,6 +187,28 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["distance", str(tmp_path / "base"), str(tmp_path / "merged"), "--threshold", "-1"])
     assert "threshold must not be negative" in capsys.readouterr().err
+
+
+def test_the_command_for_a_head_in_full_and_one_of_another_size(tmp_path, capsys):
+    build("bert").save_pretrained(tmp_path / "base")
+    model = get_peft_model(build("bert"), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape) * p.requires_grad)
+    model.save_pretrained(tmp_path / "lora")
+    words = ["distance", str(tmp_path / "base"), str(tmp_path / "lora")]
+    main([*words, "-o", str(tmp_path / "out")])
+    told = json.loads((tmp_path / "out/distance.json").read_text())["tensor"]["classifier.weight"]
+    assert told["l1"] == pytest.approx(parameter_distance(build("bert"), model).tensors["classifier.weight"].l1)
+    encoder = build("bert").bert
+    encoder.config.num_labels = 2
+    encoder.save_pretrained(tmp_path / "base")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "For another number of labels: --labels." in capsys.readouterr().err
+    main([*words, "--labels", "3"])
+    assert "| all | " in capsys.readouterr().out
 
 
 def test_a_place_that_does_not_exist(tmp_path, capsys):

@@ -88,13 +88,20 @@ def test_size_is_little_more_than_the_entropy():
     assert len(packed.head()) <= 32
 
 
-@pytest.mark.parametrize("form", ["bytes", "str", "path"])
+@pytest.mark.parametrize("form", ["bytes", "bytearray", "memoryview", "str", "path"])
 def test_sources_are_bytes_and_files(form, tmp_path):
     model = trained("bert")
     data = compress(model)
     path = tmp_path / "adapter.pia"
     path.write_bytes(data)
-    loaded = load_packed(build("bert"), {"bytes": data, "str": str(path), "path": path}[form])
+    forms = {
+        "bytes": data,
+        "bytearray": bytearray(data),
+        "memoryview": memoryview(data),
+        "str": str(path),
+        "path": path,
+    }
+    loaded = load_packed(build("bert"), forms[form])
     assert compress(loaded) == data
 
 

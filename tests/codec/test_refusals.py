@@ -105,6 +105,17 @@ def test_other_weights_are_refused_beside_another_adapter():
         load_packed(other, data, "second")
 
 
+def test_a_base_in_half_precision_is_told_what_may_differ():
+    data = compress(named(trained("bert")))
+    with pytest.raises(ValueError, match=r"made for some/bert .* torch\.float16"):
+        load_packed(build("bert").half(), data)
+    other = build("bert")
+    other.classifier.weight.data.add_(1)
+    with pytest.raises(ValueError, match="made for some/bert") as error:
+        load_packed(other, data)
+    assert "torch.float32" not in str(error.value)
+
+
 def test_a_base_without_a_name_is_called_so():
     other = build("bert")
     other.classifier.weight.data.add_(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -103,6 +104,34 @@ def test_a_finished_run_is_not_trained_again(files, capsys, monkeypatch):
     assert [row["run"] for row in rows] == ["subspace of a", "subspace of b", "unified"]
 
 
+def test_another_content_of_a_file_is_another_run(files, capsys):
+    record("a")
+    words = ["transfer", "a", "--model", "base", "--train", "train.jsonl", "--eval", "eval.jsonl", "--steps", "2"]
+    run(*words, "-o", "table")
+    shutil.copytree("base", "moved/base")
+    run(*words, "--model", "moved/base", "-o", "table")  # the same by another way
+
+    def refused(name: str) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            run(*words, "-o", "table")
+        told = capsys.readouterr().err
+        assert f"({name}: " in told
+        assert ", sha256 " in told
+
+    places = {
+        "eval": "eval.jsonl",
+        "train": "train.jsonl",
+        "model": "base/config.json",
+        "recordings": snapshots("a")[0],
+    }
+    for name, place in places.items():
+        path = files / place
+        before = path.read_bytes()
+        path.write_bytes(before + b"\n")
+        refused(name)
+        path.write_bytes(before)
+
+
 def stop_at(monkeypatch, call: int) -> None:
     """Interrupt the call of the optimiser of that number, and none after it."""
     step, count = torch.optim.AdamW.step, itertools.count(1)
@@ -123,6 +152,27 @@ def test_an_interrupted_recording_goes_on(files, monkeypatch):
     record("cut", "train.jsonl", "--every", "2")
     assert [int(path.stem[-8:]) for path in snapshots("cut")] == list(range(2, 25, 2))
     assert not (files / "cut/checkpoints").exists()
+
+
+def test_a_recording_killed_while_a_checkpoint_was_written_goes_on(files, monkeypatch):
+    stop_at(monkeypatch, 20)  # checkpoints at 8 and 16, of which the last is kept
+    with pytest.raises(SystemExit, match="130"):
+        record("cut", "train.jsonl", "--every", "1")
+    whole = files / "cut/checkpoints/checkpoint-16"
+    half = shutil.copytree(whole, whole.with_name("checkpoint-24"))
+    (half / "trainer_state.json").unlink()
+    (half / "optimizer.pt").unlink()
+    begun = snapshots("cut")[0].stat().st_mtime_ns
+    record("cut", "train.jsonl", "--every", "1")
+    assert len(snapshots("cut")) == 24
+    assert snapshots("cut")[0].stat().st_mtime_ns == begun
+
+    stop_at(monkeypatch, 20)
+    with pytest.raises(SystemExit, match="130"):
+        record("none", "train.jsonl", "--every", "1")
+    (files / "none/checkpoints/checkpoint-16/trainer_state.json").unlink()  # none is left: from the start
+    record("none", "train.jsonl", "--every", "1")
+    assert len(snapshots("none")) == 24
 
 
 def test_a_recording_that_stopped_early_begins_again_and_a_finished_one_stays(files, monkeypatch, capsys):
@@ -146,6 +196,15 @@ def test_a_recording_that_stopped_early_begins_again_and_a_finished_one_stays(fi
     assert len(snapshots("a")) == 8
 
 
+def test_no_numbers_at_all_are_refused(files, capsys):
+    record("a")
+    run("fit", "a", "--dim", "2", "-o", "s.safetensors")
+    words = ["--model", "base", "--train", "train.jsonl", "--subspace", "s.safetensors", "-o", "adapter"]
+    with pytest.raises(SystemExit, match="2"):
+        run("tune", *words, "-d", "0")
+    assert "d must be at least 1 and below 2**63, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -156,6 +215,7 @@ def test_a_recording_that_stopped_early_begins_again_and_a_finished_one_stays(fi
         (["transfer", "a", "b", "-o", "a", "--eval", "eval.jsonl"], "a, b: no snapshots there"),
         (["record", "-o", "a", "--every", "0"], "every must be a number of steps"),
         (["record", "-o", "a", "--parameters", "none"], "parameters='none' matches none"),
+        (["record", "-o", "a", "--parameters", "("], "parameters='(' is not a regular expression"),
     ],
 )
 def test_what_is_refused(files, capsys, words, message):

@@ -1,0 +1,106 @@
+"""The commands pack and unpack, and what they and certify refuse before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from films import D, certify, errors, films
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.bounds import command
+from peft_intrinsic.codec import load_packed, read_packed
+from peft_intrinsic_command import main
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return films(tmp_path)
+
+
+def test_packing_reports_accuracy_and_unpacking_gives_a_folder_back(folder, capsys):
+    more = ["--eval", "test.jsonl", "--text-form", "--qr", "x.png"]
+    main(["pack", "adapter", "-o", "x.pia", "--max-bytes", "90", *more])
+    out = capsys.readouterr().out
+    after = 1 - errors("x.pia", "test.jsonl") / 40
+    assert f"{after:.4f} packed" in out
+    assert Path("x.pia").stat().st_size <= 90
+    assert Path("x.png").stat().st_size > 200
+    main(["unpack", "x.pia", "-o", "again", "--model", "base"])
+    base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+    other = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+    one, two = load_packed(base, "x.pia"), PeftModel.from_pretrained(other, "again")
+    ids = torch.tensor([[2, 3, 4]])
+    assert torch.equal(one(input_ids=ids).logits, two(input_ids=ids).logits)
+    with pytest.raises(SystemExit, match="2"):
+        main(["unpack", "x.pia", "-o", "again", "--model", "base"])
+    assert "holds files already" in capsys.readouterr().err
+
+
+def test_folders_of_the_files_are_made(folder):
+    main(["pack", "adapter", "-o", "a/b/x.pia", "--labels", "2", "--qr", "c/x.svg"])
+    assert Path("a/b/x.pia").is_file()
+    assert Path("c/x.svg").is_file()
+    certify("--adapter", "a/b/x.pia", "-o", "d/x.pia")
+    assert Path("d/x.certificate.json").is_file()
+
+
+def test_labels_beyond_those_of_the_file(folder, capsys):
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=3)
+    config = IntrinsicConfig(d=D, task_type="SEQ_CLS", init_weights=False)
+    get_peft_model(base, config).save_pretrained("three")
+    main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--labels", "3"])
+    assert f"{1 - errors('x.pia', 'test.jsonl', 3) / 40:.4f} packed" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--labels", "1"])
+    assert "labels (--labels) = 1 is fewer than the 2 that test.jsonl has" in capsys.readouterr().err
+
+
+CERTIFY = ["certify", "--train", "train.jsonl", "--adapter"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pack", "adapter", "-o", "adapter"], "--out adapter is a folder"),
+        (["pack", "adapter", "-o", "x.pia", "--qr", "adapter"], "--qr adapter is a folder"),
+        (["pack", "adapter", "-o", "x.pia", "--qr", "x.jpg"], "path (--qr) = 'x.jpg': a QR code is drawn as .png"),
+        ([*CERTIFY, "adapter", "-o", "adapter"], "--out adapter is a folder"),
+        ([*CERTIFY, "x.pia", "--levels", "4"], "--levels 4: x.pia is packed already"),
+        ([*CERTIFY, "x.pia", "--finetune", "5"], "--finetune 5: x.pia is packed already"),
+        (["pack", "lora", "-o", "x.pia"], "lora holds an adapter of type LORA"),
+        ([*CERTIFY, "lora"], "lora holds an adapter of type LORA"),
+        (["pack", "no/such/folder", "-o", "x.pia"], "no/such/folder is no adapter's folder"),
+        ([*CERTIFY, "no/such/folder"], "no/such/folder is no adapter's folder"),
+        ([*CERTIFY, "./base"], "./base is no adapter's folder"),
+        ([*CERTIFY, "broken"], "broken is no adapter's folder"),
+    ],
+)
+def test_refused_before_anything_is_loaded(folder, capsys, monkeypatch, words, message):
+    main(["pack", "adapter", "-o", "x.pia", "--labels", "2"])
+    base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+    get_peft_model(base, LoraConfig(target_modules=["query"])).save_pretrained("lora")
+    Path("broken").mkdir()
+    Path("broken/adapter_config.json").write_text("{")
+    for name in ("load_base", "PackedTexts"):
+        monkeypatch.setattr(command, name, None)
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert message in capsys.readouterr().err
+    assert not Path("no").exists()
+
+
+def test_a_file_cannot_ask_for_a_head_that_fills_the_memory(folder, capsys, monkeypatch):
+    main(["pack", "adapter", "-o", "x.pia", "--labels", "2"])
+    Path("x.pia").write_bytes(replace(read_packed("x.pia"), classes=2**32).to_bytes())
+    monkeypatch.setattr(command, "load_base", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["unpack", "x.pia", "-o", "again"])
+    assert re.search(r"x\.pia asks for 4294967296 labels; .*100000", capsys.readouterr().err)
