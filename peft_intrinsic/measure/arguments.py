@@ -11,6 +11,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+OF_DEVICES = ("bf16", "fp16", "tf32", "deepspeed", "fsdp", "torch_compile")
+"""What the names of such options begin with."""
+
 
 def checked(arguments: Mapping[str, Any], best: str | None = None) -> dict[str, Any]:
     """The arguments of a trial, numbers as numbers.
@@ -20,7 +23,7 @@ def checked(arguments: Mapping[str, Any], best: str | None = None) -> dict[str, 
         best: what early stopping goes by; None trains to the end.
 
     Raises:
-        ValueError: `TrainingArguments` have no such option, refuse its value, or it is one of each trial.
+        ValueError: `TrainingArguments` have no such option, it is one of each trial, or it is not a number.
     """
     defaults = {field.name: field.default for field in fields(TrainingArguments)}
     unknown = sorted(set(arguments) - set(defaults))
@@ -39,16 +42,19 @@ def checked(arguments: Mapping[str, Any], best: str | None = None) -> dict[str, 
             "load_best_model_at_end": True,
             "metric_for_best_model": best,
         }
-    found |= {name: _number(name, value, defaults[name]) for name, value in arguments.items()}
-    _try(found)
-    return found
+    return found | {name: _number(name, value, defaults[name]) for name, value in arguments.items()}
 
 
-def _try(arguments: Mapping[str, Any]) -> None:
-    """Whether a Trainer could begin with them."""
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Whether a Trainer could begin with them; what depends on the device is left to those who train.
+
+    Raises:
+        ValueError: it could not.
+    """
+    asked = {name: value for name, value in arguments.items() if not name.startswith(OF_DEVICES)}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            made = TrainingArguments(**{"output_dir": folder, **arguments})
+            made = TrainingArguments(**{"output_dir": folder, **asked, "use_cpu": True})
             get_reporting_integration_callbacks(made.report_to)
         except (ValueError, TypeError, ImportError) as error:
             raise ValueError(f"TrainingArguments (--config, --epochs, --batch) cannot work: {error}") from None

@@ -80,17 +80,20 @@ class Evidence:
         return -math.inf if rate is None else self.tried(d)[rate]
 
     def rate(self, d: int | None) -> float | None:
-        """The learning rate that counts: the one of a list; measured there; chosen there; between two d at which rates
-        were tried, the one that loses least at both."""
+        """The learning rate that counts: the one of a list; measured there, unless another that was tried there is
+        better; chosen there; between two d at which rates were tried, the one that loses least at both."""
         if self.plan.rates is None:
             return None
         listed = self.plan.rates[d is not None]
         if listed != "auto" and len(listed) == 1:
             return listed[0]
+        own, tried = self.tuned(d), self.tried(d)
         measured = [rate for at, seed, rate in self.found if at == d and seed != TUNING and rate]
-        if measured:
-            return max(sorted(set(measured)), key=measured.count)
-        if (own := self.tuned(d)) is not None or d is None:
+        if d is not None and measured:
+            most = max(sorted(set(measured)), key=measured.count)
+            if own is None or (most in tried and tried[own] <= tried[most]):  # those below may have changed since
+                return most
+        if own is not None or d is None:
             return own
         below, above = ([at for at in self.places() if (at < d) == side] for side in (True, False))
         about = [*below[-1:], *above[:1]]
@@ -102,7 +105,7 @@ class Evidence:
         """Whether the best of several rates is the lowest or the highest of the list, or of those tried by "auto"."""
         listed = self.plan.rates and self.plan.rates[d is not None]
         known = sorted(listed) if listed and listed != "auto" else list(self.tried(d))
-        return len(known) > 1 and self.tuned(d) in (known[0], known[-1])
+        return len(known) > 1 and self.rate(d) in (known[0], known[-1])
 
     def seeds(self, d: int | None) -> list[int]:
         """Those that ran at the rate that counts."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .analysis import Answer, Result
+from .curve import TINY
 from .evidence import TUNING, collapsed
 from .store import write_whole
 
@@ -21,7 +22,9 @@ def told(result: Result, answer: Answer) -> tuple[str, str]:
     """d and its interval in words: ≤ the grid's least, > the greatest that was measured."""
     first, last = (_end(result, d) for d in answer.interval)
     interval = f"90 % interval [{first}, {last}]" if result.seeds > 1 else "interval unknown with one seed"
-    return _end(result, answer.d), interval
+    least = result.points[0].fit
+    known = answer.d is not None and least is not None and least < answer.target - TINY  # and so not less
+    return str(answer.d) if known else _end(result, answer.d), interval
 
 
 def _end(result: Result, d: int | None) -> str:

@@ -23,9 +23,6 @@ which they are, `[examples]` of bools: the interval then includes what other exa
 OWN = {"key", "sum", *TRIAL, "examples", "seconds", "process", "versions"}
 """What each row has beside what the fit returned."""
 
-SHARE = 1e-5
-"""How far a score in float32 may be from the share of right answers."""
-
 
 def unpacked(row: Mapping[str, Any]) -> np.ndarray | None:
     """Which held-out examples a run has right, `[examples]`; None where it is not known."""
@@ -94,12 +91,14 @@ def _row(found: Any, configuration: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
-    return numbers if right is None else {**numbers, **_packed(np.asarray(right), row["score"], trial)}
+    if right is None or numbers["score"] is None:
+        return numbers
+    return {**numbers, **_packed(np.asarray(right), row["score"], trial)}
 
 
 def _packed(right: np.ndarray, score: float, trial: str) -> dict[str, Any]:
     """Which examples a run has right: a bit for each."""
-    if right.ndim != 1 or not np.isin(right, (0, 1)).all() or not abs(right.mean() - score) < SHARE:
+    if right.ndim != 1 or not np.isin(right, (0, 1)).all() or not len(right) * abs(right.mean() - score) < 0.5:
         raise ValueError(
             f"fit returned right={right} for {trial}, with the score {score}: it must hold a bool for each held-out "
             "example, and the score be the share that is right. Leave it out for other scores."

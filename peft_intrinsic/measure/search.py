@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from .curve import Curve
 from .engine import Trial
-from .evidence import TUNING, Evidence
+from .evidence import Evidence
 from .plan import Plan
 from .rates import choose, first
 
@@ -107,7 +107,7 @@ class Search:
 
     def _rest(self) -> int:
         """Trials of a sweep that are left, beside rates that are still to be tried."""
-        counted = sum(bool(d) and seed != TUNING for d, seed, _ in self.found)
+        counted = sum(d in self.grid and seed < self.plan.seeds for d, seed, _ in self.found)
         return max(self.plan.seeds * len(self.grid) - counted, 0)
 
     def _choose(self, d: int | None, near: float | None = None) -> None:
@@ -143,6 +143,8 @@ class Search:
             self._spend()
             if high:
                 self._measure([low])
+        elif self.plan.rates and any(self.evidence.rate(d) is None for d in self.grid[low : high + 1]):
+            self._tune([low, high], None)  # rates were tried outside of this grid, or not these
         self._bracket(low, high)
         self._narrow()
         curve = self.evidence.curve()
@@ -256,7 +258,7 @@ class Search:
             curve = self.evidence.curve()
             index, places = curve.index(), [self._place(d) for d in curve.dims]
             low, high = curve.interval(resamples=200, sampling=False)
-            if low > self.last and places[-1] == self.last:
+            if low > self.last and curve.dims[-1] >= self.grid[-1]:
                 return
             if index > self.last:
                 index = self._place(curve.fit()[0][-1])

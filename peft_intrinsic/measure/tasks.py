@@ -222,6 +222,8 @@ def files(
                 )
         if label and isinstance(data.features[label], ClassLabel):  # -1 stands for none, as in SNLI
             data = data.filter(lambda value: value >= 0, input_columns=label)
+            if not len(data):
+                raise ValueError(f"{path} has no labelled rows: {label!r} (--label) is -1 in all.")
         splits[split] = data.select_columns(kept)
     task = Task(DatasetDict(splits), tuple(columns), label, metric, task_type)
     _check_labels(task, train, held_out)

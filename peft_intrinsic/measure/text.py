@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from .arguments import checked
+from .arguments import check_arguments, checked
 from .methods import METHODS, adapter, step
 from .options import TextOptions, tokens_name
 from .store import write_whole
@@ -112,6 +112,7 @@ class TextFit:
 
     def scored(self, prediction: Any) -> dict[str, float]:
         """The metric, from the Trainer's predictions; NaN where they are not finite."""
+        self.right = None
         found = prediction.predictions
         found = found[0] if isinstance(found, tuple) else found  # encoder-decoders return states too
         if not np.isfinite(found).all():
@@ -227,7 +228,7 @@ def check(options: TextOptions, dims: Sequence[int]) -> tuple[int, ...]:
             model, the inputs are longer than the model's positions, or the arguments are not the Trainer's.
     """
     fit = FITS[options.task_type]
-    checked(options.arguments, fit.best if options.patience else None)
+    check_arguments(checked(options.arguments, fit.best if options.patience else None))
     config = AutoConfig.from_pretrained(options.model)
     with torch.device("meta"):
         base = fit.loader.from_config(config)

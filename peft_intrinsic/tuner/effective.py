@@ -43,7 +43,10 @@ class EffectiveTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+            given |= kwargs or {}
+            for argument in func._schema.arguments:
+                value = given.get(argument.name)
                 if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, cls):
                     raise RuntimeError(
                         f"{func} writes into a parameter that an adapter moves: it is computed anew from the base "

@@ -11,6 +11,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ HEAD_NAMES: dict[str, tuple[str, ...]] = {
 _FRESH = "_intrinsic_fresh"
 """Attribute of a loaded model: a sample of every parameter that its checkpoint did not bring, by name."""
 
-_KNOWN = "_intrinsic_known"
-"""Attribute of a loaded model: the shapes of all its parameters, by name."""
+_LOADED = "_intrinsic_loaded"
+"""Attribute of the head's modules in a loaded model: the shapes of their parameters."""
 
 _SAMPLE = 2**16
 
@@ -71,15 +72,17 @@ def watch_loading() -> None:
             missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
             note = {name: _sample(p) for name, p in model.named_parameters() if name in missing}
             model.__dict__.setdefault(_FRESH, note)
-            model.__dict__.setdefault(_KNOWN, _shapes(model))
+            _mark(model)
         return (model, info) if output_loading_info else model
 
     from_pretrained.watched = True  # type: ignore[attr-defined]
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
 
 
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: _parameter(place).shape for name, place in base_places(model).items()}
+def _mark(model: nn.Module) -> None:
+    for name, place in base_places(model).items():
+        if name.partition(".")[0] in chain(*HEAD_NAMES.values()):
+            place[0].__dict__.setdefault(_LOADED, {})[place[1]] = _parameter(place).shape
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
@@ -109,8 +112,7 @@ def _as_noted(parameter: torch.Tensor, sample: torch.Tensor) -> bool:
     if parameter.is_meta:
         return True
     now = _sample(parameter)
-    ways = (sample.to(way).to(now.dtype) for way in (sample.dtype, torch.float16, torch.bfloat16))
-    return any(torch.equal(before, now) for before in ways)
+    return any(torch.equal(sample.to(way).to(now.dtype), now) for way in (sample.dtype, torch.float16, torch.bfloat16))
 
 
 def _unmarked(model: nn.Module, places: Mapping[str, Place]) -> dict[str, tuple[Note, str]]:
@@ -128,12 +130,11 @@ def _unmarked(model: nn.Module, places: Mapping[str, Place]) -> dict[str, tuple[
 
 def _replaced(model: nn.Module, places: Mapping[str, Place], heads: tuple[str, ...]) -> dict[str, tuple[Note, str]]:
     """Parameters of task heads that were put into a model after it was loaded: drawn, or trained elsewhere."""
-    known = model.__dict__.get(_KNOWN)
-    note: Note = {}
     return {
-        name: (note, name)
-        for name, place in places.items()
-        if known is not None and name.partition(".")[0] in heads and known.get(name) != _parameter(place).shape
+        name: ({}, name)
+        for name, (module, own) in (places if _FRESH in model.__dict__ else {}).items()
+        if name.partition(".")[0] in heads
+        and module.__dict__.get(_LOADED, {}).get(own) != _parameter((module, own)).shape
     }
 
 
@@ -295,5 +296,4 @@ def settle(model: nn.Module) -> None:
     for module in model.modules():
         if module is model or _FRESH in module.__dict__:
             module.__dict__[_FRESH] = {}
-        if _KNOWN in module.__dict__:
-            module.__dict__[_KNOWN] = _shapes(module)
+    _mark(model)

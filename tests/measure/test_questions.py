@@ -127,3 +127,21 @@ def test_folder_of_other_settings(tmp_path):
     (tmp_path / "plan.json").unlink()
     with pytest.raises(ValueError, match=r"has no plan\.json: it is not the folder of a measurement"):
         analyse(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"learning_rates": ([0.1, 1.0], [0.1, 1.0])}, {"dims": range(80, 150, 10)}),  # none was tried inside
+        ({"learning_rates": ([1.0], [1.0]), "trials": 14}, {"learning_rates": ([0.1, 1.0], [0.1, 1.0])}),
+    ],
+)
+def test_rates_that_were_not_tried_are(before, after, tmp_path):
+    """And a better one counts, of full fine-tuning and of the subspace."""
+    fit = lambda d, seed, rate: step(d, seed) - (0.02 if rate == 1.0 else 0.0)  # noqa: E731
+    options = {"dims": DIMS, "out": tmp_path, **before}
+    measure_intrinsic_dimension(fit, **options)
+    found = measure_intrinsic_dimension(fit, **{**options, "trials": 80, **after})
+    assert found.d == next(d for d in {**options, **after}["dims"] if d >= 100)
+    assert (found.baseline.learning_rate, found.baseline.level) == (0.1, 0.8)
+    assert [point.learning_rate for point in found.points if point.d == found.d] == [0.1]

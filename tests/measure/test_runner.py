@@ -80,6 +80,12 @@ def test_a_fit_of_ones_own_tells_which_examples_are_right():
     alone = measure_intrinsic_dimension(lambda d, seed: fit(d, seed)["score"], DIMS, sweep=True)
     assert (known.examples, alone.examples) == (10, None)
     assert known.interval[0] < alone.interval[0] == alone.d == known.d
+    lost = measure_intrinsic_dimension(
+        lambda d, seed: {"score": math.nan, "right": [True]} if (d, seed) == (1000, 1) else fit(d, seed),
+        DIMS,
+        sweep=True,
+    )
+    assert lost.points[-1].collapsed == 1
 
 
 def test_a_bar_that_is_switched_off(monkeypatch):

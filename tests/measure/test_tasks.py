@@ -75,7 +75,7 @@ def test_bad_input(change, message, data, tmp_path, capsys, monkeypatch):
         ("- a list", "more.yaml must hold names and values"),
         ("max_steps: [1]", "max_steps=[1] of the TrainingArguments is not a number"),
         ("lr_scheduler_type: foo", "TrainingArguments (--config, --epochs, --batch) cannot work: "),
-        ("report_to: wandbb", "wandbb is not supported"),
+        ("report_to: [wandbb]", "wandbb is not supported"),
     ],
 )
 def test_bad_arguments(yaml, message, data, tmp_path, capsys):
@@ -121,7 +121,17 @@ def test_splits_of_a_dataset(tmp_path, monkeypatch):
     options = TextOptions("no-model", dataset="hub", train="train", eval="test")
     task = load_task(options)
     assert (task.classes, {split: len(task.data[split]) for split in task.data}) == ([0, 1], {"train": 2, "eval": 2})
+    nothing = Dataset.from_dict({"text": [GOOD], "label": [-1]}, features=Features(text=Value("string"), label=names))
+    nothing.to_parquet(tmp_path / "hub" / "validation.parquet")
+    with pytest.raises(ValueError, match="validation has no labelled rows"):
+        load_task(replace(options, eval="validation"))
     assert (settings(options)["train"], LaunchedFit(options, "python", tmp_path).options.eval) == ("train", "test")
+
+
+def test_what_depends_on_the_device_is_left_to_it(tmp_path):
+    """A cluster's workers may have what this machine has not."""
+    arguments = {"bf16": True, "tf32": True, "deepspeed": "absent.json"}
+    check(TextOptions(tiny("bert", tmp_path / "base"), task="glue/rte", arguments=arguments), (10, 20))
 
 
 @pytest.mark.parametrize(("method", "kept"), [("lora", (192, 384)), ("did", (100, 200, 300, 400))])

@@ -59,7 +59,10 @@ def test_trained_head_from_a_state_dict(tmp_path):
     assert unchanged(base, "bert")
 
 
-@pytest.mark.parametrize("head", [lambda: nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 3)), lambda: nn.Linear(24, 5)])
+@pytest.mark.parametrize(
+    "head",
+    [lambda: nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 3)), lambda: nn.Linear(24, 5), lambda: nn.Linear(24, 3)],
+)
 def test_a_head_that_was_replaced(head, tmp_path):
     """Drawn or trained elsewhere: nobody knows, and a file of d numbers does not hold it."""
 
@@ -67,7 +70,7 @@ def test_a_head_that_was_replaced(head, tmp_path):
         base = headless(tmp_path / "encoder")
         torch.manual_seed(seed)
         base.classifier, base.num_labels = head(), 5
-        return base.eval()
+        return copy.deepcopy(base).eval()
 
     names = [f"classifier.{name}" for name, _ in head().named_parameters()]
     with pytest.raises(ValueError, match=rf"not known whether .*{names[0]}.*redrawn=\[names\] starts them"):
