@@ -246,7 +246,8 @@ def result(store: Store, plan: Plan, stopped: str) -> Result:
 
 def _answer(found: Evidence, of: Any, examples: int | None) -> Answer:
     curve = found.curve(of)
-    places = [*curve.grid, None]
+    most = int(np.searchsorted(curve.grid, curve.dims[-1]))  # nothing is known beyond
+    places = [d if i <= most else None for i, d in enumerate([*curve.grid, None])]
     low, high = curve.interval()
     tie = None
     if examples:
