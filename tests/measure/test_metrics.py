@@ -284,7 +284,8 @@ def test_the_command_with_an_error(data, tmp_path, capsys):
 
 def test_the_gap_to_the_best_score():
     class result:
-        d, settings, points = 8, {"metric": "mse", "best": 0.0}, [Point(8, -0.4, [-0.4], 1, 0, 0.1)]
+        d, majority, untrained = 8, -2.0, None
+        settings, points = {"metric": "mse", "best": 0.0}, [Point(8, -0.4, [-0.4], 1, 0, 0.1)]
         trials = [{"d": 8, "seed": 0, "learning_rate": 0.1, "score": -0.4, "train_score": -0.1}]  # noqa: RUF012
 
     assert _gap(result)["gap"] == pytest.approx(0.3 / 0.4)
