@@ -118,6 +118,11 @@ class Result:
         return self.answers[self.of].target
 
     @property
+    def least(self) -> float | None:
+        """Score of the trivial answer, where known."""
+        return self.untrained if self.majority is None else self.majority
+
+    @property
     def name(self) -> str:
         """`d90` for a share of 0.9."""
         return f"d{100 * self.share:g}"

@@ -47,11 +47,9 @@ class LabelledTexts(TextFit):
             raise ValueError(f"labels (--labels) = {labels} is fewer than the {len(task.classes)} that {train} has.")
         super().__init__(model, task, arguments={**sizes, "train_sampling_strategy": "group_by_length"})
 
-    def loaded(self, model: str) -> Any:
-        """As its checkpoint is, with a head of so many labels."""
-        base = self.loader.from_pretrained(model, dtype="float32", num_labels=self.labels)
-        base.config.pad_token_id = self.tokenizer.pad_token_id
-        return base
+    def loaded(self, model: str, labels: int | None = None) -> Any:
+        """With `labels` of the class."""
+        return super().loaded(model, self.labels)
 
     def settled(self, base: Any) -> Any:
         """As it is: every adapter draws the fresh head itself."""

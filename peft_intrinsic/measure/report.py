@@ -140,7 +140,7 @@ def plot(result: Result, folder: Path, name: str) -> None:
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.subplots()
     rates = {point.d: point.learning_rate for point in result.points}
-    floor = result.majority if result.majority is not None else result.untrained
+    floor = result.least
     for row in result.trials:
         if row["d"] in rates and row["learning_rate"] == rates[row["d"]] and row["seed"] != TUNING:
             score = floor if row["score"] is None else row["score"]

@@ -120,14 +120,13 @@ def _gap(result: Result) -> dict[str, float]:
     their gap over what is left to the best (of a loss, the gap)."""
     above = [point for point in result.points if result.d is not None and point.d >= result.d]
     where = (above[0].d, above[0].learning_rate) if above else None
-    least = result.majority if result.majority is not None else result.untrained
     rows = [
         row
         for row in result.trials
         if (row["d"], row["learning_rate"]) == where
         and row["seed"] != TUNING
         and row.get("train_score") is not None
-        and not collapsed(row["score"], least)
+        and not collapsed(row["score"], result.least)
     ]
     if not rows:
         return {}

@@ -89,9 +89,9 @@ class TextFit:
         )
         self.base = self.settled(self.loaded(model))
 
-    def loaded(self, model: str) -> Any:
-        """The base model, as its checkpoint is."""
-        classes = {} if self.task.label is None else {"num_labels": len(self.task.classes) or 1}
+    def loaded(self, model: str, labels: int | None = None) -> Any:
+        """The base model, as its checkpoint is, with a head of so many labels, or those of the task."""
+        classes = {} if self.task.label is None else {"num_labels": labels or len(self.task.classes) or 1}
         base = self.loader.from_pretrained(model, dtype="float32", **classes)
         base.config.pad_token_id = self.tokenizer.pad_token_id
         return base
@@ -259,7 +259,11 @@ def _positions(base: Any) -> int | None:
     """How many tokens the model has positions for: RoBERTa's and its heirs begin after the padding's."""
     known = getattr(base.config, "max_position_embeddings", None)
     for name, module in base.named_modules():
-        if known is not None and name.endswith("position_embeddings") and getattr(module, "padding_idx", None):
+        if (
+            known is not None
+            and name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
             return known - module.padding_idx - 1
     return known
 

@@ -284,7 +284,7 @@ def test_the_command_with_an_error(data, tmp_path, capsys):
 
 def test_the_gap_to_the_best_score():
     class result:
-        d, majority, untrained = 8, -2.0, None
+        d, least = 8, -2.0
         settings, points = {"metric": "mse", "best": 0.0}, [Point(8, -0.4, [-0.4], 1, 0, 0.1)]
         trials = [{"d": 8, "seed": 0, "learning_rate": 0.1, "score": -0.4, "train_score": -0.1}]  # noqa: RUF012
 

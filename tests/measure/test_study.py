@@ -117,7 +117,7 @@ def test_gap_against_d90(options, tmp_path, monkeypatch):
 
 def test_gap_by_hand():
     class result:
-        d, settings, majority, untrained = 7, {"metric": "accuracy"}, 0.2, None  # d = 7 was not measured itself
+        d, settings, least = 7, {"metric": "accuracy"}, 0.2  # d = 7 was not measured itself
         points = [Point(8, 0.6, [0.7, 0.5], 3, 1, 0.1)]  # noqa: RUF012
         trials = [  # noqa: RUF012
             {"d": None, "seed": 0, "learning_rate": 1.0, "score": 1.0, "train_score": 1.0},

@@ -141,8 +141,10 @@ def test_methods_that_come_in_steps(method, kept, tmp_path):
     assert check(options, (100, 200, 300, 400)) == kept
 
 
-def test_positions_that_begin_after_the_padding(tmp_path):
-    config = RobertaConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+@pytest.mark.parametrize("pad", [0, 1])
+def test_positions_that_begin_after_the_padding(pad, tmp_path):
+    sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = RobertaConfig(**sizes, pad_token_id=pad)
     config.save_pretrained(tmp_path)
     most = config.max_position_embeddings - config.pad_token_id - 1
     check(TextOptions(str(tmp_path), task="glue/rte", max_length=most), (10, 20))
