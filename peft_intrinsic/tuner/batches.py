@@ -66,6 +66,9 @@ def _(theta: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(theta)
 
 
+_confirmed.register_autograd(lambda ctx, grad: grad)
+
+
 _ELSEWHERE = (
     "Adapters are chosen for the samples of a batch, but not in this thread or coroutine. Start a thread with "
     "Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=…), or call select() inside it."

@@ -65,7 +65,9 @@ class _Promise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        again = torch.is_grad_enabled()  # create_graph=True: the gradients must have gradients too
         with torch.enable_grad():
-            inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-            grads = torch.autograd.grad(ctx.value(*inputs), inputs, grad)
+            saved = ctx.saved_tensors
+            inputs = [t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in saved]
+            grads = torch.autograd.grad(ctx.value(*inputs), inputs, grad, create_graph=again)
         return grad if ctx.needs_input_grad[0] else None, None, *grads

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.autograd.forward_ad import unpack_dual
 
 from ..projection import TensorProjection
 from .effective import EffectiveTensor
@@ -126,7 +127,8 @@ class IntrinsicLayer(BaseTunerLayer):
     def read(self, name: str) -> Any:
         """A parameter for readers: with its offset, unless it is quantised or offloaded.
 
-        Its numbers are made when they are used. A compiler drops what is not used by itself, so it gets them at once.
+        Its values are computed when they are used. A compiler drops unused values by itself, and function transforms
+        must see the computation, so both get the values at once.
         An offloaded parameter is not there to be read.
         """
         applied = [(offset, theta) for own, offset, theta in self.applied() if own == name]
@@ -152,7 +154,7 @@ class IntrinsicLayer(BaseTunerLayer):
             return result
 
         thetas = [theta for _, theta in applied]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_transformed(thetas):
             return value(*thetas)
         if base.dim() > 1:
             return EffectiveTensor.of(base, thetas, value)
@@ -217,6 +219,12 @@ class IntrinsicLayer(BaseTunerLayer):
             restore(self, name, original)
         self._originals, self.rounding = {}, (0.0, 0.0)
         self.merged_adapters = []
+
+
+def _is_transformed(thetas: Iterable[torch.Tensor]) -> bool:
+    """Whether `torch.func` (vmap, jvp, hessian) or forward-mode differentiation looks into the computation."""
+    forward_mode = any(unpack_dual(theta).tangent is not None for theta in thetas)
+    return forward_mode or torch._C._are_functorch_transforms_active()
 
 
 def attached(model: Any, adapter: str | None) -> str:
