@@ -87,10 +87,10 @@ def packed(
     """
     model: Any = PeftModel.from_pretrained(texts.base, folder, is_trainable=True)
     try:
-        if whole := model.peft_config["default"].full_modules:
+        if beside := model.peft_config["default"].trained_beside:
             raise ValueError(
-                f"modules_to_save={whole} was trained in full: thousands of numbers that the message does not "
-                "hold, so nothing can be certified. Train with the head inside: modules_to_save=None."
+                f"{beside} was trained in full: thousands of parameters that the message does not hold, so nothing "
+                "can be certified. Train with the head inside the d parameters, without this option."
             )
         return [texts.packed(model, count, steps, learning_rate, 0) for count in levels]
     finally:

@@ -85,7 +85,7 @@ def _of_adapters(model: nn.Module) -> set[int]:
 def _in_full(model: nn.Module) -> dict[str, Any]:
     """What the active adapters trained in full (`modules_to_save`), by its name in the base model."""
     return {
-        f"{canonical(key)}.{own}": parameter
+        f"{canonical(key, model)}.{own}": parameter
         for key, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
         for adapter in module.active_adapters
@@ -133,7 +133,7 @@ def offsets(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for own, parameter in layer.get_base_layer().named_parameters(recurse=False):
             parameter.copy_(before[own])
             if not torch.equal(after[own], before[own]):
-                yield f"{canonical(key)}.{own}", after[own].double() - before[own].double()
+                yield f"{canonical(key, base)}.{own}", after[own].double() - before[own].double()
 
 
 def _unmerge(layer: Any) -> None:

@@ -83,10 +83,10 @@ def _taken(model: Any, adapter: str | None) -> dict[str, Any]:
     root = model.get_base_model()
     if not isinstance(config, IntrinsicConfig):
         raise ValueError(f"adapter={name!r} is a {type(config).__name__}; only an IntrinsicConfig can be packed.")
-    if config.full_modules:
+    if config.trained_beside:
         raise ValueError(
-            f"modules_to_save={config.full_modules} is trained in full and has no place in a packed adapter. Train "
-            "with the head inside the d numbers: modules_to_save=None."
+            f"{config.trained_beside} is trained in full and has no place in a packed adapter. Train with the head "
+            "inside the d parameters, without this option."
         )
     if config.projection not in PROJECTIONS or config.task_type not in TASKS or config.d > NUMBERS:
         raise ValueError(

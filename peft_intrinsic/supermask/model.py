@@ -50,9 +50,8 @@ class SupermaskModel(BaseTuner):
                 "final_sparsity to None.)"
             )
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        return matched(peft_config, key)
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        return matched(peft_config, key, self.model)
 
     def _create_and_replace(
         self,
@@ -79,7 +78,7 @@ class SupermaskModel(BaseTuner):
                 f"target_modules: the weight of {current_key} is used elsewhere too, as that of an output layer by its "
                 f"embedding. Leave it out: exclude_modules=['{target_name}']."
             )
-        new = SupermaskLinear(target, canonical(current_key))
+        new = SupermaskLinear(target, canonical(current_key, self.model))
         new.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             new.requires_grad_(False)

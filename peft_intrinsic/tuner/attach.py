@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import cache, partial
@@ -11,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..projection import BLOCK_SIZE, PROJECTIONS, Shapes, Spec
 from ..projection.randomness import normals, words
@@ -26,6 +29,7 @@ from .targets import (
     check_manifest,
     chosen,
     excluded,
+    inside,
     is_embedding,
     is_linear,
     is_vector,
@@ -116,6 +120,8 @@ def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig
     projections = PROJECTIONS[config.projection](spec, shapes)
     config.manifest, config.block_size = manifest(shapes), spec.block_size
 
+    if not config.inference_mode:
+        _warn_of_running_statistics(model, config)
     if not hasattr(model, HOLDER):
         _add_holder(model)
         _name_the_rest(model, users, config)
@@ -171,11 +177,29 @@ def _name_the_rest(model: nn.Module, users: Users, config: IntrinsicConfig) -> N
     """Say once which parameters stay still although every parameter was asked for."""
     if config.target_modules != "all":
         return
-    sizes = {canonical(name): p.numel() for name, p in model.named_parameters() if not name.startswith(f"{HOLDER}.")}
-    rest = [canonical(name) for name, p in model.named_parameters() if not p.is_floating_point()]
+    sizes = {canonical(name, model): p.numel() for name, p in model.named_parameters()}
+    rest = [canonical(name, model) for name, p in model.named_parameters() if not p.is_floating_point()]
     if rest := [name for name in rest if name not in users]:
         share = sum(sizes[name] for name in rest) / sum(sizes.values())
         logger.warning("Not moved, as they hold no real numbers: %s (%.2g of all parameters).", ", ".join(rest), share)
+
+
+def _warn_of_running_statistics(model: nn.Module, config: IntrinsicConfig) -> None:
+    """Warn that training changes the base model beside θ: in statistics that no adapter file holds, LoRA's neither."""
+    names = [
+        key
+        for key, module in base_modules(model)
+        if isinstance(module, _NormBase) and module.running_mean is not None
+        if not inside(config.full_modules or (), key)
+    ]
+    if names:
+        warnings.warn(
+            f"Training updates the running statistics of {len(names)} modules ({', '.join(names[:3])}"
+            f"{', …' if len(names) > 3 else ''}), which are not part of the adapter: a reloaded adapter runs with the "
+            "base model's. Save these modules with the adapter (modules_to_save=[their names]), or keep them in "
+            "evaluation mode (module.eval() after each model.train()).",
+            stacklevel=2,
+        )
 
 
 def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -223,6 +247,12 @@ def unwrap(model: nn.Module, layers: Iterable[Any]) -> None:
 
 def detach(model: nn.Module, adapter: str) -> None:
     """Undo a failed attachment."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():  # modules_to_save, trainable_token_indices
+            if isinstance(child, AuxiliaryTrainingWrapper) and adapter in child._adapters:
+                child.delete_adapter(adapter, new_active_adapters=None)
+                if not child._adapters:
+                    module._modules[name] = child.original_module
     layers = [module for module in model.modules() if isinstance(module, IntrinsicLayer)]
     for layer in layers:
         layer.delete_adapter(adapter)

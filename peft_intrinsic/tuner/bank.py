@@ -99,10 +99,10 @@ def _route(vector: Any, adapter: str, numbers: torch.Tensor) -> Route:
 
 
 def _check_full(config: IntrinsicConfig, what: str) -> None:
-    if config.full_modules:
+    if config.trained_beside:
         raise ValueError(
-            f"modules_to_save={config.full_modules} of {what}: a bank holds d numbers per adapter, and one base model "
-            "for all. Train with the head inside (modules_to_save=None), or attach the adapters and pass adapter_names."
+            f"{config.trained_beside} of {what}: a bank holds d parameters per adapter, and one base model for all. "
+            "Train without this option, or attach the adapters and pass adapter_names."
         )
 
 

@@ -117,6 +117,9 @@ class IntrinsicConfig(PeftConfig):
             heads and output embeddings. Merging for good is refused where the model's class cannot hold them.
         modules_to_save (`list[str]`, *optional*):
             Modules that are trained and saved in full, outside the d numbers.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Rows of the input embedding, or of the named embeddings, that are trained and saved in full beside the d
+            parameters, as in LoRA: for new tokens. P cannot adapt the same embedding.
         head (`"subspace"` or `"keep"`):
             `"subspace"` (section 3.3): whatever the checkpoint did not bring starts from a fixed random stream, the
             same for every adapter, and the task head is moved by P whatever `target_modules` says; so d numbers are
@@ -151,6 +154,7 @@ class IntrinsicConfig(PeftConfig):
     target_parameters: list[str] | None = None
     add_bias: bool = False
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     head: Literal["subspace", "keep"] = "subspace"
     init_weights: bool = True
 
@@ -175,8 +179,8 @@ class IntrinsicConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list):
                 setattr(self, name, set(value))
-        # Present and empty, it keeps PEFT from writing targeted embeddings into the adapter file.
-        self.trainable_token_indices: dict[str, Any] = {}
+        # Empty instead of None, it keeps PEFT from writing targeted embeddings into the adapter file.
+        self.trainable_token_indices = self.trainable_token_indices or {}
         self.head_modules: set[str] = set()
         self.output_module: str | None = None
         self.asked: dict[str, Any] | None = None
@@ -213,10 +217,20 @@ class IntrinsicConfig(PeftConfig):
         """`modules_to_save` as the user gave it."""
         return None if isinstance(self.modules_to_save, NoModules) else self.modules_to_save
 
+    @property
+    def trained_beside(self) -> str:
+        """The options by which more is trained than the d parameters, with their values; empty without any."""
+        options = {"modules_to_save": self.full_modules, "trainable_token_indices": self.trainable_token_indices}
+        return ", ".join(f"{name}={value}" for name, value in options.items() if value)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary."""
-        checksum = self.checksum_to_save or self.checksum
-        return {**super().to_dict(), "modules_to_save": self.full_modules, "checksum": checksum}
+        return {
+            **super().to_dict(),
+            "modules_to_save": self.full_modules,
+            "trainable_token_indices": self.trainable_token_indices or None,
+            "checksum": self.checksum_to_save or self.checksum,
+        }
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

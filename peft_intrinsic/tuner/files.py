@@ -12,7 +12,9 @@ from torch import nn
 
 from ..projection.subspace import Subspace
 from .config import SAME, IntrinsicConfig
-from .targets import HOLDER
+from .layer import base_modules
+from .targets import HOLDER, TOKENS, named
+from .tokens import token_rows
 
 REMEDY = "File and configuration do not belong together, or the file is damaged: save the adapter again."
 
@@ -45,9 +47,53 @@ def numbers_to_save(
             "embedded. Put the old file back, or save with embed_subspace=False."
         )
     found = {name: (match[1], value) for name, value in state.items() if (match := _own(adapter).search(name))}
+    if state:  # processes that do not write have none
+        _check_saved(config, adapter, dict(found.values()))
     config.checksum_to_save = _checksum(config, dict(found.values())) if found else None
     config.checksum = None  # one that it was read with is of other numbers
     return {name: value for name, (_, value) in found.items()}
+
+
+def _check_saved(config: IntrinsicConfig, adapter: str, vectors: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError where loading would refuse the file that is about to be written."""
+    count = sum(values.numel() for values in vectors.values())
+    if count != config.d:
+        raise ValueError(
+            f"The state dict holds {count} of the d={config.d} parameters of adapter {adapter!r}, so the file could "
+            "not be loaded. Pass the state dict of the whole model."
+        )
+    for name, values in vectors.items():
+        if not values.is_meta and not torch.isfinite(values).all():
+            raise ValueError(
+                f"{name} of adapter {adapter!r} holds NaN or infinite values, so the file could not be loaded. Nothing "
+                "was written. Lower the learning rate, and go on from an earlier checkpoint."
+            )
+
+
+def check_adapter_names(model: nn.Module, configs: Mapping[str, IntrinsicConfig]) -> None:
+    """Check that PEFT will find all parts of every adapter when it saves it.
+
+    PEFT leaves out each key that has the name of another adapter between two dots.
+
+    Args:
+        model: the base model, with or without adapters.
+        configs: of the attached adapters and the new one, by name.
+
+    Raises:
+        ValueError: the name of an adapter is a part of such a key.
+    """
+    taken = {"base_model", "model", HOLDER, "intrinsic_theta", "intrinsic_lambda", "weight"}
+    for config in configs.values():
+        beside = [*(config.full_modules or ()), *token_rows(model, config)]
+        for key, module in base_modules(model) if beside else ():
+            if named(beside, key):
+                taken |= {"modules_to_save", "token_adapter", *TOKENS, *key.split(".")}
+                taken |= {part for own in module.state_dict() for part in own.split(".")}
+    if clash := sorted(taken & set(configs)):
+        raise ValueError(
+            f"adapter_name={clash[0]!r} is a part of the keys of adapter files, so PEFT would leave these keys out "
+            "when it saves another adapter. Choose another name."
+        )
 
 
 def checked_numbers(config: IntrinsicConfig, state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

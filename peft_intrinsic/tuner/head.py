@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..projection.randomness import normals, words
 from .config import IntrinsicConfig
 from .layer import IntrinsicLayer, base_modules, base_places
-from .targets import inside, named
+from .targets import inside
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,9 @@ _FRESH = "_intrinsic_fresh"
 
 _LOADED = "_intrinsic_loaded"
 """Attribute of the head's modules in a loaded model: the shapes of their parameters."""
+
+_MISSING = "_intrinsic_missing"
+"""Attribute of a model that is being loaded: names of what its checkpoint files lack."""
 
 _SAMPLE = 2**16
 
@@ -55,7 +58,8 @@ Drawn = tuple[Place, torch.Tensor, Note, str]
 def watch_loading() -> None:
     """Let `PreTrainedModel.from_pretrained` note on the model what it reports as missing from the checkpoint.
 
-    The report is a return value (`output_loading_info=True`) that few callers ask for, and it cannot be had later.
+    The report is a return value (`output_loading_info=True`) that few callers ask for, and it cannot be had later. It
+    leaves out what is on the model's ignore list, where TRL puts new heads, so the list of before is taken.
     """
     original = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
     if getattr(original, "watched", False):
@@ -68,8 +72,9 @@ def watch_loading() -> None:
             model, info = original(cls, *args, output_loading_info=True, **kwargs)
         finally:
             _LOADING.reset(token)
+        absent = model.__dict__.pop(_MISSING, info["missing_keys"])
         if not hasattr(model, "peft_config"):  # else the report is of the adapter that was loaded too
-            missing = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+            missing = {*absent, *(key[0] for key in info["mismatched_keys"])}
             note = {name: _sample(p) for name, p in model.named_parameters() if name in missing}
             model.__dict__.setdefault(_FRESH, note)
             _mark(model)
@@ -77,6 +82,16 @@ def watch_loading() -> None:
 
     from_pretrained.watched = True  # type: ignore[attr-defined]
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+    if (shorten := getattr(PreTrainedModel, "_adjust_missing_and_unexpected_keys", None)) is None:
+        return  # transformers may rename it; then the report has to do
+
+    @functools.wraps(shorten)
+    def note_missing(model: Any, loading_info: Any) -> None:
+        if _LOADING.get():
+            model.__dict__[_MISSING] = set(loading_info.missing_keys)
+        shorten(model, loading_info)
+
+    PreTrainedModel._adjust_missing_and_unexpected_keys = note_missing  # type: ignore[assignment]
 
 
 def _mark(model: nn.Module) -> None:
@@ -179,12 +194,13 @@ class Head:
     """
 
     def __init__(self, model: nn.Module, config: IntrinsicConfig, attached: Mapping[str, IntrinsicConfig]) -> None:
-        for key, layer in model.named_modules():
-            if isinstance(layer, IntrinsicLayer) and named(config.full_modules or (), key):
-                raise ValueError(
-                    f"modules_to_save={config.full_modules}: {key} is already moved by another adapter. Attach this "
-                    "adapter first, or attach the other one with head='keep'."
-                )
+        layers = [module for module in model.modules() if isinstance(module, IntrinsicLayer)]
+        adapted = {offset.name for layer in layers for own in layer.offsets.values() for offset in own.values()}
+        if clash := sorted(name for name in adapted if inside(config.full_modules or (), name)):
+            raise ValueError(
+                f"modules_to_save={config.full_modules}: another adapter already adapts {', '.join(clash)}. Attach "
+                "this adapter first, or leave these out of the other one (exclude_modules; head='keep' for a head)."
+            )
         self._model = model
         self._places = places = base_places(model)
         names = HEAD_NAMES.get(config.task_type or "", ())

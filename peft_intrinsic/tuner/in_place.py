@@ -28,7 +28,7 @@ class _Values(threading.local):
     mixed: dict[str, torch.Tensor] | None = None
 
 
-class IntrinsicParameters(nn.Module, IntrinsicLayer):
+class IntrinsicParameters(IntrinsicLayer, nn.Module):
     """The tuner layer of a module whose parameters stay in place. Lives in the holder's list."""
 
     base_layer: nn.Module

@@ -102,6 +102,11 @@ class IntrinsicLayer(BaseTunerLayer):
             self.unmerge()
         super().enable_adapters(enabled)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As in torch, θ and λ included: transformers freezes a loaded adapter layer by layer."""
+        self.vector.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)  # type: ignore[misc]
+
     def applied(self) -> list[tuple[str, Offset, torch.Tensor]]:
         """Parameter name, offset and λθ of everything that a forward pass adds. λθ of routes is `[batch, d − m]`."""
         if self.disable_adapters or self.merged:
@@ -242,9 +247,9 @@ def attached(model: Any, adapter: str | None) -> str:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the base model and their names in it, whatever adapters are already attached."""
     for name, module in model.named_modules():
-        own = name.partition(".")[0] == HOLDER or isinstance(module, IntrinsicLayer | AuxiliaryTrainingWrapper)
-        if not own and not foreign(name):
-            yield canonical(name), module
+        name = canonical(name, model) if not foreign(name) else HOLDER
+        if name.partition(".")[0] != HOLDER and not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            yield name, module
 
 
 def base_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

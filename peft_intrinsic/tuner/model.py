@@ -12,19 +12,21 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .attach import Match, attach, default_targets, detach, remove_holder, unwrap, users_of
 from .bank import chosen_by_name
-from .files import numbers_to_load, numbers_to_save
+from .checks import check
+from .files import check_adapter_names, numbers_to_load, numbers_to_save
 from .head import Head, name_outermost, restore, settle
 from .in_place import IntrinsicParameters
 from .layer import IntrinsicLayer, base_modules
 from .learnt import prepare
 from .merging import places
 from .targets import HOLDER, KEYWORDS, candidates, canonical, chosen, foreign, matched, named, output_module
+from .tokens import check_not_adapted
 from .vector import IntrinsicVector
 
 SURVIVING = 0.95
@@ -98,7 +100,9 @@ class IntrinsicModel(BaseTuner):
         asked = config.remember()
         self._matched: list[Match] = []
         try:
+            check(config)  # again: options can be set after the configuration was made
             name_outermost(model, config)
+            check_adapter_names(model, {**{name: self.peft_config[name] for name in attached}, adapter_name: config})
             head = Head(model, config, {name: self.peft_config.get(name, config) for name in attached})
             config.head_modules, config.output_module = head.modules, output_module(model)
             if config.projection == "trajectory":
@@ -109,8 +113,10 @@ class IntrinsicModel(BaseTuner):
             if config.target_modules in KEYWORDS:
                 self._matched.append((model, chosen(config, "", model)))  # PEFT visits every module but the root
             super().inject_adapter(model, adapter_name, **options)
+            users = users_of(model, self._matched, config)
+            check_not_adapted(model, (module for held in users.values() for module, _ in held), config)
             with init_empty_weights() if options["low_cpu_mem_usage"] else nullcontext():
-                attach(model, adapter_name, users_of(model, self._matched, config), config)
+                attach(model, adapter_name, users, config)
         except Exception:
             detach(model, adapter_name)
             config.restore(asked)
@@ -121,12 +127,12 @@ class IntrinsicModel(BaseTuner):
             self._matched = []
         head.draw(self.vector.drawn)
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        if key.partition(".")[0] == HOLDER or foreign(key):
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        name = canonical(key, self.model)
+        if name.partition(".")[0] == HOLDER or foreign(key):
             return False
-        found = matched(peft_config, key)
-        return canonical(key) in peft_config.head_modules if found is False else found
+        found = matched(peft_config, key, self.model)
+        return name in peft_config.head_modules if found is False else found
 
     def _create_and_replace(
         self,
@@ -140,7 +146,7 @@ class IntrinsicModel(BaseTuner):
     ) -> None:
         """Only note the match: the wrapping waits until all of the targeted parameters are known."""
         module = target.get_base_layer() if isinstance(target, IntrinsicLayer) else target
-        self._matched.append((module, chosen(peft_config, canonical(current_key), module)))
+        self._matched.append((module, chosen(peft_config, canonical(current_key, self.model), module)))
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -170,13 +176,15 @@ class IntrinsicModel(BaseTuner):
             ValueError: with `safe_merge`, a merged weight would not be finite; or a quantised weight cannot be merged.
         """
         layers = self.tuner_layers()
-        before = [list(layer.merged_adapters) for layer in layers]
+        merging = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        before = [list(layer.merged_adapters) for layer in merging]
         try:
             super().merge_adapter(adapter_names, safe_merge)
         except Exception:
-            for layer, names in zip(layers, before, strict=True):
+            for layer, names in zip(merging, before, strict=True):
                 with onload_layer(layer):
-                    layer.unmerge()
+                    if layer.merged:
+                        layer.unmerge()
                     if names:
                         layer.merge(adapter_names=names)
             raise
@@ -259,8 +267,8 @@ class IntrinsicModel(BaseTuner):
                     "(said=True). Keep both active instead: set_adapter([…]) adds offsets."
                 )
         for name in adapters:
-            if whole := self.peft_config[name].full_modules:
-                raise ValueError(f"modules_to_save={whole} of adapter {name!r} cannot be combined. Train without it.")
+            if beside := self.peft_config[name].trained_beside:
+                raise ValueError(f"{beside} of adapter {name!r} cannot be combined. Train without it.")
         self.peft_config[adapter_name] = copy.copy(first)
         self.peft_config[adapter_name].asked = None  # this projection, or none
         self.inject_adapter(self.model, adapter_name)

@@ -13,7 +13,7 @@ from .targets import linear_features
 from .vector import IntrinsicVector
 
 
-class IntrinsicModule(nn.Module, IntrinsicLayer):
+class IntrinsicModule(IntrinsicLayer, nn.Module):
     """A leaf of the model with its offsets: `base_layer(x)` plus what P adds to it.
 
     What the wrapper lacks is the base layer's. Readers of its parameters get them with their offsets.

@@ -13,6 +13,8 @@ from typing import Any
 import regex
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..projection import Kind, Shape, Shapes
@@ -32,6 +34,18 @@ KEYWORDS = ("vectors", "all")
 PATIENCE = 0.2
 """Seconds that a regular expression may take for one name: an adapter's configuration can come from a stranger."""
 
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Under which names `torch.compile`, activation checkpointing and FSDP 1 hold the module that they wrap."""
+
+PARALLEL = (nn.DataParallel, DistributedDataParallel, AveragedModel)
+"""Wrappers that hold the module as `module`, a name that models use too."""
+
+ADAPTED = ("base_layer", "original_module")
+"""Under which names PEFT's layers hold the module that they wrap."""
+
+TOKENS = ("trainable_tokens_delta", "trainable_tokens_original")
+"""What `trainable_token_indices` adds to an embedding."""
 
 LAYER = "_intrinsic_layer"
 """The attribute of a module whose parameters are moved in place that holds its tuner layer."""
@@ -93,8 +107,11 @@ def movable(module: nn.Module) -> list[str]:
 
 def output_module(model: Any) -> str | None:
     """Name of the module that turns hidden states into words, as transformers knows it."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    return next((canonical(name) for name, module in model.named_modules() if module is output), None)
+    try:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+    except NotImplementedError:  # its inner model is wrapped
+        return None
+    return next((canonical(name, model) for name, module in model.named_modules() if module is output), None)
 
 
 def candidates(config: Any, key: str, module: nn.Module) -> list[str]:
@@ -233,7 +250,7 @@ def targeted(config: Any, key: str) -> bool:
     return False
 
 
-def matched(config: Any, key: str) -> Any:
+def matched(config: Any, key: str, model: nn.Module) -> Any:
     """Whether a configuration chooses a module, as PEFT asks it: true, false, or its mark of an excluded module.
 
     Raises:
@@ -241,7 +258,7 @@ def matched(config: Any, key: str) -> Any:
     """
     if foreign(key):
         return False
-    key = canonical(key)
+    key = canonical(key, model)
     return _ExcludedModule() if excluded(config, key) else targeted(config, key)
 
 
@@ -289,11 +306,24 @@ def check_manifest(saved: str, shapes: Shapes) -> None:
     )
 
 
-def canonical(name: str) -> str:
-    """A module or parameter name as it is in the plain base model."""
-    return name.replace(".base_layer", "").replace(".original_module", "")
+def canonical(name: str, model: nn.Module | None = None) -> str:
+    """A module or parameter name as it is in the plain base model, without what wrappers add to it.
+
+    Args:
+        name: of a module or parameter of `model`.
+        model: tells a data-parallel wrapper's `module` from a module that is called so.
+    """
+    parts = name.split(".")
+    kept = []
+    for i, part in enumerate(parts):
+        if part in WRAPPED or (i and part in ADAPTED) or parts[i : i + 2] == ["token_adapter", "base_layer"]:
+            continue
+        if part == "module" and model and isinstance(model.get_submodule(".".join(parts[:i])), PARALLEL):
+            continue
+        kept.append(part)
+    return ".".join(kept)
 
 
 def foreign(name: str) -> bool:
-    """Whether a module or parameter is another adapter's full copy (`modules_to_save`), not the base model's."""
-    return ".modules_to_save." in f".{name}."
+    """Whether a module or parameter belongs to an adapter of another kind, not to the base model."""
+    return any(f".{part}." in f".{name}." for part in ("modules_to_save", *TOKENS))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from ..projection import FastfoodTensor
 from .layer import IntrinsicLayer, attached, base_modules, base_places
 from .modules import IntrinsicEmbedding, IntrinsicLinear
+from .targets import canonical, named
 
 PREFIX = "base_model.model."
 KEYS: dict[type, tuple[str, str]] = {
@@ -51,10 +53,10 @@ def convert_to_lora(
     base = model.get_base_model()
     names = {id(module): name for name, module in base_modules(base)}
     whole = {name.rpartition(".")[0] for name in config.redrawn or []}
-    full = {
-        key: module
+    beside = {
+        key: cast(Any, module).adapter_state_dict(adapter_name, module.state_dict())
         for key, module in base.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters()
     }
     state: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
@@ -81,9 +83,9 @@ def convert_to_lora(
     for name, (owner, own) in base_places(base).items():
         if name.rpartition(".")[0] in whole:  # what stays where it was drawn, a plain base model lacks too
             state.setdefault(PREFIX + name, owner._parameters[own].detach().clone())  # type: ignore[union-attr]
-    for key, wrapper in full.items():
-        trained = wrapper.modules_to_save[adapter_name].state_dict()
-        state |= {f"{PREFIX}{key}.{own}": value.clone() for own, value in trained.items()}
+    for key, trained in beside.items():
+        state |= {f"{PREFIX}{canonical(key, base)}.{own}": value.clone() for own, value in trained.items()}
+    full = {key for key in beside if named(config.full_modules or (), key)}
     if lost and not accept_loss:
         share = math.sqrt(sum(norms[name] for name in lost) / max(sum(norms.values()), 1e-30))
         raise ValueError(
@@ -102,6 +104,7 @@ def convert_to_lora(
         alpha_pattern=smaller,
         fan_in_fan_out=all(isinstance(base.get_submodule(name).base_layer, Conv1D) for name in ranks),
         modules_to_save=sorted({*whole, *full}) or None,
+        trainable_token_indices=config.trainable_token_indices or None,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,

@@ -12,7 +12,7 @@ import torch
 from conftest import batch, build, evaluate, output
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertForSequenceClassification
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.projection.randomness import normals, words
@@ -225,3 +225,22 @@ def test_tie_weights_after_attaching():
     assert torch.equal(evaluate(model, "bert_mlm"), expected)
     output(model, batch("bert_mlm")).square().sum().backward()
     assert model.get_base_model().intrinsic.intrinsic_theta["default"].weight.grad.abs().min() > 0
+
+
+def test_a_new_head_on_transformers_ignore_list_is_recognized(tmp_path, monkeypatch):
+    """TRL's RewardTrainer puts the new head there, and transformers' report leaves it out."""
+    monkeypatch.setattr(BertForSequenceClassification, "_keys_to_ignore_on_load_missing", ["classifier"])
+    model = get_peft_model(headless(tmp_path / "base"), IntrinsicConfig(**TASK, init_weights=False)).eval()
+    assert model.peft_config["default"].redrawn == ["classifier.weight"]
+    model.save_pretrained(tmp_path / "adapter")
+    monkeypatch.setattr(BertForSequenceClassification, "_keys_to_ignore_on_load_missing", None)
+    loaded = PeftModel.from_pretrained(headless(tmp_path / "base", seed=2), tmp_path / "adapter").eval()
+    assert torch.equal(evaluate(loaded, "bert"), evaluate(model, "bert"))
+
+
+def test_a_loaded_head_on_transformers_ignore_list_keeps_its_values(tmp_path, monkeypatch):
+    build("bert").save_pretrained(tmp_path)
+    monkeypatch.setattr(BertForSequenceClassification, "_keys_to_ignore_on_load_missing", ["classifier"])
+    base = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(base.classifier.weight, build("bert").classifier.weight)
+    assert unchanged(base.eval(), "bert")

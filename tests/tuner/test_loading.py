@@ -81,6 +81,17 @@ def test_transformers_load_an_adapter(tmp_path):
     assert torch.equal(evaluate(model, "llama"), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["query"]}, {"target_modules": "all", "said": True}])
+def test_transformers_freezes_a_loaded_adapter_unless_it_is_to_be_trained(options, tmp_path):
+    trained("bert", **options).save_pretrained(tmp_path)
+    for is_trainable in (False, True):
+        model = build("bert")
+        model.load_adapter(str(tmp_path), is_trainable=is_trainable)
+        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert all("intrinsic_" in name for name in trainable)
+        assert bool(trainable) == is_trainable
+
+
 @adapter_calls
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_transformers_own_calls(tmp_path):

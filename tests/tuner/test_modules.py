@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from conftest import batch, build, evaluate, trained
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -15,6 +15,8 @@ from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.tuner.modules import IntrinsicEmbedding, IntrinsicLinear
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+pytestmark = pytest.mark.filterwarnings("ignore:Training updates the running statistics")
 
 
 class Recurrent(nn.Module):
@@ -298,3 +300,27 @@ def test_parameters_that_are_read_without_a_call(kind):
         torch.testing.assert_close(model(x), Model()(x))
     torch.testing.assert_close((merged := model.merge_and_unload())(x), found, **CLOSE)
     assert not any(torch.equal(p, q) for p, q in zip(merged.parameters(), Model().parameters(), strict=True))
+
+
+class Normalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.normalization, self.linear = nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.linear(self.normalization(x))
+
+
+def test_running_statistics_are_reported_and_come_back_with_modules_to_save(tmp_path):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)) * 3 + 1
+    with pytest.warns(UserWarning, match=r"running statistics of 1 modules \(normalization\).*modules_to_save"):
+        get_peft_model(Normalized(), IntrinsicConfig(d=2))
+    model = get_peft_model(Normalized(), IntrinsicConfig(d=2, modules_to_save=["normalization"])).train()
+    model(x)
+    model.save_pretrained(tmp_path)
+    expected = model.eval()(x)
+    assert not torch.allclose(expected, Normalized().eval()(x), atol=0.1)
+    assert torch.equal(PeftModel.from_pretrained(Normalized(), tmp_path).eval()(x), expected)
+    with model.disable_adapter():
+        assert torch.equal(model(x), Normalized().eval()(x))

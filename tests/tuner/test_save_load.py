@@ -226,7 +226,9 @@ def test_a_head_that_others_rely_on_is_not_drawn_again(tmp_path):
 
 def test_a_moved_head_cannot_be_saved_in_full_by_another():
     model = get_peft_model(build("bert"), IntrinsicConfig(d=40, task_type="SEQ_CLS", target_modules="all"))
-    with pytest.raises(ValueError, match=r"modules_to_save=.*classifier is already moved by another adapter"):
+    with pytest.raises(
+        ValueError, match=r"modules_to_save=.*another adapter already adapts classifier.bias, classifier.weight"
+    ):
         model.add_adapter(
             "full", IntrinsicConfig(d=40, task_type="SEQ_CLS", modules_to_save=["classifier"], target_modules="all")
         )
@@ -242,3 +244,59 @@ def test_options_of_a_saved_adapter_begin_another(tmp_path):
     model.get_base_model().intrinsic.intrinsic_theta["default"].weight.data.zero_()
     model.load_adapter(tmp_path / "best", "default", is_trainable=True)
     assert torch.equal(evaluate(model.eval(), "bert"), expected)
+
+
+def test_a_container_whose_inner_module_is_adapted_cannot_be_trained_in_full_by_another_adapter():
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=40))  # adapts bert.pooler.dense.bias in place
+    before = evaluate(model, "bert")
+    config = IntrinsicConfig(d=40, target_modules=["query"], head="keep", modules_to_save=["pooler"])
+    with pytest.raises(ValueError, match=r"modules_to_save=\['pooler'\].*already adapts bert.pooler.dense.bias"):
+        model.add_adapter("full", config)
+    assert torch.equal(evaluate(model, "bert"), before)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name 'intrinsic' should not be contained")  # PEFT's own hint
+@pytest.mark.parametrize("name", ["intrinsic", "intrinsic_theta", "base_model", "model", "weight"])
+def test_adapter_names_that_would_empty_other_files_raise(name):
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=40))
+    with pytest.raises(ValueError, match=rf"adapter_name='{name}' is a part of the keys"):
+        model.add_adapter(name, IntrinsicConfig(d=40, seed=1))
+    with pytest.raises(ValueError, match=rf"adapter_name='{name}' is a part of the keys"):
+        get_peft_model(build("bert"), IntrinsicConfig(d=40), adapter_name=name)
+
+
+def test_adapter_names_that_are_parts_of_a_fully_trained_module_raise_whichever_comes_first():
+    full = {"d": 40, "target_modules": ["query"], "head": "keep", "modules_to_save": ["classifier"]}
+    model = get_peft_model(build("bert"), IntrinsicConfig(**full))
+    with pytest.raises(ValueError, match="adapter_name='classifier'"):
+        model.add_adapter("classifier", IntrinsicConfig(d=40, head="keep", target_modules=["query"]))
+    model = get_peft_model(
+        build("bert"), IntrinsicConfig(d=40, head="keep", target_modules=["query"]), adapter_name="classifier"
+    )
+    with pytest.raises(ValueError, match="adapter_name='classifier'"):
+        model.add_adapter("second", IntrinsicConfig(**full))
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_saving_raises_instead_of_writing_what_loading_refuses(said, tmp_path):
+    model = trained("bert", said=said)
+    model.save_pretrained(tmp_path)
+    files = [tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"]
+    old = [path.read_bytes() for path in files]
+    vector = model.get_base_model().intrinsic
+    weight = (vector.intrinsic_lambda if said else vector.intrinsic_theta)["default"].weight
+    value = weight.detach().clone()
+    weight.data[-1] = float("nan")
+    with pytest.raises(ValueError, match=r"intrinsic_\w+ of adapter 'default' holds NaN"):
+        model.save_pretrained(tmp_path)
+    weight.data.copy_(value)
+    state = {name: p for name, p in model.state_dict().items() if "intrinsic_theta" not in name}
+    with pytest.raises(ValueError, match=r"holds \d+ of the d=200 parameters of adapter 'default'"):
+        model.save_pretrained(tmp_path, state_dict=state)
+    assert [path.read_bytes() for path in files] == old
+
+
+def test_processes_without_a_state_dict_save_nothing(tmp_path):
+    model = trained("bert")
+    model.save_pretrained(tmp_path, state_dict={}, is_main_process=False)
+    assert not list(tmp_path.iterdir())
