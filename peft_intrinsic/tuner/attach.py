@@ -127,6 +127,7 @@ def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig
         _name_the_rest(model, users, config)
     holder: Any = model.get_submodule(HOLDER)
     layers = _layers(model, holder, [module for held in users.values() for module, _ in held])
+    holder.choices.forget()
     merged: set[Any] = set()
     for name, held in users.items():
         for module, own in held:

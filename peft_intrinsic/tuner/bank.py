@@ -12,6 +12,7 @@ from peft import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .batch_first import text_modules
 from .batches import Route
 from .config import IntrinsicConfig
 from .files import checked_numbers
@@ -21,17 +22,20 @@ BASE = "__base__"
 """PEFT's name for no adapter at all."""
 
 
-def check_mixable(layers: Iterable[Any], adapters: set[str]) -> None:
-    """Refuse what cannot differ from sample to sample.
+def check_mixable(root: nn.Module, layers: Iterable[Any], adapters: set[str]) -> None:
+    """Check that everything that is adapted can differ from sample to sample.
 
     Args:
-        layers: the tuner layers of the model.
+        root: the base model.
+        layers: its tuner layers.
         adapters: names of those that samples may have.
 
     Raises:
-        ValueError: an adapter is merged, or moves parameters whose module has no batched form.
+        ValueError: an adapter is merged, or adapts modules that have no batched form or whose rows are not the samples.
     """
     stuck: list[str] = []
+    text = text_modules(root)
+    others: list[str] = []
     for layer in layers:
         if layer.merged:
             raise ValueError(
@@ -40,10 +44,17 @@ def check_mixable(layers: Iterable[Any], adapters: set[str]) -> None:
         moved = {offset.name for adapter in adapters for offset in layer.offsets.get(adapter, {}).values()}
         # Tables of relative positions are looked up once for all samples.
         stuck += sorted(name for name in moved if not layer.mixable or "relative" in name)
+        others += sorted(moved) if text is not None and layer.get_base_layer() not in text else []
     if stuck:
         raise ValueError(
             f"Samples of one batch cannot have different offsets for: {', '.join(stuck)}. Leave these out with "
             "exclude_modules, or run one batch per adapter."
+        )
+    if others:
+        raise ValueError(
+            f"{type(root).__name__} takes several kinds of input, and the rows of these modules need not be the "
+            f"samples (one sample may have several images): {', '.join(others)}. Leave them out with exclude_modules, "
+            "or run one batch per adapter."
         )
 
 
@@ -78,7 +89,7 @@ def chosen_by_name(tuner: Any, names: Sequence[str], batch: int) -> Iterator[Non
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(names)} and {batch} respectively. Name one per sample."
         )
-    check_mixable(tuner.tuner_layers(), set(names))
+    check_mixable(tuner.model, tuner.tuner_layers(), set(names))
     with ExitStack() as stack:
         for module in tuner.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save
@@ -138,7 +149,7 @@ class AdapterBank:
         _check_full(config, f"adapter {self.adapter!r}")
         self._vector: Any = model.base_model.vector
         self._config, self._layers = config, model.base_model.tuner_layers()
-        check_mixable(self._layers, {self.adapter})
+        check_mixable(model.get_base_model(), self._layers, {self.adapter})
         self.numbers = numbers.to(self._vector.numbers(self.adapter))
 
     @classmethod
@@ -177,7 +188,7 @@ class AdapterBank:
             )
         for name in self.model.active_adapters:
             _check_full(self.model.peft_config[name], f"the active adapter {name!r}")
-        check_mixable(self._layers, set())
+        check_mixable(self.model.get_base_model(), self._layers, set())
         chosen = torch.as_tensor(index, device=self.numbers.device)
         if chosen.dim() != 1 or (chosen < -1).any() or (chosen >= len(self.numbers)).any():
             raise IndexError(

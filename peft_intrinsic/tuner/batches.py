@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-SEQUENCE_FIRST = ("xlnet",)
-"""Architectures of transformers whose layers get the sequence as the first axis."""
+from .batch_first import batch_first
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class _Here(threading.local):
 
     routes: list[Route] | None = None
     rows: int | None = None
-    first = False
+    proving = False
 
 
 @torch.library.custom_op("peft_intrinsic::confirmed", mutates_args=())
@@ -86,6 +84,7 @@ class Choices:
         self._threads: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._here = _Here()
+        self._first: dict[str, bool] | None = None  # whether the module of a parameter gets the samples first
 
     def __reduce__(self) -> tuple[type[Choices], tuple[()]]:
         return Choices, ()
@@ -118,6 +117,8 @@ class Choices:
         """
         if not self.open:
             return None
+        if self._here.proving:
+            return []
         if torch.compiler.is_compiling() and not self.crowded:  # a compiler cannot follow a context variable
             if self._here.routes is None:
                 raise RuntimeError(_ELSEWHERE)
@@ -128,18 +129,26 @@ class Choices:
         return found
 
     def enter(self, root: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before a forward pass of `root`: how many rows its batch has, whether layers get them first for certain."""
-        if not self.open:
+        """Before a forward pass of `root`: how many rows its batch has, and once, which modules get them first."""
+        if not self.open or self._here.proving:
             return
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
         tensors = [value for value in tensors if value.dim() > 1] or tensors  # rather than positions, `[tokens]`
-        kind = getattr(getattr(root, "config", None), "model_type", None)
         self._here.rows = len(tensors[0]) if tensors else None
-        self._here.first = isinstance(root, PreTrainedModel) and kind not in SEQUENCE_FIRST
+        if self._first is None and tensors and not torch.compiler.is_compiling():
+            self._here.proving = True
+            try:
+                self._first = batch_first(root, len(tensors[0]), args, kwargs)
+            finally:
+                self._here.proving = False
 
     def leave(self) -> None:
         """After that forward pass."""
-        self._here.rows, self._here.first = None, False
+        self._here.rows = None
+
+    def forget(self) -> None:
+        """Other parameters are adapted now."""
+        self._first = None
 
     def match(
         self, name: str, theta: torch.Tensor, x: torch.Tensor, features: int = 1
@@ -161,18 +170,20 @@ class Choices:
         if theta.dim() == 1:
             return theta, x
         count = len(theta)
-        rows, first = self._here.rows or count, self._here.first
+        rows = self._here.rows or count
+        first = (self._first or {}).get(name)
         others = x.shape[1 : x.dim() - features]
-        if x.dim() > 1 and len(x) == 1:
+        if x.dim() > 1 and len(x) == 1 and first is not False:
             return theta, x.expand(count, *x.shape[1:])
         repeats = rows // count
-        known = x.dim() > 1 and len(x) == rows == repeats * count and (first or (repeats == 1 and rows not in others))
-        if not known:
+        if first is None:  # compiled, or called outside the root's forward pass: shapes that can mean nothing else
+            first = repeats == 1 and rows not in others and (len(others) > 0 or torch.compiler.is_compiling())
+        if not (first and x.dim() > 1 and len(x) == rows == repeats * count):
             raise ValueError(
                 f"Adapters were chosen for {count} samples, but the layer of {name} got an input of shape "
                 f"{tuple(x.shape)} in a batch of {rows}, which does not show that its first axis is the batch. Choose "
-                "one adapter per sample, pass batches whose size differs from the length of the sequences, or leave "
-                f"the layer out: exclude_modules=['{name.rpartition('.')[0]}']."
+                "one adapter per sample, run the whole model uncompiled once, or leave the layer out: "
+                f"exclude_modules=['{name.rpartition('.')[0]}']."
             )
         return theta.repeat_interleave(repeats, 0), x
 

@@ -10,6 +10,24 @@ import torch
 from conftest import batch, build, evaluate, output, trained
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForMultipleChoice,
+    CLIPVisionConfig,
+    DebertaV2Config,
+    DebertaV2Model,
+    FSMTConfig,
+    FSMTModel,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LongformerConfig,
+    LongformerModel,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig
 
@@ -253,10 +271,10 @@ class Positions(nn.Module):
 
 @pytest.mark.parametrize("tokens", [3, 4, 8])
 @pytest.mark.parametrize("first", [True, False])
-def test_what_is_not_batch_first_is_refused(tokens, first):
+def test_modules_give_samples_their_own_adapters_where_they_are_batch_first_and_raise_elsewhere(tokens, first):
     """Also where a length happens to equal the size of the batch, or is a multiple of it."""
     index = torch.randint(20, (4, tokens), generator=torch.Generator().manual_seed(0))
-    for targets, sound in ((["wpe"], False), (["out"], first and tokens != 4), (["wte"], tokens != 4)):
+    for targets, sound in ((["wpe"], False), (["out"], first), (["wte"], True)):
         model = get_peft_model(Positions(first), IntrinsicConfig(d=20, target_modules=targets)).eval()
         bank = AdapterBank(model, torch.randn(3, 20, generator=torch.Generator().manual_seed(1)) / 500)
         with torch.no_grad(), bank.select([2, 0, -1, 1]):
@@ -291,3 +309,104 @@ def test_a_weight_that_others_read_cannot_differ():
     bank = AdapterBank(model, torch.ones(3, 20))
     with torch.no_grad(), bank.select([0, 1]), pytest.raises(ValueError, match=r"wte.weight is read by another module"):
         model(torch.zeros(2, 7, dtype=torch.long))
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SEQ2SEQ = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+SEQ2SEQ |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+LAYOUTS = {  # whether all linear layers get the samples first
+    "FSMT": (False, lambda: FSMTModel(FSMTConfig(langs=["en", "de"], src_vocab_size=60, tgt_vocab_size=60, **SEQ2SEQ))),
+    "Longformer": (
+        False,
+        lambda: LongformerModel(
+            LongformerConfig(vocab_size=60, attention_window=2, max_position_embeddings=32, **SMALL)
+        ),
+    ),
+    "XLNet": (False, lambda: XLNetModel(XLNetConfig(vocab_size=60, d_model=32, n_layer=2, n_head=2, d_inner=64))),
+    "BART": (True, lambda: BartModel(BartConfig(vocab_size=60, max_position_embeddings=32, **SEQ2SEQ))),
+    "DeBERTa": (True, lambda: DebertaV2Model(DebertaV2Config(vocab_size=60, **SMALL))),
+    "multiple choice": (False, lambda: BertForMultipleChoice(BertConfig(vocab_size=60, **SMALL))),
+}
+
+
+@pytest.mark.parametrize("tokens", [4, 6])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_sample_gets_its_own_adapter_or_the_layer_is_named_in_models_of_any_layout(layout, tokens):
+    first, make = LAYOUTS[layout]
+    torch.manual_seed(0)
+    base = make()
+    ids = torch.randint(3, 60, (4, tokens), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids[:, None].repeat(1, 2, 1) if layout == "multiple choice" else ids}
+    if base.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids.flip(1)
+    config = IntrinsicConfig(d=40, target_modules="all-linear", init_weights=False)
+    model = get_peft_model(base, config).eval()
+    model.add_adapter("b", IntrinsicConfig(d=40, target_modules="all-linear", init_weights=False))
+    names = ["default", "b", "b", "default"]
+    with torch.no_grad():
+        if not first:
+            with pytest.raises(
+                ValueError, match=r"Adapters were chosen for 4 samples, but the layer of .*exclude_modules"
+            ):
+                model(**inputs, adapter_names=names)
+            return
+        mixed, alone = model(**inputs, adapter_names=names)[0], {}
+        for name in set(names):
+            model.set_adapter(name)
+            alone[name] = model(**inputs)[0]
+    assert not torch.allclose(alone["default"], alone["b"], atol=1e-2)
+    torch.testing.assert_close(mixed, torch.stack([alone[name][i] for i, name in enumerate(names)]), **CLOSE)
+
+
+class Experts(nn.Module):
+    """Hands each expert the tokens that a router chose, which can be as many as there are samples."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.expert = nn.Embedding(20, 8), nn.Linear(8, 8)
+
+    def forward(self, index):
+        x = self.embedding(index)
+        return x.masked_scatter((index < 10)[..., None], self.expert(x[index < 10]))
+
+
+def test_a_subset_of_the_tokens_is_not_taken_for_the_samples():
+    model = get_peft_model(Experts(), IntrinsicConfig(d=20, target_modules=["expert"])).eval()
+    bank = AdapterBank(model, torch.randn(3, 20, generator=torch.Generator().manual_seed(1)) / 500)
+    index = torch.tensor([[1, 2, 15], [11, 3, 12], [17, 18, 4], [14, 13, 16]])  # four chosen tokens in four samples
+    with torch.no_grad(), bank.select([2, 0, -1, 1]), pytest.raises(ValueError, match="layer of expert"):
+        model(index)
+
+
+def llava():
+    vision, text = CLIPVisionConfig(**SMALL, image_size=8, patch_size=4), LlamaConfig(**SMALL, vocab_size=60)
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=59, vision_feature_layer=-1)
+    )
+
+
+def test_images_are_not_samples_and_the_text_part_can_be_mixed():
+    ids = torch.randint(3, 50, (2, 14), generator=torch.Generator().manual_seed(1))
+    ids[0, 1:5] = ids[0, 6:10] = 59  # two images of four patches, both in the first sample
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    options = {"d": 40, "init_weights": False}
+    for targets, named in (
+        (["q_proj", "v_proj"], "vision_tower.encoder"),
+        (["linear_1"], "multi_modal_projector.linear_1"),
+    ):
+        model = get_peft_model(llava(), IntrinsicConfig(target_modules=targets, **options)).eval()
+        with pytest.raises(ValueError, match=f"LlavaForConditionalGeneration takes several kinds of input.*{named}"):
+            model(input_ids=ids, pixel_values=images, adapter_names=["default", "__base__"])
+        with pytest.raises(ValueError, match=named):
+            AdapterBank(model, torch.zeros(1, 40))
+    config = {"target_modules": r".*language_model.*(q_proj|v_proj)|lm_head", **options}
+    model = get_peft_model(llava(), IntrinsicConfig(**config)).eval()
+    model.add_adapter("b", IntrinsicConfig(**config))
+    with torch.no_grad():
+        mixed, alone = model(input_ids=ids, pixel_values=images, adapter_names=["b", "default"]).logits, []
+        for i, name in enumerate(["b", "default"]):
+            model.set_adapter(name)
+            alone.append(model(input_ids=ids, pixel_values=images).logits[i])
+    torch.testing.assert_close(mixed, torch.stack(alone), **CLOSE)
