@@ -7,17 +7,18 @@ for an adapter stands in `IntrinsicConfig.redrawn`.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
-from contextvars import ContextVar
-from itertools import chain
-from typing import Any
 
 import torch
 from peft.utils import TaskType
 from torch import nn
-from transformers import PreTrainedModel
+
+from peft_intrinsic_autoload.loading import FRESH as _FRESH
+from peft_intrinsic_autoload.loading import LOADED as _LOADED
+from peft_intrinsic_autoload.loading import LOADING as _LOADING
+from peft_intrinsic_autoload.loading import mark
+from peft_intrinsic_autoload.loading import sample as _sample
 
 from ..projection.randomness import normals, words
 from .config import IntrinsicConfig
@@ -33,19 +34,6 @@ HEAD_NAMES: dict[str, tuple[str, ...]] = {
 }
 """What task heads are called in transformers models."""
 
-_FRESH = "_intrinsic_fresh"
-"""Attribute of a loaded model: a sample of every parameter that its checkpoint did not bring, by name."""
-
-_LOADED = "_intrinsic_loaded"
-"""Attribute of the head's modules in a loaded model: the shapes of their parameters."""
-
-_MISSING = "_intrinsic_missing"
-"""Attribute of a model that is being loaded: names of what its checkpoint files lack."""
-
-_SAMPLE = 2**16
-
-_LOADING: ContextVar[bool] = ContextVar("loading", default=False)
-
 Place = tuple[nn.Module, str]
 """Where a parameter of the base model is: its module and its name there."""
 
@@ -53,59 +41,6 @@ Note = dict[str, torch.Tensor]
 
 Drawn = tuple[Place, torch.Tensor, Note, str]
 """A parameter that was drawn again, its value before, the note of it and its name in that note."""
-
-
-def watch_loading() -> None:
-    """Let `PreTrainedModel.from_pretrained` note on the model what it reports as missing from the checkpoint.
-
-    The report is a return value (`output_loading_info=True`) that few callers ask for, and it cannot be had later. It
-    leaves out what is on the model's ignore list, where TRL puts new heads, so the list of before is taken.
-    """
-    original = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
-    if getattr(original, "watched", False):
-        return
-
-    @functools.wraps(original)
-    def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        token = _LOADING.set(True)
-        try:
-            model, info = original(cls, *args, output_loading_info=True, **kwargs)
-        finally:
-            _LOADING.reset(token)
-        absent = model.__dict__.pop(_MISSING, info["missing_keys"])
-        if not hasattr(model, "peft_config"):  # else the report is of the adapter that was loaded too
-            missing = {*absent, *(key[0] for key in info["mismatched_keys"])}
-            note = {name: _sample(p) for name, p in model.named_parameters() if name in missing}
-            model.__dict__.setdefault(_FRESH, note)
-            _mark(model)
-        return (model, info) if output_loading_info else model
-
-    from_pretrained.watched = True  # type: ignore[attr-defined]
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
-    if (shorten := getattr(PreTrainedModel, "_adjust_missing_and_unexpected_keys", None)) is None:
-        return  # transformers may rename it; then the report has to do
-
-    @functools.wraps(shorten)
-    def note_missing(model: Any, loading_info: Any) -> None:
-        if _LOADING.get():
-            model.__dict__[_MISSING] = set(loading_info.missing_keys)
-        shorten(model, loading_info)
-
-    PreTrainedModel._adjust_missing_and_unexpected_keys = note_missing  # type: ignore[assignment]
-
-
-def _mark(model: nn.Module) -> None:
-    for name, place in base_places(model).items():
-        if name.partition(".")[0] in chain(*HEAD_NAMES.values()):
-            place[0].__dict__.setdefault(_LOADED, {})[place[1]] = _parameter(place).shape
-
-
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    """Enough of a parameter to tell whether it was changed. A copy, on the CPU; empty where it has no values yet."""
-    if parameter.is_meta:
-        return torch.empty(0)
-    flat = parameter.detach().reshape(-1)
-    return flat[:: -(-flat.numel() // _SAMPLE) or 1].to("cpu", copy=True)
 
 
 def _fresh(model: nn.Module, places: Mapping[str, Place]) -> dict[str, tuple[Note, str]]:
@@ -312,4 +247,4 @@ def settle(model: nn.Module) -> None:
     for module in model.modules():
         if module is model or _FRESH in module.__dict__:
             module.__dict__[_FRESH] = {}
-    _mark(model)
+    mark(base_modules(model))

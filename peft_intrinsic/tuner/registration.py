@@ -8,9 +8,11 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method, save_and_load
 from peft.utils.peft_types import PeftType
+from transformers import PreTrainedModel
+
+from peft_intrinsic_autoload.loading import watch
 
 from .config import IntrinsicConfig
-from .head import watch_loading
 from .model import IntrinsicModel
 from .targets import HOLDER
 
@@ -80,4 +82,4 @@ def register() -> None:
     """
     register_method("INTRINSIC", IntrinsicConfig, IntrinsicModel)
     _know_the_holder()
-    watch_loading()
+    watch(PreTrainedModel)

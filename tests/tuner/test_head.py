@@ -193,7 +193,8 @@ def test_what_is_constant_is_not_drawn_again():
     ]
 
 
-def test_a_model_loaded_before_the_import_is_refused(tmp_path):
+def test_a_model_loaded_before_the_import_is_refused_without_autoload(tmp_path, monkeypatch):
+    monkeypatch.setenv("PEFT_INTRINSIC_AUTOLOAD", "0")
     headless(tmp_path / "encoder")
     code = f"""
 import torch

@@ -60,15 +60,6 @@ def test_targeted_input_embeddings_of_a_decoder_are_not_saved(tmp_path):
     ]
 
 
-def test_card_says_how_to_load(tmp_path):
-    model = trained("bert")
-    for _ in range(2):
-        model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert card.count("pip install peft_intrinsic") == 1
-    assert "import peft_intrinsic" in card
-
-
 PROCESS = """
 import sys, torch
 sys.path.insert(0, {tests!r})
@@ -165,13 +156,6 @@ def test_golden_configuration_and_file(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["manifest"].startswith("d81582ccb7d02350:")
     assert config["algorithm_version"] == 1
-
-
-def test_without_the_import_peft_names_the_type(tmp_path):
-    trained("bert").save_pretrained(tmp_path)
-    code = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-    assert "KeyError: 'INTRINSIC'" in done.stderr
 
 
 def headless(folder: Path, seed: int = 1) -> torch.nn.Module:

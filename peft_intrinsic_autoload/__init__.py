@@ -1,0 +1,118 @@
+"""Registers `peft_intrinsic` with PEFT in programs that never import it.
+
+torch calls `start` at `import torch` (entry point `torch.backends`). It imports nothing. It waits for two modules:
+`peft.mapping`, whose table of configurations then resolves our methods on their first use, and
+`transformers.modeling_utils`, whose models then note which parameters their checkpoint lacked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+METHODS = ("INTRINSIC", "SUPERMASK")
+"""The values of `peft_type` that `peft_intrinsic` registers."""
+
+
+class Configurations(dict):
+    """PEFT's table of configuration classes, which imports `peft_intrinsic` when one of its methods is looked up."""
+
+    def __missing__(self, key: Any) -> Any:
+        if key in METHODS:
+            _register(key)
+            if key in self:  # not while `peft_intrinsic` itself is being imported
+                return self[key]
+        raise KeyError(key)
+
+
+def _register(method: str) -> None:
+    try:
+        import peft_intrinsic  # noqa: F401
+    except Exception as error:
+        raise ImportError(
+            f"peft_type={method!r} is a method of peft_intrinsic, which is installed but cannot be imported: {error}"
+        ) from error
+
+
+def _resolve_methods(mapping: Any) -> None:
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING = Configurations(mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
+
+    def missing(cls: Any, value: object) -> Any:
+        if value not in METHODS:
+            return None
+        _register(str(value))
+        return cls.__members__.get(value)
+
+    mapping.PeftType._missing_ = classmethod(missing)
+
+
+def _watch_loading(modeling: ModuleType) -> None:
+    from .loading import watch
+
+    watch(modeling.PreTrainedModel)
+
+
+class Finder:
+    """Calls a function with each of some modules as soon as it has been imported."""
+
+    def __init__(self, actions: dict[str, Callable[[Any], None]]) -> None:
+        self._actions = actions
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """As import calls it. It also sees to modules whose import had begun when `start` ran and has ended since."""
+        for waiting in list(self._actions):
+            module = sys.modules.get(waiting)
+            if module is not None and not getattr(module.__spec__, "_initializing", False):
+                self._act(waiting, module)
+        if name not in self._actions:
+            return None
+        others = (finder.find_spec(name, path, target) for finder in list(sys.meta_path) if finder is not self)
+        spec = next(filter(None, others), None)
+        if spec is not None:
+            try:
+                self._extend(spec.loader, name)
+            except Exception as error:  # a loader of another kind
+                _report(error)
+        return spec
+
+    def _extend(self, loader: Any, name: str) -> None:
+        run = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            self._act(name, module)
+
+        loader.exec_module = exec_module
+
+    def _act(self, name: str, module: ModuleType) -> None:
+        action = self._actions.pop(name, None)
+        try:
+            if action is not None:
+                action(module)
+        except Exception as error:
+            _report(error)
+
+
+def _report(error: Exception) -> None:
+    import logging
+
+    logging.getLogger(__name__).warning(
+        "peft_intrinsic did not register itself with PEFT (%r). Import it before you load its adapters.", error
+    )
+
+
+def start() -> None:
+    """Wait for PEFT and transformers. `PEFT_INTRINSIC_AUTOLOAD=0` leaves it out; again is harmless."""
+    try:
+        if os.environ.get("PEFT_INTRINSIC_AUTOLOAD") == "0" or any(isinstance(each, Finder) for each in sys.meta_path):
+            return
+        actions: dict[str, Callable[[Any], None]] = {"transformers.modeling_utils": _watch_loading}
+        if "peft.mapping" not in sys.modules:  # else PEFT's modules hold its table, and an import has to fill it
+            actions["peft.mapping"] = _resolve_methods
+        sys.meta_path.insert(0, Finder(actions))
+    except Exception as error:  # `import torch` must not fail
+        _report(error)

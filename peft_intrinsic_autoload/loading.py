@@ -1,0 +1,97 @@
+"""What `PreTrainedModel.from_pretrained` reports as missing from a checkpoint, noted on the model.
+
+It imports neither PEFT nor `peft_intrinsic`: the base model of an adapter is often loaded before either is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+FRESH = "_intrinsic_fresh"
+"""Attribute of a loaded model: a sample of every parameter that its checkpoint did not bring, by name."""
+
+LOADED = "_intrinsic_loaded"
+"""Attribute of the head's modules in a loaded model: the shapes of their parameters."""
+
+_MISSING = "_intrinsic_missing"
+"""Attribute of a model that is being loaded: names of what its checkpoint files lack."""
+
+LOADING: ContextVar[bool] = ContextVar("loading", default=False)
+
+HEADS = ("classifier", "score", "qa_outputs")
+"""What task heads are called in transformers models."""
+
+_SAMPLE = 2**16
+
+
+def watch(models: Any) -> None:
+    """Let `from_pretrained` of transformers' `PreTrainedModel` note on the model what it reports as missing.
+
+    The report is a return value (`output_loading_info=True`) that few callers ask for, and it cannot be had later. It
+    leaves out what is on the model's ignore list, where TRL puts new heads, so the list before that step is noted too.
+    Again is harmless.
+    """
+    original = models.from_pretrained.__func__
+    if getattr(original, "watched", False):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        token = LOADING.set(True)
+        try:
+            result = original(cls, *args, output_loading_info=True, **kwargs)
+        finally:
+            LOADING.reset(token)
+        if not isinstance(result, tuple):  # of a library that has replaced transformers' method
+            return result
+        model, info = result
+        try:
+            _note(model, info)
+        except Exception as error:  # the program may never use an adapter of ours
+            logging.getLogger(__name__).warning("What the checkpoint of %s lacks is not known: %r", cls.__name__, error)
+        return (model, info) if output_loading_info else model
+
+    from_pretrained.watched = True  # type: ignore[attr-defined]
+    models.from_pretrained = classmethod(from_pretrained)
+    if (shorten := getattr(models, "_adjust_missing_and_unexpected_keys", None)) is None:
+        return  # transformers may rename it; then the report has to do
+
+    @functools.wraps(shorten)
+    def note_missing(model: Any, loading_info: Any) -> None:
+        if LOADING.get():
+            model.__dict__[_MISSING] = set(loading_info.missing_keys)
+        shorten(model, loading_info)
+
+    models._adjust_missing_and_unexpected_keys = note_missing
+
+
+def _note(model: nn.Module, info: Mapping[str, Any]) -> None:
+    reported = info["missing_keys"]
+    absent = model.__dict__.pop(_MISSING, reported)
+    if hasattr(model, "peft_config"):  # the report is of the adapter that was loaded too
+        return
+    missing = {*absent, *(key[0] for key in info["mismatched_keys"])}
+    model.__dict__.setdefault(FRESH, {name: sample(p) for name, p in model.named_parameters() if name in missing})
+    mark(model.named_modules())
+
+
+def mark(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Note the shapes of the task head's parameters, by which a head that is put there later is recognized."""
+    for name, module in modules:
+        if name.partition(".")[0] in HEADS:
+            module.__dict__[LOADED] = {own: p.shape for own, p in module._parameters.items() if p is not None}
+
+
+def sample(parameter: torch.Tensor) -> torch.Tensor:
+    """Enough of a parameter to tell whether it was changed. A copy, on the CPU; empty where it has no values yet."""
+    if parameter.is_meta:
+        return torch.empty(0)
+    flat = parameter.detach().reshape(-1)
+    return flat[:: -(-flat.numel() // _SAMPLE) or 1].to("cpu", copy=True)
