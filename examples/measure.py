@@ -2,7 +2,7 @@
 
     python examples/measure.py [--ray] [--out runs/digits]
 
-Needs `pip install 'peft_intrinsic[measure]'`; --ray, which runs trials side by side, needs `peft_intrinsic[ray]`.
+Needs the extra `measure` (in the clone: `pip install '.[measure]'`). --ray runs trials side by side and needs `ray`.
 Stop it and start it again: it goes on where it was. The report and the plot are in the folder.
 """
 

@@ -215,7 +215,9 @@ def _extras() -> Any:
         import peft_intrinsic.measure.command
         import peft_intrinsic.measure.report
     except ImportError as error:
-        raise RuntimeError(f"{error}. pip install 'peft_intrinsic[measure]'") from None
+        from peft_intrinsic.version import pip_install
+
+        raise RuntimeError(f"{error}. {pip_install('[measure]')}") from None
     return peft_intrinsic.measure
 
 

@@ -152,7 +152,9 @@ def _later(package: str, name: str) -> Callable[[argparse.Namespace], None]:
         try:
             module = import_module(f"peft_intrinsic.{package}.command")
         except ImportError as error:
-            raise RuntimeError(f"{error}. pip install 'peft_intrinsic[codec,measure]'") from None
+            from peft_intrinsic.version import pip_install
+
+            raise RuntimeError(f"{error}. {pip_install('[codec,measure]')}") from None
         getattr(module, name)(args)
 
     return run

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from ..version import pip_install
 from .versions import versions
 
 Trial = tuple[int | None, int, float | None]
@@ -61,7 +62,7 @@ class RayEngine:
         cpus, gpus: of each trial; shares of a GPU are allowed.
 
     Raises:
-        ImportError: Ray is missing; `pip install peft_intrinsic[ray]`.
+        ImportError: Ray is missing, which the extra `ray` installs.
         ValueError: the cluster has no room for a single trial.
     """
 
@@ -69,7 +70,7 @@ class RayEngine:
         try:
             import ray
         except ImportError as error:
-            raise ImportError(f"{error}. pip install 'peft_intrinsic[ray]'") from None
+            raise ImportError(f"{error}. {pip_install('[ray]')}") from None
 
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)

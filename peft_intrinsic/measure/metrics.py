@@ -14,6 +14,8 @@ import numpy as np
 from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from ..version import pip_install
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -97,7 +99,7 @@ def _load(name: str) -> Any:
     try:
         import evaluate
     except ImportError as error:
-        raise ImportError(f"{unknown}, but {error}: pip install 'peft_intrinsic[measure]'.") from error
+        raise ImportError(f"{unknown}, but {error}: {pip_install('[measure]')}") from error
     try:
         return evaluate.load(parts(name)[0], module_type="metric", keep_in_memory=True)
     except FileNotFoundError as error:

@@ -133,7 +133,7 @@ def plot(result: Result, folder: Path, name: str) -> None:
     at the right and their range as a band; d90 by either definition is a mark on its target, with its interval.
 
     Raises:
-        ImportError: matplotlib is missing; `pip install peft_intrinsic[plot]`.
+        ImportError: matplotlib is missing, which the extra `plot` installs.
     """
     from matplotlib.figure import Figure
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from ..version import __version__
+from ..card import add_sections
+from ..version import __version__, pip_install
 
 
 @dataclass
@@ -104,7 +107,7 @@ class SupermaskConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         if find_spec("constriction") is None:  # now, not when hours of training are to be saved
-            raise ImportError("A mask is saved entropy-coded. pip install 'peft_intrinsic[codec]'")
+            raise ImportError(f"A mask is saved entropy-coded. {pip_install('[codec]')}")
         # Present and empty, it keeps PEFT from writing targeted output layers into the adapter file.
         self.trainable_token_indices: dict[str, Any] = {}
         self.target_parameters = None
@@ -113,3 +116,8 @@ class SupermaskConfig(PeftConfig):
     def full_modules(self) -> list[str] | None:
         """`modules_to_save`, under the name that the other tuner's targeting knows."""
         return self.modules_to_save
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and say in a model card how to load the adapter."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        add_sections(Path(save_directory))

@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from ..projection import ALGORITHM_VERSION, PROJECTIONS
-from ..version import __version__
+from ..version import __version__, pip_install
 from .targets import KEYWORDS
 
 
@@ -62,7 +62,7 @@ def check(config: Any) -> None:
     if config.algorithm_version > ALGORITHM_VERSION:
         raise ValueError(
             f"This adapter has algorithm_version={config.algorithm_version}; peft_intrinsic {__version__} knows "
-            f"versions up to {ALGORITHM_VERSION}. Upgrade: pip install -U peft_intrinsic."
+            f"versions up to {ALGORITHM_VERSION}. Upgrade: {pip_install()}"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.utils import PeftType, TaskType
 
+from ..card import add_sections
 from ..projection import ALGORITHM_VERSION
 from ..version import __version__
 from .checks import check
@@ -45,23 +46,6 @@ class NoModules(list):
 
     def __reduce__(self) -> tuple[type[NoModules], tuple[()]]:
         return NoModules, ()
-
-
-CARD_HEADING = "## How to load this adapter"
-CARD_NOTE = f"""
-{CARD_HEADING}
-
-It needs the package `peft_intrinsic` (`pip install peft_intrinsic`), imported before PEFT loads the adapter:
-
-```python
-import peft_intrinsic
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
-```
-
-Without the import PEFT raises `KeyError: 'INTRINSIC'`.
-"""
 
 
 @dataclass
@@ -250,6 +234,4 @@ class IntrinsicConfig(PeftConfig):
             super().save_pretrained(str(save_directory), **kwargs)
         finally:
             self.subspace = place
-        card = Path(save_directory, "README.md")
-        if card.is_file() and CARD_HEADING not in (text := card.read_text(encoding="utf-8")):
-            card.write_text(text + CARD_NOTE, encoding="utf-8")
+        add_sections(Path(save_directory))

@@ -16,6 +16,7 @@ from peft_intrinsic.bounds import Certificate
 from peft_intrinsic.bounds.certify import message_bits
 from peft_intrinsic.bounds.texts import PackedTexts
 from peft_intrinsic.codec import read_packed
+from peft_intrinsic.version import pip_install
 from peft_intrinsic_command import main
 
 
@@ -184,4 +185,4 @@ def test_a_missing_package_is_named_with_its_extra(folder, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft_intrinsic.bounds.command", None)
     with pytest.raises(SystemExit, match="2"):
         certify("--adapter", "adapter")
-    assert "pip install 'peft_intrinsic[codec,measure]'" in capsys.readouterr().err
+    assert pip_install("[codec,measure]") in capsys.readouterr().err

@@ -23,6 +23,7 @@ from peft_intrinsic.measure.options import TextOptions, settings
 from peft_intrinsic.measure.study import _gap
 from peft_intrinsic.measure.tasks import IGNORED, Task, files
 from peft_intrinsic.measure.text import TextFit, TokenFit
+from peft_intrinsic.version import pip_install
 from peft_intrinsic_command import main
 
 MODULE = """
@@ -192,7 +193,7 @@ def test_a_name_that_nobody_knows(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
     with pytest.raises(SystemExit):
         main(command(data, "no-model", tmp_path / "run", "--metric", "neither"))
-    assert "None in sys.modules: pip install 'peft_intrinsic[measure]'" in capsys.readouterr().err
+    assert f"None in sys.modules: {pip_install('[measure]')}" in capsys.readouterr().err
 
 
 def test_a_name_on_the_hub(tmp_path, monkeypatch):

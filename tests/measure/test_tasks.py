@@ -17,6 +17,7 @@ from peft_intrinsic.measure.launch import LaunchedFit
 from peft_intrinsic.measure.options import TextOptions, settings
 from peft_intrinsic.measure.tasks import files, load_task
 from peft_intrinsic.measure.text import check
+from peft_intrinsic.version import pip_install
 from peft_intrinsic_command import main
 
 
@@ -95,7 +96,7 @@ def test_bad_arguments(yaml, message, data, tmp_path, capsys):
         (["--method", "bitfit"], "method='bitfit' (--method) is unknown. Known are did, said"),
         (["--max-length", "4000"], "max_length (--max-length) = 4000: base has "),
         (["--dims", "8,1000000,3"], "weights, fewer than 1000000"),
-        (["--engine", "ray"], "pip install 'peft_intrinsic[ray]'"),
+        (["--engine", "ray"], pip_install("[ray]")),
     ],
 )
 def test_bad_options(options, message, data, tmp_path, capsys, monkeypatch):

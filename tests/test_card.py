@@ -1,0 +1,100 @@
+"""The section of model cards that says how to load an adapter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from conftest import build, trained
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from peft_intrinsic import IntrinsicConfig, SupermaskConfig
+from peft_intrinsic.card import HEADING
+from peft_intrinsic.version import REPOSITORY
+
+
+def headings(folder: Path) -> list[str]:
+    lines = (folder / "README.md").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.startswith("## ")]
+
+
+def test_section_is_the_first_of_the_card_and_points_to_the_repository(tmp_path):
+    model = trained("bert")
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    assert headings(tmp_path)[0] == HEADING
+    assert headings(tmp_path).count(HEADING) == 1
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f'pip install -U "peft_intrinsic @ git+{REPOSITORY}"' in card
+    assert "pip install peft_intrinsic" not in card  # the name is free on the package index
+
+
+def test_section_names_what_a_supermask_needs(tmp_path):
+    get_peft_model(build("bert"), SupermaskConfig()).save_pretrained(tmp_path)
+    assert headings(tmp_path)[0] == HEADING
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"peft_intrinsic[codec] @ git+{REPOSITORY}" in card
+    assert "KeyError: 'SUPERMASK'" in card
+
+
+def test_adapters_of_any_name_have_the_section_in_the_card_of_the_model(tmp_path):
+    get_peft_model(build("bert"), IntrinsicConfig(), adapter_name="mine").save_pretrained(tmp_path)
+    assert headings(tmp_path)[0] == HEADING
+
+
+def test_metadata_and_text_of_a_card_are_preserved(tmp_path):
+    top = "---\ntags:\n- '## no heading'\n---\n\n# Title\n\nA sentence.\n"
+    (tmp_path / "README.md").write_text(f"{top}\n## Data\n\nFilms.\n", encoding="utf-8")
+    IntrinsicConfig().save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith(f"{top}\n{HEADING}\n")
+    assert card.endswith("\n\n## Data\n\nFilms.\n")
+
+
+def test_cards_of_other_folders_are_left_alone(tmp_path):
+    (tmp_path / "README.md").write_text("# A project\n")
+    (tmp_path / "adapters").mkdir()
+    IntrinsicConfig().save_pretrained(tmp_path / "adapters/first")
+    assert (tmp_path / "README.md").read_text() == "# A project\n"
+    assert not (tmp_path / "adapters/first/README.md").exists()
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_cards_that_trainer_writes_have_the_section(native, tmp_path):
+    model = trained("bert", task_type="SEQ_CLS")
+    if native:
+        model.save_pretrained(tmp_path / "adapter")
+        model = build("bert")
+        model.load_adapter(str(tmp_path / "adapter"))
+    arguments = TrainingArguments(str(tmp_path / "out"), report_to="none", use_cpu=True)
+    trainer = Trainer(model=model, args=arguments)
+    trainer.save_model()
+    trainer.create_model_card(model_name="classifier")
+    assert headings(tmp_path / "out")[0] == HEADING
+    assert "# classifier" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+
+
+def test_cards_that_sentence_transformers_writes_have_the_section(tmp_path, monkeypatch):
+    """A stand-in with its order of calls; `tests/programs.py` runs the library itself."""
+
+    class BaseModel:
+        model_card_data = SimpleNamespace(save_dir=None)
+
+        def save(self, path):
+            IntrinsicConfig().save_pretrained(path)
+            self._create_model_card(path)
+
+        def _create_model_card(self, path, model_name=None):
+            self.model_card_data.save_dir = path
+            Path(path, "README.md").write_text("# Sentence Transformer model\n\n## Model Details\n")
+
+    library = ModuleType("sentence_transformers.base.model")
+    library.BaseModel = BaseModel
+    monkeypatch.setitem(sys.modules, library.__name__, library)
+    for _ in range(2):
+        BaseModel().save(str(tmp_path))
+        assert headings(tmp_path) == [HEADING, "## Model Details"]
