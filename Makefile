@@ -1,5 +1,6 @@
 # make test: environment, linter, type checker, tests.   make demo: environment, demo.   make lock: renew requirements/.
 # make test-oldest, make test-newest: the tests with the oldest versions that pyproject.toml admits, with the newest there are.
+# make test-programs: an installed wheel, and programs that load an adapter without importing the package.
 VERSIONS ?= tested
 VENV ?= .venv$(patsubst %,-%,$(filter-out tested,$(VERSIONS)))
 PYTHON ?= python3
@@ -8,7 +9,7 @@ COMMA := ,
 PINS := requirements/$(VERSIONS).txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS)
 
-.PHONY: demo test lint pytest test-oldest test-newest lock
+.PHONY: demo test lint pytest test-oldest test-newest test-programs lock
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -25,6 +26,11 @@ pytest: $(VENV)/dev
 
 test-oldest test-newest:
 	$(MAKE) pytest VERSIONS=$(@:test-%=%)
+
+test-programs:
+	$(PYTHON) -m venv .venv-programs
+	.venv-programs/bin/pip install --quiet --disable-pip-version-check --constraint requirements/tested.txt ".[programs]"
+	.venv-programs/bin/python tests/programs.py
 
 $(VENV)/demo: pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)
