@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import build, trained
+from conftest import adapter_calls, build, trained
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -62,7 +62,7 @@ def test_cards_of_other_folders_are_left_alone(tmp_path):
     assert not (tmp_path / "adapters/first/README.md").exists()
 
 
-@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=adapter_calls)])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_cards_that_trainer_writes_have_the_section(native, tmp_path):
     model = trained("bert", task_type="SEQ_CLS")
