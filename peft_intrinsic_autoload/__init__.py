@@ -1,7 +1,7 @@
 """Registers `peft_intrinsic` with PEFT in programs that never import it.
 
 torch calls `start` at `import torch` (entry point `torch.backends`). It imports nothing. It waits for two modules:
-`peft.mapping`, whose table of configurations then resolves our methods on their first use, and
+`peft.mapping`, whose tables then resolve our methods on their first use, and
 `transformers.modeling_utils`, whose models then note which parameters their checkpoint lacked.
 """
 
@@ -18,15 +18,23 @@ METHODS = ("INTRINSIC", "SUPERMASK")
 """The values of `peft_type` that `peft_intrinsic` registers."""
 
 
-class Configurations(dict):
-    """PEFT's table of configuration classes, which imports `peft_intrinsic` when one of its methods is looked up."""
+class Table(dict):
+    """One of PEFT's tables by `peft_type`, which imports `peft_intrinsic` when one of its methods is looked up."""
 
     def __missing__(self, key: Any) -> Any:
-        if key in METHODS:
-            _register(key)
-            if key in self:  # not while `peft_intrinsic` itself is being imported
-                return self[key]
+        if key in self:
+            return self[key]
         raise KeyError(key)
+
+    def __contains__(self, key: Any) -> bool:
+        # While `peft_intrinsic` is being imported, the import does nothing and the method is not there yet.
+        if key in METHODS and not super().__contains__(key):
+            _register(key)
+        return super().__contains__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """As of any dictionary."""
+        return super().get(key, default) if key in self else default
 
 
 def _register(method: str) -> None:
@@ -39,7 +47,9 @@ def _register(method: str) -> None:
 
 
 def _resolve_methods(mapping: Any) -> None:
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING = Configurations(mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
+    for table in ("CONFIG", "TUNER", "PREFIX"):
+        name = f"PEFT_TYPE_TO_{table}_MAPPING"
+        setattr(mapping, name, Table(getattr(mapping, name)))
 
     def missing(cls: Any, value: object) -> Any:
         if value not in METHODS:
@@ -76,6 +86,7 @@ class Finder:
             try:
                 self._extend(spec.loader, name)
             except Exception as error:  # a loader of another kind
+                del self._actions[name]
                 _report(error)
         return spec
 
@@ -84,7 +95,8 @@ class Finder:
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            self._act(name, module)
+            if module.__name__ == name:  # a loader can serve several modules
+                self._act(name, module)
 
         loader.exec_module = exec_module
 
@@ -111,7 +123,7 @@ def start() -> None:
         if os.environ.get("PEFT_INTRINSIC_AUTOLOAD") == "0" or any(isinstance(each, Finder) for each in sys.meta_path):
             return
         actions: dict[str, Callable[[Any], None]] = {"transformers.modeling_utils": _watch_loading}
-        if "peft.mapping" not in sys.modules:  # else PEFT's modules hold its table, and an import has to fill it
+        if "peft.mapping" not in sys.modules:  # else PEFT's modules hold its tables already
             actions["peft.mapping"] = _resolve_methods
         sys.meta_path.insert(0, Finder(actions))
     except Exception as error:  # `import torch` must not fail

@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import get_peft_model
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -36,7 +37,7 @@ from peft_intrinsic.card import HEADING
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 WORDS = ["<pad>", "<unk>", "<eos>", "a", "very", "good", "bad", "film"]
 ROWS = ["a very good film", "a bad film", "very very bad", "good film a good film"]
-CONFIG = IntrinsicConfig(d=60, init_weights=False, target_modules="all")
+OPTIONS: dict[str, Any] = {"d": 60, "init_weights": False, "target_modules": "all"}
 
 LM_EVAL_TASK = """
 task: films
@@ -73,7 +74,7 @@ def save(model: PreTrainedModel, folder: Path) -> str:
 def decoders(folder: Path) -> tuple[str, str, str]:
     """A base model, an adapter, and both merged, on disk."""
     base = save(LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **SIZES)), folder / "base")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), CONFIG)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), IntrinsicConfig(**OPTIONS))
     model.save_pretrained(folder / "adapter")
     PreTrainedTokenizerFast.from_pretrained(base).save_pretrained(folder / "adapter")
     model.merge_and_unload().save_pretrained(folder / "merged")
@@ -142,7 +143,7 @@ def sentence_transformers(folder: Path) -> None:
     base = save(BertModel(BertConfig(vocab_size=len(WORDS), **SIZES)), folder / "base")
     model = SentenceTransformer(modules=[Transformer(base), Pooling(SIZES["hidden_size"])], device="cpu")
     model.save(str(folder / "plain"))
-    model.add_adapter(CONFIG)
+    model.add_adapter(IntrinsicConfig(**OPTIONS))
     model.save(str(folder / "model"))
     card = (folder / "model/README.md").read_text(encoding="utf-8")
     assert next(line for line in card.splitlines() if line.startswith("## ")) == HEADING, card

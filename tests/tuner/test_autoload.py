@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, BertTokenizerFast, 
 import peft_intrinsic_autoload
 from peft_intrinsic import IntrinsicConfig, SupermaskConfig
 from peft_intrinsic.version import REPOSITORY
+from peft_intrinsic_autoload.loading import watch
 
 ROOT = Path(__file__).parents[2]
 SWITCHES = ("PEFT_INTRINSIC_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
@@ -46,8 +47,9 @@ def load():
 
 
 def work(way):
-    from peft import PeftModel
+    from peft import PeftModel, PeftType
 
+    assert PeftType("INTRINSIC") == "INTRINSIC"
     logits(PeftModel.from_pretrained(load(), adapter))  # only a worker that can load its adapter comes back
     return way
 
@@ -150,7 +152,7 @@ def test_a_broken_hook_is_reported_and_torch_peft_and_transformers_work(adapter,
     broken = tmp_path / "broken/peft_intrinsic_autoload"
     broken.mkdir(parents=True)
     code = (ROOT / "peft_intrinsic_autoload/__init__.py").read_text()
-    (broken / "__init__.py").write_text(code.replace("(mapping.PEFT_TYPE_TO_CONFIG_MAPPING)", "(mapping.MOVED)"))
+    (broken / "__init__.py").write_text(code.replace("PEFT_TYPE_TO_{table}", "MOVED_{table}"))
     assert ran(error_script, adapter, first=str(tmp_path / "broken")) == "imported\nKeyError('INTRINSIC')\n"
 
 
@@ -161,7 +163,9 @@ def test_start_reports_what_it_cannot_do_and_never_raises(monkeypatch, caplog):
 
 
 def test_unknown_methods_are_unknown_as_before():
-    assert type(PEFT_TYPE_TO_CONFIG_MAPPING) is peft_intrinsic_autoload.Configurations
+    assert type(PEFT_TYPE_TO_CONFIG_MAPPING) is peft_intrinsic_autoload.Table
+    assert "NOTHING" not in PEFT_TYPE_TO_CONFIG_MAPPING
+    assert PEFT_TYPE_TO_CONFIG_MAPPING.get("NOTHING", "default") == "default"
     with pytest.raises(KeyError, match="NOTHING"):
         PEFT_TYPE_TO_CONFIG_MAPPING["NOTHING"]
     with pytest.raises(ValueError, match="'NOTHING' is not a valid PeftType"):
@@ -177,6 +181,45 @@ def test_loading_is_watched_once():
     assert sum(isinstance(finder, peft_intrinsic_autoload.Finder) for finder in sys.meta_path) == 1
     peft_intrinsic_autoload.start()
     assert sum(isinstance(finder, peft_intrinsic_autoload.Finder) for finder in sys.meta_path) == 1
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [lambda table: table["INTRINSIC"], lambda table: table.get("INTRINSIC"), lambda table: "INTRINSIC" in table],
+)
+def test_the_first_lookup_of_a_method_registers_it_and_no_other_does(look_up, monkeypatch):
+    table = peft_intrinsic_autoload.Table(LORA="lora")
+    asked = []
+
+    def register(method: str) -> None:
+        asked.append(method)
+        table[method] = "intrinsic"
+
+    monkeypatch.setattr(peft_intrinsic_autoload, "_register", register)
+    assert table["LORA"] == table.get("LORA") == "lora"
+    assert asked == []
+    assert look_up(table)
+    assert look_up(table)
+    assert asked == ["INTRINSIC"]
+
+
+def test_models_load_where_what_a_checkpoint_lacks_cannot_be_noted(caplog):
+    class Replaced:
+        """As of a library that replaces transformers' method and ignores an option."""
+
+        @classmethod
+        def from_pretrained(cls, name, **options):
+            return name
+
+    class Changed:
+        @classmethod
+        def from_pretrained(cls, name, output_loading_info):
+            return name, {}
+
+    for models in (Replaced, Changed):
+        watch(models)
+        assert models.from_pretrained("model") == "model"
+    assert "What the checkpoint of Changed lacks is not known: KeyError('missing_keys')" in caplog.text
 
 
 @pytest.fixture
