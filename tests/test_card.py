@@ -63,7 +63,6 @@ def test_cards_of_other_folders_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=adapter_calls)])
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_cards_that_trainer_writes_have_the_section(native, tmp_path):
     model = trained("bert", task_type="SEQ_CLS")
     if native:

@@ -259,8 +259,14 @@ def test_a_finder_sees_to_a_module_whose_import_had_begun(acted, monkeypatch):
     assert acted == [True]
 
 
-def test_the_entry_point_and_the_repository_are_declared_once():
+def test_the_entry_point_is_installed():
     [entry] = [each for each in entry_points(group="torch.backends") if each.name == "peft_intrinsic"]
     assert entry.load() is peft_intrinsic_autoload.start
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r'^Repository = "(.*)"$', project, re.MULTILINE)[1] == REPOSITORY
+
+
+@pytest.mark.parametrize(
+    ("file", "line"), [("pyproject.toml", 'Repository = "(.*)"'), ("CITATION.cff", "repository-code: (.*)")]
+)
+def test_every_file_names_the_same_repository(file, line):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert re.search(f"^{line}$", text, re.MULTILINE)[1] == REPOSITORY
