@@ -83,7 +83,8 @@ def add_sections(folder: Path) -> None:
         _extend(*writer)
     add_section(folder)
     above = folder.parent / "README.md"
-    if above.is_file() and re.match(r"---\n.*?^library_name: peft$.*?^---$", above.read_text("utf-8"), re.M | re.S):
+    text = above.read_text(encoding="utf-8", errors="replace") if above.is_file() else ""  # it can be any project's
+    if re.match(r"---\n.*?^library_name: peft$.*?^---$", text, re.MULTILINE | re.DOTALL):
         add_section(folder.parent)
 
 

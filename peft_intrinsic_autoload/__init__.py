@@ -86,7 +86,7 @@ class Finder:
             try:
                 self._extend(spec.loader, name)
             except Exception as error:  # a loader of another kind
-                del self._actions[name]
+                self._actions.pop(name, None)
                 _report(error)
         return spec
 

@@ -55,10 +55,11 @@ def test_metadata_and_text_of_a_card_are_preserved(tmp_path):
 
 
 def test_cards_of_other_folders_are_left_alone(tmp_path):
-    (tmp_path / "README.md").write_text("# A project\n")
+    (tmp_path / "README.md").write_bytes("# A project in Köln\n".encode("latin-1"))
     (tmp_path / "adapters").mkdir()
     IntrinsicConfig().save_pretrained(tmp_path / "adapters/first")
-    assert (tmp_path / "README.md").read_text() == "# A project\n"
+    IntrinsicConfig().save_pretrained(tmp_path / "second")
+    assert (tmp_path / "README.md").read_bytes() == "# A project in Köln\n".encode("latin-1")
     assert not (tmp_path / "adapters/first/README.md").exists()
 
 

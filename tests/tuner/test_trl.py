@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.card import HEADING
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
@@ -67,3 +68,19 @@ def test_the_default_configuration_trains(tmp_path, kind):
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     assert theta.count_nonzero() == 20
     assert all(torch.equal(p.cpu(), before[name]) for name, p in model.unload().named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # TRL's own call
+def test_cards_that_trl_writes_have_the_section_on_loading(tmp_path):
+    arguments = trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False)
+    trainer = trl.SFTTrainer(
+        model=build("llama"),
+        args=arguments,
+        train_dataset=Dataset.from_dict(ROWS["SFT"]),
+        processing_class=tokenizer(),
+        peft_config=IntrinsicConfig(d=20, task_type="CAUSAL_LM"),
+    )
+    trainer.save_model()
+    trainer.create_model_card(model_name="model")  # as before each push
+    lines = (tmp_path / "README.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("## ")][:2] == [HEADING, "## Quick start"]
