@@ -50,9 +50,9 @@ class Evidence:
         return {rate: rows[rate] for rate in sorted(rate for rate in rows if rate)}
 
     def tuned(self, d: int | None) -> float | None:
-        """The rate that loses least at a d and at the `BELOW` d before it where rates were tried; of equally good ones
-        the middle; None where none was tried, or all diverged. (One seed alone often takes a wrong one of two that are
-        nearly as good, and the best rate moves little from one d to the next.)"""
+        """The learning rate with the least loss at a d and at the `BELOW` d before it where learning rates were tried;
+        of equally good ones the middle; None where none was tried, or all diverged. (One seed alone often prefers the
+        worse of two that are nearly as good, and the best learning rate changes little from one d to the next.)"""
         below = [] if d is None else [at for at in self.places() if at < d][-BELOW:]
         return self._least_lost([rate for rate, score in self.tried(d).items() if math.isfinite(score)], [*below, d])
 
@@ -67,12 +67,25 @@ class Evidence:
         return best[len(best) // 2] if best else None
 
     def _lost(self, d: int | None, rate: float) -> float:
-        """By how much the rate, or the nearest that was tried, is behind the best of a d; one that diverged as far as
-        the worst."""
+        """By how much a learning rate, or the nearest that was tried, is expected to be behind the best of a d: its
+        score there, of which as many runs as collapse at it have only the trivial answer's. One that diverged there is
+        as far behind as the worst."""
         tried = self.tried(d)
         finite = [score for score in tried.values() if math.isfinite(score)]
         score = tried[min(tried, key=lambda other: abs(math.log(other / rate)))]
-        return max(finite) - (score if math.isfinite(score) else min(finite))
+        worst = min(finite)
+        score = score if math.isfinite(score) else worst
+        trivial = worst if self.least is None else min(self.least, score)
+        return max(finite) - score + self.collapses(d, rate) * (score - trivial)
+
+    def collapses(self, d: int | None, rate: float) -> float:
+        """The share of runs at a learning rate that collapsed, over all seeds, and over all d of the subspace from the
+        least at which a run did not: below it there may be too few parameters for any learning rate."""
+        full = d is None
+        runs = [(at or 0, score) for (at, _, used), score in self.found.items() if (at is None, used) == (full, rate)]
+        learned = min((at for at, score in runs if not self.collapsed(score)), default=math.inf)
+        counted = [self.collapsed(score) for at, score in runs if at >= learned]
+        return sum(counted) / max(len(counted), 1)
 
     def best(self, d: int | None) -> float:
         """The score of that rate; minus infinity where there is none."""
@@ -81,7 +94,8 @@ class Evidence:
 
     def rate(self, d: int | None) -> float | None:
         """The learning rate that counts: the one of a list; measured there, unless another that was tried there is
-        better; chosen there; between two d at which rates were tried, the one that loses least at both."""
+        better; chosen there; between two d at which rates were tried, the one that loses least at both. Full
+        fine-tuning has the best of those that were measured."""
         if self.plan.rates is None:
             return None
         listed = self.plan.rates[d is not None]
@@ -91,8 +105,11 @@ class Evidence:
         measured = [rate for at, seed, rate in self.found if at == d and seed != TUNING and rate]
         if d is not None and measured:
             most = max(sorted(set(measured)), key=measured.count)
-            if own is None or (most in tried and tried[own] <= tried[most]):  # those below may have changed since
+            # Those below may have changed since.
+            if own is None or (most in tried and self._lost(d, own) >= self._lost(d, most)):
                 return most
+        if d is None and measured:
+            return self._least_lost([rate for rate in tried if rate in measured], [None]) or own
         if own is not None or d is None:
             return own
         below, above = ([at for at in self.places() if (at < d) == side] for side in (True, False))

@@ -82,7 +82,11 @@ class Search:
         self.doing = "full fine-tuning"
         self._choose(None)
         first = self.plan.baseline_seeds or (3 if self.plan.seeds > 1 else 1)
-        self._ask([(None, seed, self.evidence.rate(None)) for seed in range(first)])
+        rate = self.evidence.rate(None)
+        self._ask([(None, seed, rate) for seed in range(first)])
+        while (better := self.evidence.tuned(None)) not in (None, rate):  # runs at it collapsed
+            rate = better
+            self._ask([(None, seed, rate) for seed in range(first)])
         for seed in range(first, 2 * first):  # two at least that did not collapse: one says nothing of the spread
             if self.plan.baseline_seeds is None and self.plan.seeds > 1 and self._sound() == 1:
                 self._ask([(None, seed, self.evidence.rate(None))])

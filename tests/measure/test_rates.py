@@ -8,6 +8,7 @@ import pytest
 
 from peft_intrinsic.measure.evidence import TUNING, Evidence
 from peft_intrinsic.measure.plan import Plan
+from peft_intrinsic.measure.search import Search
 
 DIGITS = {
     22: {5e-5: 0.216, 2e-4: 0.352, 8e-4: 0.352, 3.2e-3: 0.280},
@@ -18,10 +19,12 @@ DIGITS = {
 """Of a network on digits (benchmarks/digits_width.py), one seed."""
 
 
-def evidence(tried: dict[int, dict[float, float]], *more: tuple[int, int, float, float]) -> Evidence:
+def evidence(
+    tried: dict[int, dict[float, float]], *more: tuple[int, int, float, float], least: float | None = None
+) -> Evidence:
     found = {(d, TUNING, rate): score for d, scores in tried.items() for rate, score in scores.items()}
     found |= {(d, seed, rate): score for d, seed, rate, score in more}
-    return Evidence(found, Plan((10, 1000), baseline=(0.98,), rates=("auto", "auto")))
+    return Evidence(found, Plan((10, 1000), baseline=(0.98,), rates=("auto", "auto")), least)
 
 
 @pytest.mark.parametrize(("d", "rate"), [(22, 8e-4), (43, 2e-4), (95, 8e-4), (209, 8e-4)])
@@ -60,3 +63,52 @@ def test_where_all_diverged_there_is_none():
     tried = {100: {2e-4: 0.6}, 400: {2e-4: math.nan, 8e-4: math.nan}}
     assert evidence(tried).tuned(400) is None
     assert evidence(tried).rate(400) == 2e-4
+
+
+HIGHER = {400: {2e-4: 0.78, 8e-4: 0.80}}
+"""8e-4 is .02 ahead on one seed; the majority class has .5."""
+
+
+@pytest.mark.parametrize(("collapsed", "runs", "rate"), [(0, 9, 8e-4), (3, 9, 2e-4), (1, 39, 8e-4)])
+def test_learning_rate_at_which_runs_collapse_is_expected_to_score_less(collapsed, runs, rate):
+    """By hand, the tuning run being one more: 3 of 10 runs at 8e-4 score .3 less, so it loses .09; 1 of 40 loses
+    .0075, which is less than the .02 of 2e-4."""
+    more = [(450 + i, 0, 8e-4, 0.5 if i < collapsed else 0.8) for i in range(runs)]
+    found = evidence(HIGHER, *more, least=0.5)
+    assert found.collapses(400, 8e-4) == pytest.approx(collapsed / (runs + 1))
+    assert (found.tuned(400), found.rate(430)) == (rate, rate)
+
+
+def test_collapses_below_the_least_d_that_learns_are_not_blamed_on_the_learning_rate():
+    more = [(d, seed, 8e-4, 0.5) for d in (100, 200, 300) for seed in range(3)]
+    found = evidence(HIGHER, *more, least=0.5)
+    assert found.collapses(400, 8e-4) == 0
+    assert found.tuned(400) == 8e-4
+
+
+def test_diverged_runs_count_as_collapsed_without_a_majority_class():
+    """2 of 3 runs at 8e-4 lose the .3 between it and the worst of the d: .2 is more than .1."""
+    tried = {400: {5e-5: 0.5, 2e-4: 0.7, 8e-4: 0.8}}
+    assert evidence(tried).tuned(400) == 8e-4
+    assert evidence(tried, *[(450 + i, 0, 8e-4, math.nan) for i in range(2)]).tuned(400) == 2e-4
+
+
+def test_full_fine_tuning_leaves_a_learning_rate_at_which_runs_collapse():
+    """Two of the three runs at the best learning rate of one seed collapse: 3 more run at the next best."""
+    seen: list = []
+    high, low = 1.6e-4, 4e-5
+
+    def evaluate(wanted):
+        seen.extend(wanted)
+        scores = {1e-5: 0.6, low: 0.88, high: 0.9, 6.4e-4: 0.5}
+        return [
+            0.2 if d else 0.5 if (rate, seed) in ((high, 0), (high, 2)) else scores[rate] for d, seed, rate in wanted
+        ]
+
+    search = Search(evaluate, Plan((10, 1000), rates=("auto", "auto")), least=0.5)
+    search._full()
+    assert [(seed, rate) for _, seed, rate in seen if seed != TUNING] == [(i, high) for i in range(3)] + [
+        (i, low) for i in range(3)
+    ]
+    assert search.evidence.rate(None) == low
+    assert search.evidence.runs(None).scores == [0.88] * 3
