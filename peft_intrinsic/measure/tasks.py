@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -16,6 +16,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
 from .metrics import METRICS, load_metric, parts, script
 from .options import TextOptions
+from .problems import Checks
+from .rows import LINES, Row, Source, file_rows
 
 GLUE: dict[str, tuple[tuple[str, ...], str]] = {
     "cola": (("sentence",), "matthews"),
@@ -170,14 +172,15 @@ def glue(task: str, metric: str | None = None) -> Task:
     metric = _check_metric(metric or own, "SEQ_CLS")
     data = load_dataset("nyu-mll/glue", name)
     held_out = data["validation_matched" if name == "mnli" else "validation"]
-    found = Task(DatasetDict({"train": data["train"], "eval": held_out}), columns, "label", metric)
-    _check_labels(found, f"{name}'s training split", f"{name}'s validation split")
-    return found
+    splits = {"train": data["train"], "eval": held_out}
+    checks = Checks(columns, "label", "SEQ_CLS", metric if load_metric(metric).numbers else None)
+    checks.run([_rows(f"{name}'s {split} split", part, [*columns, "label"], "label") for split, part in splits.items()])
+    return Task(DatasetDict(splits), columns, "label", metric)
 
 
 def files(
     train: str,
-    held_out: str,
+    eval: str,
     columns: Sequence[str],
     label: str | None = "label",
     metric: str | None = None,
@@ -186,10 +189,11 @@ def files(
 ) -> Task:
     """A task from local files (CSV, TSV, JSON lines, Parquet), by accuracy, or loss for CAUSAL_LM, unless told.
 
-    With `dataset`, a name on the Hub, or `NAME:CONFIGURATION`, `train` and `held_out` name its splits.
+    With `dataset`, a name on the Hub, or `NAME:CONFIGURATION`, `train` and `eval` name its splits.
 
     Raises:
-        ValueError: a column is missing, a split is empty, labels do not fit, or the metric is unknown.
+        ValueError: the metric is unknown, or the data cannot be used; the message names up to ten errors, with the
+            lines of the file, or rows where it has none.
     """
     if task_type == "CAUSAL_LM":
         label, metric = None, metric or "loss"
@@ -201,45 +205,46 @@ def files(
         raise ValueError(f"text={list(columns)}: name one column, or two for pairs of sentences (SEQ_CLS).")
     if label in columns:
         raise ValueError(f"label={label!r} (--label) is a column of the text too.")
-    splits: dict[str, Dataset] = {}
-    for split, path in (("train", train), ("eval", held_out)):
-        data = _read(path, dataset)
-        if not len(data):
-            raise ValueError(f"{path} holds no rows.")
-        kept = [*columns, *([label] if label else [])]
-        for column in kept:
-            if column not in data.column_names:
-                raise ValueError(f"{path} has no column {column!r} (--text, --label), only {data.column_names}.")
-            if None in data[column]:
-                raise ValueError(f"{path} has no {column!r} in row {list(data[column]).index(None)}.")
-            if column != label and not isinstance(data[0][column], list if task_type == "TOKEN_CLS" else str):
-                what = "lists of words" if task_type == "TOKEN_CLS" else "text"
-                raise ValueError(f"{path}: column {column!r} holds {data[0][column]!r}, not {what}.")
-            if column == label and task_type == "SEQ_CLS" and isinstance(data[0][column], list | dict):
-                raise ValueError(
-                    f"{path}: label={label!r} holds {data[0][column]!r}, not one class or number per row. For a class "
-                    "of each word: task_type='TOKEN_CLS' (--task-type)."
-                )
+    if unknown := [path for path in (train, eval) if not dataset and Path(path).suffix not in READERS]:
+        raise ValueError(f"{', '.join(unknown)}: the ending must be one of {', '.join(READERS)}.")
+    loaded = {path: _load(path, dataset) for path in (train, eval) if dataset or Path(path).suffix not in LINES}
+    checks = Checks(columns, label, task_type, metric if label and load_metric(metric).numbers else None)
+    kept = [*columns, *([label] if label else [])]
+    checks.run(
+        [_rows(path, loaded[path], kept, label) if path in loaded else file_rows(path) for path in (train, eval)]
+    )
+    splits = {}
+    for split, path in (("train", train), ("eval", eval)):
+        data = loaded[path] if path in loaded else _load(path, None)
         if label and isinstance(data.features[label], ClassLabel):  # -1 stands for none, as in SNLI
             data = data.filter(lambda value: value >= 0, input_columns=label)
-            if not len(data):
-                raise ValueError(f"{path} has no labelled rows: {label!r} (--label) is -1 in all.")
         splits[split] = data.select_columns(kept)
-    task = Task(DatasetDict(splits), tuple(columns), label, metric, task_type)
-    _check_labels(task, train, held_out)
-    return task
+    return Task(DatasetDict(splits), tuple(columns), label, metric, task_type)
 
 
-def _read(path: str, dataset: str | None) -> Dataset:
+def _rows(path: str, data: Dataset, kept: Sequence[str], label: str | None) -> Source:
+    """The rows of a split, but for those without a class."""
+    some = data.select_columns([column for column in kept if column in data.column_names])
+    classes = label in some.features and isinstance(some.features[label], ClassLabel)
+
+    def rows() -> Iterator[Row]:
+        batches = (zip(*batch.values(), strict=True) for batch in some.iter(1000))
+        for i, values in enumerate(chain.from_iterable(batches), 1):
+            row = dict(zip(some.column_names, values, strict=True))
+            if not (classes and row[label] == -1):
+                yield i, row
+
+    return Source(path, rows(), data.column_names, unit="row")
+
+
+def _load(path: str, dataset: str | None) -> Dataset:
     if dataset:
         name, _, configuration = dataset.partition(":")
         try:
             return load_dataset(name, configuration or None, split=path)
         except Exception as error:  # of the Hub, the network, the dataset
             raise ValueError(f"split {path!r} of dataset={dataset!r} (--dataset) cannot be read: {error}") from error
-    reader = READERS.get(Path(path).suffix)
-    if reader is None:
-        raise ValueError(f"{path}: the ending must be one of {', '.join(READERS)}.")
+    reader = READERS[Path(path).suffix]
     # Only an empty cell is missing: None and NA may be classes, or texts.
     options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if reader == "csv" else {}
     if path.endswith(".tsv"):
@@ -270,30 +275,3 @@ def _check_metric(metric: str, task_type: str) -> str:
         raise ValueError(f"metric={metric!r} is for lists of words (TOKEN_CLS), not for {task_type}.")
     path, key = script(metric), parts(metric)[1]
     return f"{path}:{key}".rstrip(":") if path else metric  # absolute: other processes may run elsewhere
-
-
-def _check_labels(task: Task, train: str, held_out: str) -> None:
-    if task.regression:
-        if not all(isinstance(value, int | float) for split in task.data for value in task.labels(split)):
-            raise ValueError(f"metric={task.metric!r} is for numbers; column {task.label!r} holds others.")
-        return
-    if task.label is None:
-        return
-    if task.task_type == "TOKEN_CLS":
-        for split, path in (("train", train), ("eval", held_out)):
-            for i, row in enumerate(task.data[split]):
-                words, labels = row[task.columns[0]], row[task.label]
-                if not isinstance(words, list) or not isinstance(labels, list) or len(words) != len(labels):
-                    raise ValueError(
-                        f"{path}, row {i}: for TOKEN_CLS, {task.columns[0]!r} and {task.label!r} must be lists of "
-                        "equal length."
-                    )
-    found = {path: set(task.labels(split)) for split, path in (("train", train), ("eval", held_out))}
-    kinds = sorted({type(label).__name__ for labels in found.values() for label in labels})
-    if len(kinds) > 1:
-        raise ValueError(f"column {task.label!r} holds labels of several types: {', '.join(kinds)}. Make them alike.")
-    if unseen := found[held_out] - found[train]:
-        raise ValueError(f"{held_out} has labels that {train} lacks: {sorted(unseen)[:5]}. Leave those rows out.")
-    for path, labels in found.items():
-        if len(labels) < 2:
-            raise ValueError(f"{path}: every row has the same label, {labels.pop()!r}: nothing can be measured on it.")

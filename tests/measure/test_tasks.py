@@ -31,14 +31,17 @@ from peft_intrinsic_command import main
         ({"--config": "absent.yaml"}, "absent.yaml"),
         ({"--dims": "9,5,3"}, "dims (--dims): A grid needs 1 <= low < high"),
         ({"--dims": "many"}, "argument --dims: 'many'"),
-        ({"--metric": "spearman"}, "metric='spearman' is for numbers; column 'label' holds others"),
+        (
+            {"--metric": "spearman"},
+            "column 'label' does not hold a number, which metric='spearman' (--metric) needs ('no')",
+        ),
         ({"--task-type": "TOKEN_CLS", "--metric": "spearman"}, "metric='spearman' is for texts"),
-        ({"--train": "tags.jsonl"}, "label='label' holds ['O', 'B'], not one class or number per row"),
-        ({"--task-type": "TOKEN_CLS"}, "column 'text' holds 'a very bad film', not lists of words"),
+        ({"--train": "tags.jsonl"}, "tags.jsonl, line 1: column 'label' does not hold one label per row"),
+        ({"--task-type": "TOKEN_CLS"}, "column 'text' does not hold lists of words ('a very bad film')"),
         ({"--label": "text"}, "label='text' (--label) is a column of the text too"),
         (
             {"--train": "mixed.jsonl", "--eval": "mixed.jsonl"},
-            "holds labels of several types: bool, int",
+            "labels of several types: bool (True; mixed.jsonl, line 1), number (2; mixed.jsonl, line 2)",
         ),
         ({"--eval": "one.jsonl"}, "one.jsonl: every row has the same label, 'yes'"),
         ({"--max-length": "-1"}, "max_length (--max-length) must be at least 1, got -1"),
@@ -124,7 +127,7 @@ def test_splits_of_a_dataset(tmp_path, monkeypatch):
     assert (task.classes, {split: len(task.data[split]) for split in task.data}) == ([0, 1], {"train": 2, "eval": 2})
     nothing = Dataset.from_dict({"text": [GOOD], "label": [-1]}, features=Features(text=Value("string"), label=names))
     nothing.to_parquet(tmp_path / "hub" / "validation.parquet")
-    with pytest.raises(ValueError, match="validation has no labelled rows"):
+    with pytest.raises(ValueError, match="validation: it has no labelled rows"):
         load_task(replace(options, eval="validation"))
     assert (settings(options)["train"], LaunchedFit(options, "python", tmp_path).options.eval) == ("train", "test")
 
@@ -170,14 +173,14 @@ def test_classes_named_as_if_they_were_missing(tmp_path):
 
 def test_rows_with_holes(tmp_path):
     path = write(tmp_path, "holes.jsonl", [{"text": GOOD, "label": 0}, {"text": None, "label": 1}])
-    with pytest.raises(ValueError, match=r"holes.jsonl has no 'text' in row 1"):
+    with pytest.raises(ValueError, match=r"holes.jsonl, line 2: no value in column 'text'"):
         files(path, path, ["text"])
 
 
 def test_labels_that_do_not_fit(tmp_path):
     train = write(tmp_path, "train.jsonl", [{"text": GOOD, "label": 0}, {"text": BAD, "label": 1}])
     held_out = write(tmp_path, "eval.jsonl", [{"text": GOOD, "label": 2}])
-    with pytest.raises(ValueError, match=r"labels that .* lacks: \[2\]"):
+    with pytest.raises(ValueError, match=r"eval.jsonl, line 1: label 2 does not occur in .*train.jsonl"):
         files(train, held_out, ["text"], "label", "accuracy")
     one = write(tmp_path, "one.jsonl", [{"text": GOOD, "label": 0}])
     with pytest.raises(ValueError, match="every row has the same label, 0"):
@@ -196,8 +199,11 @@ def test_a_task_that_is_not_in_glue(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"words": ["a", "film"], "tags": ["O"]}, "row 1: for TOKEN_CLS, 'words' and 'tags' must be lists of equal"),
-        ({"words": [], "tags": ["O"]}, "row 1: for TOKEN_CLS"),
+        (
+            {"words": ["a", "film"], "tags": ["O"]},
+            "line 2: 'words' and 'tags' are not lists of equal length, for TOKEN_CLS",
+        ),
+        ({"words": [], "tags": ["O"]}, "line 2: 'words' and 'tags' are not lists"),
     ],
 )
 def test_words_and_tags_that_do_not_fit(row, message, tmp_path):
@@ -238,10 +244,14 @@ def test_quotes_and_further_columns(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.jsonl", "", "empty.jsonl cannot be read"),
-        ("ragged.csv", 'text,label\n"a,1\nb', "ragged.csv cannot be read"),
-        ("broken.jsonl", '{"text": ', "broken.jsonl cannot be read"),
-        ("numbers.csv", "text,label\n1,0\n2,1\n", "column 'text' holds 1, not text"),
+        ("empty.jsonl", "", "empty.jsonl: it has no labelled rows"),
+        (
+            "ragged.csv",
+            'text,label\n"a,1\nb',
+            "ragged.csv, line 2: 1 cell separated by ',', but the header has 2; the row ends on line 3",
+        ),
+        ("broken.jsonl", '{"text": ', "broken.jsonl, line 1: not valid JSON"),
+        ("numbers.csv", "text,label\n1,0\n2,1\n", "column 'text' holds numbers, not text"),
     ],
 )
 def test_files_that_cannot_be_used(name, content, message, tmp_path):
