@@ -26,7 +26,7 @@ CONFIG = "dataloader_pin_memory: false\ntrain_sampling_strategy: group_by_length
 METHODS = {"sst2": "did,said,default,unilora,tinylora", "mrpc": "did,said,default"}
 TASKS = {
     "sst2": "--text sentence --epochs 1 --max-length 64 --dims 64,16384,33",
-    "mrpc": "--text sentence1 sentence2 --epochs 2 --batch 16 --max-length 80 --dims 256,65536,33",
+    "mrpc": "--text sentence1,sentence2 --epochs 2 --batch 16 --max-length 80 --dims 256,65536,33",
 }
 
 

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .others import add_commands
+from .others import add_commands, add_text_and_label, names
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     study.add_argument("kind", choices=["checkpoints", "models", "methods", "gap"])
     study.add_argument("models", nargs="+", metavar="MODEL", help="names on the Hub, or folders")
     study.add_argument(
-        "--method", type=_names, help="as of measure; several with commas for 'methods' (did,said; else did)"
+        "--method", type=names, help="as of measure; several with commas for 'methods' (did,said; else did)"
     )
     _add_options(study)
     analyse = commands.add_parser("analyse", help="ask the trials of a run something else; nothing is trained")
@@ -38,7 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
     analyse.add_argument("--out", help="folder of the new report (that of the run)")
     _add_question(analyse.add_argument, None)
     add_commands(commands)
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        hint = "An option takes one value; several are joined by commas: --text sentence1,sentence2."
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}. {hint}")
     for stream in (sys.stdout, sys.stderr):  # ≤ is not in every code page
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -64,10 +67,6 @@ def _meant(error: BaseException) -> bool:
     file = place.tb_frame.f_code.co_filename
     ours = any(part.startswith("peft_intrinsic") for part in Path(file).parts)
     return ours and linecache.getline(file, place.tb_lineno).strip().startswith("raise")
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
 
 
 def _rates(text: str) -> Any:
@@ -110,8 +109,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--train", help="CSV, TSV, JSON lines or Parquet; with --dataset a split, such as train")
     add("--eval", help="likewise, held out")
     add("--dataset", help="on the Hub, NAME or NAME:CONFIGURATION")
-    add("--text", nargs="+", default=["text"], help="column of the text, or two for pairs (text)")
-    add("--label", default="label", help="column of the label (label)")
+    add_text_and_label(add)
     add(
         "--metric",
         help="accuracy, f1, matthews, spearman for a regression; or any of evaluate by name or path, NAME:KEY where it "
@@ -226,7 +224,7 @@ def _measure(args: argparse.Namespace) -> None:
     run = _run(args)
     run["options"] |= {"model": args.model, "method": args.method}
     if result := measure.command.measure_text(**run):
-        _tell(result, args.out)
+        _tell(result, args.out, args.model)
 
 
 def _analyse(args: argparse.Namespace) -> None:
@@ -237,13 +235,17 @@ def _analyse(args: argparse.Namespace) -> None:
     _tell(result, out)
 
 
-def _tell(result: Any, out: str) -> None:
+def _tell(result: Any, out: str, model: str | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from peft_intrinsic.measure.report import summary
+    from peft_intrinsic.measure.report import advice, score_and_target, summary
+    from peft_intrinsic.measure.text import bare
 
     print(summary(result))
+    print(score_and_target(result))
+    if told := advice(result, bare(model, result.settings["task_type"]).num_parameters() if model else None):
+        print(told)
     table = Table("d", "monotone fit", "scores by seed")
     for point in result.points:
         fitted = "" if point.fit is None else f"{point.fit:.4f}"

@@ -51,7 +51,7 @@ def add_commands(commands: Any) -> None:
     )
     certify.add_argument("--delta", type=float, default=0.05, help="probability that the bound fails (0.05)")
     certify.add_argument("--train", required=True, help="the training data: CSV, TSV, JSON lines or Parquet")
-    certify.add_argument("--test", help="data that had no part in any choice, to compare")
+    certify.add_argument("--eval", help="data that had no part in any choice, to compare")
     certify.add_argument("--model", help="the base model; needed with --dims")
     certify.add_argument(
         "-o", "--out", help="x.pia (beside the adapter); with --dims a folder, whose adapters all count"
@@ -111,7 +111,7 @@ def _add_trajectory(commands: Any) -> None:
     training(tune, 2e-4)
     tune.add_argument("--subspace", required=True, help="the file that fit wrote")
     tune.add_argument("-d", type=int, help="numbers in the subspace (all that it has)")
-    tune.add_argument("--full", nargs="+", help="modules to train and save in full, such as classifier embeddings")
+    tune.add_argument("--full", type=names, help="modules to train and save in full, such as classifier,embeddings")
     tune.add_argument("--ensemble", type=int, help="start at the mean of so many random vectors")
     tune.add_argument("--embed", action="store_true", help="save the subspace with the adapter")
     tune.add_argument("--eval", help="labelled texts to score on")
@@ -127,15 +127,25 @@ def _add_trajectory(commands: Any) -> None:
     transfer.add_argument("recordings", nargs="+", help="folders of recordings, one for each task")
     transfer.add_argument("--own", help="which of them is of the task itself")
     transfer.add_argument("--dim", type=int, default=32, help="directions of every layer, as far as there are (32)")
-    transfer.add_argument("--full", nargs="+", help="modules to train in full, such as classifier embeddings")
+    transfer.add_argument("--full", type=names, help="modules to train in full, such as classifier,embeddings")
     transfer.add_argument("--eval", required=True, help="labelled texts to score on")
     transfer.add_argument("-o", "--out", required=True, help="folder for transfer.md and trials")
 
 
 def _add_columns(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text", nargs="+", default=["text"], help="column of the text, or two for pairs (text)")
-    parser.add_argument("--label", default="label", help="column of the label (label)")
+    add_text_and_label(parser.add_argument)
     parser.add_argument("--batch", type=int, default=32, help="batch size (32)")
+
+
+def add_text_and_label(add: Any) -> None:
+    """The columns of labelled texts."""
+    add("--text", type=names, default=["text"], help="column of the text, or two with a comma for pairs (text)")
+    add("--label", default="label", help="column of the label (label)")
+
+
+def names(text: str) -> list[str]:
+    """Several names in one value: an option that takes several values would swallow what follows it."""
+    return text.split(",")
 
 
 def _numbers(text: str) -> list[int]:

@@ -48,3 +48,58 @@ def test_debug_shows_what_else_is_a_line(tmp_path, capsys):
     assert "is not the folder of a run" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is not the folder of a run"):
         main(["--debug", "analyse", str(tmp_path)])
+
+
+TRANSFER = ["trajectory", "transfer", "--model", "m", "--train", "t.csv", "--eval", "e.csv", "-o", "out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "columns", "left"),
+    [
+        (["pack", "--text", "a,b", "adapter", "-o", "x.pia"], ["a", "b"], {"adapter": "adapter"}),
+        (["verify", "--train", "t.csv", "--text", "a", "x.pia"], ["a"], {"file": "x.pia"}),
+        (["study", "models", "--out", "out", "--text", "a,b", "one", "two"], ["a", "b"], {"models": ["one", "two"]}),
+        (
+            ["trajectory", "outliers", "--model", "m", "--train", "t.csv", "-o", "out", "--text", "a", "adapter"],
+            ["a"],
+            {"adapter": "adapter"},
+        ),
+        (
+            [*TRANSFER, "--text", "a", "--full", "head,body", "one", "two"],
+            ["a"],
+            {"recordings": ["one", "two"], "full": ["head", "body"]},
+        ),
+    ],
+)
+def test_options_with_several_values_leave_what_follows_to_the_command(words, columns, left, monkeypatch):
+    found: list = []
+    monkeypatch.setattr("peft_intrinsic_command.others.import_module", lambda name: Recorder(found))
+    monkeypatch.setattr("peft_intrinsic_command._study", found.append)
+    main(words)
+    (args,) = found
+    assert args.text == columns
+    assert {name: getattr(args, name) for name in left} == left
+
+
+class Recorder:
+    """A package whose commands do nothing but note their arguments."""
+
+    def __init__(self, found: list) -> None:
+        self.found = found
+
+    def __getattr__(self, name):
+        return self.found.append
+
+
+@pytest.mark.parametrize(
+    ("words", "unknown"),
+    [
+        ("certify --train t.csv --adapter a --test e.csv", "--test e.csv"),
+        ("measure --model m --out out --text a b", "b"),
+    ],
+)
+def test_unknown_arguments_are_named_with_the_form_of_several_values(words, unknown, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {unknown}. An option takes one value; several" in capsys.readouterr().err

@@ -61,9 +61,9 @@ def _name(args: argparse.Namespace, own: str | None) -> str:
 
 
 def _texts(
-    args: argparse.Namespace, own: str | None, train: str, test: str | None, labels: int | None = None
+    args: argparse.Namespace, own: str | None, train: str, eval: str | None, labels: int | None = None
 ) -> PackedTexts:
-    return PackedTexts(_name(args, own), train, test, args.text, args.label, args.batch, labels)
+    return PackedTexts(_name(args, own), train, eval, args.text, args.label, args.batch, labels)
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -133,15 +133,15 @@ def certify(args: argparse.Namespace) -> None:
                 f"{given}: {source} is packed already. Name the adapter's folder, or leave the option out."
             )
         out = _file("--out", args.out or source)
-        texts = _texts(args, read_packed(source).base, args.train, args.test)
+        texts = _texts(args, read_packed(source).base, args.train, args.eval)
         candidates = [source.read_bytes()]
     else:
         config = _config(args.adapter)
         out = _file("--out", args.out or source / "adapter.pia")
-        texts = _texts(args, config.base_model_name_or_path, args.train, args.test)
+        texts = _texts(args, config.base_model_name_or_path, args.train, args.eval)
         candidates = packed(texts, args.adapter, args.levels, args.finetune, args.lr)
     tried = args.tried * len(candidates)
-    made = [(certificate(data, texts, tried, args.delta, bool(args.test)), data) for data in candidates]
+    made = [(certificate(data, texts, tried, args.delta, bool(args.eval)), data) for data in candidates]
     found, data = min(made, key=lambda pair: pair[0].bound)
     beside = write(out, data, found, texts)
     if source.is_dir() and (source / "README.md").is_file():
@@ -159,8 +159,8 @@ def _note(card: Path, found: Certificate, packed_file: Path) -> None:
 def _sweep(args: argparse.Namespace) -> None:
     if not args.model or not args.out:
         raise ValueError("--dims needs --model, the base model, and --out, a folder.")
-    texts = _texts(args, None, args.train, args.test)
-    chosen = (args.steps, args.finetune, args.lr, args.seed, args.delta, bool(args.test), args.tried)
+    texts = _texts(args, None, args.train, args.eval)
+    chosen = (args.steps, args.finetune, args.lr, args.seed, args.delta, bool(args.eval), args.tried)
     rows = sweep(texts, args.dims, args.levels, args.out, *chosen)
     plot_sweep(rows, Path(args.out, "certificates.png"))
     print("| d | levels | bytes | bits with a table | with a prior | training error | test error | bound |")
@@ -185,7 +185,7 @@ def verify(args: argparse.Namespace) -> None:
     print(found.report())
     if claimed.test_n is not None:
         unseen = f"test_errors={claimed.test_errors} of test_n={claimed.test_n}"
-        print(f"{unseen} were not counted again: verify has no test data.")
+        print(f"{unseen} were not counted again: verify has no data for evaluation.")
     if unlike:
         raise ValueError(f"{path} does not bear out the certificate beside it. " + "; ".join(unlike) + ".")
     print("Agrees with the certificate beside it.")

@@ -29,7 +29,7 @@ def sweep(
     learning_rate: float = 2e-4,
     seed: int = 0,
     delta: float = 0.05,
-    test: bool = False,
+    eval: bool = False,
     tried: int = 1,
 ) -> list[dict[str, Any]]:
     """Train an adapter for each d, pack it with each number of levels, and certify every one.
@@ -47,7 +47,7 @@ def sweep(
         learning_rate: of training; of fine-tuning as rounded a tenth of it.
         seed: of the projection and of training.
         delta: the probability that the bound fails.
-        test: whether `texts` have test data of their own. Rows that were scored on others are scored again.
+        eval: whether `texts` have data of their own for evaluation. Rows that were scored on others are scored again.
         tried: combinations of anything else tried before, by which the number of rows is multiplied.
 
     Raises:
@@ -72,13 +72,13 @@ def sweep(
         **{"steps": steps, "tuning_steps": tuning_steps, "learning_rate": learning_rate, "seed": seed},
         "arguments": {name: texts.arguments[name] for name in ("per_device_train_batch_size",)},
     }
-    test_data = digest(texts.task.data["eval"]) if test else None
+    test_data = digest(texts.task.data["eval"]) if eval else None
     with Store(out, settings) as store:
         for d in dims:
             left = [count for count in levels if store.key({"d": d, "levels": count}) not in store.rows]
             if left:
                 for count, data in trained(texts, d, left, steps, tuning_steps, learning_rate, seed).items():
-                    found = certificate(data, texts, 1, delta, test)
+                    found = certificate(data, texts, 1, delta, eval)
                     counts = {"errors": found.errors, "test_errors": found.test_errors, "test_n": found.test_n}
                     row = {**counts, "test_data": test_data, "adapter": adapter_to_string(data)}
                     store.add({"d": d, "levels": count}, row)

@@ -83,6 +83,7 @@ class Result:
         trials: all rows: d (None is full fine-tuning), seed, learning rate, score, seconds, process, versions.
         settings: what the trials depend on.
         ends: the d of the grid below which nothing was measured, and the greatest that was measured.
+        dims: the grid: lowest, highest, points.
         versions: of the process that made this result.
     """
 
@@ -100,6 +101,7 @@ class Result:
     trials: list[dict[str, Any]]
     settings: dict[str, Any]
     ends: tuple[int, int]
+    dims: tuple[int, int, int]
     versions: dict[str, str] = field(default_factory=versions)
 
     @property
@@ -246,6 +248,7 @@ def result(store: Store, plan: Plan, stopped: str) -> Result:
         ),
         settings=store.settings,
         ends=(next(d for d in plan.dims if d >= points[0].d), points[-1].d),
+        dims=(plan.dims[0], plan.dims[-1], len(plan.dims)),
     )
 
 

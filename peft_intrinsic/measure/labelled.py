@@ -20,7 +20,7 @@ class LabelledTexts(TextFit):
 
     Args:
         model: name or folder of the base model.
-        train, test: CSV, TSV, JSON lines or Parquet; without a test file the training data stand in for it.
+        train, eval: CSV, TSV, JSON lines or Parquet; without `eval` the training data stand in for it.
         columns: of the one or two texts.
         label: column of the class. Class i of the model is the i-th of the sorted labels of the training data.
         batch: examples in a batch.
@@ -34,14 +34,14 @@ class LabelledTexts(TextFit):
         self,
         model: str,
         train: str,
-        test: str | None,
+        eval: str | None,
         columns: Sequence[str],
         label: str,
         batch: int = 32,
         labels: int | None = None,
     ) -> None:
         sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 4 * batch}
-        task = files(train, test or train, columns, label, "accuracy")
+        task = files(train, eval or train, columns, label, "accuracy")
         self.labels = len(task.classes) if labels is None else labels
         if self.labels < len(task.classes):
             raise ValueError(f"labels (--labels) = {labels} is fewer than the {len(task.classes)} that {train} has.")
@@ -84,7 +84,7 @@ class LabelledTexts(TextFit):
         return len(data) if np.isnan(score) else round((1 - score) * len(data))
 
     def accuracy(self, model: Any) -> float:
-        """On the test data."""
+        """On the data for evaluation."""
         return 1 - self.errors(model, "eval") / len(self.data["eval"])
 
     def majority(self) -> int:

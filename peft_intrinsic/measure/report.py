@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from .evidence import TUNING, collapsed
 from .store import write_whole
 
 FORMATS = "png", "svg", "pdf"
-ALONE = " (of one seed: how uncertain it is, is not in the interval)"
+ALONE = " (one seed, so its spread is not in the interval)"
+WIDER = 10
+"""By how much a proposed grid goes beyond one that the target lies outside of."""
 
 
 def told(result: Result, answer: Answer) -> tuple[str, str]:
@@ -41,6 +44,38 @@ def summary(result: Result) -> str:
     return line
 
 
+def score_and_target(result: Result) -> str:
+    """The score of full fine-tuning, and what is to be reached. One line."""
+    seeds = f"{result.center} of {many}" if (many := len(result.baseline.scores)) > 1 else "one"
+    full = f"full fine-tuning scores {result.baseline.level:.4f} ({seeds} seed{'s' * (many > 1)})"
+    return f"{full}, the target is {result.target:.4f} ({result.share:g} of the {result.of})"
+
+
+def advice(result: Result, weights: int | None = None) -> str:
+    """Which grid to try where d lies outside of the one that was measured; empty where it does not.
+
+    Args:
+        result: of a measurement.
+        weights: of the model: the most that d can be.
+    """
+    low, high, points = result.dims
+    told_d = told(result, result.answers[result.of])[0]
+    if told_d[0] not in "≤>":
+        return ""
+    if told_d[0] == ">" and result.ends[1] < high:
+        return f"No d above {result.ends[1]} was measured. Allow more trials or minutes (--trials, --minutes)."
+    if told_d[0] == ">" and high == weights:
+        return f"The target is not reached with all {high} weights. Train longer, or take a lower --target."
+    if told_d[0] == "≤" and low == 1:
+        return "The target is reached with a single parameter, so there is no smaller d to try."
+    first, last = (
+        (low, min(high * WIDER, weights or high * WIDER)) if told_d[0] == ">" else (max(low // WIDER, 1), high)
+    )
+    many = 1 + round((points - 1) * math.log(last / first) / math.log(high / low))
+    limit = "" if weights or told_d[0] == "≤" else " (at most as many as the model has weights)"
+    return f"d lies outside the grid. Try a wider one: --dims {first},{last},{many}{limit}"
+
+
 def title(result: Result) -> str:
     """Model, task and method, as far as the settings name them."""
     model, method = _named(result, "model"), _named(result, "method")
@@ -61,6 +96,7 @@ def markdown(result: Result) -> str:
     base = result.baseline
     scores = ", ".join(f"{score:.4f}" for score in base.scores)
     kind = "median of those that did not collapse" if result.center == "median" else "mean"
+    alone = ALONE if result.seeds > 1 else " (one seed)"
     failed = sum(point.collapsed for point in result.points)
     runs = sum(point.seeds for point in result.points)
     lines = [
@@ -68,6 +104,7 @@ def markdown(result: Result) -> str:
         "",
         title(result),
         "",
+        *([f"{outside}", ""] if (outside := advice(result)) else []),
         "| target | score | d | 90 % interval | |",
         "|---|---|---|---|---|",
     ]
@@ -76,13 +113,13 @@ def markdown(result: Result) -> str:
         first, last = (_end(result, d) for d in answer.tie or (None, None))
         tie = f"a tie: within one held-out example from {first} to {last}" if answer.tie else ""
         target = f"{result.share:g} of the {of}"
-        lines.append(f"| {target} | {answer.target:.4f} | {d} | {interval.removeprefix('90 % interval ')} | {tie} |")
+        lines.append(f"| {target} | {answer.target:.4f} | {d} | {_bare(interval)} | {tie} |")
     lines += [
         "",
         "| | |",
         "|---|---|",
         f"| full fine-tuning, by seed | {scores} |",
-        f"| its {kind} | {base.level:.4f}{ALONE if len(base.scores) == 1 else ''} |",
+        f"| its {kind} | {base.level:.4f}{alone if len(base.scores) == 1 else ''} |",
         f"| collapsed: full fine-tuning, subspace | {base.collapsed}, {failed} of {runs} |",
         f"| majority class | {'unknown' if result.majority is None else f'{result.majority:.4f}'} |",
         *([] if result.untrained is None else [f"| before training | {result.untrained:.4f} |"]),
@@ -101,6 +138,10 @@ def markdown(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _bare(interval: str) -> str:
+    return interval.removeprefix("90 % ").removeprefix("interval ")
+
+
 def _rate(rate: float | None) -> str:
     return "fixed by the fit" if rate is None else f"{rate:g}"
 
@@ -111,6 +152,8 @@ def _edges(result: Result) -> str:
 
 
 def _examples(result: Result) -> str:
+    if result.seeds == 1:
+        return "unknown" if result.examples is None else f"{result.examples}"
     if result.examples is None:
         return "unknown to the interval, which leaves their sampling out"
     return f"{result.examples}; the interval includes their sampling"
@@ -157,7 +200,8 @@ def plot(result: Result, folder: Path, name: str) -> None:
         d, interval = told(result, answer)
         axes.axhline(answer.target, color=color, linestyle="--", linewidth=0.8)
         low, high = (end or edge * 1.2 for end in answer.interval)
-        axes.plot([low, high], [answer.target] * 2, color=color, linewidth=4, alpha=0.35, solid_capstyle="butt")
+        if result.seeds > 1:
+            axes.plot([low, high], [answer.target] * 2, color=color, linewidth=4, alpha=0.35, solid_capstyle="butt")
         label = f"{result.name} by {of}: {d} {interval.removeprefix('90 % interval ')}"
         axes.plot(answer.d or edge * 1.2, answer.target, "D" if answer.d else ">", color=color, label=label)
     if floor is not None:

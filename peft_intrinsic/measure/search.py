@@ -82,11 +82,11 @@ class Search:
         self.doing = "full fine-tuning"
         self._choose(None)
         first = self.plan.baseline_seeds or (3 if self.plan.seeds > 1 else 1)
-        rate = self.evidence.rate(None)
-        self._ask([(None, seed, rate) for seed in range(first)])
-        while (better := self.evidence.tuned(None)) not in (None, rate):  # runs at it collapsed
-            rate = better
+        rates = [self.evidence.rate(None)]
+        for rate in rates:
             self._ask([(None, seed, rate) for seed in range(first)])
+            if (better := self.evidence.tuned(None)) not in (None, *rates):
+                rates.append(better)  # runs at the last one collapsed
         for seed in range(first, 2 * first):  # two at least that did not collapse: one says nothing of the spread
             if self.plan.baseline_seeds is None and self.plan.seeds > 1 and self._sound() == 1:
                 self._ask([(None, seed, self.evidence.rate(None))])
@@ -158,9 +158,10 @@ class Search:
         if index > self.last:
             return "the target is not reached at the largest dimensions"
         low, high = curve.interval()
-        if high - low > 2:
+        single = all(len(self.evidence.seeds(d)) == 1 for d in curve.dims)
+        if high - low > 2 and not single:
             return "what is left of the interval is the sampling of the held-out examples"
-        return "the interval spans at most two steps of the grid"
+        return f"the {'bracket' if single else 'interval'} spans at most two steps of the grid"
 
     def _known(self) -> tuple[int, int | None]:
         """What trials of an earlier question say: the greatest place that did not reach the target below the least that

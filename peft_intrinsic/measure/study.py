@@ -182,9 +182,10 @@ def _plot(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         answer = row["answers"][row["of"]]
         least, most = row["ends"]
         low, high = (most if end is None else end for end in answer["interval"])
-        axes.plot([low, high], [place, place], color="black")
-        for at, mark, is_open in ((low, "<", low <= least), (high, ">", answer["interval"][1] is None)):
-            axes.plot(at, place, mark if is_open else "|", color="black")
+        if row["seeds"] > 1:
+            axes.plot([low, high], [place, place], color="black")
+            for at, mark, is_open in ((low, "<", low <= least), (high, ">", answer["interval"][1] is None)):
+                axes.plot(at, place, mark if is_open else "|", color="black")
         if answer["d"] is not None:
             axes.plot(answer["d"], place, "o", color="black")
     note = {"models": "parameters", "checkpoints": "step", "gap": "gap"}.get(kind)

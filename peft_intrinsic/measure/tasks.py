@@ -74,6 +74,20 @@ class Task:
         """The labels that occur in training, sorted; empty for a regression and for CAUSAL_LM."""
         return [] if self.regression or self.label is None else sorted(set(self.labels("train")))
 
+    def name(self, label: Any) -> str:
+        """What a class is called: its name in a dataset that has names for its numbers, or the label itself."""
+        feature = next(iter(self.data.values())).features[str(self.label)]
+        feature = getattr(feature, "feature", feature)  # of words in lists
+        return feature.int2str(label) if isinstance(feature, ClassLabel) else str(label)
+
+    def head(self, labels: int | None = None) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for a head of the task's classes by name, or of more labels than those."""
+        if self.label is None or self.regression:
+            return {} if self.label is None else {"num_labels": 1}
+        names = [self.name(label) for label in self.classes]
+        names += [f"LABEL_{i}" for i in range(len(names), labels or 0)]
+        return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
     def numbers(self, split: str) -> np.ndarray:
         """The labels of a split as the Trainer has them: numbers, or indexes into `classes`; of words, in rows."""
         if self.regression:

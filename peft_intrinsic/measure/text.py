@@ -91,8 +91,7 @@ class TextFit:
 
     def loaded(self, model: str, labels: int | None = None) -> Any:
         """The base model, as its checkpoint is, with a head of so many labels, or those of the task."""
-        classes = {} if self.task.label is None else {"num_labels": labels or len(self.task.classes) or 1}
-        base = self.loader.from_pretrained(model, dtype="float32", **classes)
+        base = self.loader.from_pretrained(model, dtype="float32", **self.task.head(labels))
         base.config.pad_token_id = self.tokenizer.pad_token_id
         return base
 
@@ -218,6 +217,12 @@ class LanguageFit(TextFit):
 FITS: dict[str, type[TextFit]] = {"SEQ_CLS": TextFit, "TOKEN_CLS": TokenFit, "CAUSAL_LM": LanguageFit}
 
 
+def bare(model: str, task_type: str) -> Any:
+    """The model without its weights."""
+    with torch.device("meta"):
+        return FITS[task_type].loader.from_config(AutoConfig.from_pretrained(model))
+
+
 def check(options: TextOptions, dims: Sequence[int]) -> tuple[int, ...]:
     """Which of these d the model, loaded without its weights, can have: asked before hours are spent.
 
@@ -229,9 +234,7 @@ def check(options: TextOptions, dims: Sequence[int]) -> tuple[int, ...]:
     """
     fit = FITS[options.task_type]
     check_arguments(checked(options.arguments, fit.best if options.patience else None))
-    config = AutoConfig.from_pretrained(options.model)
-    with torch.device("meta"):
-        base = fit.loader.from_config(config)
+    base = bare(options.model, options.task_type)
     places = _positions(base)
     if places is not None and options.max_length > places:
         raise ValueError(
@@ -249,7 +252,7 @@ def check(options: TextOptions, dims: Sequence[int]) -> tuple[int, ...]:
         get_peft_model(base, adapter(options.method, kept[0], 0, base, options.task_type))
     except ValueError as error:
         raise ValueError(
-            f"dims (--dims) of method={options.method!r} (--method) for {options.model} ({config.model_type}): "
+            f"dims (--dims) of method={options.method!r} (--method) for {options.model} ({base.config.model_type}): "
             f"{str(error).rstrip('.')}."
         ) from None
     return kept

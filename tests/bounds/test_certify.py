@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_packed_adapter_itself_is_certified(folder, capsys):
-    certify("--adapter", "adapter", "--test", "test.jsonl", "--levels", "4", "--tried", "8", "--delta", "0.1")
+    certify("--adapter", "adapter", "--eval", "test.jsonl", "--levels", "4", "--tried", "8", "--delta", "0.1")
     packed = Path("adapter/adapter.pia").read_bytes()
     found = Certificate.from_dict(told()["certificate"])
     assert len(read_packed(packed).values) == 4
@@ -80,7 +80,7 @@ def test_verify_agrees(folder, capsys):
     out = capsys.readouterr().out
     assert "Agrees" in out
     assert "not counted again" not in out
-    certify("--adapter", "adapter", "-o", "x.pia", "--test", "test.jsonl")
+    certify("--adapter", "adapter", "-o", "x.pia", "--eval", "test.jsonl")
     changed("x.certificate.json", forged_test)
     main(["verify", "x.pia", "--train", "train.jsonl"])
     assert "test_errors=0 of test_n=40 were not counted again" in capsys.readouterr().out

@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_sweep_goes_on_and_certifies_the_best(folder, capsys, monkeypatch):
-    sweep = ("--dims", "10,40", "--levels", "2,4", "--model", "base", "--test", "test.jsonl", "--steps", "3")
+    sweep = ("--dims", "10,40", "--levels", "2,4", "--model", "base", "--eval", "test.jsonl", "--steps", "3")
     train, asked = sweeping.trained, []
 
     def dies(texts, d, *rest):
@@ -76,7 +76,7 @@ def test_all_that_a_folder_holds_counts_as_tried(folder, capsys):
 def test_test_errors_are_of_the_present_test_data(folder, monkeypatch):
     write(folder, "other.jsonl", rows(30, 5))
     sweep = ("--dims", "10", "--levels", "2", "--model", "base", "--steps", "2", "-o", "out")
-    certify(*sweep, "--test", "test.jsonl")
+    certify(*sweep, "--eval", "test.jsonl")
     stored = Path("out/trials.jsonl").read_text()
     monkeypatch.setattr(sweeping, "trained", None)
 
@@ -85,14 +85,14 @@ def test_test_errors_are_of_the_present_test_data(folder, monkeypatch):
         (row,) = told("out/sweep.json")["rows"]
         return row["certificate"]["test_errors"], row["certificate"]["test_n"]
 
-    assert counted("--test", "other.jsonl") == (errors("out/best.pia", "other.jsonl"), 30)
+    assert counted("--eval", "other.jsonl") == (errors("out/best.pia", "other.jsonl"), 30)
     assert counted() == (None, None)
     with monkeypatch.context() as patch:
         patch.setattr(certifying, "load_packed", None)
-        assert counted("--test", "test.jsonl") == (errors("out/best.pia", "test.jsonl"), 40)
+        assert counted("--eval", "test.jsonl") == (errors("out/best.pia", "test.jsonl"), 40)
     assert Path("out/trials.jsonl").read_text() == stored
     row = json.loads(stored)  # rows of earlier versions do not say of which data
     Path("out/trials.jsonl").write_text(
         json.dumps({name: row[name] for name in row if name not in ("sum", "test_data")} | {"test_errors": 39}) + "\n"
     )
-    assert counted("--test", "test.jsonl") == (errors("out/best.pia", "test.jsonl"), 40)
+    assert counted("--eval", "test.jsonl") == (errors("out/best.pia", "test.jsonl"), 40)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 from peft import get_peft_model
 from test_documents import tiny
 from texts import BAD, GOOD, QUICK, command, write
@@ -19,7 +20,7 @@ from torch import nn
 
 from peft_intrinsic.measure.methods import adapter
 from peft_intrinsic.measure.options import TextOptions
-from peft_intrinsic.measure.tasks import files
+from peft_intrinsic.measure.tasks import Task, files
 from peft_intrinsic.measure.text import IGNORED, LanguageFit, TextFit, TokenFit, text_fit
 from peft_intrinsic_command import main
 
@@ -33,6 +34,7 @@ def test_the_command_measures_and_goes_on(data, tmp_path, capsys):
     told = capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
     assert told.startswith(f"d90 = {report['answers']['score']['d']}, 90 % interval [")
+    assert told.splitlines()[1].startswith("full fine-tuning scores 1.0000 (median of 3 seeds), the target is 0.9000")
     assert report["majority"] == pytest.approx(2 / 3)
     assert (report["baseline"]["learning_rate"], report["points"][0]["learning_rate"]) == (0.01, 3e-4)
     assert report["settings"]["metric"] == "accuracy"
@@ -292,3 +294,20 @@ def test_arguments_win_over_what_early_stopping_asks(data, tmp_path):
     assert fit.arguments["eval_strategy"] == "steps"
     assert fit.arguments["load_best_model_at_end"]
     assert 0 <= fit(8, 0, 0.01)["score"] <= 1
+
+
+def test_a_model_names_the_classes_as_the_data_do(data, tmp_path):
+    base = tiny("bert", tmp_path / "base")
+    quick = {**QUICK, "max_steps": 1}
+    assert TextFit(base, files(data["train"], data["eval"], ["text"]), arguments=quick).base.config.id2label == {
+        0: "no",
+        1: "yes",
+    }
+    names = ClassLabel(names=["contra", "pro"])
+    rows = Dataset.from_dict({"text": [GOOD, BAD], "label": [1, 0]})
+    rows.cast_column("label", names).to_parquet(tmp_path / "rows.parquet")
+    stored = load_dataset("parquet", data_files=str(tmp_path / "rows.parquet"))["train"]
+    assert Task(DatasetDict(train=stored, eval=stored), ("text",), "label", "accuracy").head()["label2id"] == {
+        "contra": 0,
+        "pro": 1,
+    }
