@@ -86,11 +86,11 @@ def load(task: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
     """Training and test examples."""
     if task == "rotten_tomatoes_apart" and folder:
         held_out = [plain(row["sentence"]) for row in lines(folder / "sst2" / "validation.jsonl")]
-        data = rotten_tomatoes(train=7530, test=1000)
-        return [row for row in data["train"] if not shares(plain(row["text"]), held_out)][:4000], list(data["test"])
+        data = rotten_tomatoes(train=7530, eval=1000)
+        return [row for row in data["train"] if not shares(plain(row["text"]), held_out)][:4000], list(data["eval"])
     if task in ("rotten_tomatoes", "reviews"):
-        data = rotten_tomatoes(train=4000, test=1000)
-        return list(data["train"]), list(data["test"])
+        data = rotten_tomatoes(train=4000, eval=1000)
+        return list(data["train"]), list(data["eval"])
     if folder is None:
         raise SystemExit(f"{task} needs --data, a folder with {task}/train.jsonl and {task}/validation.jsonl.")
     files = folder / task.partition("_")[0]

@@ -68,13 +68,13 @@ def smollm2() -> dict[str, str]:
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
 
 
-def rotten_tomatoes(train: int = 7530, test: int = 1000) -> DatasetDict:
+def rotten_tomatoes(train: int = 7530, eval: int = 1000) -> DatasetDict:
     """A fixed split of the Rotten Tomatoes sentences, columns `text` and `label` (1 is positive).
 
-    The 1,000 test sentences are always the same; `train` of the others are used.
+    The 1,000 sentences for evaluation are always the same; `train` of the others are used.
     """
     frame = pd.read_csv(packaged_file(*REVIEWS))
     frame = frame[frame.source == "rotten_tomatoes"][["text", "label"]]
     order = np.random.default_rng(0).permutation(len(frame))
-    pick = {"train": order[1000 : 1000 + train], "test": order[:test]}
+    pick = {"train": order[1000 : 1000 + train], "eval": order[:eval]}
     return DatasetDict({k: Dataset.from_pandas(frame.iloc[v], preserve_index=False) for k, v in pick.items()})

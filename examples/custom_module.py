@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from collapse import report_collapse
 from peft import PeftModel, get_peft_model
 from sklearn.datasets import load_digits
 from torch import nn
@@ -41,7 +42,7 @@ def main() -> None:
     x = torch.tensor(digits.images / 16, dtype=torch.float32)
     y = torch.tensor(digits.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1297], order[1297:]
+    train, held_out = order[:1297], order[1297:]
 
     model = get_peft_model(network(), IntrinsicConfig(d=args.d))
     model.print_trainable_parameters()
@@ -53,10 +54,14 @@ def main() -> None:
         loss.backward()
         optimizer.step()
 
-    def accuracy(network: nn.Module) -> float:
+    def predicted(network: nn.Module) -> torch.Tensor:
         with torch.no_grad():
-            return (network(x[test]).argmax(-1) == y[test]).float().mean().item()
+            return network(x[held_out]).argmax(-1)
 
+    def accuracy(network: nn.Module) -> float:
+        return (predicted(network) == y[held_out]).float().mean().item()
+
+    report_collapse(predicted(model), y[held_out], args.lr)
     model.save_pretrained(args.out)
     reloaded = PeftModel.from_pretrained(network(), args.out)
     before, after, again = accuracy(network()), accuracy(model), accuracy(reloaded)

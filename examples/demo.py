@@ -35,10 +35,11 @@ from carriers import minilm, rotten_tomatoes
 from datasets import Dataset, DatasetDict
 from peft import get_peft_model
 from sklearn.linear_model import LogisticRegression
-from text_classification import adapter_size, evaluate, tokenised, trainer
+from text_classification import accuracy_after, adapter_size, evaluate, save, tokenised, trainer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.measure.tasks import Task
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -60,7 +61,7 @@ def logistic_regression(model: Any, tokenizer: Any, data: DatasetDict) -> tuple[
         return np.concatenate(rows)[np.argsort(order)]
 
     found = LogisticRegression(max_iter=1000).fit(features(data["train"]), data["train"]["labels"])
-    score = found.score(features(data["test"]), data["test"]["labels"])
+    score = found.score(features(data["eval"]), data["eval"]["labels"])
     return float(score), found.coef_.size + found.intercept_.size
 
 
@@ -85,34 +86,34 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=200)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--train", type=int, default=7530, help="training sentences")
-    parser.add_argument("--test", type=int, default=1000, help="test sentences")
+    parser.add_argument("--eval", type=int, default=1000, help="sentences to evaluate on")
     parser.add_argument("--out", default="runs/demo")
     parser.add_argument("--evaluate", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
 
-    data = rotten_tomatoes(train=args.train, test=args.test)
+    task = Task(rotten_tomatoes(train=args.train, eval=args.eval), ("text",), "label", "accuracy")
     if args.evaluate:
-        del data["train"]
-        print(f"accuracy {evaluate(args.evaluate, data, ['text'], 'label', 2):.4f}")
+        del task.data["train"]
+        print(f"accuracy {evaluate(args.evaluate, task):.4f}")
         return
     set_seed(0)
     path = args.model or minilm()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
+    model = AutoModelForSequenceClassification.from_pretrained(path, **task.head())
     model = get_peft_model(model, IntrinsicConfig(d=args.d, task_type="SEQ_CLS"))
     model.print_trainable_parameters()
-    data = tokenised(data, tokenizer, ["text"], "label")
+    data = tokenised(task, tokenizer, model.config.label2id)
     # Sentences of one length together, so that little is computed on padding.
     options = {"train_sampling_strategy": "group_by_length", "disable_tqdm": False}
     run = trainer(model, tokenizer, data, max_steps=args.steps, **options)
     before = run.evaluate()["eval_accuracy"]
     run.train()
-    after = run.evaluate()["eval_accuracy"]
-    model.save_pretrained(args.out)
+    after = accuracy_after(run)
+    save(model, args.out)
     frozen, weights = logistic_regression(AutoModel.from_pretrained(path), tokenizer, data)
     plot(run.state.log_history, before, after, args.d, frozen, Path(args.out, "demo.png"))
 
-    command = [sys.executable, __file__, "--evaluate", args.out, "--test", str(args.test)]
+    command = [sys.executable, __file__, "--evaluate", args.out, "--eval", str(args.eval)]
     here = {**os.environ, "HF_HUB_OFFLINE": "1"}  # the model is on this machine by now; PEFT would look for a tokenizer
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=here).stdout
     fresh = told.split("accuracy ")[-1].strip()

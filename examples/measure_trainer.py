@@ -1,16 +1,17 @@
 """d90 of an existing Trainer script: a function `fit` and the call that takes it are all that is added.
 
-    python examples/measure_trainer.py --model PATH --train train.csv --test dev.csv --text text --label label
+    python examples/measure_trainer.py --model PATH --train train.csv --eval dev.csv --text text --label label
 
-The Trainer is that of examples/text_classification.py; labels are integers.
+The Trainer is that of examples/text_classification.py; labels are words or integers.
 """
 
 from __future__ import annotations
 
 import argparse
 
+import numpy as np
 from peft import get_peft_model
-from text_classification import from_files, trainer
+from text_classification import add_data_options, from_files, trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_intrinsic import IntrinsicConfig
@@ -20,10 +21,7 @@ from peft_intrinsic.measure import grid, measure_intrinsic_dimension, write_repo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--text", nargs="+", default=["text"])
-    parser.add_argument("--label", default="label")
+    add_data_options(parser)
     parser.add_argument(
         "--dims", type=int, nargs=3, default=[100, 100_000, 48], metavar=("LOWEST", "HIGHEST", "POINTS")
     )
@@ -32,10 +30,10 @@ def main() -> None:
     parser.add_argument("--out", default="runs/measure")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data, labels = from_files(args, tokenizer)
+    data, head = from_files(args, tokenizer)
 
     def fit(d: int | None, seed: int, learning_rate: float) -> float:
-        model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=labels)
+        model = AutoModelForSequenceClassification.from_pretrained(args.model, **head)
         paper = IntrinsicConfig(d=d or 1000, seed=seed, target_modules="all", projection="global", task_type="SEQ_CLS")
         adapted = get_peft_model(model, paper)  # θ is zero, and the fresh head that of every trial
         started = adapted if d else adapted.merge_and_unload().requires_grad_(True)
@@ -43,11 +41,11 @@ def main() -> None:
         run.train()
         return run.evaluate()["eval_accuracy"]
 
-    shares = [data["test"]["labels"].count(label) / len(data["test"]) for label in range(labels)]
+    shares = np.bincount(data["eval"]["labels"]) / len(data["eval"])
     result = measure_intrinsic_dimension(
         fit,
         grid(*args.dims),
-        majority=max(shares),
+        majority=float(shares.max()),
         learning_rates=("auto", "auto"),
         trials=args.trials,
         out=args.out,

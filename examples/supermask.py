@@ -1,8 +1,8 @@
 """Fine-tune a text classifier by setting some of its weights to zero, and see which layers needed it.
 
-    python examples/supermask.py --model bert-base-uncased --train train.csv --test dev.csv --text text --label label
+    python examples/supermask.py --model bert-base-uncased --train train.csv --eval dev.csv --text text --label label
 
-`--train` and `--test` take CSV or JSON-lines files. The adapter goes to `--out`.
+`--train` and `--eval` take CSV, TSV, JSON-lines or Parquet files. The adapter goes to `--out`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model
-from text_classification import LEARNING_RATE, adapter_size, from_files, trainer
+from text_classification import LEARNING_RATE, accuracy_after, adapter_size, add_data_options, from_files, save, trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from peft_intrinsic import SupermaskConfig
@@ -22,10 +22,7 @@ from peft_intrinsic.closeness import critical_layers, parameter_distance
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-base-uncased", help="Hub name or folder")
-    parser.add_argument("--train", required=True, help="CSV or JSON-lines file")
-    parser.add_argument("--test", required=True, help="CSV or JSON-lines file")
-    parser.add_argument("--text", nargs="+", default=["text"], help="one column, or two for pairs")
-    parser.add_argument("--label", default="label", help="column of integers")
+    add_data_options(parser)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=LEARNING_RATE)
     parser.add_argument("--sparsity", type=float, default=0.03)
@@ -33,17 +30,17 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data, labels = from_files(args, tokenizer)
+    data, head = from_files(args, tokenizer)
 
     def base() -> Any:
         set_seed(0)
-        return AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=labels)
+        return AutoModelForSequenceClassification.from_pretrained(args.model, **head)
 
     model: Any = get_peft_model(base(), SupermaskConfig(initial_sparsity=args.sparsity, task_type="SEQ_CLS"))
     run = trainer(model, tokenizer, data, max_steps=args.steps, learning_rate=args.lr)
     run.train()
-    accuracy = run.evaluate()["eval_accuracy"]
-    model.save_pretrained(args.out)
+    accuracy = accuracy_after(run)
+    save(model, args.out)
     print(
         f"accuracy {accuracy:.4f} with {model.base_model.sparsity()['all']:.1%} zeros; {adapter_size(args.out)} bytes"
     )

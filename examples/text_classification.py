@@ -1,10 +1,11 @@
 """Fine-tune a text classifier through d numbers with Trainer.
 
-    python examples/text_classification.py --dataset nyu-mll/glue:mrpc --text sentence1 sentence2
-    python examples/text_classification.py --model PATH --train train.csv --test dev.csv --text text --label label
-    python examples/text_classification.py --evaluate runs/classifier --test dev.csv --text text --label label
+    python examples/text_classification.py --dataset nyu-mll/glue:mrpc --text sentence1,sentence2
+    python examples/text_classification.py --model PATH --train train.csv --eval dev.csv --text text --label label
+    python examples/text_classification.py --evaluate runs/classifier --eval dev.csv --text text --label label
 
-`--train` and `--test` take CSV or JSON-lines files. The adapter goes to `--out`.
+`--train` and `--eval` take CSV, TSV, JSON-lines or Parquet files, or splits of `--dataset`. Labels are words or
+integers. The adapter goes to `--out`, with the model's configuration, which names the labels.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import DatasetDict, load_dataset
+from collapse import report_collapse
+from datasets import DatasetDict
 from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -26,6 +29,7 @@ from transformers import (
 )
 
 from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.measure.tasks import Task, files
 
 LEARNING_RATE = 2e-4  # docs/defaults.md
 
@@ -35,23 +39,50 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
-def tokenised(data: DatasetDict, tokenizer: Any, text: list[str], label: str) -> DatasetDict:
-    """Model inputs and `labels` in place of the raw columns."""
-    data = data.rename_column(label, "labels")
-    drop = [name for name in next(iter(data.values())).column_names if name != "labels"]
-    return data.map(
-        lambda rows: tokenizer(*(rows[name] for name in text), truncation=True, max_length=128),
-        batched=True,
-        remove_columns=drop,
+def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Options that name the data, for `load`."""
+    kinds = "CSV, TSV, JSON-lines or Parquet file"
+    parser.add_argument("--train", required=required, help=kinds)
+    parser.add_argument("--eval", required=required, help=f"{kinds} that training does not see")
+    parser.add_argument(
+        "--text", type=lambda text: text.split(","), default=["text"], help="one column, or two with a comma for pairs"
     )
+    parser.add_argument("--label", default="label", help="column of words or integers")
 
 
-def from_files(args: argparse.Namespace, tokenizer: Any) -> tuple[DatasetDict, int]:
-    """Model inputs of `--train` and `--test`, CSV or JSON lines, and the number of labels."""
-    kind = "csv" if args.test.endswith(".csv") else "json"
-    data = load_dataset(kind, data_files={"train": args.train, "test": args.test})
-    labels = len({*data["train"][args.label], *data["test"][args.label]})
-    return tokenised(data, tokenizer, args.text, args.label), labels
+def load(train: str, eval: str, text: list[str], label: str, dataset: str | None = None) -> Task:
+    """Checked data of files, or of splits of a dataset.
+
+    Raises:
+        SystemExit: the data cannot be used.
+    """
+    try:
+        return files(train, eval, text, label, dataset=dataset)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def tokenised(task: Task, tokenizer: Any, label2id: dict[str, int]) -> DatasetDict:
+    """Model inputs, and `labels` as indexes.
+
+    Raises:
+        SystemExit: the data have a label that the model does not.
+    """
+
+    def inputs(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        names = [task.name(value) for value in rows[str(task.label)]]
+        if unknown := sorted({*names} - {*label2id}):
+            raise SystemExit(f"labels {unknown} are none of the model's, {list(label2id)}.")
+        texts = [rows[column] for column in task.columns]
+        return {**tokenizer(*texts, truncation=True, max_length=128), "labels": [label2id[name] for name in names]}
+
+    return task.data.map(inputs, batched=True, remove_columns=next(iter(task.data.values())).column_names)
+
+
+def from_files(args: argparse.Namespace, tokenizer: Any) -> tuple[DatasetDict, dict[str, Any]]:
+    """Model inputs of `--train` and `--eval`, and the arguments of `from_pretrained` that name the labels."""
+    task = load(args.train, args.eval, args.text, args.label)
+    return tokenised(task, tokenizer, task.head()["label2id"]), task.head()
 
 
 def trainer(model: Any, tokenizer: Any, data: DatasetDict, **arguments: Any) -> Trainer:
@@ -71,7 +102,7 @@ def trainer(model: Any, tokenizer: Any, data: DatasetDict, **arguments: Any) -> 
         model=model,
         args=TrainingArguments(**{**options, **arguments}),
         train_dataset=data.get("train"),
-        eval_dataset=data.get("test"),
+        eval_dataset=data.get("eval"),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
     )
@@ -82,21 +113,37 @@ def adapter_size(folder: str | Path) -> int:
     return sum(Path(folder, name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json"))
 
 
-def evaluate(folder: str, data: DatasetDict, text: list[str], label: str, labels: int) -> float:
-    """Accuracy of a saved adapter on the test part."""
-    model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
+def accuracy_after(run: Trainer) -> float:
+    """Accuracy of a trained model on the eval part; a collapse is reported."""
+    found = run.predict(run.eval_dataset, metric_key_prefix="eval")
+    report_collapse(found.predictions.argmax(-1), found.label_ids, run.args.learning_rate)
+    return found.metrics["eval_accuracy"]
+
+
+def save(model: Any, folder: str | Path) -> None:
+    """The adapter, with the names of the labels: an adapter's own files do not have them."""
+    model.save_pretrained(folder)
+    model.config.save_pretrained(folder)
+
+
+def evaluate(folder: str, task: Task) -> float:
+    """Accuracy of a saved adapter on the eval part."""
+    names = AutoConfig.from_pretrained(folder).id2label
+    head = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **head)
     tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
-    return trainer(model, tokenizer, tokenised(data, tokenizer, text, label)).evaluate()["eval_accuracy"]
+    return trainer(model, tokenizer, tokenised(task, tokenizer, head["label2id"])).evaluate()["eval_accuracy"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-base-uncased", help="Hub name or folder")
-    parser.add_argument("--dataset", help="Hub name, with its configuration after a colon, such as nyu-mll/glue:mrpc")
-    parser.add_argument("--train", help="CSV or JSON-lines file")
-    parser.add_argument("--test", help="CSV or JSON-lines file")
-    parser.add_argument("--text", nargs="+", default=["text"], help="one column, or two for pairs")
-    parser.add_argument("--label", default="label", help="column of integers")
+    parser.add_argument(
+        "--dataset",
+        help="Hub name, with its configuration after a colon, such as nyu-mll/glue:mrpc; --train and --eval are then "
+        "its splits (train, validation)",
+    )
+    add_data_options(parser, required=False)
     parser.add_argument("--d", type=int, default=200)
     parser.add_argument("--said", action="store_true")
     parser.add_argument("--lr", type=float, default=LEARNING_RATE)
@@ -105,35 +152,30 @@ def main() -> None:
     parser.add_argument("--evaluate", metavar="FOLDER", help="only evaluate this adapter")
     args = parser.parse_args()
 
-    if args.dataset:
-        name, _, configuration = args.dataset.partition(":")
-        loaded = load_dataset(name, configuration or None)
-        data = DatasetDict({"train": loaded["train"], "test": loaded.get("validation", loaded.get("test"))})
-    elif args.test and (args.train or args.evaluate):
-        files = {part: file for part, file in (("train", args.train), ("test", args.test)) if file}
-        data = load_dataset("csv" if args.test.endswith(".csv") else "json", data_files=files)
-    else:
-        parser.error("name the data: --dataset, or --train and --test")
-    labels = len(set(data["test"][args.label]) | set(data.get("train", data["test"])[args.label]))
+    held_out = args.eval or (args.dataset and "validation")
+    train = held_out if args.evaluate else args.train or (args.dataset and "train")
+    if not (train and held_out):
+        parser.error("name the data: --dataset, or --train and --eval")
+    task = load(train, held_out, args.text, args.label, args.dataset)
     if args.evaluate:
-        print(f"accuracy {evaluate(args.evaluate, data, args.text, args.label, labels):.4f}")
+        print(f"accuracy {evaluate(args.evaluate, task):.4f}")
         return
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=labels)
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, **task.head())
     model = get_peft_model(model, IntrinsicConfig(d=args.d, said=args.said, task_type="SEQ_CLS"))
     model.print_trainable_parameters()
     run = trainer(
         model,
         tokenizer,
-        tokenised(data, tokenizer, args.text, args.label),
+        tokenised(task, tokenizer, model.config.label2id),
         learning_rate=args.lr,
         num_train_epochs=args.epochs,
     )
     before = run.evaluate()["eval_accuracy"]
     run.train()
-    after = run.evaluate()["eval_accuracy"]
-    model.save_pretrained(args.out)
+    after = accuracy_after(run)
+    save(model, args.out)
     print(f"accuracy {before:.4f} -> {after:.4f} with d={args.d}; {adapter_size(args.out)} bytes in {args.out}")
 
 

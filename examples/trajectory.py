@@ -1,8 +1,8 @@
 """Record a full fine-tuning, learn the subspace that it moved in, and fine-tune again in that.
 
-    python examples/trajectory.py --model bert-base-uncased --train train.csv --test dev.csv --text text --label label
+    python examples/trajectory.py --model bert-base-uncased --train train.csv --eval dev.csv --text text --label label
 
-`--train` and `--test` take CSV or JSON-lines files. Recording, subspace and adapter go to `--out`.
+`--train` and `--eval` take CSV, TSV, JSON-lines or Parquet files. Recording, subspace and adapter go to `--out`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
-from text_classification import LEARNING_RATE, adapter_size, from_files, trainer
+from text_classification import LEARNING_RATE, accuracy_after, adapter_size, add_data_options, from_files, save, trainer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from peft_intrinsic import IntrinsicConfig
@@ -22,10 +22,7 @@ from peft_intrinsic.trajectory import TrajectoryCallback, find_outliers, fit_sub
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-base-uncased", help="Hub name or folder")
-    parser.add_argument("--train", required=True, help="CSV or JSON-lines file")
-    parser.add_argument("--test", required=True, help="CSV or JSON-lines file")
-    parser.add_argument("--text", nargs="+", default=["text"], help="one column, or two for pairs")
-    parser.add_argument("--label", default="label", help="column of integers")
+    add_data_options(parser)
     parser.add_argument("--steps", type=int, default=320, help="of each training")
     parser.add_argument("--snapshots", type=int, default=16)
     parser.add_argument("--dim", type=int, default=8, help="numbers for each layer")
@@ -35,16 +32,16 @@ def main() -> None:
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data, labels = from_files(args, tokenizer)
+    data, head = from_files(args, tokenizer)
 
     def base() -> Any:
         set_seed(0)  # the same fresh head both times
-        return AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=labels)
+        return AutoModelForSequenceClassification.from_pretrained(args.model, **head)
 
     full = trainer(base(), tokenizer, data, max_steps=args.steps, learning_rate=args.full_lr)
     full.add_callback(TrajectoryCallback(args.out / "recording", every=max(1, args.steps // args.snapshots)))
     full.train()
-    before = full.evaluate()["eval_accuracy"]
+    before = accuracy_after(full)
 
     subspace = fit_subspace(args.out / "recording", args.dim, out=args.out / "subspace.safetensors")
     for group in subspace.groups:
@@ -60,8 +57,8 @@ def main() -> None:
     model: Any = get_peft_model(base(), config)
     run = trainer(model, tokenizer, data, max_steps=args.steps, learning_rate=args.lr)
     run.train()
-    after = run.evaluate()["eval_accuracy"]
-    model.save_pretrained(args.out / "adapter")
+    after = accuracy_after(run)
+    save(model, args.out / "adapter")
     size = adapter_size(args.out / "adapter")
     print(f"accuracy {before:.4f} in full, {after:.4f} with d={subspace.dim} and the head; {size} bytes")
     print(find_outliers(model).report(top=5))

@@ -15,9 +15,15 @@ from pathlib import Path
 import pytest
 from conftest import build, trained
 from mktestdocs import check_md_file
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TextClassificationPipeline,
+)
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.codec import adapter_from_string
@@ -63,24 +69,70 @@ def run(*arguments: str, cwd: Path) -> str:
     return ran(*arguments, cwd=cwd).stdout
 
 
-def test_text_classification(tmp_path):
-    rows = [{"text": f"a very {word} film", "label": int(word == "good")} for word in ["good", "bad"] * 20]
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    data = ["--train", "data.jsonl", "--test", "data.jsonl"]
+def labelled(folder: Path, *names: object) -> list[str]:
+    """Options that name 40 films, which are good or bad, by these labels."""
+    rows = [{"text": f"a very {word} film", "label": name} for word, name in zip(["good", "bad"], names, strict=True)]
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 20))
+    return ["--train", "data.jsonl", "--eval", "data.jsonl"]
+
+
+@pytest.mark.parametrize("names", [(1, 0), ("like it", "dislike it"), (7, -1)])
+def test_text_classification_takes_labels_of_any_kind_and_predicts_them_by_name(names, tmp_path):
+    data = labelled(tmp_path, *names)
     base = tiny("bert", tmp_path / "base")
-    out = run("text_classification.py", "--model", base, *data, "--epochs", "2", cwd=tmp_path)
-    found = re.search(r"accuracy [\d.]+ -> ([\d.]+) with d=200; (\d+) bytes in runs/classifier", out)
+    out = run("text_classification.py", "--model", base, *data, "--epochs", "30", "--lr", "1e-3", cwd=tmp_path)
+    found = re.search(r"accuracy [\d.]+ -> (1.0000) with d=200; (\d+) bytes in runs/classifier", out)
     assert found, out
     assert int(found[2]) < 5000
-    again = run("text_classification.py", "--evaluate", "runs/classifier", "--test", "data.jsonl", cwd=tmp_path)
+    assert "collapsed" not in out
+    again = run("text_classification.py", "--evaluate", "runs/classifier", *data[2:], cwd=tmp_path)
     assert f"accuracy {found[1]}" in again
+    adapter = tmp_path / "runs/classifier"
+    config = AutoConfig.from_pretrained(adapter)
+    model = PeftModel.from_pretrained(BertForSequenceClassification.from_pretrained(base, config=config), adapter)
+    classify = TextClassificationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(base))
+    assert [row["label"] for row in classify(["a very good film", "a very bad film"])] == [str(name) for name in names]
+
+
+def test_text_classification_reports_a_collapse_and_what_to_try(tmp_path):
+    """A learning rate of 1000 leaves one class for every example, of which half are right."""
+    data = labelled(tmp_path, "good", "bad")
+    base = tiny("bert", tmp_path / "base")
+    out = run("text_classification.py", "--model", base, *data, "--epochs", "30", "--lr", "1000", cwd=tmp_path)
+    assert "-> 0.5000" in out
+    assert "Training collapsed: the model predicts one class for every example. Its accuracy is 0.5000, that of" in out
+    assert "Try a lower learning rate (250 instead of 1000), a longer warm-up, or more steps." in out
+
+
+@pytest.mark.parametrize(
+    ("predicted", "told"),
+    [([0, 1, 1, 1], ""), ([0, 0, 1, 0], "learned nothing"), ([2, 2, 2, 2], "predicts one class for every example")],
+)
+def test_collapse_is_an_accuracy_at_the_majority_class_or_a_single_class(predicted, told, monkeypatch, capsys):
+    """The labels are 0, 1, 1, 2; always answering 1 has .5."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    importlib.import_module("collapse").report_collapse(predicted, [0, 1, 1, 2], 1e-3)
+    assert told in (out := capsys.readouterr().out)
+    assert bool(out) == bool(told)
+
+
+@pytest.mark.parametrize("script", ["text_classification.py", "supermask.py", "trajectory.py", "measure_trainer.py"])
+def test_examples_name_all_errors_of_their_data(script, tmp_path):
+    (tmp_path / "data.csv").write_text("text,label\na film,good\nfilm\na film,Good\n")
+    data = ["--train", "data.csv", "--eval", "data.csv", "--model", tiny("bert", tmp_path / "base")]
+    command = [sys.executable, str(ROOT / "examples" / script), *data]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "data.csv, line 3: 1 cell separated by ','" in done.stderr
+    assert "labels 'Good' (data.csv, line 4) and 'good' (data.csv, line 2) differ in case only" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_trajectory(tmp_path):
     rows = [{"text": f"a very {word} film", "label": int(word == "good")} for word in ["good", "bad"] * 40]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     base = tiny("bert", tmp_path / "base")
-    data = ["--model", base, "--train", "data.jsonl", "--test", "data.jsonl"]
+    data = ["--model", base, "--train", "data.jsonl", "--eval", "data.jsonl"]
     small = ["--steps", "60", "--snapshots", "4", "--dim", "2", "--full-lr", "1e-3", "--lr", "3e-3"]
     out = run("trajectory.py", *data, *small, cwd=tmp_path)
     assert re.search(r"bert\.encoder\.layer\.1: 2 directions explain (100\.0|9\d\.\d)% of the way", out), out
@@ -94,7 +146,7 @@ def test_trajectory(tmp_path):
 def test_supermask(tmp_path):
     rows = [{"text": f"a very {word} film", "label": int(word == "good")} for word in ["good", "bad"] * 40]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    data = ["--model", tiny("bert", tmp_path / "base"), "--train", "data.jsonl", "--test", "data.jsonl"]
+    data = ["--model", tiny("bert", tmp_path / "base"), "--train", "data.jsonl", "--eval", "data.jsonl"]
     out = run("supermask.py", *data, "--steps", "60", "--lr", "5e-4", "--sparsity", "0.1", cwd=tmp_path)
     found = re.search(r"accuracy ([\d.]+) with (\d+\.\d)% zeros; (\d+) bytes", out)
     assert found, out
@@ -166,7 +218,7 @@ def test_demo(tmp_path):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-    options = ["--model", tiny("bert", tmp_path / "base"), "--steps", "3", "--train", "64", "--test", "64"]
+    options = ["--model", tiny("bert", tmp_path / "base"), "--steps", "3", "--train", "64", "--eval", "64"]
     try:
         done = ran("demo.py", *options, cwd=tmp_path, **hub)
     finally:
@@ -217,7 +269,7 @@ def test_measure_trainer(tmp_path):
     rows = [f"a very {word} film,{int(word == 'good')}" for word in ["good", "bad", "good"] * 16]
     (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]))
     base = tiny("bert", tmp_path / "base")
-    files = ["--train", "data.csv", "--test", "data.csv", "--epochs", "40"]
+    files = ["--train", "data.csv", "--eval", "data.csv", "--epochs", "40"]
     options = ["--dims", "64", "512", "2", "--trials", "20"]
     out = run("measure_trainer.py", "--model", base, *files, *options, cwd=tmp_path)
     assert re.search(r"d90 = \S+, 90 % interval .*; report and plot in runs/measure", out), out

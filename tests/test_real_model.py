@@ -21,7 +21,7 @@ def path() -> str:
 
 
 def test_a_classifier_in_two_kilobytes(path, tmp_path):
-    data = rotten_tomatoes(train=64, test=8)
+    data = rotten_tomatoes(train=64, eval=8)
     batch = AutoTokenizer.from_pretrained(path)(
         data["train"]["text"][:], truncation=True, max_length=24, padding=True, return_tensors="pt"
     )
