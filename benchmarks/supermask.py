@@ -1,6 +1,6 @@
 """Fine-tuning by zeroing weights beside full fine-tuning and the frozen encoder (Radiya-Dixit and Wang 2020).
 
-    python benchmarks/supermask.py run TASK [--data FOLDER] [--model FOLDER] [--only NAME ...]
+    python benchmarks/supermask.py run TASK [--data FOLDER] [--model FOLDER] [--only NAME]...
     python benchmarks/supermask.py table TASK
     python benchmarks/supermask.py plot TASK
 

@@ -1,6 +1,6 @@
 """Subspaces learnt from the fine-tuning trajectory beside others: the tables of Zhang et al. 2023 in small.
 
-    python benchmarks/trajectory.py run TASK [--data FOLDER] [--model FOLDER] [--scratch FOLDER] [--only NAME ...]
+    python benchmarks/trajectory.py run TASK [--data FOLDER] [--model FOLDER] [--scratch FOLDER] [--only NAME]...
     python benchmarks/trajectory.py table TASK
     python benchmarks/trajectory.py plot TASK
 

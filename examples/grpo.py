@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--batch", type=int, default=32, help="answers in a step, 8 to each question")
-    parser.add_argument("--tests", type=int, default=100, help="questions of the score, sums of the same range")
+    parser.add_argument("--eval", type=int, default=100, help="questions of the score, sums of the same range")
     parser.add_argument("--length", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--out", default="runs/grpo")
     args = parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
     model = get_peft_model(model, IntrinsicConfig(d=args.d, task_type="CAUSAL_LM"))
     model.print_trainable_parameters()
-    bare, asked = (score(model, tokenizer, questions(args.tests, 1, form), args.length) for form in ("", FORM))
+    bare, asked = (score(model, tokenizer, questions(args.eval, 1, form), args.length) for form in ("", FORM))
 
     trainer = GRPOTrainer(
         model=model,
@@ -89,7 +89,7 @@ def main() -> None:
     )
     trainer.train()
     model.save_pretrained(args.out)
-    after = score(model, tokenizer, questions(args.tests, 1, FORM), args.length)
+    after = score(model, tokenizer, questions(args.eval, 1, FORM), args.length)
     print(f"right: {bare:.2f} untrained, {asked:.2f} asked for the form, {after:.2f} trained with d={args.d}")
 
 

@@ -128,8 +128,11 @@ def save(model: Any, folder: str | Path) -> None:
 
 def evaluate(folder: str, task: Task) -> float:
     """Accuracy of a saved adapter on the eval part."""
-    names = AutoConfig.from_pretrained(folder).id2label
-    head = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        head = {"id2label": config.id2label, "label2id": config.label2id}
+    except (OSError, ValueError):  # another program saved it, without its labels
+        head = task.head()
     model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **head)
     tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
     return trainer(model, tokenizer, tokenised(task, tokenizer, head["label2id"])).evaluate()["eval_accuracy"]

@@ -88,6 +88,11 @@ def test_text_classification_takes_labels_of_any_kind_and_predicts_them_by_name(
     again = run("text_classification.py", "--evaluate", "runs/classifier", *data[2:], cwd=tmp_path)
     assert f"accuracy {found[1]}" in again
     adapter = tmp_path / "runs/classifier"
+    (adapter / "config.json").rename(tmp_path / "config.json")  # as of an adapter that another program saved
+    assert f"accuracy {found[1]}" in run(
+        "text_classification.py", "--evaluate", "runs/classifier", *data[2:], cwd=tmp_path
+    )
+    (tmp_path / "config.json").rename(adapter / "config.json")
     config = AutoConfig.from_pretrained(adapter)
     model = PeftModel.from_pretrained(BertForSequenceClassification.from_pretrained(base, config=config), adapter)
     classify = TextClassificationPipeline(model=model, tokenizer=AutoTokenizer.from_pretrained(base))
@@ -173,7 +178,7 @@ def test_grpo(tmp_path, monkeypatch):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base, eos_token="[UNK]")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     tokenizer.save_pretrained(base)
-    small = ["--d", "20", "--steps", "2", "--batch", "8", "--tests", "4", "--length", "4"]
+    small = ["--d", "20", "--steps", "2", "--batch", "8", "--eval", "4", "--length", "4"]
     out = run("grpo.py", "--model", base, *small, cwd=tmp_path)
     assert re.search(r"right: 0\.\d\d untrained, 0\.\d\d asked for the form, 0\.\d\d trained with d=20", out), out
     assert json.loads((tmp_path / "runs/grpo/adapter_config.json").read_text())["d"] == 20
