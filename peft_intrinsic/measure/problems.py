@@ -204,5 +204,5 @@ def _typed(labels: Labels) -> Labels:
 
 
 def _shown(key: Label) -> str:
-    kind, value = key
-    return repr(int(value) if kind == "number" and value == int(value) else value)
+    _, value = key
+    return repr(int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -59,20 +59,20 @@ def advice(result: Result, weights: int | None = None) -> str:
         weights: of the model: the most that d can be.
     """
     low, high, points = result.dims
-    told_d = told(result, result.answers[result.of])[0]
-    if told_d[0] not in "≤>":
+    sign = told(result, result.answers[result.of])[0][0]
+    if sign not in "≤>":
         return ""
-    if told_d[0] == ">" and result.ends[1] < high:
-        return f"No d above {result.ends[1]} was measured. Allow more trials or minutes (--trials, --minutes)."
-    if told_d[0] == ">" and high == weights:
+    end, beyond, grid_end = (result.ends[1], "above", high) if sign == ">" else (result.ends[0], "below", low)
+    if end != grid_end:
+        return f"No d {beyond} {end} was measured. Allow more trials or minutes (--trials, --minutes)."
+    if sign == ">" and high == weights:
         return f"The target is not reached with all {high} weights. Train longer, or take a lower --target."
-    if told_d[0] == "≤" and low == 1:
+    if sign == "≤" and low == 1:
         return "The target is reached with a single parameter, so there is no smaller d to try."
-    first, last = (
-        (low, min(high * WIDER, weights or high * WIDER)) if told_d[0] == ">" else (max(low // WIDER, 1), high)
-    )
+    first = max(low // WIDER, 1) if sign == "≤" else low
+    last = min(high * WIDER, weights or high * WIDER) if sign == ">" else high
     many = 1 + round((points - 1) * math.log(last / first) / math.log(high / low))
-    limit = "" if weights or told_d[0] == "≤" else " (at most as many as the model has weights)"
+    limit = " (at most as many as the model has weights)" if sign == ">" and weights is None else ""
     return f"d lies outside the grid. Try a wider one: --dims {first},{last},{many}{limit}"
 
 

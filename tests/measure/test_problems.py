@@ -133,3 +133,11 @@ def test_lines_that_are_not_utf_8_are_named(tmp_path):
 def test_rows_of_parquet_count_from_one(tmp_path):
     Dataset.from_dict({"text": ["a", None, "b"], "label": [0, 1, 1]}).to_parquet(tmp_path / "a.parquet")
     assert message(tmp_path / "a.parquet").endswith("a.parquet, row 2: no value in column 'text'.")
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", "2.5"])
+def test_labels_that_are_no_whole_numbers_are_named_as_they_are(value, tmp_path):
+    lines = f'{{"text": "a", "label": 1}}\n{{"text": "b", "label": 0}}\n{{"text": "c", "label": {value}}}\n'
+    held_out = written(tmp_path / "b.jsonl", lines)
+    train = written(tmp_path / "a.jsonl", "\n".join(lines.splitlines()[:2]))
+    assert f"b.jsonl, line 3: label {json.loads(value)!r} does not occur in" in message(train, held_out)
