@@ -15,6 +15,9 @@ from .plan import Plan
 BELOW = 2
 """At how many d before it learning rates that were tried help to choose one."""
 
+TOLERATED = 0.1
+"""Share of collapsed runs above which a learning rate is chosen only if no other has fewer."""
+
 TUNING = 10_000
 """The seed on which learning rates are tried: its scores choose, so they do not count."""
 
@@ -62,7 +65,8 @@ class Evidence:
         return sorted(at for at in tried if any(map(math.isfinite, self.tried(at).values())))
 
     def _least_lost(self, rates: Sequence[float], places: Sequence[int | None]) -> float | None:
-        lost = {rate: sum(self._lost(at, rate) for at in places) for rate in rates}
+        stable = [rate for rate in rates if self.collapses(places[-1], rate) <= TOLERATED]
+        lost = {rate: sum(self._lost(at, rate) for at in places) for rate in stable or rates}
         best = sorted(rate for rate, much in lost.items() if much <= min(lost.values()) + TINY)
         return best[len(best) // 2] if best else None
 
@@ -80,12 +84,13 @@ class Evidence:
 
     def collapses(self, d: int | None, rate: float) -> float:
         """The share of runs at a learning rate that collapsed, over all seeds, and over all d of the subspace from the
-        least at which a run did not: below it there may be too few parameters for any learning rate."""
+        least at which a run did not: below it there may be too few parameters for any learning rate. One where all runs
+        did has the share 1."""
         full = d is None
         runs = [(at or 0, score) for (at, _, used), score in self.found.items() if (at is None, used) == (full, rate)]
         learned = min((at for at, score in runs if not self.collapsed(score)), default=math.inf)
         counted = [self.collapsed(score) for at, score in runs if at >= learned]
-        return sum(counted) / max(len(counted), 1)
+        return sum(counted) / len(counted) if counted else float(bool(runs))
 
     def best(self, d: int | None) -> float:
         """The score of that rate; minus infinity where there is none."""

@@ -79,6 +79,23 @@ def test_learning_rate_at_which_runs_collapse_is_expected_to_score_less(collapse
     assert (found.tuned(400), found.rate(430)) == (rate, rate)
 
 
+@pytest.mark.parametrize(("collapsed", "rate"), [(1, 8e-4), (2, 2e-4)])
+def test_unstable_learning_rate_is_chosen_only_where_no_other_is_stable(collapsed, rate):
+    """By hand: 2 of 10 runs lose .06 of .2, but that is more than one in ten. Then 2e-4 collapses as often, and its
+    loss decides."""
+    tried = {400: {2e-4: 0.60, 8e-4: 0.80}}
+    more = [(450 + i, 0, 8e-4, 0.5 if i < collapsed else 0.8) for i in range(9)]
+    assert evidence(tried, *more, least=0.5).tuned(400) == rate
+    more += [(450 + i, 0, 2e-4, 0.5 if i < 2 else 0.6) for i in range(9)]
+    assert evidence(tried, *more, least=0.5).tuned(400) == 8e-4
+
+
+def test_learning_rate_that_never_learned_is_not_stable():
+    tried = {400: {5e-5: 0.5, 8e-4: 0.80}}
+    more = [(450 + i, 0, 8e-4, 0.5 if i < 4 else 0.8) for i in range(9)]
+    assert evidence(tried, *more, least=0.5).tuned(400) == 8e-4
+
+
 def test_collapses_below_the_least_d_that_learns_are_not_blamed_on_the_learning_rate():
     more = [(d, seed, 8e-4, 0.5) for d in (100, 200, 300) for seed in range(3)]
     found = evidence(HIGHER, *more, least=0.5)
