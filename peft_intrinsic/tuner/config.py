@@ -52,6 +52,10 @@ class NoModules(list):
 class IntrinsicConfig(PeftConfig):
     """Configuration of an intrinsic-dimension adapter (Aghajanyan et al. 2020, arXiv 2012.13255).
 
+    Learning rate: begin with 2e-4 (AdamW, no weight decay) for every d. Above 4e-4 a run can collapse to the majority
+    class: lower it, or warm up. The gradient's norm is usually far above 1, so Trainer's `max_grad_norm=1.0` rescales
+    every step, which Adam does not notice.
+
     Args:
         d (`int`):
             How many numbers are trained, λ included (section 3: "exactly d parameters").
