@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .labels import with_stored_labels
+
 FRESH = "_intrinsic_fresh"
 """Attribute of a loaded model: a sample of every parameter that its checkpoint did not bring, by name."""
 
@@ -46,7 +48,7 @@ def watch(models: Any) -> None:
     def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         token = LOADING.set(True)
         try:
-            result = original(cls, *args, output_loading_info=True, **kwargs)
+            result = original(cls, *args, output_loading_info=True, **with_stored_labels(args, kwargs))
         finally:
             LOADING.reset(token)
         if not isinstance(result, tuple):  # of a library that has replaced transformers' method

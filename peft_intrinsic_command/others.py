@@ -7,6 +7,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+LABELS = "number of labels of the base model's head, where the adapter does not store it"
+
 
 def add_commands(commands: Any) -> None:
     """Add them to the parser of the command."""
@@ -19,7 +21,7 @@ def add_commands(commands: Any) -> None:
     limit.add_argument("--max-bytes", type=int, help="instead: as many values as fit into so many bytes")
     limit.add_argument("--max-error", type=float, help="instead: share of the numbers' norm that rounding may change")
     pack.add_argument("--model", help="the base model, where it lies elsewhere than the adapter says")
-    pack.add_argument("--labels", type=int, help="of the base model's head (as its configuration or the texts say)")
+    pack.add_argument("--labels", type=int, help=LABELS)
     pack.add_argument("--text-form", action="store_true", help="print it as text too, for a URL or a database")
     pack.add_argument("--qr", help="draw it as a QR code, PNG or SVG")
     pack.add_argument("--eval", help="labelled texts: report the accuracy before and after")
@@ -74,7 +76,7 @@ def add_commands(commands: Any) -> None:
     distance.add_argument("tuned", help="likewise, of the fine-tuned model or of an adapter")
     distance.add_argument("--threshold", type=float, default=1e-3, help="above which an entry counts as moved (0.001)")
     distance.add_argument("--common", action="store_true", help="leave out what only one side has, such as a head")
-    distance.add_argument("--labels", type=int, help="of the base model's head, for an adapter")
+    distance.add_argument("--labels", type=int, help=LABELS)
     distance.add_argument("-o", "--out", help="folder for distance.json, distance.md and distance.png")
 
 

@@ -7,21 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from transformers import AutoConfig
 
 from ..bases import load_base
-from ..codec import adapter_to_string, compress, load_packed, qr_code, quantisation_aware, read_packed
+from ..codec import Packed, adapter_to_string, compress, load_packed, qr_code, quantisation_aware, read_packed
 from ..codec.adapter import DEFAULT_LEVELS
 from ..codec.text import check_ending
 from ..measure.store import write_whole
 from ..tuner import IntrinsicConfig
+from ..tuner.labels import LABELS
 from .certificate import Certificate
 from .certify import certificate, differences, packed, write
 from .plot import plot_sweep
 from .sweep import sweep
 from .texts import TUNING, PackedTexts
-
-LABELS = 100_000
-"""The most that a head is made for: how many there are is read from a file that may be anybody's."""
 
 
 def _config(folder: str) -> IntrinsicConfig:
@@ -54,10 +53,34 @@ def _file(option: str, place: str | Path) -> Path:
 
 
 def _name(args: argparse.Namespace, own: str | None) -> str:
-    """Of the base model: as the user says, or the adapter."""
-    if not (name := args.model or own):
+    """The name of the base model: the user's, or else the adapter's.
+
+    Raises:
+        ValueError: neither says, or what the adapter says cannot be found.
+    """
+    if args.model:
+        return args.model
+    if not own:
         raise ValueError("The adapter does not name its base model. Name it: --model.")
-    return name
+    try:
+        AutoConfig.from_pretrained(own)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The adapter names {own!r} as its base model, which is neither a model's folder here nor on the Hub. Name "
+            f"it: --model. (A packed adapter holds only the last part of a folder's path. {error})"
+        ) from error
+    return own
+
+
+def _labels(file: str | Path, packed: Packed) -> int | None:
+    """The number of labels that a packed adapter stores; None where it stores none.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    if packed.classes > LABELS:
+        raise ValueError(f"{file} asks for {packed.classes} labels; more than {LABELS} are not unpacked.")
+    return packed.classes or None
 
 
 def _texts(
@@ -74,12 +97,10 @@ def pack(args: argparse.Namespace) -> None:
     out = _file("--out", args.out)
     if args.qr:
         check_ending(_file("--qr", args.qr))
-    texts = None
+    texts, own, labels = None, config.base_model_name_or_path, args.labels or config.num_labels
     if args.eval or args.train:
-        texts = _texts(args, config.base_model_name_or_path, args.train or args.eval, args.eval, args.labels)
-    base = (
-        texts.base if texts else load_base(_name(args, config.base_model_name_or_path), config.task_type, args.labels)
-    )
+        texts = _texts(args, own, args.train or args.eval, args.eval, labels)
+    base = texts.base if texts else load_base(_name(args, own), config.task_type, labels)
     try:
         model: Any = PeftModel.from_pretrained(base, args.adapter, is_trainable=bool(args.finetune))
     except ValueError as error:
@@ -111,9 +132,8 @@ def unpack(args: argparse.Namespace) -> None:
     found = read_packed(args.file)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"--out {args.out} holds files already. Name a new folder.")
-    if found.classes > LABELS:
-        raise ValueError(f"{args.file} asks for {found.classes} labels; more than {LABELS} are not unpacked.")
-    model = load_packed(load_base(_name(args, found.base), found.options["task_type"], found.classes), args.file)
+    base = load_base(_name(args, found.base), found.options["task_type"], _labels(args.file, found))
+    model = load_packed(base, args.file)
     model.save_pretrained(args.out)
     print(f"{args.out}: d = {found.d}, for {found.base or args.model}")
 
@@ -133,12 +153,13 @@ def certify(args: argparse.Namespace) -> None:
                 f"{given}: {source} is packed already. Name the adapter's folder, or leave the option out."
             )
         out = _file("--out", args.out or source)
-        texts = _texts(args, read_packed(source).base, args.train, args.eval)
+        adapter = read_packed(source)
+        texts = _texts(args, adapter.base, args.train, args.eval, _labels(source, adapter))
         candidates = [source.read_bytes()]
     else:
         config = _config(args.adapter)
         out = _file("--out", args.out or source / "adapter.pia")
-        texts = _texts(args, config.base_model_name_or_path, args.train, args.eval)
+        texts = _texts(args, config.base_model_name_or_path, args.train, args.eval, config.num_labels)
         candidates = packed(texts, args.adapter, args.levels, args.finetune, args.lr)
     tried = args.tried * len(candidates)
     made = [(certificate(data, texts, tried, args.delta, bool(args.eval)), data) for data in candidates]
@@ -181,7 +202,9 @@ def verify(args: argparse.Namespace) -> None:
         ValueError: it does not agree; the message says where.
     """
     path = Path(args.file)
-    claimed, found, unlike = differences(path, _texts(args, read_packed(path).base, args.train, None))
+    adapter = read_packed(path)
+    texts = _texts(args, adapter.base, args.train, None, _labels(path, adapter))
+    claimed, found, unlike = differences(path, texts)
     print(found.report())
     if claimed.test_n is not None:
         unseen = f"test_errors={claimed.test_errors} of test_n={claimed.test_n}"

@@ -32,7 +32,8 @@ def distance(args: argparse.Namespace) -> None:
     base, tuned = _place(args.base), _place(args.tuned)
     sides: tuple[Any, Any] = base, tuned
     if Path(tuned, "adapter_config.json").exists():
-        model = load_base(base, PeftConfig.from_pretrained(tuned).task_type, args.labels)
+        config = PeftConfig.from_pretrained(tuned)
+        model = load_base(base, config.task_type, args.labels or getattr(config, "num_labels", None))
         try:
             sides = model, PeftModel.from_pretrained(model, tuned)
         except (RuntimeError, ValueError) as error:  # PEFT's own, of sizes that differ, and ours

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 
 from ..tuner import IntrinsicConfig
 from ..tuner.identity import base_digest
+from ..tuner.labels import other_labels
 from ..tuner.layer import attached, base_places
 from .packed import NAME, NUMBERS, OPTIONS, PROJECTIONS, TASKS, Packed
 from .quantise import LEVELS, check_levels, rounded
@@ -146,6 +147,9 @@ def load_packed(
     root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     names = list(base_places(root))
     config = _config(packed, names)
+    labels = other_labels(config.num_labels, root, config.task_type)
+    if labels and (check_base or config.head == "subspace"):
+        raise ValueError(labels)
     if check_base and base_digest(root, config.redrawn or []) != packed.base_digest:
         dtypes = sorted({str(parameter.dtype) for parameter in root.parameters()} - {"torch.float32"})
         hint = f", or the same in {', '.join(dtypes)}, which rounds them: try torch.float32" if dtypes else ""
@@ -206,6 +210,7 @@ def _config(packed: Packed, names: list[str]) -> IntrinsicConfig:
             **packed.options,
             redrawn=[name for name in names if name in drawn],
             manifest=packed.manifest_digest.hex(),
+            num_labels=packed.classes or None,
             algorithm_version=packed.algorithm,
             inference_mode=True,
         )

@@ -95,10 +95,15 @@ class SupermaskConfig(PeftConfig):
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an int from 0 to 2**63 - 1, got {self.seed!r}.")
         self.seed = int(self.seed)  # numpy's integers cannot be written to a file
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear" and self.layers_to_transform:
+        alone = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if alone and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} does not work with the target_modules string "
                 f'{self.target_modules!r}. Pass target_modules as a list, or "all-linear".'
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: pass the indexes of the blocks."
             )
         if self.target_modules is None:
             raise ValueError('target_modules=None: name linear layers, or "all-linear".')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..tuner.targets import linear_features
+from ..tuner.vector import Vector
 from .masks import binary, initial_scores, packed, straight_through, unpacked
 
 
@@ -22,6 +24,7 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("supermask_scores",)
     other_param_names: tuple[str, ...] = ("supermask_bits",)
+    cast_input_dtype_enabled = False  # PEFT's disable_input_dtype_casting has nothing to switch off
     base_layer: Any
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
@@ -29,7 +32,7 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.name = name
         self.in_features, self.out_features = linear_features(base_layer)
-        self.supermask_scores = nn.ParameterDict()
+        self.supermask_scores = nn.ModuleDict()
         self.supermask_bits: dict[str, torch.Tensor] = {}
         self.configs: dict[str, Any] = {}
         self.awaited: set[str] = set()  # adapters whose saved mask has not been loaded yet
@@ -38,15 +41,20 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
         self._kept: tuple[torch.Tensor, torch.Tensor] | None = None  # bits of their mask, what the zeros replaced
 
     def update_layer(self, adapter: str, config: Any) -> None:
-        """Give an adapter its scores, or where it is loaded for inference a mask of ones."""
+        """Give an adapter its scores, or for inference its mask, which is all ones until a saved one is loaded."""
         self.configs[adapter] = config
-        if config.base_digest is not None or config.final_sparsity is not None:
+        saved = config.base_digest is not None or config.final_sparsity is not None
+        if saved:
             self.awaited.add(adapter)
         weight = self.base_layer.weight
-        if config.inference_mode:
+        if config.inference_mode and saved:
             self.set_mask(adapter, torch.ones(weight.shape, dtype=torch.bool))
+            return
+        scores = initial_scores(weight, self.name, config)
+        if config.inference_mode:
+            self.set_mask(adapter, binary(scores, config))
         else:
-            self.supermask_scores[adapter] = nn.Parameter(initial_scores(weight, self.name, config))
+            self.supermask_scores[adapter] = Vector(scores)
 
     def set_mask(self, adapter: str, mask: torch.Tensor) -> None:
         """The mask of an adapter for inference: `bool`, in the shape of the weight."""
@@ -61,19 +69,42 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
             scores: to be used in place of its own.
 
         Raises:
-            ValueError: the scores are not finite.
+            ValueError: the scores are not finite, or the saved mask of the adapter was not loaded.
         """
+        self._check_loaded(adapter)
         if adapter in self.supermask_bits:
             return unpacked(self.supermask_bits[adapter], self.base_layer.weight.shape)
-        scores = self.supermask_scores[adapter] if scores is None else scores
+        scores = self._scores(adapter) if scores is None else scores
         if not torch.isfinite(scores).all():
             raise ValueError(f"The scores of {self.name} are NaN or infinite. Lower the learning rate.")
         return binary(scores, self.configs[adapter])
+
+    def _scores(self, adapter: str) -> torch.Tensor:
+        return self.supermask_scores[adapter]()
+
+    def _check_loaded(self, adapter: str) -> None:
+        if adapter not in self.awaited:
+            return
+        if adapter in self.supermask_scores:  # other scores may have been copied in, as TRL does for a reference
+            scores = self._scores(adapter)
+            if not torch.equal(scores, initial_scores(self._original(), self.name, self.configs[adapter]).to(scores)):
+                self.awaited.discard(adapter)
+                return
+        raise ValueError(
+            f"The saved mask of adapter {adapter!r} was not loaded, only its configuration. Load it with "
+            "PeftModel.from_pretrained or PeftModel.load_adapter. (For a new adapter with this configuration, "
+            "set its base_digest and final_sparsity to None.)"
+        )
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the mask takes off the weight, in its own shape and type."""
         weight = self._original()
         return torch.where(self.mask(adapter).to(weight.device), torch.zeros_like(weight), -weight)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        weight = self.base_layer.weight
+        if adapter_name in self.supermask_scores and not weight.is_meta:
+            self.supermask_scores[adapter_name].to(device or weight.device)  # in float32 whatever the weight's type
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.configs)
@@ -106,22 +137,24 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
         self._written = list(adapters)
 
     def effective_weight(self) -> torch.Tensor:
-        """The weight as the active adapters have it, with a gradient for the scores of those that train."""
+        """The weight as the active adapters have it, with a gradient for the scores of those that train.
+
+        Raises:
+            ValueError: see `mask`.
+            RuntimeError: DeepSpeed ZeRO-3 has split the weight over devices.
+        """
+        if hasattr(self.base_layer.weight, "ds_id"):
+            raise RuntimeError("DeepSpeed ZeRO-3 splits weights that a mask must read whole. Use ZeRO-2 or DDP.")
         if self.merged:
             return self.base_layer.weight
         active = [] if self.disable_adapters else self.active_adapters
         self._write([name for name in active if name in self.supermask_bits])
         weight = self.base_layer.weight
         for adapter in active:
-            if adapter in self.awaited:
-                raise ValueError(
-                    f"The saved mask of adapter {adapter!r} was not loaded, only its configuration. Load it with "
-                    "PeftModel.from_pretrained or PeftModel.load_adapter. (For a new adapter with this configuration, "
-                    "set its base_digest and final_sparsity to None.)"
-                )
             if adapter not in self.supermask_scores:
                 continue
-            scores = self.supermask_scores[adapter]
+            self._check_loaded(adapter)
+            scores = self._scores(adapter)
             mask = straight_through(scores, self.configs[adapter]) if self.training else self.mask(adapter)
             weight = weight * mask.to(weight.dtype)
         return weight
@@ -158,6 +191,20 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
         if not enabled:
             self.unmerge()
         super().enable_adapters(enabled)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As in PEFT.
+
+        Raises:
+            ValueError: an adapter was loaded for inference, so that it has no scores to train.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if requires_grad and (bare := [name for name in names if name in self.supermask_bits]):
+            raise ValueError(
+                f"Adapter {bare[0]!r} was loaded for inference and has no scores to train. Load it with "
+                "is_trainable=True."
+            )
+        super().set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT; its zeros leave the weight."""

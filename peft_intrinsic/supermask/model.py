@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..tuner.attach import check_replaceable
+from ..tuner.base import CheckedTuner
 from ..tuner.learnt import digest_at_hand
 from ..tuner.targets import canonical, is_linear, matched
 from .layer import SupermaskLinear
@@ -19,12 +21,11 @@ MASK = "supermask_mask"
 ROOT = "base_model.model."
 
 
-class SupermaskModel(BaseTuner):
+class SupermaskModel(CheckedTuner):
     """Masks the weights of linear layers. Use it through `get_peft_model(model, SupermaskConfig())`."""
 
     prefix = "supermask_"
     tuner_layer_cls = SupermaskLinear
-    peft_config: Any
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
@@ -33,15 +34,21 @@ class SupermaskModel(BaseTuner):
         """Attach an adapter.
 
         Raises:
-            ValueError: a targeted module is no plain linear layer in memory, or shares its weight with another; or a
-                saved mask belongs to other base weights.
+            ValueError: a targeted module is no plain linear layer in memory, or shares its weight with another; a
+                saved mask belongs to other base weights; or the configuration has an option that masks do not support.
         """
+        config = self.peft_config[adapter_name]
+        for option in ("trainable_token_indices", "target_parameters"):
+            if value := getattr(config, option):
+                raise ValueError(
+                    f"{option}={value!r} is not supported by SupermaskConfig, which masks linear layers and trains "
+                    "modules_to_save. Leave it out, or use LoraConfig or IntrinsicConfig."
+                )
         for layer in _layers(model):
             layer.unmerge()  # the new adapter starts from the base's own weights
         places = model.named_modules(remove_duplicate=False)
         self._uses = Counter(id(p) for _, module in places for p in module._parameters.values() if p is not None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config = self.peft_config[adapter_name]
         here = None if config.base_digest is None else _digest(model, adapter_name)
         if here not in (None, config.base_digest):
             raise ValueError(
@@ -68,16 +75,18 @@ class SupermaskModel(BaseTuner):
             return
         weight: Any = getattr(target, "weight", None)
         plain = is_linear(target) and type(getattr(weight, "data", None)) is torch.Tensor and weight.is_floating_point()
-        if not plain or weight.element_size() < 2 or weight.is_meta:
+        if not plain or weight.element_size() < 2 or weight.is_meta or hasattr(weight, "ds_id"):
             raise ValueError(
                 f"target_modules: {current_key} is a {type(target).__name__}, and masks are for linear layers with "
-                "plain weights in memory. Leave it out, or load the base model unquantised and not offloaded."
+                "plain weights in memory. Leave it out, or load the base model unquantised, not offloaded, and not "
+                "split over devices (tp_plan, ZeRO-3)."
             )
         if self._uses[id(weight)] > 1:
             raise ValueError(
                 f"target_modules: the weight of {current_key} is used elsewhere too, as that of an output layer by its "
                 f"embedding. Leave it out: exclude_modules=['{target_name}']."
             )
+        check_replaceable([(parent, target_name)])
         new = SupermaskLinear(target, canonical(current_key, self.model))
         new.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
@@ -87,13 +96,61 @@ class SupermaskModel(BaseTuner):
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """Refused by name when they are targeted."""
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Scores are float32 from the start.
+
+        Raises:
+            ValueError: without autocasting they would take the dtype of a base model that is not float32.
+        """
+        coarse = {layer.base_layer.weight.dtype for layer in _layers(self.model)} - {torch.float32, torch.float64}
+        if not autocast_adapter_dtype and coarse:
+            raise ValueError(
+                f"autocast_adapter_dtype=False: the scores of a mask need float32, the base model is in {coarse.pop()}."
+                " Leave it at True."
+            )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Raises ValueError: `adapter_names`, or another option that masks do not support, is given."""
+        if given := [name for name in ("adapter_names", "alora_offsets") if kwargs.get(name) is not None]:
+            raise ValueError(
+                f"{given[0]}={kwargs[given[0]]!r} is not supported by SupermaskConfig: all samples of a batch have the "
+                "same mask. Choose it with set_adapter(name), or none with disable_adapter(), for a batch of its own."
+            )
+        yield
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT, all layers or none.
+
+        Raises:
+            ValueError: there is no such adapter, its saved mask was not loaded, or scores are not finite.
+        """
+        self._check_masks(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_masks(self, adapter_names: list[str] | None) -> None:
+        self._check_attached(adapter_names)
+        for layer in _layers(self.model):
+            for name in adapter_names or layer.active_adapters:
+                if name in layer.configs:
+                    layer.mask(name)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_masks(adapter_names)
         for layer in _layers(self.model) if not merge else ():
             layer.unmerge()
-        return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def sparsity(self, adapter_name: str = "default") -> dict[str, float]:
         """Share of zeros of each masked layer, by its name, and of `"all"` together, as it would be saved."""
+        self._check_attached(adapter_name)
         found = {layer.name: layer.mask(adapter_name) for layer in _layers(self.model) if adapter_name in layer.configs}
         zeros = {name: int((~mask).sum()) for name, mask in found.items()}
         sizes = {name: mask.numel() for name, mask in found.items()}
@@ -113,7 +170,7 @@ class SupermaskModel(BaseTuner):
         for key, layer in _named_layers(model):
             if adapter_name not in layer.configs:
                 continue
-            scores = f"{key}.supermask_scores.{adapter_name}"
+            scores = f"{key}.supermask_scores.{adapter_name}.weight"
             mask = layer.mask(adapter_name, state_dict.get(scores))
             result[f"{key}.{MASK}"] = coded(mask)
             zeros, weights = zeros + int((~mask).sum()), weights + mask.numel()
@@ -140,9 +197,10 @@ class SupermaskModel(BaseTuner):
             if f"{own}.{MASK}" not in given:
                 raise ValueError(f"The file holds no mask of {layer.name}. It belongs to an adapter of other modules.")
             mask = decoded(given.pop(f"{own}.{MASK}"), layer.base_layer.weight.shape, layer.name)
-            scores = given.pop(f"{own}.supermask_scores", None)
+            former = given.pop(f"{own}.supermask_scores", None)  # in files of the first versions
+            scores = given.pop(f"{own}.supermask_scores.weight", former)
             if adapter_name in layer.supermask_scores:
-                name = f"{key}.supermask_scores.{adapter_name}"
+                name = f"{key}.supermask_scores.{adapter_name}.weight"
                 rest[name] = scores_of(mask, config) if scores is None else scores
             else:
                 layer.set_mask(adapter_name, mask)

@@ -72,20 +72,31 @@ def users_of(model: nn.Module, matched: Iterable[Match], config: IntrinsicConfig
     """Every holder of every matched parameter, so that tied parameters move together.
 
     Raises:
-        ValueError: nothing was matched.
+        ValueError: nothing was matched, or a parameter that cannot get an offset.
     """
     wanted = {_identity(module, name) for module, names in matched for name in names}
     users: Users = {}
+    scripted: set[Any] = set()
     firsts: dict[Any, str] = {}
     ties = getattr(model, "all_tied_weights_keys", None) or {}  # offloaded, tied parameters are no longer one object
     for key, module in base_modules(model):
         for name in candidates(config, key, module):
             if (identity := _identity(module, name)) in wanted:
+                if isinstance(module, torch.jit.ScriptModule):
+                    scripted.add(identity)
+                    continue
                 full = f"{key}.{name}" if key else name
                 parameter = module._parameters.get(name)
                 offloaded = parameter is not None and parameter.is_meta
                 first = firsts.setdefault(identity, ties.get(full, full) if offloaded else full)
                 users.setdefault(first, []).append((module, name))
+    if scripted:
+        held = ((key, module, name) for key, module in base_modules(model) for name in candidates(config, key, module))
+        keys = list(dict.fromkeys(key for key, module, name in held if _identity(module, name) in scripted))
+        raise ValueError(
+            f"{', '.join(keys)}: a scripted or traced module reads its parameters in compiled code, so they cannot get "
+            f"an offset. Leave them out: exclude_modules={keys}. Or script the model after merging the adapter."
+        )
     if not users:
         raise ValueError(
             f"target_modules={config.target_modules!r} and target_parameters={config.target_parameters!r} matched "
@@ -94,8 +105,17 @@ def users_of(model: nn.Module, matched: Iterable[Match], config: IntrinsicConfig
     return users
 
 
+def _is_split(model: nn.Module, module: nn.Module, name: str) -> bool:
+    """Whether a parameter is only a part on this device. FSDP 2 puts those of layers that are wrapped together."""
+    if not hasattr(module._parameters.get(name), "full_tensor"):
+        return False
+    gathered = any(hasattr(each, "reshard") for each in model.modules()) and not getattr(model, "_tp_size", None)
+    return not (gathered and (is_linear(module) or is_embedding(module)))
+
+
 def _identity(module: nn.Module, name: str) -> Any:
-    parameter = module._parameters.get(name)  # some quantised layers have none for `weight`, an added bias has none
+    # Some quantised layers have none for `weight`, an added bias has none, and scripted modules hold no dictionary.
+    parameter = dict(module._parameters).get(name)
     return (id(module), name) if parameter is None else id(parameter)
 
 
@@ -131,6 +151,8 @@ def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig
     merged: set[Any] = set()
     for name, held in users.items():
         for module, own in held:
+            if _is_split(model, module, own):
+                holder.split[adapter] = name
             merges = _identity(module, own) not in merged
             merged.add(_identity(module, own))
             offset = Offset(name, projections[name], *forms[name], groups.get(name), merges)
@@ -213,6 +235,16 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
+def check_replaceable(places: Iterable[tuple[nn.Module, str]]) -> None:
+    """Raises ValueError: a layer was compiled by itself, so that what replaces it would not be called."""
+    for parent, name in places:
+        if name == "_orig_mod":
+            raise ValueError(
+                f"{parent} was compiled by itself, and its compiled code would not call the adapter. Compile the "
+                "module that contains it, or compile after attaching the adapter."
+            )
+
+
 def _layers(model: nn.Module, holder: IntrinsicVector, modules: Iterable[nn.Module]) -> dict[int, IntrinsicLayer]:
     """The tuner layer of each base module, by the module's id, made where it is missing.
 
@@ -229,6 +261,7 @@ def _layers(model: nn.Module, holder: IntrinsicVector, modules: Iterable[nn.Modu
         if kind is None or not at:  # the root has no place
             layers[id(module)] = IntrinsicParameters(module, holder)
             continue
+        check_replaceable(at)
         layers[id(module)] = layer = kind(module, holder)
         for parent, name in at:
             setattr(parent, name, layer)

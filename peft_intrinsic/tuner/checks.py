@@ -8,6 +8,7 @@ from typing import Any
 
 from ..projection import ALGORITHM_VERSION, PROJECTIONS
 from ..version import __version__, pip_install
+from .labels import LABELS
 from .targets import KEYWORDS
 
 
@@ -17,15 +18,18 @@ def check(config: Any) -> None:
     Raises:
         ValueError, TypeError: one cannot; the message names it and a remedy.
     """
-    for name, low in (("d", 1), ("seed", 0), ("block_size", 1), ("ensemble", 1), ("algorithm_version", 1)):
+    optional = ("block_size", "ensemble", "num_labels")
+    for name, low in (("d", 1), ("seed", 0), ("algorithm_version", 1), *((name, 1) for name in optional)):
         value = getattr(config, name)
-        if name in ("block_size", "ensemble") and value is None:
+        if name in optional and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}.")
         setattr(config, name, value := int(value))  # numpy's integers cannot be written to a file
         if not low <= value < 2**63:
             raise ValueError(f"{name} must be at least {low} and below 2**63, got {value}.")
+    if config.num_labels is not None and config.num_labels > LABELS:
+        raise ValueError(f"num_labels must be at most {LABELS}, got {config.num_labels}.")
     if config.ensemble is not None and config.ensemble > 1024:
         raise ValueError(f"ensemble must be at most 1024, got {config.ensemble}.")
     if config.block_size is not None and config.block_size & (config.block_size - 1):

@@ -24,7 +24,7 @@ SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "
 
 FILLED = (
     *("target_modules", "target_parameters", "modules_to_save"),
-    *("block_size", "redrawn", "manifest", "subspace_digest"),
+    *("block_size", "redrawn", "manifest", "subspace_digest", "num_labels"),
 )
 """Options that an attachment may fill in."""
 
@@ -152,6 +152,7 @@ class IntrinsicConfig(PeftConfig):
     manifest: str | None = field(default=None, metadata={"help": "Marks of the targeted names and shapes."})
     checksum: str | None = field(default=None, metadata={"help": "Of the numbers in the file beside it."})
     subspace_digest: str | None = field(default=None, metadata={"help": "Of the contents of the subspace file."})
+    num_labels: int | None = field(default=None, metadata={"help": "Number of labels of the base model's head."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

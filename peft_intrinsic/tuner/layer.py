@@ -54,6 +54,7 @@ class IntrinsicLayer(BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("intrinsic_theta", "intrinsic_lambda")
     other_param_names: tuple[str, ...] = ("offsets",)
+    cast_input_dtype_enabled = False  # PEFT's disable_input_dtype_casting has nothing to switch off
     mixable = False  # whether the samples of a batch can have different adapters
     in_features: int
     out_features: int

@@ -12,16 +12,18 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .attach import Match, attach, default_targets, detach, remove_holder, unwrap, users_of
 from .bank import chosen_by_name
+from .base import CheckedTuner
 from .checks import check
 from .files import check_adapter_names, numbers_to_load, numbers_to_save
 from .head import Head, name_outermost, restore, settle
 from .in_place import IntrinsicParameters
+from .labels import number_of_labels, other_labels
 from .layer import IntrinsicLayer, base_modules
 from .learnt import prepare
 from .merging import places
@@ -33,7 +35,7 @@ SURVIVING = 0.95
 """A merge that keeps less of the offset's norm than this warns."""
 
 
-class IntrinsicModel(BaseTuner):
+class IntrinsicModel(CheckedTuner):
     """Moves the weights of a model along a fixed random projection of one trained vector θ.
 
     Use it through `get_peft_model(model, IntrinsicConfig(d=200))`. Reference: Aghajanyan et al. 2020, arXiv 2012.13255.
@@ -117,11 +119,14 @@ class IntrinsicModel(BaseTuner):
             check_not_adapted(model, (module for held in users.values() for module, _ in held), config)
             with init_empty_weights() if options["low_cpu_mem_usage"] else nullcontext():
                 attach(model, adapter_name, users, config)
-        except Exception:
+            config.num_labels = number_of_labels(model, config.task_type)
+        except Exception as error:
             detach(model, adapter_name)
             config.restore(asked)
             for parameter, trained in before.items():
                 parameter.requires_grad_(trained)
+            if labels := other_labels(config.num_labels, model, config.task_type):
+                raise ValueError(labels) from error
             raise
         finally:
             self._matched = []
@@ -173,7 +178,8 @@ class IntrinsicModel(BaseTuner):
         """As in PEFT, all layers or none.
 
         Raises:
-            ValueError: with `safe_merge`, a merged weight would not be finite; or a quantised weight cannot be merged.
+            ValueError: there is no such adapter; with `safe_merge`, a merged weight would not be finite; or a
+                quantised weight cannot be merged.
         """
         layers = self.tuner_layers()
         merging = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
@@ -280,7 +286,13 @@ class IntrinsicModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """`adapter_names`: one adapter for each sample of the batch."""
+        """`adapter_names`: one adapter for each sample of the batch.
+
+        Raises:
+            ValueError: `alora_offsets` is given.
+        """
+        if (offsets := kwargs.get("alora_offsets")) is not None:
+            raise ValueError(f"alora_offsets={offsets!r} is for activated LoRAs alone. Leave it out.")
         names = kwargs.get("adapter_names")
         if names is None:
             yield

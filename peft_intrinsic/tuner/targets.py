@@ -126,7 +126,7 @@ def logical_shape(module: nn.Module, name: str) -> tuple[tuple[int, ...], bool]:
     if name == "weight" and is_linear(module):
         cols, rows = linear_features(module)
         return ((cols, rows), True) if isinstance(module, Conv1D) else ((rows, cols), False)
-    if module._parameters.get(name) is None:  # an added bias
+    if dict(module._parameters).get(name) is None:  # an added bias; scripted modules hold no dictionary
         return (linear_features(module)[1],), False
     return tuple(module._parameters[name].shape), False  # type: ignore[union-attr]
 
@@ -235,7 +235,7 @@ def targeted(config: Any, key: str) -> bool:
         return fits("target_modules", targets, key)
     if targets is None and config.target_parameters:
         return False
-    if targets is not None and not named(targets, key):
+    if targets is not None and not named(map(canonical, targets), key):  # "all-linear" lists names with wrappers' parts
         return False
     layers = config.layers_to_transform
     if layers is None or layers == []:

@@ -37,9 +37,10 @@ class IntrinsicVector(nn.Module):
         self.in_place = nn.ModuleList()  # tuner layers of parameters that stay in their own modules
         self.choices = Choices()
         self.drawn: list[Any] = []  # what the head replaced in the base model
+        self.split: dict[str, str] = {}  # of adapters: a parameter that is only a part on this device
         self.quantization = get_quantization_kwargs(root)
         self._guards = [
-            root.register_forward_pre_hook(self._enter, with_kwargs=True),
+            root.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
             root.register_forward_hook(self._leave, always_call=True),
         ]
 
@@ -92,12 +93,19 @@ class IntrinsicVector(nn.Module):
 
         Raises:
             RuntimeError: reentrant gradient checkpointing in several processes: DDP then averages the gradient of a
-                shared vector before all of its parts have been added, without a word. Or DeepSpeed ZeRO-3.
+                shared vector before all of its parts have been added, without a word. Or DeepSpeed ZeRO-3, or tensor
+                parallelism.
         """
         self.choices.enter(root, args, kwargs)
         if hasattr(self._like[0], "ds_id"):
             raise RuntimeError(
                 "DeepSpeed ZeRO-3 takes parameters apart that the adapter must read whole. Use ZeRO-2, DDP or FSDP2."
+            )
+        if split := [name for adapter, name in self.split.items() if adapter in self.intrinsic_theta]:
+            raise RuntimeError(
+                f"{split[0]} is a DTensor: it was split over devices before the adapter was attached. Tensor "
+                "parallelism is not supported: load the model without tp_plan, or choose target_modules that are not "
+                "split. With FSDP 2, attach the adapter before fully_shard."
             )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not self.training or not distributed or torch.distributed.get_world_size() < 2:

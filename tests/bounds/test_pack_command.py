@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,48 @@ def test_labels_beyond_those_of_the_file(folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--labels", "1"])
     assert "labels (--labels) = 1 is fewer than the 2 that test.jsonl has" in capsys.readouterr().err
+
+
+@pytest.fixture
+def three(folder) -> Path:
+    """An adapter of three labels, whose base model's configuration says nothing of them."""
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=3)
+    config = IntrinsicConfig(d=D, task_type="SEQ_CLS", init_weights=False)
+    get_peft_model(base, config).save_pretrained("three")
+    return folder
+
+
+def test_the_number_of_labels_comes_from_the_adapter(three, capsys):
+    main(["pack", "three", "-o", "x.pia"])
+    assert read_packed("x.pia").classes == 3
+    main(["pack", "three", "-o", "y.pia", "--eval", "test.jsonl"])
+    assert f"{1 - errors('y.pia', 'test.jsonl', 3) / 40:.4f} packed" in capsys.readouterr().out
+    main(["unpack", "x.pia", "-o", "again"])
+    assert json.loads(Path("again/adapter_config.json").read_text())["num_labels"] == 3
+    main(["distance", "base", "three"])
+    assert "classifier.weight" in capsys.readouterr().out
+    certify("--adapter", "three", "-o", "z.pia")
+    main(["verify", "z.pia", "--train", "train.jsonl"])
+    assert "Agrees with the certificate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["pack", "three", "-o", "x.pia"], ["distance", "base", "three"]])
+def test_another_number_of_labels_is_named_first(three, capsys, words):
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--labels", "2"])
+    assert "peft-intrinsic: The adapter has 3 labels, this model 2." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["unpack", "x.pia", "-o", "again"], ["verify", "x.pia", "--train", "train.jsonl"]])
+def test_a_base_model_that_is_not_found_is_named_with_the_option_that_names_it(folder, capsys, monkeypatch, words):
+    certify("--adapter", "adapter", "-o", "x.pia")
+    Path("base").rename("moved")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert re.search(r"names 'base' as its base model, which is neither .*Name it: --model", capsys.readouterr().err)
+    main([*words, "--model", "moved"])
 
 
 CERTIFY = ["certify", "--train", "train.jsonl", "--adapter"]

@@ -17,7 +17,7 @@ from peft_intrinsic.codec import compress, load_packed, read_packed
 from peft_intrinsic.codec.packed import OPTIONS
 from peft_intrinsic.codec.quantise import rounded
 
-BESIDE = {"d", "seed", "block_size", "redrawn", "manifest", "algorithm_version"}
+BESIDE = {"d", "seed", "block_size", "redrawn", "manifest", "algorithm_version", "num_labels"}
 """Options with a field of their own in a packed adapter."""
 
 FOLLOWING = {

@@ -31,7 +31,7 @@ def relabelled(labels: int) -> torch.nn.Module:
 
 def test_modules_saved_in_full_are_refused():
     model = get_peft_model(build("bert"), IntrinsicConfig(d=20, modules_to_save=["classifier"], target_modules="all"))
-    with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\] is trained in full.*modules_to_save=None"):
+    with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\] is trained in full.*without this option"):
         compress(model)
 
 
@@ -134,7 +134,7 @@ def test_check_base_false_takes_other_weights():
 @pytest.mark.parametrize("check", [True, False])
 def test_another_number_of_labels_is_refused(check):
     data = compress(trained("bert", task_type="SEQ_CLS"))
-    with pytest.raises(ValueError, match="made for"):
+    with pytest.raises(ValueError, match=r"The adapter has 3 labels, this model 5\. Load .* with num_labels=3"):
         load_packed(relabelled(5), data, check_base=check)
 
 
@@ -145,7 +145,7 @@ def test_another_number_of_labels_of_a_fresh_head_is_refused(target, tmp_path):
     data = compress(model)
     other = relabelled(5).from_pretrained(tmp_path / "encoder", num_labels=5)
     for check in (True, False):
-        with pytest.raises(ValueError, match="made for"):
+        with pytest.raises(ValueError, match=r"The adapter has \d labels, this model 5"):
             load_packed(other, data, check_base=check)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from peft_intrinsic import SupermaskConfig
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "supermask_scores"
 
 
 @pytest.mark.parametrize("options", [{}, {"mask": "bernoulli"}, {"hold_sparsity": True}])
@@ -83,7 +87,7 @@ def test_scores_that_are_handed_in_are_the_mask():
     saved = get_peft_model_state_dict(model, state_dict=state)
     key = next(k for k in saved if k.endswith("supermask_mask"))
     assert len(saved[key]) == 8  # all of them are zero
-    assert torch.equal(saved[key.replace("supermask_mask", "supermask_scores")], state[scores[0]])
+    assert torch.equal(saved[key.replace("supermask_mask", "supermask_scores.weight")], state[scores[0]])
 
 
 def test_base_of_another_digest(tmp_path):
@@ -120,3 +124,23 @@ def test_configurations_of_saved_adapters(tmp_path):
     with torch.no_grad():
         other.bert.encoder.layer[0].attention.self.query.weight.add_(0.1)
     get_peft_model(other, config).save_pretrained(tmp_path)  # nothing was saved before
+
+
+def counted() -> torch.nn.Module:
+    """A layer whose weights do not depend on torch's generator."""
+    layer = torch.nn.Linear(6, 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.arange(1.0, 25).view(4, 6) / 8)
+        layer.bias.zero_()
+    return torch.nn.Sequential(layer)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_scores_that_were_saved_under_their_former_names_are_read(trainable):
+    """The file's scores are (i − 11.5)/64 with each row reversed, so the lower two rows of weights are kept."""
+    model = PeftModel.from_pretrained(counted(), GOLDEN, is_trainable=trainable).eval()
+    wanted = torch.tensor([0.0, 0, 1, 1]).view(4, 1) * counted()[0].weight
+    assert torch.equal(model.get_base_model()[0].weight, wanted)
+    if trainable:
+        scores = model.get_base_model()[0].supermask_scores["default"].weight
+        assert torch.equal(scores, ((torch.arange(24.0) - 11.5) / 64).view(4, 6).flip(1))

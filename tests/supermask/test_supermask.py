@@ -23,8 +23,8 @@ def zeroed(family: str, model, adapter: str = "default"):
     parameters = dict(base.named_parameters())
     with torch.no_grad():
         for name, scores in model.named_parameters():
-            if name.endswith(f"supermask_scores.{adapter}"):
-                own = name.removeprefix("base_model.model.").removesuffix(f".supermask_scores.{adapter}")
+            if name.endswith(f"supermask_scores.{adapter}.weight"):
+                own = name.removeprefix("base_model.model.").removesuffix(f".supermask_scores.{adapter}.weight")
                 parameters[f"{own}.weight"].mul_((scores > 0).float())
     return base
 
@@ -52,7 +52,7 @@ def test_gradient_is_the_straight_through_one():
     seen = 0
     for name, scores in model.named_parameters():
         if "supermask_scores" in name:
-            own = name.removeprefix("base_model.model.").removesuffix(".supermask_scores.default") + ".weight"
+            own = name.removeprefix("base_model.model.").removesuffix(".supermask_scores.default.weight") + ".weight"
             wanted = plain.get_parameter(own).grad * base[own]
             assert torch.allclose(scores.grad, wanted, rtol=1e-4, atol=1e-8), own
             seen += 1
@@ -63,8 +63,8 @@ def test_gradient_is_the_straight_through_one():
 def test_training_lowers_the_loss_and_leaves_the_base(mask):
     model = get_peft_model(build("bert"), SupermaskConfig(mask=mask, initial_sparsity=0.1, task_type="SEQ_CLS"))
     before = copy.deepcopy({n: p for n, p in model.named_parameters() if not p.requires_grad})
-    trainable = {n.rpartition(".")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {"supermask_scores", "default"}  # and the head in full
+    trainable = {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"supermask_scores", "modules_to_save"}  # and the head in full
     losses = train(model, {**batch("bert"), "labels": LABELS}, 30, 1e-2)
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
@@ -132,7 +132,7 @@ def test_a_second_adapter_starts_from_the_base(tmp_path):
     model.add_adapter("b", copy.copy(config))
     alone = get_peft_model(build("bert"), config)
     for (_, a), (_, b) in zip(layers(model), layers(alone), strict=True):
-        assert torch.equal(a.supermask_scores["b"], b.supermask_scores["default"])
+        assert torch.equal(a.supermask_scores["b"].weight, b.supermask_scores["default"].weight)
 
 
 def test_offsets_of_a_merged_mask(tmp_path):
@@ -193,7 +193,7 @@ def test_what_is_refused(tmp_path):
 def test_readers_of_the_weight_get_it_masked():
     model = masked()
     layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
-    wanted = layer.base_layer.weight * (layer.supermask_scores["default"] > 0)
+    wanted = layer.base_layer.weight * (layer.supermask_scores["default"].weight > 0)
     assert torch.equal(layer.weight, wanted)
     assert torch.equal(layer.base_layer.weight + layer.get_delta_weight("default"), wanted)
 

@@ -140,5 +140,6 @@ def test_a_layer_that_fails_to_merge_is_left_as_it_was():
 
 def test_merging_an_unknown_adapter_marks_nothing():
     model = trained("bert")
-    model.merge_adapter(["typo"])
+    with pytest.raises(ValueError, match="adapter='typo' is not attached"):
+        model.merge_adapter(["typo"])
     assert model.get_model_status().merged_adapters == []

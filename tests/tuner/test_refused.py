@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from conftest import build, evaluate, trained
+from conftest import batch, build, evaluate, trained
 from peft import PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import BertForSequenceClassification
 
@@ -110,6 +111,35 @@ def test_replicas_of_data_parallel():
     norm = trained("bert").get_base_model().bert.embeddings.LayerNorm
     with pytest.raises(RuntimeError, match=r"DistributedDataParallel .*CUDA_VISIBLE_DEVICES=0"):
         norm._replicate_for_data_parallel()(torch.zeros(2, 24))
+
+
+def test_offsets_of_activated_loras_raise():
+    with pytest.raises(ValueError, match=r"alora_offsets=\[1, 1, 1, 1\] is for activated LoRAs"):
+        trained("bert")(**batch("bert"), alora_offsets=[1] * 4)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.merge_adapter(["other"]),
+        lambda model: model.merge_and_unload(adapter_names=["other"]),
+        lambda model: model.base_model.set_adapter(["default", "other"]),
+        lambda model: model.set_requires_grad("other"),
+    ],
+)
+def test_unknown_adapters_raise(call):
+    model = trained("bert")
+    expected = evaluate(model, "bert")
+    with pytest.raises(ValueError, match=r"adapter='other' is not attached. Attached are \['default'\]"):
+        call(model)
+    assert torch.equal(evaluate(model, "bert"), expected)
+
+
+def test_without_casting_of_inputs_outputs_are_the_same():
+    model = trained("bert")
+    expected = evaluate(model, "bert")
+    with disable_input_dtype_casting(model):
+        assert torch.equal(evaluate(model, "bert"), expected)
 
 
 class Tokens(nn.Module):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from conftest import build
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic import IntrinsicConfig, SupermaskConfig
 from peft_intrinsic.card import HEADING
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
@@ -68,6 +70,33 @@ def test_the_default_configuration_trains(tmp_path, kind):
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     assert theta.count_nonzero() == 20
     assert all(torch.equal(p.cpu(), before[name]) for name, p in model.unload().named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # TRL's own call
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+        IntrinsicConfig(d=64, init_weights=False),
+        SupermaskConfig(initial_sparsity=0.2),
+    ],
+    ids=["lora", "intrinsic", "supermask"],
+)
+def test_preference_training_of_a_trained_adapter_starts_at_the_loss_log_2(tmp_path, config):
+    """The reference model is a copy of the adapter, so that their first difference is zero."""
+    torch.manual_seed(0)
+    model = get_peft_model(build("llama"), config)
+    with torch.no_grad():  # stands for a first training
+        for name, parameter in model.named_parameters():
+            if "supermask_scores" in name:
+                parameter.add_(0.02 * torch.randn(parameter.shape))
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path), max_steps=1, logging_steps=1, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    rows = Dataset.from_dict(ROWS["DPO"])
+    trainer = trl.DPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer())
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # TRL's own call

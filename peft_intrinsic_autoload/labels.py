@@ -1,0 +1,60 @@
+"""The labels that a saved adapter stores, for transformers, which would make a head of two.
+
+It imports neither PEFT nor `peft_intrinsic`, as `loading`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LABELS = 100_000
+"""The most labels that are stored, and that a head is made for: an adapter's file is untrusted input."""
+
+DEFAULT = 2
+"""What transformers assumes where a configuration does not say otherwise."""
+
+
+def with_stored_labels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Options of `PreTrainedModel.from_pretrained`, whose head gets the labels of the adapter that is loaded with it.
+
+    An adapter's configuration names a base model, whose own configuration knows nothing of the adapter's head.
+
+    Args:
+        args: of the call; the first is a name or folder, of an adapter or of a base model.
+        kwargs: of the call.
+    """
+    options = kwargs.get("adapter_kwargs") or {}
+    folder = options.get("_adapter_model_path") or next(iter(args), None)
+    stored = _stored(folder, options)
+    config: Any = kwargs.get("config")
+    if stored is None:
+        return kwargs
+    if not hasattr(config, "num_labels"):
+        return {"num_labels": stored, **kwargs}
+    if config.num_labels != DEFAULT:  # the caller's or the checkpoint's
+        return kwargs
+    config = copy.deepcopy(config)
+    config.num_labels = stored
+    return {**kwargs, "config": config}
+
+
+def _stored(folder: Any, options: Mapping[str, Any]) -> int | None:
+    """The labels in an adapter's configuration; None where there is no such adapter, or none are stored."""
+    if not isinstance(folder, str | os.PathLike):
+        return None
+    if not (options.get("_adapter_model_path") or Path(folder, "adapter_config.json").exists()):
+        return None
+    from transformers.utils import find_adapter_config_file
+
+    download = {name: value for name, value in options.items() if not name.startswith("_")}
+    try:
+        written = json.loads(Path(str(find_adapter_config_file(str(folder), **download))).read_text(encoding="utf-8"))
+        stored = written.get("num_labels") if written.get("peft_type") == "INTRINSIC" else None
+    except (OSError, ValueError, AttributeError):
+        return None  # loading the adapter says what is wrong
+    return stored if type(stored) is int and 0 < stored <= LABELS else None
