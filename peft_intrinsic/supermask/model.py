@@ -12,6 +12,7 @@ from torch import nn
 
 from ..tuner.attach import check_replaceable
 from ..tuner.base import CheckedTuner
+from ..tuner.files import check_adapter_names
 from ..tuner.learnt import digest_at_hand
 from ..tuner.targets import canonical, is_linear, matched
 from .layer import SupermaskLinear
@@ -34,7 +35,8 @@ class SupermaskModel(CheckedTuner):
         """Attach an adapter.
 
         Raises:
-            ValueError: a targeted module is no plain linear layer in memory, or shares its weight with another; a
+            ValueError: an adapter's name is a part of a fully trained module's name; a targeted module is no plain
+                linear layer in memory, or shares its weight with another; a
                 saved mask belongs to other base weights; or the configuration has an option that masks do not support.
         """
         config = self.peft_config[adapter_name]
@@ -44,6 +46,7 @@ class SupermaskModel(CheckedTuner):
                     f"{option}={value!r} is not supported by SupermaskConfig, which masks linear layers and trains "
                     "modules_to_save. Leave it out, or use LoraConfig or IntrinsicConfig."
                 )
+        check_adapter_names(model, self.peft_config, own=())
         for layer in _layers(model):
             layer.unmerge()  # the new adapter starts from the base's own weights
         places = model.named_modules(remove_duplicate=False)
@@ -170,12 +173,13 @@ class SupermaskModel(CheckedTuner):
         for key, layer in _named_layers(model):
             if adapter_name not in layer.configs:
                 continue
-            scores = f"{key}.supermask_scores.{adapter_name}.weight"
-            mask = layer.mask(adapter_name, state_dict.get(scores))
-            result[f"{key}.{MASK}"] = coded(mask)
+            scores = state_dict.get(f"{key}.supermask_scores.{adapter_name}.weight")
+            mask = layer.mask(adapter_name, scores)
+            own = canonical(key, model)
+            result[f"{own}.{MASK}.{adapter_name}"] = coded(mask)  # PEFT takes the name off
             zeros, weights = zeros + int((~mask).sum()), weights + mask.numel()
-            if config.save_scores and scores in state_dict:
-                result[scores] = state_dict[scores]
+            if config.save_scores and scores is not None:
+                result[f"{own}.supermask_scores.{adapter_name}.weight"] = scores
         config.final_sparsity, config.base_digest = zeros / max(1, weights), _digest(model, adapter_name)
         return result
 
@@ -188,12 +192,12 @@ class SupermaskModel(CheckedTuner):
         Raises:
             ValueError: masks are missing, damaged, of other shapes, or of layers that the adapter does not have.
         """
-        given = {key.removeprefix(ROOT): value for key, value in state_dict.items()}
+        given = {canonical(key).removeprefix(ROOT): value for key, value in state_dict.items()}
         rest = {key: v for key, v in state_dict.items() if MASK not in key and "supermask_scores" not in key}
         for key, layer in _named_layers(model):
             if adapter_name not in layer.configs:
                 continue
-            own = key.removeprefix(ROOT)
+            own = canonical(key, model).removeprefix(ROOT)
             if f"{own}.{MASK}" not in given:
                 raise ValueError(f"The file holds no mask of {layer.name}. It belongs to an adapter of other modules.")
             mask = decoded(given.pop(f"{own}.{MASK}"), layer.base_layer.weight.shape, layer.name)
@@ -205,7 +209,7 @@ class SupermaskModel(CheckedTuner):
             else:
                 layer.set_mask(adapter_name, mask)
             layer.awaited.discard(adapter_name)
-        if extra := sorted(key for key in given if MASK in key):
+        if extra := sorted(key for key in given if key.endswith(f".{MASK}")):
             raise ValueError(f"The file holds {extra[0]}, which the adapter does not have. Is it another adapter's?")
         return rest
 

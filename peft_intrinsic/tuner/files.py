@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,9 @@ from .config import SAME, IntrinsicConfig
 from .layer import base_modules
 from .targets import HOLDER, TOKENS, named
 from .tokens import token_rows
+
+KEY_PARTS = ("base_model", "model", HOLDER, "intrinsic_theta", "intrinsic_lambda", "weight")
+"""What the keys of θ and λ consist of, beside the name of the adapter."""
 
 REMEDY = "File and configuration do not belong together, or the file is damaged: save the adapter again."
 
@@ -70,7 +74,7 @@ def _check_saved(config: IntrinsicConfig, adapter: str, vectors: Mapping[str, to
             )
 
 
-def check_adapter_names(model: nn.Module, configs: Mapping[str, IntrinsicConfig]) -> None:
+def check_adapter_names(model: nn.Module, configs: Mapping[str, Any], own: Iterable[str] = KEY_PARTS) -> None:
     """Check that PEFT will find all parts of every adapter when it saves it.
 
     PEFT leaves out each key that has the name of another adapter between two dots.
@@ -78,11 +82,12 @@ def check_adapter_names(model: nn.Module, configs: Mapping[str, IntrinsicConfig]
     Args:
         model: the base model, with or without adapters.
         configs: of the attached adapters and the new one, by name.
+        own: parts of the keys of the method's own parameters.
 
     Raises:
         ValueError: the name of an adapter is a part of such a key.
     """
-    taken = {"base_model", "model", HOLDER, "intrinsic_theta", "intrinsic_lambda", "weight"}
+    taken = set(own)
     for config in configs.values():
         beside = [*(config.full_modules or ()), *token_rows(model, config)]
         for key, module in base_modules(model) if beside else ():

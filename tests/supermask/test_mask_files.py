@@ -144,3 +144,41 @@ def test_scores_that_were_saved_under_their_former_names_are_read(trainable):
     if trainable:
         scores = model.get_base_model()[0].supermask_scores["default"].weight
         assert torch.equal(scores, ((torch.arange(24.0) - 11.5) / 64).view(4, 6).flip(1))
+
+
+@pytest.mark.parametrize("trained_compiled", [False, True])
+def test_a_mask_fits_models_with_and_without_compiled_blocks(trained_compiled, tmp_path):
+    def base(compiled):
+        model = build("bert")
+        for index, layer in enumerate(model.bert.encoder.layer if compiled else ()):
+            model.bert.encoder.layer[index] = torch.compile(layer, backend="eager")
+        return model
+
+    config = SupermaskConfig(target_modules=["query", "dense"], initial_sparsity=0.3, save_scores=True)
+    model = get_peft_model(base(trained_compiled), config)
+    expected = evaluate(model, "bert")
+    assert not torch.allclose(expected, evaluate(build("bert"), "bert"), atol=1e-3)
+    model.save_pretrained(tmp_path)
+    for trainable in (False, True):
+        loaded = PeftModel.from_pretrained(base(not trained_compiled), tmp_path, is_trainable=trainable)
+        torch.testing.assert_close(evaluate(loaded, "bert"), expected, rtol=1e-5, atol=1e-6)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["query", "supermask_mask", "weight"])
+def test_masks_of_adapters_named_as_parts_of_keys_come_back(name, tmp_path):
+    config = {"target_modules": ["query", "dense"], "initial_sparsity": 0.3}
+    model = get_peft_model(build("bert"), SupermaskConfig(**config), adapter_name=name)
+    model.add_adapter("other", SupermaskConfig(**config, init="random"))
+    model.save_pretrained(tmp_path)
+    for adapter in (name, "other"):
+        model.set_adapter(adapter)
+        loaded = PeftModel.from_pretrained(build("bert"), tmp_path / adapter)
+        assert torch.equal(evaluate(loaded, "bert"), evaluate(model, "bert"))
+
+
+def test_an_adapter_named_as_a_fully_trained_module_raises():
+    config = SupermaskConfig(target_modules=["query"], modules_to_save=["classifier"])
+    model = get_peft_model(build("bert"), config)
+    with pytest.raises(ValueError, match="adapter_name='classifier' is a part of the keys"):
+        model.add_adapter("classifier", SupermaskConfig(target_modules=["query"]))
