@@ -73,19 +73,21 @@ def text_modules(root: nn.Module) -> set[nn.Module] | None:
     """The modules of a model for several kinds of input (text and images, say) whose rows are the samples.
 
     Images and sounds need not come one for each sample. The part that holds the embedding of words sees them as tokens
-    of their samples. Where sound or an image is the sample itself, as in Whisper, the encoder belongs to it too. None
-    for a model of one kind of input, all of whose modules count.
+    of their samples. Where sound or an image is the sample itself, as in Whisper, encoder and decoder belong to it.
+    None for other models, all of whose modules count.
     """
     kinds = getattr(root, "input_modalities", "text")
-    if not isinstance(root, PreTrainedModel) or isinstance(kinds, str) or len(set(kinds)) < 2:
+    if not isinstance(root, PreTrainedModel) or isinstance(kinds, str) or "text" not in kinds or len(kinds) < 2:
         return None
-    words = root.get_input_embeddings()
+    try:
+        words = root.get_input_embeddings()
+    except NotImplementedError:  # which part reads text is not known
+        return set()
     parts = [words, root.get_output_embeddings()]
     holders = [m for m in root.modules() if isinstance(m, PreTrainedModel) and words in set(m.modules())]
-    inner = holders[-1]  # modules come from the outside in
-    inputs = {module.main_input_name for module in inner.modules() if isinstance(module, PreTrainedModel)}
-    if inner is not root and inputs == {"input_ids"}:
-        parts.append(inner)
+    for inner in holders[1:][-1:]:  # the innermost: modules come from the outside in
+        if {m.main_input_name for m in inner.modules() if isinstance(m, PreTrainedModel)} == {"input_ids"}:
+            parts.append(inner)
     if getattr(root.config, "is_encoder_decoder", False) and root.main_input_name != "input_ids":
-        parts.append(root.get_encoder())
+        parts += [root.get_encoder(), root.get_decoder()]
     return {module for part in parts if part is not None for module in part.modules()}
