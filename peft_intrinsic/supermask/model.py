@@ -36,8 +36,8 @@ class SupermaskModel(CheckedTuner):
 
         Raises:
             ValueError: an adapter's name is a part of a fully trained module's name; a targeted module is no plain
-                linear layer in memory, or shares its weight with another; a
-                saved mask belongs to other base weights; or the configuration has an option that masks do not support.
+                linear layer in memory, or shares its weight with another; a saved mask belongs to other base weights;
+                or the configuration has an option that masks do not support.
         """
         config = self.peft_config[adapter_name]
         for option in ("trainable_token_indices", "target_parameters"):
@@ -147,8 +147,9 @@ class SupermaskModel(CheckedTuner):
     ) -> Any:
         if merge:
             self._check_masks(adapter_names)
-        for layer in _layers(self.model) if not merge else ():
-            layer.unmerge()
+        else:
+            for layer in _layers(self.model):
+                layer.unmerge()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def sparsity(self, adapter_name: str = "default") -> dict[str, float]:
