@@ -310,8 +310,19 @@ def _tie_weights(model: Any, *args: Any, **kwargs: Any) -> None:
         type(model).tie_weights(model, *args, **kwargs)
 
 
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' call, which repeats each sample for its beams and returned sequences."""
+    settings = [kwargs.get("generation_config"), *args[1:2], getattr(model, "generation_config", None)]
+    options = ("num_beams", "num_return_sequences")
+    given = [kwargs.get(name) or next((v for s in settings if (v := getattr(s, name, None))), 1) for name in options]
+    with getattr(model, HOLDER).choices.repeating(max(given)):
+        return type(model).generate(model, *args, **kwargs)
+
+
 def _add_holder(model: nn.Module) -> None:
     setattr(model, HOLDER, IntrinsicVector(model))
+    if hasattr(type(model), "generate") and "generate" not in model.__dict__:
+        model.__dict__["generate"] = partial(_generate, model)
     if hasattr(model, "tie_weights"):
         model.__dict__["tie_weights"] = partial(_tie_weights, model)
     if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
@@ -324,6 +335,8 @@ def remove_holder(model: nn.Module) -> None:
     holder: Any = model.get_submodule(HOLDER)
     holder.detach_from(model)
     model.__dict__.pop("tie_weights", None)
+    if getattr(model.__dict__.get("generate"), "func", None) is _generate:
+        del model.__dict__["generate"]
     if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         model.__class__ = type(model).__mro__[1]
 

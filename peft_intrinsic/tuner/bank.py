@@ -12,7 +12,7 @@ from peft import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .batch_first import text_modules
+from .batch_first import without_samples
 from .batches import Route
 from .config import IntrinsicConfig
 from .files import checked_numbers
@@ -34,7 +34,7 @@ def check_mixable(root: nn.Module, layers: Iterable[Any], adapters: set[str]) ->
         ValueError: an adapter is merged, or adapts modules that have no batched form or whose rows are not the samples.
     """
     stuck: list[str] = []
-    text = text_modules(root)
+    inputs = without_samples(root)
     others: list[str] = []
     for layer in layers:
         if layer.merged:
@@ -44,7 +44,7 @@ def check_mixable(root: nn.Module, layers: Iterable[Any], adapters: set[str]) ->
         moved = {offset.name for adapter in adapters for offset in layer.offsets.get(adapter, {}).values()}
         # Tables of relative positions are looked up once for all samples.
         stuck += sorted(name for name in moved if not layer.mixable or "relative" in name)
-        others += sorted(moved) if text is not None and layer.get_base_layer() not in text else []
+        others += sorted(moved) if layer.get_base_layer() in inputs else []
     if stuck:
         raise ValueError(
             f"Samples of one batch cannot have different offsets for: {', '.join(stuck)}. Leave these out with "

@@ -2,31 +2,92 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain, count, islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
+from .targets import LAYER
+
 STATE = ("past_key_values", "cache_params")
 """Arguments that a forward pass changes."""
 
+SIZED = ("mask", "position_ids", "cache_position")
+"""How arguments end whose length can include that of the state."""
 
-def _with_rows(value: Any, rows: int, size: int) -> Any:
-    """An argument for a batch of `size` samples, made from those of a batch of `rows`."""
+
+def named_arguments(root: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a forward pass by name; those whose name is not known by number."""
+    try:
+        bound = inspect.signature(root.forward).bind(*args, **kwargs)
+    except TypeError:  # the pass itself says what is wrong
+        return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    result: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            result |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            result |= {str(i): each for i, each in enumerate(value)}
+        else:
+            result[name] = value
+    return result
+
+
+def number_of_samples(root: nn.Module, arguments: dict[str, Any]) -> int | None:
+    """How many samples a forward pass has: the length of its main input, or else of the first tensor that has one."""
+    names = (getattr(root, "main_input_name", None), "input_ids", "inputs_embeds")
+    tensors = [value for name in names if isinstance(value := arguments.get(str(name)), torch.Tensor)]
+    tensors += [leaf for leaf in tree_leaves(list(arguments.values())) if isinstance(leaf, torch.Tensor)]
+    sized = [tensor for tensor in tensors if tensor.dim() > 1] or [tensor for tensor in tensors if tensor.dim()]
+    return len(sized[0]) if sized else None  # rather not of positions, `[tokens]`
+
+
+def _variants(arguments: dict[str, Any], rows: int, size: int) -> Iterator[dict[str, Any]]:
+    """Arguments for a batch of `size` samples, made from those of a batch of `rows`, in the order in which to try them:
+    without tensors of one axis, which may have an entry for each token; with them; without those that fit a state."""
+    usable = {}
+    for name, value in arguments.items():
+        plain = all(isinstance(leaf, torch.Tensor | bool | int | float | str | None) for leaf in tree_leaves(value))
+        if plain and name not in STATE:
+            usable[name] = value
     index = torch.arange(size) % rows
-    return tree_map_only(torch.Tensor, lambda t: t[index.to(t.device)] if t.dim() > 1 and len(t) == rows else t, value)
+
+    def resized(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[index.to(tensor.device)] if tensor.dim() and len(tensor) == rows else tensor
+
+    longer = {k: v for k, v in usable.items() if not (isinstance(v, torch.Tensor) and v.dim() == 1)}
+    tried: list[set[str]] = []
+    for some in (longer, usable, {k: v for k, v in longer.items() if not k.endswith(SIZED)}):
+        if set(some) not in tried:
+            tried.append(set(some))
+            yield tree_map_only(torch.Tensor, resized, some)
 
 
-def _is_usable(name: str, value: Any) -> bool:
-    """Whether an argument means the same for a batch of another size, and is not changed by the pass."""
-    leaves = tree_leaves(value)
-    plain = all(leaf is None or isinstance(leaf, torch.Tensor | bool | int | float | str) for leaf in leaves)
-    return plain and name not in STATE and not (isinstance(value, torch.Tensor) and value.dim() == 1)
+@contextmanager
+def _unchanged(root: nn.Module) -> Iterator[None]:
+    """Within this context, passes leave no trace in buffers and random numbers."""
+    buffers = [
+        (module, name, b, b.clone())
+        for module in root.modules()
+        for name, b in module._buffers.items()
+        if b is not None
+    ]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        for module, name, buffer, value in buffers:
+            buffer.copy_(value)
+            module._buffers[name] = buffer
 
 
 def _is_first(shape: torch.Size, size: int) -> bool | None:
@@ -34,60 +95,88 @@ def _is_first(shape: torch.Size, size: int) -> bool | None:
     return None if shape[:1] == (1,) and size not in shape[1:] else len(shape) > 0 and shape[0] == size
 
 
-@torch.no_grad()
-def batch_first(root: nn.Module, rows: int, args: Any, kwargs: Any) -> dict[str, bool]:
+def batch_first(
+    root: nn.Module, rows: int, arguments: dict[str, Any], is_own: Callable[[], bool] = lambda: True
+) -> dict[str, bool]:
     """Whether modules get the samples as the first axis of their input in every call, by adapted parameter.
 
     Two forward passes over other numbers of samples prove or disprove it: the length of that axis follows, or does not.
-    A pass that fails says nothing of the modules that it has not reached.
+    A pass that fails says nothing of the modules that it has not reached. torch's own attention layers say it
+    themselves (`batch_first=False`).
 
     Args:
         root: the model, whose adapters are off meanwhile.
         rows: number of samples in its batch.
-        args, kwargs: of its forward pass.
+        arguments: of its forward pass, by name.
+        is_own: whether the pass that runs is one of these two, and not another thread's.
     """
-    layers: list[Any] = [module for module in root.modules() if getattr(module, "mixable", False)]
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    found = dict.fromkeys(each for module in root.modules() for each in (module, module.__dict__.get(LAYER)))
+    layers: list[Any] = [layer for layer in found if getattr(layer, "mixable", False)]
+    tensors = [leaf for leaf in tree_leaves(list(arguments.values())) if isinstance(leaf, torch.Tensor)]
     lengths = {size for tensor in tensors for size in tensor.shape}
-    usable = {name: value for name, value in kwargs.items() if _is_usable(name, value)}
     result: dict[str, bool] = {}
+
+    def conclude(layer: Any, first: bool) -> None:
+        for offset in chain(*(own.values() for own in layer.offsets.values())):
+            result[offset.name] = first and result.get(offset.name, True)
 
     def note(module: nn.Module, inputs: Any, layer: Any, size: int) -> None:
         shape = inputs[0].shape if isinstance(module, nn.Embedding) else inputs[0].shape[:-1]
         first = _is_first(shape, size) if inputs[0].dim() > 1 else False
-        if first is not None:
-            for offset in chain(*(own.values() for own in layer.offsets.values())):
-                result[offset.name] = first and result.get(offset.name, True)
+        if first is not None and is_own():
+            conclude(layer, first)
 
-    for size in islice((size for size in count(2) if size not in lengths), 2):
-        with ExitStack() as stack:
-            for layer in layers:
-                hook = partial(note, layer=layer, size=size)
-                stack.callback(layer.get_base_layer().register_forward_pre_hook(hook).remove)
-            stack.enter_context(suppress(Exception))
-            cast(Any, root).forward(*_with_rows(args, rows, size), **_with_rows(usable, rows, size))
+    with _unchanged(root):
+        for size in islice((size for size in count(2) if size not in lengths), 2):
+            with ExitStack() as stack:
+                for layer in layers:
+                    hook = partial(note, layer=layer, size=size)
+                    stack.callback(layer.get_base_layer().register_forward_pre_hook(hook).remove)
+                for variant in _variants(arguments, rows, size):
+                    numbered = [variant.pop(str(i)) for i in range(len(variant)) if str(i) in variant]
+                    try:
+                        root.forward(*numbered, **variant)
+                        break
+                    except Exception:  # what was reached is known
+                        continue
+    attention = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    late = [m for m in root.modules() if isinstance(m, attention) and not m.self_attn.batch_first]
+    inside = {module for each in late for module in each.modules()}
+    for layer in layers:
+        if layer.get_base_layer() in inside:
+            conclude(layer, False)
     return result
 
 
-def text_modules(root: nn.Module) -> set[nn.Module] | None:
-    """The modules of a model for several kinds of input (text and images, say) whose rows are the samples.
+def without_samples(root: nn.Module) -> set[nn.Module]:
+    """The modules of models for several kinds of input (text and images, say) whose rows need not be the samples.
 
     Images and sounds need not come one for each sample. The part that holds the embedding of words sees them as tokens
     of their samples. Where sound or an image is the sample itself, as in Whisper, encoder and decoder belong to it.
-    None for other models, all of whose modules count.
     """
-    kinds = getattr(root, "input_modalities", "text")
-    if not isinstance(root, PreTrainedModel) or isinstance(kinds, str) or "text" not in kinds or len(kinds) < 2:
-        return None
+    models = [module for module in root.modules() if isinstance(module, PreTrainedModel)]
+    inner = {module for model in models for module in model.modules() if module is not model}
+    outer = [model for model in models if model not in inner]
+    return {module for model in outer if _has_several_inputs(model) for module in set(model.modules()) - _text(model)}
+
+
+def _has_several_inputs(model: PreTrainedModel) -> bool:
+    kinds = getattr(model, "input_modalities", "text")
+    inputs = {str(module.main_input_name) for module in model.modules() if isinstance(module, PreTrainedModel)}
+    return len(inputs) > 1 or (not isinstance(kinds, str) and "text" in kinds and len(kinds) > 1)
+
+
+def _text(model: PreTrainedModel) -> set[nn.Module]:
+    """The modules whose rows are the samples; none where it is not known which part reads text."""
     try:
-        words = root.get_input_embeddings()
-    except NotImplementedError:  # which part reads text is not known
+        words = model.get_input_embeddings()
+    except NotImplementedError:
         return set()
-    parts = [words, root.get_output_embeddings()]
-    holders = [m for m in root.modules() if isinstance(m, PreTrainedModel) and words in set(m.modules())]
+    parts = [words, model.get_output_embeddings()]
+    holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and words in set(m.modules())]
     for inner in holders[1:][-1:]:  # the innermost: modules come from the outside in
         if {m.main_input_name for m in inner.modules() if isinstance(m, PreTrainedModel)} == {"input_ids"}:
             parts.append(inner)
-    if getattr(root.config, "is_encoder_decoder", False) and root.main_input_name != "input_ids":
-        parts += [root.get_encoder(), root.get_decoder()]
+    if getattr(model.config, "is_encoder_decoder", False) and model.main_input_name != "input_ids":
+        parts += [model.get_encoder(), model.get_decoder()]
     return {module for part in parts if part is not None for module in part.modules()}

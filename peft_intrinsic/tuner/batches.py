@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batch_first import batch_first
+from .batch_first import batch_first, named_arguments, number_of_samples
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,12 @@ _CHOSEN: contextvars.ContextVar[Mapping[Any, list[Route]]] = contextvars.Context
 class _Here(threading.local):
     """What holds in this thread: its latest choice, and the forward pass that runs."""
 
-    routes: list[Route] | None = None
-    rows: int | None = None
-    proving = False
+    def __init__(self) -> None:  # not on the class: a compiler looks at the instance
+        self.routes: list[Route] | None = None
+        self.rows: int | None = None
+        self.depth = 0  # of forward passes of the model or its encoder
+        self.repeats = 1  # rows of each sample, for beams and returned sequences
+        self.proving = False
 
 
 @torch.library.custom_op("peft_intrinsic::confirmed", mutates_args=())
@@ -84,7 +87,9 @@ class Choices:
         self._threads: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._here = _Here()
-        self._first: dict[str, bool] | None = None  # whether the module of a parameter gets the samples first
+        self._first: dict[str, bool] = {}  # whether the module of a parameter gets the samples first
+        self._proved: set[Any] = set()  # calls that have shown it: model or encoder, names of arguments
+        self._proof = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Choices], tuple[()]]:
         return Choices, ()
@@ -129,30 +134,53 @@ class Choices:
         return found
 
     def enter(self, root: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before a forward pass of `root`: how many rows its batch has, and once, which modules get them first."""
-        if not self.open or self._here.proving:
+        """Before a forward pass of the model, or of its encoder alone.
+
+        It notes how many rows the batch has, and the first time, which modules get them first.
+        """
+        here = self._here
+        if not self.open or here.proving:
             return
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
-        tensors = [value for value in tensors if value.dim() > 1] or tensors  # rather than positions, `[tokens]`
-        self._here.rows = len(tensors[0]) if tensors else None
-        if self._first is None and tensors and not torch.compiler.is_compiling():
-            self._here.proving = True
-            try:
-                self._first = batch_first(root, len(tensors[0]), args, kwargs)
-            finally:
-                self._here.proving = False
+        here.depth += 1
+        if here.depth > 1:
+            return
+        if torch.compiler.is_compiling():
+            here.rows = number_of_samples(root, {**{str(i): value for i, value in enumerate(args)}, **kwargs})
+            return
+        arguments = named_arguments(root, args, kwargs)
+        here.rows = number_of_samples(root, arguments)
+        call = id(root), frozenset(name for name, value in arguments.items() if value is not None)
+        with self._proof:
+            if here.rows is not None and call not in self._proved:
+                here.proving = True
+                try:
+                    found = batch_first(root, here.rows, arguments, lambda: here.proving)
+                finally:
+                    here.proving = False
+                self._first |= {name: first and self._first.get(name, True) for name, first in found.items()}
+                self._proved.add(call)
 
     def leave(self) -> None:
         """After that forward pass."""
-        self._here.rows = None
+        here = self._here
+        if not here.proving:
+            here.depth = max(here.depth - 1, 0)
+            here.rows = here.rows if here.depth else None
 
     def forget(self) -> None:
         """Other parameters are adapted now."""
-        self._first = None
+        self._first, self._proved = {}, set()
 
-    def match(
-        self, name: str, theta: torch.Tensor, x: torch.Tensor, features: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    @contextmanager
+    def repeating(self, repeats: int) -> Iterator[None]:
+        """Within this context, each sample may have as many rows, one after the other."""
+        before, self._here.repeats = self._here.repeats, repeats
+        try:
+            yield
+        finally:
+            self._here.repeats = before
+
+    def match(self, name: str, theta: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """θ on x's device. Where every sample has its own, θ and x brought to the same length.
 
         Beams and returned sequences repeat each sample; positions and the like come once for all.
@@ -161,7 +189,6 @@ class Choices:
             name: of the parameter, for the message.
             theta: `[d − m]` or `[batch, d − m]`.
             x: input of its layer, `[batch, …]`.
-            features: how many of x's last axes are features: 0 for an index.
 
         Raises:
             ValueError: x does not show that its first axis is the batch.
@@ -171,18 +198,17 @@ class Choices:
             return theta, x
         count = len(theta)
         rows = self._here.rows or count
-        first = (self._first or {}).get(name)
-        others = x.shape[1 : x.dim() - features]
-        if x.dim() > 1 and len(x) == 1 and first is not False:
+        first = self._first.get(name)
+        if x.dim() > 1 and len(x) == 1 and first is not False and self._first:
             return theta, x.expand(count, *x.shape[1:])
         repeats = rows // count
-        if first is None:  # compiled, or called outside the root's forward pass: shapes that can mean nothing else
-            first = repeats == 1 and rows not in others and (len(others) > 0 or torch.compiler.is_compiling())
-        if not (first and x.dim() > 1 and len(x) == rows == repeats * count):
+        if not (first and repeats in (1, self._here.repeats) and len(x) == rows == repeats * count):
+            if first is None:
+                self._proved.clear()  # the next pass may reach it
             raise ValueError(
                 f"Adapters were chosen for {count} samples, but the layer of {name} got an input of shape "
                 f"{tuple(x.shape)} in a batch of {rows}, which does not show that its first axis is the batch. Choose "
-                "one adapter per sample, run the whole model uncompiled once, or leave the layer out: "
+                "one adapter for each row, run the whole model uncompiled once, or leave the layer out: "
                 f"exclude_modules=['{name.rpartition('.')[0]}']."
             )
         return theta.repeat_interleave(repeats, 0), x

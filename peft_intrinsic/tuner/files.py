@@ -50,7 +50,10 @@ def numbers_to_save(
             f"subspace={config.subspace!r} is another one now than the adapter was trained in, so it cannot be "
             "embedded. Put the old file back, or save with embed_subspace=False."
         )
-    found = {name: (match[1], value) for name, value in state.items() if (match := _own(adapter).search(name))}
+    keys = next(
+        (k for k in (_own(adapter), _own()) if any(map(k.search, state))), _own(adapter)
+    )  # or PEFT's own result
+    found = {name: (match[1], value) for name, value in state.items() if (match := keys.search(name))}
     if state:  # processes that do not write have none
         _check_saved(config, adapter, dict(found.values()))
     config.checksum_to_save = _checksum(config, dict(found.values())) if found else None

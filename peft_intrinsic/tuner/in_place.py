@@ -28,7 +28,7 @@ class _Values(threading.local):
     mixed: dict[str, torch.Tensor] | None = None
 
 
-class IntrinsicParameters(IntrinsicLayer, nn.Module):
+class IntrinsicParameters(nn.Module, IntrinsicLayer):
     """The tuner layer of a module whose parameters stay in place. Lives in the holder's list."""
 
     base_layer: nn.Module
@@ -74,11 +74,11 @@ class IntrinsicParameters(IntrinsicLayer, nn.Module):
             return
         values = {name: self.base_parameter(name) for name in self.base_layer._parameters}
         for name, offset, each in applied:
-            theta, x = self.vector.choices.match(offset.name, each, x)
-            values[name] = values[name] + spread(offset.materialise(theta), x).to(x.dtype)
+            theta, rows = self.vector.choices.match(offset.name, each, x)
+            values[name] = values[name] + spread(offset.materialise(theta), rows).to(x.dtype)
         self._values.mixed = values
         try:
-            yield x, values
+            yield rows, values
         finally:
             self._values.mixed = None
 

@@ -103,11 +103,6 @@ class IntrinsicLayer(BaseTunerLayer):
             self.unmerge()
         super().enable_adapters(enabled)
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """As in torch, θ and λ included: transformers freezes a loaded adapter layer by layer."""
-        self.vector.requires_grad_(requires_grad)
-        return super().requires_grad_(requires_grad)  # type: ignore[misc]
-
     def applied(self) -> list[tuple[str, Offset, torch.Tensor]]:
         """Parameter name, offset and λθ of everything that a forward pass adds. λθ of routes is `[batch, d − m]`."""
         if self.disable_adapters or self.merged:

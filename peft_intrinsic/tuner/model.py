@@ -19,6 +19,7 @@ from torch import nn
 from .attach import Match, attach, default_targets, detach, remove_holder, unwrap, users_of
 from .bank import chosen_by_name
 from .base import CheckedTuner
+from .batch_first import number_of_samples
 from .checks import check
 from .files import check_adapter_names, numbers_to_load, numbers_to_save
 from .head import Head, name_outermost, restore, settle
@@ -297,8 +298,8 @@ class IntrinsicModel(CheckedTuner):
         if names is None:
             yield
             return
-        batch = next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim()), len(names))
-        with chosen_by_name(self, names, batch):
+        batch = number_of_samples(self.model, {**{str(i): value for i, value in enumerate(args)}, **kwargs})
+        with chosen_by_name(self, names, len(names) if batch is None else batch):
             yield
 
     @classmethod

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from ..projection import TensorProjection
 from .batches import spread
 from .layer import IntrinsicLayer
 from .targets import linear_features
 from .vector import IntrinsicVector
 
 
-class IntrinsicModule(IntrinsicLayer, nn.Module):
+class IntrinsicModule(nn.Module, IntrinsicLayer):
     """A leaf of the model with its offsets: `base_layer(x)` plus what P adds to it.
 
     What the wrapper lacks is the base layer's. Readers of its parameters get them with their offsets.
@@ -58,8 +60,10 @@ class IntrinsicLinear(IntrinsicModule):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(x, *args, **kwargs)
         for name, offset, each in self.applied():
-            theta, x = self.vector.choices.match(offset.name, each, x)
-            added = offset.projection.linear(x, theta) if name == "weight" else spread(offset.materialise(theta), x)
+            theta, rows = self.vector.choices.match(offset.name, each, x)
+            added = (
+                offset.projection.linear(rows, theta) if name == "weight" else spread(offset.materialise(theta), rows)
+            )
             result = result + added.to(result.dtype)
         return result
 
@@ -78,10 +82,21 @@ class IntrinsicEmbedding(IntrinsicModule):
     def forward(self, index: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = self.base_layer(index, *args, **kwargs)
         for _, offset, each in self.applied():
-            theta, index = self.vector.choices.match(offset.name, each, index, features=0)
-            added = offset.projection.gather(index, theta)
-            if self.base_layer.padding_idx is not None and theta.requires_grad:  # torch gives that row no gradient
-                added = torch.where(index.unsqueeze(-1) == self.base_layer.padding_idx, added.detach(), added)
+            theta, rows = self.vector.choices.match(offset.name, each, index)
+            added = self._without_padding(offset.projection, rows, theta)
             scale = self._get_embed_scale()
             result = result + (added if scale is None else added * scale).to(result.dtype)
         return result
+
+    def _without_padding(self, projection: TensorProjection, index: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+        """The rows of the offset, of which torch gives the padding row no gradient."""
+        added, padding = projection.gather(index, theta), self.base_layer.padding_idx
+        if padding is None:
+            return added
+        if theta.dim() > 1:  # one padding row for each sample
+            return torch.where(index.unsqueeze(-1) == padding, added.detach(), added)
+        # torch's own lookup, so that function transforms see what they see in a plain embedding.
+        row = projection.gather(index.new_full((1,), padding), theta)
+        place = torch.arange(index.numel(), device=index.device).view(index.shape)
+        table = torch.cat([added.flatten(0, -2), row])
+        return F.embedding(torch.where(index == padding, index.numel(), place), table, padding_idx=index.numel())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,12 @@ class Vector(nn.Module):
     def __init__(self, values: torch.Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A parameter that takes the place of another stays frozen: transformers loads by putting in new ones."""
+        if isinstance(value, nn.Parameter) and name in self._parameters:
+            value.requires_grad_(self.weight.requires_grad)
+        super().__setattr__(name, value)
 
     def forward(self) -> torch.Tensor:
         return self.weight
@@ -39,9 +45,16 @@ class IntrinsicVector(nn.Module):
         self.drawn: list[Any] = []  # what the head replaced in the base model
         self.split: dict[str, str] = {}  # of adapters: a parameter that is only a part on this device
         self.quantization = get_quantization_kwargs(root)
+        watched = [root]
+        if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
+            watched += [cast(Any, root).get_encoder()]  # generate() calls it alone
         self._guards = [
-            root.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
-            root.register_forward_hook(self._leave, always_call=True),
+            guard
+            for module in dict.fromkeys(watched)
+            for guard in (
+                module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True),
+                module.register_forward_hook(self._leave, always_call=True),
+            )
         ]
 
     def add(self, adapter: str, theta: np.ndarray, scales: np.ndarray, like: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -18,6 +19,7 @@ from transformers import (
     CLIPVisionConfig,
     DebertaV2Config,
     DebertaV2Model,
+    DynamicCache,
     FSMTConfig,
     FSMTModel,
     LlamaConfig,
@@ -401,6 +403,11 @@ def test_images_are_not_samples_and_the_text_part_can_be_mixed():
             model(input_ids=ids, pixel_values=images, adapter_names=["default", "__base__"])
         with pytest.raises(ValueError, match=named):
             AdapterBank(model, torch.zeros(1, 40))
+    inside = nn.Sequential(llava())  # also in a module of the user's
+    inside.forward = lambda **inputs: inside[0](**inputs)
+    model = get_peft_model(inside, IntrinsicConfig(target_modules=["q_proj"], **options)).eval()
+    with pytest.raises(ValueError, match=r"takes several kinds of input.*vision_tower"):
+        model(input_ids=ids, pixel_values=images, adapter_names=["default", "__base__"])
     config = {"target_modules": r".*language_model.*(q_proj|v_proj)|lm_head", **options}
     model = get_peft_model(llava(), IntrinsicConfig(**config)).eval()
     model.add_adapter("b", IntrinsicConfig(**config))
@@ -410,3 +417,119 @@ def test_images_are_not_samples_and_the_text_part_can_be_mixed():
             model.set_adapter(name)
             alone.append(model(input_ids=ids, pixel_values=images).logits[i])
     torch.testing.assert_close(mixed, torch.stack(alone), **CLOSE)
+
+
+class Levels(nn.Module):
+    """Hands its layer two levels of detail as the first axis, in whatever form its input comes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, inputs, lengths=None):
+        x = torch.stack(list(inputs.values()) if isinstance(inputs, dict) else list(inputs))
+        x = x if lengths is None else x * lengths[:, None, None]
+        return self.layer(torch.stack([x, x / 2]).flatten(1, 2))
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("form", [list, dict])
+def test_no_form_of_input_lets_another_axis_pass_for_the_samples(form, lengths):
+    model = get_peft_model(Levels(), IntrinsicConfig(d=20, target_modules=["layer"])).eval()
+    bank = AdapterBank(model, torch.randn(2, 20, generator=torch.Generator().manual_seed(1)) / 500)
+    samples = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(2)).unbind()
+    inputs = dict(zip("ab", samples, strict=True)) if form is dict else list(samples)
+    with bank.select([0, 1]), pytest.raises(ValueError, match=r"layer of layer\.weight"):
+        model(inputs, lengths=torch.tensor([1.0, 2.0]) if lengths else None)
+
+
+def test_a_sequence_first_encoder_of_torch_raises():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=False)
+    model = get_peft_model(
+        nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), IntrinsicConfig(d=20, target_modules=["linear1"])
+    ).eval()
+    bank = AdapterBank(model, torch.zeros(2, 20))
+    with bank.select([0, 1]), torch.enable_grad(), pytest.raises(ValueError, match="linear1"):
+        model(torch.randn(2, 2, 8))
+
+
+def test_rows_that_repeat_the_batch_as_a_whole_raise_and_beams_follow_their_sample():
+    """Guidance without a classifier doubles a batch: its second half is not the second sample's."""
+    model = several("llama")
+    bank = AdapterBank(model, torch.randn(2, 60, generator=torch.Generator().manual_seed(1)) / 500)
+    ids = batch("llama")["input_ids"][:2]
+    with torch.no_grad(), bank.select([0, 1]):
+        with pytest.raises(ValueError, match="one adapter for each row"):
+            model(input_ids=torch.cat([ids, ids]))
+        with bank.select([0, 1, 0, 1]):
+            twice = model(input_ids=torch.cat([ids, ids])).logits
+        torch.testing.assert_close(twice[:2], model(input_ids=ids).logits, **CLOSE)
+        assert len(model.generate(input_ids=ids, num_beams=2, max_new_tokens=2, pad_token_id=0)) == 2
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_generation_begins_with_as_many_tokens_as_samples(name):
+    """The encoder runs before the model does."""
+    model = several(name)
+    ids = batch(name)["input_ids"][:, :4]
+    names = ["default", "second", "third", "default"]
+    how = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+    how["output_scores"] = True
+    mixed = model.generate(input_ids=ids, adapter_names=names, **how).scores[0]
+    for i, adapter in enumerate(names):
+        model.set_adapter(adapter)
+        torch.testing.assert_close(mixed[i : i + 1], model.generate(input_ids=ids[i : i + 1], **how).scores[0], **CLOSE)
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.normalization, self.layer = nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(self.normalization(x.mT).mT + torch.randn(8))
+
+
+@pytest.mark.filterwarnings("ignore:Training updates the running statistics")
+def test_the_proof_leaves_buffers_and_random_numbers_as_they_were():
+    model = get_peft_model(Noisy(), IntrinsicConfig(d=20, target_modules=["layer"])).eval()
+    model.base_model.model.normalization.train()
+    bank, x, outputs = AdapterBank(model, torch.zeros(3, 20)), torch.randn(3, 4, 8), []
+    for number in (1, 2):
+        torch.manual_seed(0)
+        with bank.select([0, 1, 2]):
+            outputs.append(model(x))
+        assert int(model.base_model.model.normalization.num_batches_tracked) == number
+    torch.testing.assert_close(*outputs)
+
+
+def test_a_cache_among_the_positional_arguments_is_not_filled_by_the_proof():
+    model = several("llama")
+    bank = AdapterBank(model, torch.zeros(4, 60))
+    ids, cache = batch("llama")["input_ids"], DynamicCache()
+    with torch.no_grad(), bank.select([0, 1, 2, 3]):
+        model.base_model.model(ids, None, None, cache)
+    assert cache.get_seq_length() == ids.shape[1]
+
+
+def test_first_mixed_batches_of_several_threads_do_not_disturb_each_other():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(3):
+            model = several("llama")
+            bank = AdapterBank(model, torch.randn(9, 60, generator=torch.Generator().manual_seed(1)) / 500)
+            ids = batch("llama")["input_ids"]
+
+            def logits(rows, bank=bank, model=model, ids=ids):
+                with torch.no_grad(), bank.select(list(range(rows))):
+                    return model(input_ids=ids[:rows]).logits
+
+            with ThreadPoolExecutor(4) as pool:
+                found = list(pool.map(logits, (1, 2, 3, 4)))
+            for rows, each in enumerate(found, 1):
+                torch.testing.assert_close(each, logits(rows), **CLOSE)
+    finally:
+        sys.setswitchinterval(interval)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build, evaluate, same, trained
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -284,3 +284,16 @@ def test_processes_without_a_state_dict_save_nothing(tmp_path):
     model = trained("bert")
     model.save_pretrained(tmp_path, state_dict={}, is_main_process=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_result_of_get_peft_model_state_dict_can_be_saved(tmp_path):
+    model = trained("bert")
+    model.save_pretrained(tmp_path, state_dict=get_peft_model_state_dict(model))
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
+    assert torch.equal(evaluate(loaded, "bert"), evaluate(model, "bert"))
+
+
+def test_freezing_an_adapted_module_leaves_the_shared_parameters_trainable():
+    model = get_peft_model(build("llama"), IntrinsicConfig(d=40, target_modules="all"))
+    model.get_input_embeddings().requires_grad_(False)
+    assert model.get_nb_trainable_parameters()[0] == 40

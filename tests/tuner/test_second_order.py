@@ -30,7 +30,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.embedding, self.convolution = nn.Embedding(10, 2), nn.Conv1d(2, 4, 3)
+        self.embedding, self.convolution = nn.Embedding(10, 2, padding_idx=0), nn.Conv1d(2, 4, 3)
         self.cosine, self.linear = Cosine(), nn.Linear(5, 3)
         self.scale = nn.Parameter(torch.ones(5))
 
