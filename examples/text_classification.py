@@ -5,12 +5,13 @@
     python examples/text_classification.py --evaluate runs/classifier --eval dev.csv --text text --label label
 
 `--train` and `--eval` take CSV, TSV, JSON-lines or Parquet files, or splits of `--dataset`. Labels are words or
-integers. The adapter goes to `--out`, with the model's configuration, which names the labels.
+integers. The adapter goes to `--out`, with the names of the labels.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from collapse import report_collapse
 from datasets import DatasetDict
 from peft import AutoPeftModelForSequenceClassification, get_peft_model
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -32,6 +32,7 @@ from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.measure.tasks import Task, files
 
 LEARNING_RATE = 2e-4  # docs/defaults.md
+LABELS = "labels.json"
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
@@ -123,15 +124,15 @@ def accuracy_after(run: Trainer) -> float:
 def save(model: Any, folder: str | Path) -> None:
     """The adapter, with the names of the labels: an adapter's own files do not have them."""
     model.save_pretrained(folder)
-    model.config.save_pretrained(folder)
+    Path(folder, LABELS).write_text(json.dumps(list(model.config.label2id)), encoding="utf-8")
 
 
 def evaluate(folder: str, task: Task) -> float:
     """Accuracy of a saved adapter on the eval part."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        head = {"id2label": config.id2label, "label2id": config.label2id}
-    except (OSError, ValueError):  # another program saved it, without its labels
+    if (saved := Path(folder, LABELS)).exists():
+        names = json.loads(saved.read_text(encoding="utf-8"))
+        head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    else:  # another program saved the adapter
         head = task.head()
     model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **head)
     tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
@@ -168,6 +169,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(args.model, **task.head())
     model = get_peft_model(model, IntrinsicConfig(d=args.d, said=args.said, task_type="SEQ_CLS"))
     model.print_trainable_parameters()
+    print(f"labels: {', '.join(model.config.label2id)}")
     run = trainer(
         model,
         tokenizer,

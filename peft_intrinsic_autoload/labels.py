@@ -15,9 +15,6 @@ from typing import Any
 LABELS = 100_000
 """The most labels that are stored, and that a head is made for: an adapter's file is untrusted input."""
 
-DEFAULT = 2
-"""What transformers assumes where a configuration does not say otherwise."""
-
 
 def with_stored_labels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Options of `PreTrainedModel.from_pretrained`, whose head gets the labels of the adapter that is loaded with it.
@@ -30,25 +27,35 @@ def with_stored_labels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     """
     options = kwargs.get("adapter_kwargs") or {}
     folder = options.get("_adapter_model_path") or next(iter(args), None)
-    stored = _stored(folder, options)
+    stored, base = _stored(folder, options)
     config: Any = kwargs.get("config")
     if stored is None:
         return kwargs
     if not hasattr(config, "num_labels"):
         return {"num_labels": stored, **kwargs}
-    if config.num_labels != DEFAULT:  # the caller's or the checkpoint's
+    if config.num_labels != _labels_of(base):  # the caller's
         return kwargs
     config = copy.deepcopy(config)
     config.num_labels = stored
     return {**kwargs, "config": config}
 
 
-def _stored(folder: Any, options: Mapping[str, Any]) -> int | None:
-    """The labels in an adapter's configuration; None where there is no such adapter, or none are stored."""
+def _labels_of(base: Any) -> int | None:
+    """The labels that the configuration of a base model has, if it can be read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base).num_labels
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _stored(folder: Any, options: Mapping[str, Any]) -> tuple[int | None, Any]:
+    """The labels in an adapter's configuration and the name of its base model; None where there is no such adapter."""
     if not isinstance(folder, str | os.PathLike):
-        return None
+        return None, None
     if not (options.get("_adapter_model_path") or Path(folder, "adapter_config.json").exists()):
-        return None
+        return None, None
     from transformers.utils import find_adapter_config_file
 
     download = {name: value for name, value in options.items() if not name.startswith("_")}
@@ -56,5 +63,6 @@ def _stored(folder: Any, options: Mapping[str, Any]) -> int | None:
         written = json.loads(Path(str(find_adapter_config_file(str(folder), **download))).read_text(encoding="utf-8"))
         stored = written.get("num_labels") if written.get("peft_type") == "INTRINSIC" else None
     except (OSError, ValueError, AttributeError):
-        return None  # loading the adapter says what is wrong
-    return stored if type(stored) is int and 0 < stored <= LABELS else None
+        return None, None  # loading the adapter says what is wrong
+    known = type(stored) is int and 0 < stored <= LABELS
+    return (stored if known else None), written.get("base_model_name_or_path")

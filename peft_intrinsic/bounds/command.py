@@ -93,6 +93,8 @@ def pack(args: argparse.Namespace) -> None:
     """An adapter's folder as a packed file; its accuracy before and after, where there are data."""
     if args.finetune and not (args.train and args.levels):
         raise ValueError(f"--finetune {args.finetune} needs --train and --levels.")
+    if args.train and not (args.finetune or args.eval):
+        raise ValueError(f"--train {args.train} is for --finetune, or names the classes of --eval. Add one of them.")
     config = _config(args.adapter)
     out = _file("--out", args.out)
     if args.qr:

@@ -44,7 +44,10 @@ class LabelledTexts(TextFit):
         task = files(train, eval or train, columns, label, "accuracy")
         self.labels = len(task.classes) if labels is None else labels
         if self.labels < len(task.classes):
-            raise ValueError(f"labels (--labels) = {labels} is fewer than the {len(task.classes)} that {train} has.")
+            raise ValueError(
+                f"The model has {labels} labels, {train} {len(task.classes)}: {', '.join(map(str, task.classes))}. "
+                "Correct the data, or use a model with as many."
+            )
         super().__init__(model, task, arguments={**sizes, "train_sampling_strategy": "group_by_length"})
 
     def loaded(self, model: str, labels: int | None = None) -> Any:

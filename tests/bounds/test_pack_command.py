@@ -61,7 +61,7 @@ def test_labels_beyond_those_of_the_file(folder, capsys):
     assert f"{1 - errors('x.pia', 'test.jsonl', 3) / 40:.4f} packed" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--labels", "1"])
-    assert "labels (--labels) = 1 is fewer than the 2 that test.jsonl has" in capsys.readouterr().err
+    assert "The model has 1 labels, test.jsonl 2:" in capsys.readouterr().err
 
 
 @pytest.fixture
