@@ -44,8 +44,8 @@ STAND_INS = {  # which name, in which tests
     "|TestGetBaseModelStateDict|TestModelAndLayerStatus::test_model_(enabl|disabl|active|merged|requires|avail|devices)",
 }
 LOKR = {"target_modules": [], "target_parameters": ["q_proj.weight", "v_proj.weight"]}  # without biases: convertible
-FOREIGN = re.compile(  # what only LoRA has, bounds that fit LoKr's size, tokens that train, models not in MODELS
-    r"lora_(A|B|embedding|magnitude)|\"lora_|\.lokr|dora|monteclora|trainable_token|combination_type|_restore_weights"
+FOREIGN = re.compile(  # what only LoRA has, bounds that fit LoKr's size, models not in MODELS
+    r"lora_(A|B|embedding|magnitude)|\"lora_|\.lokr|dora|monteclora|combination_type|_restore_weights"
     r"|hotswap|divisible_by_groups|runtime_config|lora_to_lora|named_like_peft_prefix|C3AConfig|_LoraFactors"
     r"|lora_(approximates|with_multiple)|from_pretrained\(\"gpt2|Bloom"
 )
@@ -118,7 +118,7 @@ def rows_for_us(names: list[str], rows: list[tuple[Any, ...]]) -> list[tuple[Any
     """LoRA's rows with our configuration, each once; and rows that move every parameter, with λ."""
     found: dict[str, tuple[Any, ...]] = {}
     for row in rows:
-        if not any(map(is_lora, row)) or any("trainable_token_indices" in v for v in row if isinstance(v, dict)):
+        if not any(map(is_lora, row)):
             continue
         variants = [dict(zip(names, map(translated, names, row), strict=True))]
         options = variants[0].get("config_kwargs", {"target_parameters": None})

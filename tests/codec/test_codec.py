@@ -33,7 +33,8 @@ FOLLOWING = {
     "subspace": "of a projection that is not packed",
     "embed_subspace": "likewise",
     "subspace_digest": "likewise",
-    "modules_to_save": "refused",
+    "modules_to_save": "raises: it has no place in a packed adapter",
+    "trainable_token_indices": "likewise",
     "checksum": "of the usual file; a packed one has its own",
 }
 """Options that are not packed, and why."""
