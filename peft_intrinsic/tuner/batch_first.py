@@ -43,9 +43,10 @@ def named_arguments(root: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
 
 def number_of_samples(root: nn.Module, arguments: dict[str, Any]) -> int | None:
     """How many samples a forward pass has: the length of its main input, or else of the first tensor that has one."""
-    names = (getattr(root, "main_input_name", None), "input_ids", "inputs_embeds")
-    tensors = [value for name in names if isinstance(value := arguments.get(str(name)), torch.Tensor)]
-    tensors += [leaf for leaf in tree_leaves(list(arguments.values())) if isinstance(leaf, torch.Tensor)]
+    for name in (getattr(root, "main_input_name", None), "input_ids", "inputs_embeds"):
+        if isinstance(value := arguments.get(str(name)), torch.Tensor) and value.dim() > 1:
+            return len(value)
+    tensors = [leaf for leaf in tree_leaves(list(arguments.values())) if isinstance(leaf, torch.Tensor)]
     sized = [tensor for tensor in tensors if tensor.dim() > 1] or [tensor for tensor in tensors if tensor.dim()]
     return len(sized[0]) if sized else None  # rather not of positions, `[tokens]`
 

@@ -144,17 +144,16 @@ class Choices:
         here.depth += 1
         if here.depth > 1:
             return
-        if torch.compiler.is_compiling():
-            here.rows = number_of_samples(root, {**{str(i): value for i, value in enumerate(args)}, **kwargs})
-            return
-        arguments = named_arguments(root, args, kwargs)
+        arguments = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
         here.rows = number_of_samples(root, arguments)
+        if torch.compiler.is_compiling():
+            return
         call = id(root), frozenset(name for name, value in arguments.items() if value is not None)
         with self._proof:
             if here.rows is not None and call not in self._proved:
                 here.proving = True
                 try:
-                    found = batch_first(root, here.rows, arguments, lambda: here.proving)
+                    found = batch_first(root, here.rows, named_arguments(root, args, kwargs), lambda: here.proving)
                 finally:
                     here.proving = False
                 self._first |= {name: first and self._first.get(name, True) for name, first in found.items()}
