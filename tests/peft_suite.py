@@ -58,6 +58,8 @@ DIFFERENT = {
     "test_inject_from_state_dict_and_from_config": "θ names no modules",
     "batches_(lora_conv2d|mha_raises)|on_top_level_module": "what can be mixed or targeted, and what a refusal says",
     r"PeftMixedModel|test_mixed_model_from|duplicate_name_without_mutation\[True": "PEFT mixes its own methods only",
+    "targeting_trainable_tokens_raises": "the message names the remedy",
+    "warning_naming_conflict_get_peft_model": "a name that is a part of θ's key raises",
     "naming_conflict_save_and_load": "a second adapter of the same name is refused",
     "modules_to_save_merging_adapters": "modules that are trained in full have no exact sum",
     "test_load_resized_embedding": "an adapter belongs to the shapes that it was trained on",
@@ -118,7 +120,10 @@ def rows_for_us(names: list[str], rows: list[tuple[Any, ...]]) -> list[tuple[Any
     """LoRA's rows with our configuration, each once; and rows that move every parameter, with λ."""
     found: dict[str, tuple[Any, ...]] = {}
     for row in rows:
-        if not any(map(is_lora, row)):
+        tokens = any(
+            "trainable_token_indices" in v for v in row if isinstance(v, dict)
+        )  # of a model chosen by LoRA's name
+        if not any(map(is_lora, row)) or tokens:
             continue
         variants = [dict(zip(names, map(translated, names, row), strict=True))]
         options = variants[0].get("config_kwargs", {"target_parameters": None})

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .batch_first import without_samples
-from .batches import Route
+from .batches import Choices, Route
 from .config import IntrinsicConfig
 from .files import checked_numbers
 from .layer import attached
@@ -93,14 +93,14 @@ def chosen_by_name(tuner: Any, names: Sequence[str], batch: int) -> Iterator[Non
     with ExitStack() as stack:
         for module in tuner.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save
-                hook = partial(_with_names, names=list(names))
+                hook = partial(_with_names, names=list(names), choices=tuner.vector.choices)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         stack.enter_context(tuner.vector.choices.made(routes_by_name(tuner.vector, tuner.peft_config, names)))
         yield
 
 
-def _with_names(module: nn.Module, args: Any, kwargs: Any, names: list[str]) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": names}
+def _with_names(module: nn.Module, args: Any, kwargs: Any, names: list[str], choices: Choices) -> tuple[Any, Any]:
+    return args, kwargs if choices.proving else {**kwargs, "adapter_names": names}
 
 
 def _route(vector: Any, adapter: str, numbers: torch.Tensor) -> Route:

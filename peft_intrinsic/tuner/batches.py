@@ -133,6 +133,11 @@ class Choices:
             raise RuntimeError(_ELSEWHERE)
         return found
 
+    @property
+    def proving(self) -> bool:
+        """Whether the pass that runs only proves where the samples are, over other numbers of them."""
+        return self._here.proving
+
     def enter(self, root: nn.Module, args: Any, kwargs: Any) -> None:
         """Before a forward pass of the model, or of its encoder alone.
 

@@ -115,7 +115,14 @@ class IntrinsicModel(CheckedTuner):
                 config.target_modules = default_targets(model, config)
             if config.target_modules in KEYWORDS:
                 self._matched.append((model, chosen(config, "", model)))  # PEFT visits every module but the root
-            super().inject_adapter(model, adapter_name, **options)
+            rows, config.trainable_token_indices = (
+                config.trainable_token_indices,
+                config.trainable_token_indices or None,
+            )
+            try:
+                super().inject_adapter(model, adapter_name, **options)
+            finally:
+                config.trainable_token_indices = rows  # empty instead of None again, for saving
             users = users_of(model, self._matched, config)
             check_not_adapted(model, (module for held in users.values() for module, _ in held), config)
             with init_empty_weights() if options["low_cpu_mem_usage"] else nullcontext():

@@ -118,3 +118,15 @@ def test_an_embedding_cannot_be_adapted_by_p_and_have_trained_rows():
         get_peft_model(model, IntrinsicConfig(d=40, target_modules="all", trainable_token_indices=[1]))
     assert torch.equal(evaluate(model, "llama"), plain)
     assert not any("token_adapter" in name for name, _ in model.named_modules())
+
+
+def test_an_adapter_without_token_rows_joins_one_that_has_them():
+    model = tuned("gpt2", [2, 5])  # tied: PEFT would look for the rows of the second adapter
+    expected = logits(model)
+    model.add_adapter("plain", IntrinsicConfig(d=40))
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("plain")
+    assert torch.equal(logits(model), logits(build("gpt2")))
+    model.set_adapter("default")
+    model.delete_adapter("plain")
+    assert torch.equal(logits(model), expected)
