@@ -25,6 +25,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertTokenizerFast, pipeline
+from transformers.utils import hub as transformers_hub
 
 from peft_intrinsic import IntrinsicConfig
 
@@ -213,6 +214,7 @@ def test_push_to_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     monkeypatch.setattr(huggingface_hub.hf_api, "ENDPOINT", address, raising=False)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+    monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # kept from an earlier call to the Hub
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     model = trained("bert", said=True, task_type="SEQ_CLS")
     expected = evaluate(model, "bert")
