@@ -103,7 +103,7 @@ def test_base_of_another_digest(tmp_path):
 def test_files_that_do_not_fit(tmp_path):
     masked(target_modules=["query", "key"]).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    whole = load_file(file)
+    whole = {key: value.clone() for key, value in load_file(file).items()}  # the file is written over below
     first = next(key for key in whole if key.endswith("supermask_mask"))
     damaged = whole[first].clone()
     damaged[3] = 255
