@@ -21,7 +21,9 @@ X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 WAYS = {"scripted": torch.jit.script, "traced": lambda module: torch.jit.trace(module, X)}
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.* is deprecated:DeprecationWarning", "ignore:.*torch.jit.* is not supported:DeprecationWarning"
+    "ignore:.*torch.jit.* is deprecated:DeprecationWarning",
+    "ignore:.*torch.jit.* is deprecated:FutureWarning",
+    "ignore:.*torch.jit.* is not supported:DeprecationWarning",
 )
 
 

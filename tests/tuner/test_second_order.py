@@ -10,6 +10,8 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.tuner.batches import Choices, Route, _confirmed
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")  # torch's, in forward mode
+
 TOLERANCE = 2e-6  # relative; projections compute in float32
 
 
