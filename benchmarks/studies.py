@@ -112,7 +112,7 @@ class Contestants:
         parser.add_argument("--data", type=Path)
         parser.add_argument("--model", help="folder of all-MiniLM-L6-v2")
         parser.add_argument("--scratch", type=Path, default=Path("runs") / self.folder.name)
-        parser.add_argument("--only", action="append", help="name of a contestant; may be given several times")
+        parser.add_argument("--only", action="append", help="name of a method; may be given several times")
         args = parser.parse_args()
         if args.action != "run":
             return (self.table if args.action == "table" else self.plot)(args.task)

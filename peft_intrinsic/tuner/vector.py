@@ -106,7 +106,7 @@ class IntrinsicVector(nn.Module):
 
         Raises:
             RuntimeError: reentrant gradient checkpointing in several processes: DDP then averages the gradient of a
-                shared vector before all of its parts have been added, without a word. Or DeepSpeed ZeRO-3, or tensor
+                shared vector before all of its parts have been added, silently. Or DeepSpeed ZeRO-3, or tensor
                 parallelism.
         """
         self.choices.enter(root, args, kwargs)
