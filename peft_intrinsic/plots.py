@@ -16,19 +16,16 @@ def heat_map(cells: Mapping[tuple[str, str], float], label: str, path: str | os.
         label: of the scale.
         path: of the picture.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     rows, columns = (list(dict.fromkeys(place[i] for place in cells)) for i in (0, 1))
     values = np.full((len(rows), len(columns)), np.nan)
     for (row, column), value in cells.items():
         values[rows.index(row), columns.index(column)] = value
-    figure, axis = plt.subplots(figsize=(2 + 0.35 * len(columns), 3 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(2 + 0.35 * len(columns), 3 + 0.3 * len(rows)), layout="constrained")
+    axis = figure.subplots()
     image = axis.imshow(values, aspect="auto", cmap="viridis")
     axis.set_xticks(range(len(columns)), columns, rotation=90)
     axis.set_yticks(range(len(rows)), rows)
     figure.colorbar(image, label=label)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -14,17 +14,15 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
         rows: of `sweep`.
         path: of the picture.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     def bound(row: dict[str, Any]) -> float:
         return row["certificate"]["bound"]
 
     dims = sorted({row["d"] for row in rows})
     best = [min((row for row in rows if row["d"] == d), key=bound) for d in dims]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained", sharey=True)
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
     for axis, shown, name, style in ((left, best, "d", "o-"), (right, rows, "bytes", "o")):
         place = [row[name] for row in shown]
         axis.plot(place, [bound(row) for row in shown], style, color="black", label="certificate")

@@ -81,16 +81,13 @@ class CriticalLayers:
 
     def plot(self, path: str | os.PathLike) -> None:
         """What the score loses with each part put back to the base, the most critical part on top."""
-        import matplotlib as mpl
+        from matplotlib.figure import Figure
 
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axis = plt.subplots(figsize=(6, 1 + 0.3 * len(self.parts)), layout="constrained")
+        figure = Figure(figsize=(6, 1 + 0.3 * len(self.parts)), layout="constrained")
+        axis = figure.subplots()
         axis.barh(self.parts[::-1], [self.score - score for score in self.scores[::-1]], color="black")
         axis.set(xlabel=f"lost of {self.score:.4f} when put back to the base")
         figure.savefig(path, dpi=150)
-        plt.close(figure)
 
     def report(self) -> str:
         """Markdown: a row for each part, the most critical first."""

@@ -1,0 +1,32 @@
+"""Figures are drawn without pyplot, so that a notebook keeps its backend."""
+
+import sys
+
+import matplotlib
+import pytest
+
+from peft_intrinsic.bounds.plot import plot_sweep
+from peft_intrinsic.closeness import CriticalLayers
+from peft_intrinsic.plots import heat_map
+
+
+def draw_heat_map(path):
+    heat_map({("layer 0", "weight"): 0.5}, "share", path)
+
+
+def draw_sweep(path):
+    counts = {"bound": 0.4, "risk": 0.2, "test_n": 10, "test_errors": 3, "majority": 5, "n": 10}
+    plot_sweep([{"d": 10, "bytes": 40, "certificate": counts}], path)
+
+
+def draw_critical_layers(path):
+    parts, values = ["layer 0", "layer 1"], [0.8, 0.85]
+    CriticalLayers(0.9, parts, values, [10, 10], values, 0.01).plot(path)
+
+
+@pytest.mark.parametrize("draw", [draw_heat_map, draw_sweep, draw_critical_layers])
+def test_drawing_a_figure_leaves_the_backend_of_the_process(draw, tmp_path, monkeypatch):
+    monkeypatch.setattr(matplotlib, "use", lambda *_: pytest.fail("the backend was switched"))
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    draw(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
