@@ -23,9 +23,9 @@ from quality import minilm
 from studies import Contestants
 from supermask import NAMES, TASKS, Supermasks, contestants
 
-from peft_intrinsic.closeness import critical_layers, frozen_sweep, parameter_distance
-from peft_intrinsic.closeness.distance import write_report
-from peft_intrinsic.tuner.targets import block_of
+from peft_intrinsic.analysis import critical_layers, frozen_sweep, parameter_distance
+from peft_intrinsic.analysis.distance import write_report
+from peft_intrinsic.tuner.names import block_of
 
 
 def main() -> None:

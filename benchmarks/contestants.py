@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.projection import PROJECTIONS, base, dealing
+from peft_intrinsic.projection import PROJECTIONS, allocation, base
 from peft_intrinsic.projection.base import Shapes, Spec, TensorProjection
 from peft_intrinsic.projection.randomness import words
 
@@ -32,7 +32,7 @@ class OneHot(TensorProjection):
 def one_hot(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
     """Each tensor has coordinates of its own, dealt to its weights at random."""
     result: dict[str, TensorProjection] = {}
-    for name, (start, count) in dealing.shares(spec.d, shapes).items():
+    for name, (start, count) in allocation.shares(spec.d, shapes).items():
         shape = shapes[name]
         raw = words(spec.seed, "one-hot", name, shape.size)
         signs = 1 - 2 * (raw & np.uint64(1)).astype(np.int64)

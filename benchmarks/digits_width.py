@@ -22,7 +22,7 @@ from torch import nn
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.measure import grid, measure_intrinsic_dimension, write_report
-from peft_intrinsic.measure.methods import PAPER
+from peft_intrinsic.text.methods import PAPER
 
 STEPS, BATCH = 400, 128
 

@@ -35,14 +35,8 @@ from quality import Row, batches
 from studies import FULL_RATES, Contestants, Method, Study
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.trajectory import (
-    disable_outliers,
-    find_outliers,
-    fit_subspace,
-    record,
-    record_gradients,
-    snapshots,
-)
+from peft_intrinsic.analysis import disable_outliers, find_outliers
+from peft_intrinsic.trajectory import fit_subspace, record, record_gradients, snapshots
 
 TASKS = ("sst2", "mrpc_250", "rotten_tomatoes_apart")
 RECORDED = r"(bert\.encoder\.layer\.\d+|classifier)\..*"

@@ -39,7 +39,7 @@ from text_classification import accuracy_after, adapter_size, evaluate, save, to
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.measure.tasks import Task
+from peft_intrinsic.text.tasks import Task
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -16,7 +16,7 @@ from text_classification import LEARNING_RATE, accuracy_after, adapter_size, add
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from peft_intrinsic import SupermaskConfig
-from peft_intrinsic.closeness import critical_layers, parameter_distance
+from peft_intrinsic.analysis import critical_layers, parameter_distance
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.measure.tasks import Task, files
+from peft_intrinsic.text.tasks import Task, files
 
 LEARNING_RATE = 2e-4  # docs/defaults.md
 LABELS = "labels.json"

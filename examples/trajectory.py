@@ -16,7 +16,8 @@ from text_classification import LEARNING_RATE, accuracy_after, adapter_size, add
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.trajectory import TrajectoryCallback, find_outliers, fit_subspace
+from peft_intrinsic.analysis import find_outliers
+from peft_intrinsic.trajectory import TrajectoryCallback, fit_subspace
 
 
 def main() -> None:

@@ -210,7 +210,7 @@ def _extras() -> Any:
         import matplotlib  # noqa: F401
         import rich  # noqa: F401
 
-        import peft_intrinsic.measure.command
+        import peft_intrinsic.measure.measure_text
         import peft_intrinsic.measure.report
     except ImportError as error:
         from peft_intrinsic.version import pip_install
@@ -223,7 +223,7 @@ def _measure(args: argparse.Namespace) -> None:
     measure = _extras()
     run = _run(args)
     run["options"] |= {"model": args.model, "method": args.method}
-    if result := measure.command.measure_text(**run):
+    if result := measure.measure_text.measure_text(**run):
         _tell(result, args.out, args.model)
 
 
@@ -240,7 +240,7 @@ def _tell(result: Any, out: str, model: str | None = None) -> None:
     from rich.table import Table
 
     from peft_intrinsic.measure.report import advice, score_and_target, summary
-    from peft_intrinsic.measure.text import bare
+    from peft_intrinsic.text.training import bare
 
     print(summary(result))
     print(score_and_target(result))

@@ -13,7 +13,7 @@ LABELS = "number of labels of the base model's head, where the adapter does not 
 def add_commands(commands: Any) -> None:
     """Add them to the parser of the command."""
     pack = commands.add_parser("pack", help="an adapter as a file of about a hundred bytes")
-    pack.set_defaults(run=_later("bounds", "pack"))
+    pack.set_defaults(run=_later("pack", "pack"))
     pack.add_argument("adapter", help="folder of the adapter, or its name on the Hub")
     pack.add_argument("-o", "--out", required=True, help="the packed adapter, x.pia")
     limit = pack.add_mutually_exclusive_group()
@@ -32,12 +32,12 @@ def add_commands(commands: Any) -> None:
     pack.add_argument("--lr", type=float, default=2e-4, help="of training; --finetune has a tenth (2e-4)")
     _add_columns(pack)
     unpack = commands.add_parser("unpack", help="a packed adapter as a folder that PEFT loads")
-    unpack.set_defaults(run=_later("bounds", "unpack"))
+    unpack.set_defaults(run=_later("pack", "unpack"))
     unpack.add_argument("file", help="the packed adapter")
     unpack.add_argument("-o", "--out", required=True, help="folder, new or empty")
     unpack.add_argument("--model", help="the base model, where it lies elsewhere than the adapter says")
     certify = commands.add_parser("certify", help="a bound on the error on new examples, from the training examples")
-    certify.set_defaults(run=_later("bounds", "certify"))
+    certify.set_defaults(run=_later("certify", "certify"))
     certify.add_argument("--adapter", help="folder or packed adapter (x.pia) that was trained on these data")
     certify.add_argument(
         "--dims", type=_numbers, help="instead: train adapters of these d and certify the best, 100,200"
@@ -64,14 +64,14 @@ def add_commands(commands: Any) -> None:
     certify.add_argument("--seed", type=int, default=0, help="with --dims (0)")
     _add_columns(certify)
     verify = commands.add_parser("verify", help="compute a certificate again, from the packed adapter and the data")
-    verify.set_defaults(run=_later("bounds", "verify"))
+    verify.set_defaults(run=_later("certify", "verify"))
     verify.add_argument("file", help="the packed adapter, its certificate beside it")
     verify.add_argument("--train", required=True, help="the training data")
     verify.add_argument("--model", help="the base model, where it lies elsewhere than the adapter says")
     _add_columns(verify)
     _add_trajectory(commands)
     distance = commands.add_parser("distance", help="how far a fine-tuned model, or an adapter, is from its base")
-    distance.set_defaults(run=_later("closeness", "distance"))
+    distance.set_defaults(run=_later("distance", "distance"))
     distance.add_argument("base", help="folder or safetensors file of the base model, or its name on the Hub")
     distance.add_argument("tuned", help="likewise, of the fine-tuned model or of an adapter")
     distance.add_argument("--threshold", type=float, default=1e-3, help="above which an entry counts as moved (0.001)")
@@ -157,16 +157,16 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between them.") from None
 
 
-def _later(package: str, name: str) -> Callable[[argparse.Namespace], None]:
-    """A function of a package's `command`, imported when it is called: the help needs no extras."""
+def _later(module: str, name: str) -> Callable[[argparse.Namespace], None]:
+    """A function of a module of `commands`, imported when it is called: the help needs no extras."""
 
     def run(args: argparse.Namespace) -> None:
         try:
-            module = import_module(f"peft_intrinsic.{package}.command")
+            commands = import_module(f"peft_intrinsic.commands.{module}")
         except ImportError as error:
             from peft_intrinsic.version import pip_install
 
             raise RuntimeError(f"{error}. {pip_install('[codec,measure]')}") from None
-        getattr(module, name)(args)
+        getattr(commands, name)(args)
 
     return run

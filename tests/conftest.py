@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.texts import examples
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
-from texts import examples
 from torch import nn
 
 from peft_intrinsic import IntrinsicConfig

@@ -29,7 +29,7 @@ PACKAGE = ROOT / "peft_intrinsic"
 
 TESTS = {
     "projection/base.py": "projection/test_dense projection/test_fastfood",
-    "projection/dealing.py": "projection/test_fastfood_structure projection/test_fastfood",
+    "projection/allocation.py": "projection/test_fastfood_structure projection/test_fastfood",
     "projection/dense.py": "projection/test_dense",
     "projection/fastfood.py": "projection/test_fastfood_structure projection/test_fastfood",
     "projection/hadamard.py": "projection/test_hadamard projection/test_fastfood",
@@ -37,29 +37,34 @@ TESTS = {
     "projection/subspace.py": "trajectory/test_fit_subspace",
     "projection/trajectory.py": "trajectory/test_tuning",
     "trajectory/fit.py": "trajectory/test_fit_subspace",
-    "trajectory/outliers.py": "trajectory/test_outliers",
+    "analysis/outliers.py": "analysis/test_outliers",
     "trajectory/record.py": "trajectory/test_recording",
-    "closeness/critical.py": "closeness/test_critical",
-    "closeness/distance.py": "closeness/test_distance",
-    "closeness/reading.py": "closeness/test_distance closeness/test_distance_of_adapters",
+    "analysis/critical.py": "analysis/test_critical",
+    "analysis/distance.py": "analysis/test_distance",
+    "analysis/reading.py": "analysis/test_distance analysis/test_distance_of_adapters",
     "supermask/layer.py": "supermask/test_supermask",
     "supermask/masks.py": "supermask/test_masks",
     "supermask/model.py": "supermask/test_mask_files supermask/test_supermask",
     "tuner/checks.py": "tuner/test_config trajectory/test_tuning",
-    "tuner/learnt.py": "trajectory/test_tuning_files trajectory/test_tuning",
+    "tuner/subspace_files.py": "trajectory/test_tuning_files trajectory/test_tuning",
     "tuner/attach.py": "tuner/test_config tuner/test_head tuner/test_targets tuner/test_modules",
     "tuner/bank.py": "tuner/test_mixed",
     "tuner/batches.py": "tuner/test_mixed",
     "tuner/config.py": "tuner/test_config",
-    "tuner/effective.py": "tuner/test_readers tuner/test_modules",
+    "tuner/lazy_tensor.py": "tuner/test_readers tuner/test_modules",
     "tuner/files.py": "tuner/test_loading",
     "tuner/head.py": "tuner/test_head",
-    "tuner/in_place.py": "tuner/test_modules tuner/test_copies tuner/test_mixed",
+    "tuner/parametrized.py": "tuner/test_modules tuner/test_copies tuner/test_mixed",
     "tuner/layer.py": "tuner/test_readers tuner/test_merging tuner/test_adapters",
     "tuner/merging.py": "tuner/test_merging tuner/test_added_bias tuner/test_quantised",
     "tuner/model.py": "tuner/test_config tuner/test_head tuner/test_merging tuner/test_adapters",
     "tuner/modules.py": "tuner/test_modules tuner/test_readers tuner/test_lora tuner/test_mixed",
     "tuner/registration.py": "tuner/test_adapters",
+    "tuner/base_model.py": "trajectory/test_tuning_files codec/test_digests tuner/test_targets",
+    "tuner/loading.py": "tuner/test_head",
+    "tuner/manifest.py": "tuner/test_loading",
+    "tuner/module_types.py": "tuner/test_targets tuner/test_added_bias tuner/test_modules",
+    "tuner/names.py": "tuner/test_targets",
     "tuner/targets.py": "tuner/test_targets tuner/test_added_bias tuner/test_modules",
     "tuner/to_lora.py": "tuner/test_lora",
     "tuner/vector.py": "tuner/test_mixed tuner/test_precision tuner/test_gradients tuner/test_loading",
@@ -72,7 +77,7 @@ FEWER = "not (roberta or distilbert or electra or qwen2 or gemma or bart or whis
 NAMED = r"""
 tuner/head.py    | words(0, "head", name, parameter.numel())) * std | words(0, "other", name, parameter.numel())) * 0.06
 tuner/attach.py  | words(seed, "theta", "", length)                 | words(seed, "other", "", length)
-tuner/targets.py | (?:.*?\.)?\d+(?=\.)                              | (?:.*\.)?\d+(?=\.)
+tuner/names.py   | (?:.*?\.)?\d+(?=\.)                              | (?:.*\.)?\d+(?=\.)
 tuner/modules.py | self.train(base_layer.training)                  | pass
 tuner/vector.py  | if not self.training or not distributed          | if not distributed
 tuner/vector.py  | if not self.training or not distributed          | if self.training or not distributed

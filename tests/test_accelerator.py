@@ -10,7 +10,7 @@ from conftest import FAMILIES, batch, build, trained
 from peft import PeftModel, get_peft_model
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig, SupermaskConfig
-from peft_intrinsic.closeness import parameter_distance
+from peft_intrinsic.analysis import parameter_distance
 from peft_intrinsic.codec import compress, load_packed
 
 DEVICE = torch.device("cuda")

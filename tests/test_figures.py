@@ -5,9 +5,9 @@ import sys
 import matplotlib
 import pytest
 
+from peft_intrinsic.analysis import CriticalLayers
+from peft_intrinsic.analysis.heat_map import heat_map
 from peft_intrinsic.bounds.plot import plot_sweep
-from peft_intrinsic.closeness import CriticalLayers
-from peft_intrinsic.plots import heat_map
 
 
 def draw_heat_map(path):

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 
 from ..codec import load_packed, read_packed
-from ..measure.store import write_whole
+from ..trials.store import write_whole
 from ..version import __version__
 from .certificate import Certificate
 from .texts import PackedTexts

@@ -12,8 +12,8 @@ from peft import get_peft_model
 
 from ..codec import PRIORS, Packed, adapter_from_string, adapter_to_string
 from ..codec.quantise import check_levels
-from ..measure.store import Store, write_whole
-from ..tuner.identity import base_digest
+from ..trials.store import Store, write_whole
+from ..tuner.base_model import base_digest
 from .certificate import Certificate
 from .certify import certificate, digest, errors, message_bits, write
 from .texts import PackedTexts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..codec import compress, quantisation_aware
-from ..measure.labelled import LabelledTexts
+from ..text.labelled import LabelledTexts
 
 TUNING = 0.1
 """The rate of training as rounded, as a share of that of the training before (docs/packing.md)."""

@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from ..tuner import IntrinsicConfig
-from ..tuner.identity import base_digest
+from ..tuner.base_model import base_digest, base_places
 from ..tuner.labels import other_labels
-from ..tuner.layer import attached, base_places
+from ..tuner.layer import attached
 from .packed import NAME, NUMBERS, OPTIONS, PROJECTIONS, TASKS, Packed
 from .quantise import LEVELS, check_levels, rounded
 

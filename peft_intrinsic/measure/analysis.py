@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .engine import Trial
+from ..trials.engine import Trial
+from ..trials.runner import unpacked
+from ..trials.store import PLAN, TRIAL, Store, read_json
+from ..trials.versions import versions
 from .evidence import Evidence
 from .plan import Plan
-from .runner import unpacked
-from .store import PLAN, TRIAL, Store, read_json
-from .versions import versions
 
 
 class NothingToMeasure(ValueError):

@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from ..trials.engine import Trial
 from .curve import TINY, Curve, Runs
-from .engine import Trial
 from .plan import Plan
 
 BELOW = 2

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from ..trials.engine import Engine, InProcess
+from ..trials.runner import Fit, Runner
+from ..trials.store import PLAN, TRIAL, Store, read_json, write_whole
 from .analysis import Result, check_baseline, evidence, least, result
 from .curve import grid
-from .engine import Engine, InProcess
 from .plan import AUTO, Plan, listed
-from .runner import Fit, Runner
 from .search import Search
-from .store import PLAN, TRIAL, Store, read_json, write_whole
 
 
 def measure_intrinsic_dimension(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .engine import Trial
+from ..trials.engine import Trial
 from .evidence import TUNING, Evidence
 from .plan import AUTO
 

@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..trials.store import write_whole
 from .analysis import Answer, Result
 from .curve import TINY
 from .evidence import TUNING, collapsed
-from .store import write_whole
 
 FORMATS = "png", "svg", "pdf"
 ALONE = " (one seed, so its spread is not in the interval)"

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 import numpy as np
 from scipy.stats import t as student
 
+from ..trials.engine import Trial
 from .curve import Curve
-from .engine import Trial
 from .evidence import Evidence
 from .plan import Plan
 from .rates import choose, first

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
 
+from ..trials.store import write_whole
 from .analysis import NothingToMeasure, Result
-from .command import measure_prepared, prepare
 from .evidence import TUNING, collapsed
+from .measure_text import measure_prepared, prepare
 from .report import save, task, told
-from .store import write_whole
 
 KINDS: dict[str, str] = {
     "checkpoints": "d90 over the checkpoints of one pretraining (section 5.1)",

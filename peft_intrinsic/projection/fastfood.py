@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .allocation import Tiling, Window, global_windows, own_windows, shares, tiling
 from .base import Shapes, Spec, TensorProjection, samples
-from .dealing import Tiling, Window, global_windows, own_windows, shares, tiling
 from .dense import DenseTensor
 from .hadamard import fwht, hadamard
 from .randomness import normal_rows, signs_and_permutations, words

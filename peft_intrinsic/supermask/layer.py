@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from ..tuner.targets import linear_features
+from ..tuner.module_types import linear_features
 from ..tuner.vector import Vector
 from .masks import binary, initial_scores, packed, straight_through, unpacked
 

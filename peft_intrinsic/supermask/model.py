@@ -12,9 +12,11 @@ from torch import nn
 
 from ..tuner.attach import check_replaceable
 from ..tuner.base import CheckedTuner
+from ..tuner.base_model import digest_at_hand
 from ..tuner.files import check_adapter_names
-from ..tuner.learnt import digest_at_hand
-from ..tuner.targets import canonical, is_linear, matched
+from ..tuner.module_types import is_linear
+from ..tuner.names import canonical
+from ..tuner.targets import matched
 from .layer import SupermaskLinear
 from .masks import coded, decoded, scores_of
 

@@ -2,9 +2,6 @@
 
 from ..projection.subspace import Subspace as Subspace
 from .fit import fit_subspace as fit_subspace
-from .outliers import Outliers as Outliers
-from .outliers import disable_outliers as disable_outliers
-from .outliers import find_outliers as find_outliers
 from .record import TrajectoryCallback as TrajectoryCallback
 from .record import record as record
 from .record import record_gradients as record_gradients

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..projection.subspace import TYPES, Group, Subspace, SubspaceWriter
-from ..tuner.learnt import values_digest
-from ..tuner.targets import block_of
+from ..tuner.base_model import values_digest
+from ..tuner.names import block_of
 from .record import parameters_of, snapshots
 
 CHUNK = 2**18

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from ..tuner.layer import base_places
-from ..tuner.learnt import values_digest
-from ..tuner.targets import block_of, fits
+from ..tuner.base_model import base_places, values_digest
+from ..tuner.names import block_of, fits
 
 START = "start.safetensors"
 SNAPSHOT = "snapshot-{:08d}.safetensors"

@@ -18,27 +18,15 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..projection import BLOCK_SIZE, PROJECTIONS, Shapes, Spec
 from ..projection.randomness import normals, words
+from .base_model import base_modules
 from .config import IntrinsicConfig
-from .in_place import IntrinsicParameters
-from .layer import IntrinsicLayer, Offset, base_modules
+from .layer import IntrinsicLayer, Offset
+from .manifest import check_manifest, manifest
+from .module_types import is_embedding, is_linear, is_vector, logical_shape, matrix_view
 from .modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicModule
-from .targets import (
-    HOLDER,
-    candidates,
-    canonical,
-    check_manifest,
-    chosen,
-    excluded,
-    inside,
-    is_embedding,
-    is_linear,
-    is_vector,
-    lambda_groups,
-    logical_shape,
-    manifest,
-    matrix_view,
-    targeted,
-)
+from .names import HOLDER, canonical, inside
+from .parametrized import IntrinsicParameters
+from .targets import candidates, chosen, excluded, lambda_groups, targeted
 from .vector import IntrinsicVector
 
 logger = logging.getLogger(__name__)
@@ -369,3 +357,25 @@ def _without_holder(kind: Any) -> Any:
 def _container(kind: Any) -> nn.Module:
     subclass = _without_holder(kind)
     return subclass.__new__(subclass)
+
+
+def name_outermost(model: nn.Module, config: IntrinsicConfig) -> None:
+    """Spell `modules_to_save` out where a name fits a module and others inside it, such as BERT's embeddings.
+
+    PEFT compares ends of names. It would copy the inner modules within the copy of the outer one, and could not load
+    what it saves.
+
+    Raises:
+        ValueError: the outer module's whole name is the end of an inner one's.
+    """
+    names = config.full_modules or ()
+    keys = [key for key, _ in base_modules(model) if key and key.endswith(tuple(names))] if names else []
+    outer = [key for key in keys if not any(key.startswith(f"{other}.") for other in keys)]
+    if len(outer) == len(keys):
+        return
+    if again := [key for key in keys if key not in outer and key.endswith(tuple(outer))]:
+        raise ValueError(
+            f"modules_to_save={list(names)} fits {', '.join(outer)} and {', '.join(again)} inside. Name the inner "
+            "modules."
+        )
+    config.modules_to_save = outer

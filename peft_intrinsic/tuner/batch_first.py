@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
-from .targets import LAYER
+from .module_types import LAYER
 
 STATE = ("past_key_values", "cache_params")
 """Arguments that a forward pass changes."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..projection import ALGORITHM_VERSION, PROJECTIONS
 from ..version import __version__, pip_install
 from .labels import LABELS
-from .targets import KEYWORDS
+from .names import KEYWORDS
 
 
 def check(config: Any) -> None:

@@ -16,7 +16,7 @@ from ..card import add_sections
 from ..projection import ALGORITHM_VERSION
 from ..version import __version__
 from .checks import check
-from .learnt import EMBEDDED, beside, copy_whole
+from .subspace_files import EMBEDDED, beside, copy_whole
 
 SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "scale", "algorithm_version")
 """Options that must agree for the numbers of two adapters to mean the same."""

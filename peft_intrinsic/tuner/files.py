@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..projection.subspace import Subspace
+from .base_model import base_modules
 from .config import SAME, IntrinsicConfig
-from .layer import base_modules
-from .targets import HOLDER, TOKENS, named
+from .names import HOLDER, TOKENS, named
 from .tokens import token_rows
 
 KEY_PARTS = ("base_model", "model", HOLDER, "intrinsic_theta", "intrinsic_lambda", "weight")

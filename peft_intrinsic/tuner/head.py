@@ -14,16 +14,15 @@ import torch
 from peft.utils import TaskType
 from torch import nn
 
-from peft_intrinsic_autoload.loading import FRESH as _FRESH
-from peft_intrinsic_autoload.loading import LOADED as _LOADED
 from peft_intrinsic_autoload.loading import LOADING as _LOADING
-from peft_intrinsic_autoload.loading import mark
 from peft_intrinsic_autoload.loading import sample as _sample
 
 from ..projection.randomness import normals, words
+from .base_model import base_modules, base_places
 from .config import IntrinsicConfig
-from .layer import IntrinsicLayer, base_modules, base_places
-from .targets import inside
+from .layer import IntrinsicLayer
+from .loading import Note, Place, fresh_parameters, parameter_at, replaced_heads, unmarked_parameters
+from .names import inside
 
 logger = logging.getLogger(__name__)
 
@@ -34,85 +33,8 @@ HEAD_NAMES: dict[str, tuple[str, ...]] = {
 }
 """What task heads are called in transformers models."""
 
-Place = tuple[nn.Module, str]
-"""Where a parameter of the base model is: its module and its name there."""
-
-Note = dict[str, torch.Tensor]
-
 Drawn = tuple[Place, torch.Tensor, Note, str]
 """A parameter that was drawn again, its value before, the note of it and its name in that note."""
-
-
-def _fresh(model: nn.Module, places: Mapping[str, Place]) -> dict[str, tuple[Note, str]]:
-    """The notes of fresh parameters, and their names in them."""
-    found = {}
-    for prefix, module in base_modules(model):
-        note = module.__dict__.get(_FRESH, {})
-        for key, sample in note.items():
-            name = f"{prefix}.{key}" if prefix else key
-            if name in places and _as_noted(_parameter(places[name]), sample):
-                found[name] = (note, key)
-    return found
-
-
-def _as_noted(parameter: torch.Tensor, sample: torch.Tensor) -> bool:
-    """Whether a parameter is what its note says, or what a way through half precision left of it."""
-    if len(sample) and sample.unique().numel() < 2:  # what is constant starts the same everywhere
-        return False
-    if parameter.is_meta:
-        return True
-    now = _sample(parameter)
-    return any(torch.equal(sample.to(way).to(now.dtype), now) for way in (sample.dtype, torch.float16, torch.bfloat16))
-
-
-def _unmarked(model: nn.Module, places: Mapping[str, Place]) -> dict[str, tuple[Note, str]]:
-    """What transformers did not mark as loaded, in a model of whose loading there is no note."""
-    if any(_FRESH in module.__dict__ for _, module in base_modules(model)):
-        return {}
-    loaded = {name: getattr(_parameter(place), "_is_hf_initialized", False) for name, place in places.items()}
-    note: Note = {}
-    return {
-        name: (note, name)
-        for name, mark in loaded.items()
-        if not mark and any(loaded.values()) and not (p := _parameter(places[name])).is_meta and p.unique().numel() > 1
-    }
-
-
-def _replaced(model: nn.Module, places: Mapping[str, Place], heads: tuple[str, ...]) -> dict[str, tuple[Note, str]]:
-    """Parameters of task heads that were put into a model after it was loaded: drawn, or trained elsewhere."""
-    return {
-        name: ({}, name)
-        for name, (module, own) in (places if _FRESH in model.__dict__ else {}).items()
-        if name.partition(".")[0] in heads
-        and module.__dict__.get(_LOADED, {}).get(own) != _parameter((module, own)).shape
-    }
-
-
-def _parameter(place: Place) -> torch.Tensor:
-    module, own = place
-    return module._parameters[own]  # type: ignore[return-value]
-
-
-def name_outermost(model: nn.Module, config: IntrinsicConfig) -> None:
-    """Spell `modules_to_save` out where a name fits a module and others inside it, such as BERT's embeddings.
-
-    PEFT compares ends of names. It would copy the inner modules within the copy of the outer one, and could not load
-    what it saves.
-
-    Raises:
-        ValueError: the outer module's whole name is the end of an inner one's.
-    """
-    names = config.full_modules or ()
-    keys = [key for key, _ in base_modules(model) if key and key.endswith(tuple(names))] if names else []
-    outer = [key for key in keys if not any(key.startswith(f"{other}.") for other in keys)]
-    if len(outer) == len(keys):
-        return
-    if again := [key for key in keys if key not in outer and key.endswith(tuple(outer))]:
-        raise ValueError(
-            f"modules_to_save={list(names)} fits {', '.join(outer)} and {', '.join(again)} inside. Name the inner "
-            "modules."
-        )
-    config.modules_to_save = outer
 
 
 class Head:
@@ -139,10 +61,10 @@ class Head:
         self._model = model
         self._places = places = base_places(model)
         names = HEAD_NAMES.get(config.task_type or "", ())
-        replaced = _replaced(model, places, names)
-        unknown = _unmarked(model, places) | replaced
+        replaced = replaced_heads(model, places, names)
+        unknown = unmarked_parameters(model, places) | replaced
         started = {name: replaced[name] for name in config.redrawn or () if name in replaced}
-        self._fresh = unknown if _LOADING.get() else _fresh(model, places) | started
+        self._fresh = unknown if _LOADING.get() else fresh_parameters(model, places) | started
         drawn = {name for known in attached.values() for name in known.redrawn or []}
         whole = config.full_modules or ()
         fresh = [name for name in places if name in self._fresh and name not in drawn and not inside(whole, name)]
@@ -203,20 +125,20 @@ class Head:
 
     def _stream(self, name: str) -> torch.Tensor:
         """The fixed start of a parameter. The adapter's seed is left out: adapters of all seeds share one base."""
-        parameter = _parameter(self._places[name])
+        parameter = parameter_at(self._places[name])
         std = getattr(getattr(self._model, "config", None), "initializer_range", None) or 0.02  # BERT's and GPT-2's
         values = normals(words(0, "head", name, parameter.numel())) * std
         return torch.from_numpy(values).view(parameter.shape).to(parameter.dtype)
 
     def _as_drawn(self, name: str) -> bool:
-        parameter = _parameter(self._places[name])
+        parameter = parameter_at(self._places[name])
         return not parameter.is_meta and torch.equal(_sample(parameter), _sample(self._stream(name)))
 
     def check_reachable(self) -> None:
         """Raises ValueError where a parameter that must start anew is offloaded."""
         for name in self.start:
             module, own = self._places[name]
-            if _parameter((module, own)).is_meta and hasattr(module, "_hf_hook"):
+            if parameter_at((module, own)).is_meta and hasattr(module, "_hf_hook"):
                 raise ValueError(
                     f"{name} is offloaded and was not in the checkpoint, so it must be drawn again. Keep its module in "
                     "memory (device_map), or pass head='keep'."
@@ -227,7 +149,7 @@ class Head:
         """Put the parameters at their fixed start. `drawn` gets what `restore` needs."""
         for name in self.start:
             place = self._places[name]
-            if not (parameter := _parameter(place)).is_meta:
+            if not (parameter := parameter_at(place)).is_meta:
                 note, key = self._fresh.get(name, ({}, name))
                 drawn.append((place, parameter.detach().clone(), note, key))
                 parameter.copy_(self._stream(name))
@@ -238,13 +160,5 @@ class Head:
 def restore(drawn: list[Drawn]) -> None:
     """Put back what `Head.draw` replaced."""
     for place, value, note, key in drawn:
-        _parameter(place).copy_(value)
+        parameter_at(place).copy_(value)
         note[key] = _sample(value)
-
-
-def settle(model: nn.Module) -> None:
-    """After a merge for good: nothing in the model is fresh any more."""
-    for module in model.modules():
-        if module is model or _FRESH in module.__dict__:
-            module.__dict__[_FRESH] = {}
-    mark(base_modules(model))

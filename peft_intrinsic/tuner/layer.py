@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 
 from ..projection import TensorProjection
-from .effective import EffectiveTensor
+from .lazy_tensor import EffectiveTensor
 from .merging import add_offsets, blank, kept, restore
-from .targets import HOLDER, canonical, foreign
 from .vector import IntrinsicVector
 
 
@@ -238,24 +236,3 @@ def attached(model: Any, adapter: str | None) -> str:
     if name not in model.peft_config:
         raise ValueError(f"adapter={name!r} is not attached. Attached are {list(model.peft_config)}.")
     return name
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the base model and their names in it, whatever adapters are already attached."""
-    for name, module in model.named_modules():
-        name = canonical(name, model) if not foreign(name) else HOLDER
-        if name.partition(".")[0] != HOLDER and not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            yield name, module
-
-
-def base_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where the base model has its floating-point parameters, by name: the module, and the name in it.
-
-    A parameter that several modules share is there under each of its names.
-    """
-    return {
-        f"{key}.{own}" if key else own: (module, own)
-        for key, module in base_modules(model)
-        for own, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_floating_point()
-    }

@@ -16,19 +16,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .attach import Match, attach, default_targets, detach, remove_holder, unwrap, users_of
+from .attach import Match, attach, default_targets, detach, name_outermost, remove_holder, unwrap, users_of
 from .bank import chosen_by_name
 from .base import CheckedTuner
+from .base_model import base_modules
 from .batch_first import number_of_samples
 from .checks import check
 from .files import check_adapter_names, numbers_to_load, numbers_to_save
-from .head import Head, name_outermost, restore, settle
-from .in_place import IntrinsicParameters
+from .head import Head, restore
 from .labels import number_of_labels, other_labels
-from .layer import IntrinsicLayer, base_modules
-from .learnt import prepare
+from .layer import IntrinsicLayer
+from .loading import settle
 from .merging import places
-from .targets import HOLDER, KEYWORDS, candidates, canonical, chosen, foreign, matched, named, output_module
+from .names import HOLDER, KEYWORDS, canonical, foreign, named
+from .parametrized import IntrinsicParameters
+from .subspace_files import prepare
+from .targets import candidates, chosen, matched, output_module
 from .tokens import check_not_adapted
 from .vector import IntrinsicVector
 

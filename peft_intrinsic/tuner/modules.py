@@ -11,7 +11,7 @@ from torch import nn
 from ..projection import TensorProjection
 from .batches import spread
 from .layer import IntrinsicLayer
-from .targets import linear_features
+from .module_types import linear_features
 from .vector import IntrinsicVector
 
 

@@ -14,7 +14,7 @@ from peft_intrinsic_autoload.loading import watch
 
 from .config import IntrinsicConfig
 from .model import IntrinsicModel
-from .targets import HOLDER
+from .names import HOLDER
 
 
 def _add_peft_type(name: str) -> PeftType:

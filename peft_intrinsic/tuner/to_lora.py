@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from ..projection import FastfoodTensor
-from .layer import IntrinsicLayer, attached, base_modules, base_places
+from .base_model import base_modules, base_places
+from .layer import IntrinsicLayer, attached
 from .modules import IntrinsicEmbedding, IntrinsicLinear
-from .targets import canonical, named
+from .names import canonical, named
 
 PREFIX = "base_model.model."
 KEYS: dict[type, tuple[str, str]] = {

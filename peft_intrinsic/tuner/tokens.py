@@ -8,8 +8,8 @@ from typing import Any
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
-from .layer import base_modules
-from .targets import named
+from .base_model import base_modules
+from .names import named
 
 
 def token_rows(model: nn.Module, config: Any) -> dict[str, Sequence[int]]:

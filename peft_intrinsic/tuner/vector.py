@@ -10,7 +10,7 @@ from peft.utils import get_quantization_kwargs
 from torch import nn
 
 from .batches import Choices
-from .targets import HOLDER
+from .names import HOLDER
 
 
 class Vector(nn.Module):

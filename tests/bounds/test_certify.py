@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from films import D, certify, errors, films, rows, told
+from helpers.films import D, certify, errors, films, rows, told
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
@@ -182,7 +182,7 @@ def test_refused_before_anything_is_trained(folder, capsys, monkeypatch, more, m
 
 
 def test_a_missing_package_is_named_with_its_extra(folder, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "peft_intrinsic.bounds.command", None)
+    monkeypatch.setitem(__import__("sys").modules, "peft_intrinsic.commands.certify", None)
     with pytest.raises(SystemExit, match="2"):
         certify("--adapter", "adapter")
     assert pip_install("[codec,measure]") in capsys.readouterr().err

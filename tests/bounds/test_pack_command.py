@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from films import D, certify, errors, films
+from helpers.films import D, certify, errors, films
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.bounds import command
 from peft_intrinsic.codec import load_packed, read_packed
+from peft_intrinsic.commands import pack as command
 from peft_intrinsic_command import main
 
 

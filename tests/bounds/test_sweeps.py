@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from films import certify, errors, films, rows, told
+from helpers.films import certify, errors, films, rows, told
+from helpers.texts import write
 from safetensors.torch import load_file, save_file
-from texts import write
 
 import peft_intrinsic.bounds.certify as certifying
 import peft_intrinsic.bounds.sweep as sweeping

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from samples import GOLDEN, base_of, resealed
+from helpers.samples import GOLDEN, base_of, resealed
 
 from peft_intrinsic.codec import Packed, adapter_from_string, adapter_to_string, load_packed
 from peft_intrinsic.codec.quantise import rounded

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, evaluate, trained
+from helpers.samples import headless
 from peft import PeftModel, get_peft_model
-from samples import headless
 from torch import nn
 
 from peft_intrinsic import IntrinsicConfig

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from constriction import stream
+from helpers.samples import GOLDEN, contents, few_values, resealed, synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import GOLDEN, contents, few_values, resealed, synthetic
 
 from peft_intrinsic.codec import Packed, adapter_from_string, adapter_to_string
 

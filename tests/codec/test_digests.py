@@ -7,14 +7,14 @@ import json
 import pytest
 import torch
 from conftest import build, trained
+from helpers.reader import base_digest, read
+from helpers.samples import headless
 from peft import get_peft_model
-from reader import base_digest, read
-from samples import headless
 from torch import nn
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.codec import compress
-from peft_intrinsic.tuner import identity
+from peft_intrinsic.tuner import base_model
 
 
 def by_the_page(model: nn.Module, without: tuple[str, ...] = ()) -> str:
@@ -28,7 +28,7 @@ def by_the_page(model: nn.Module, without: tuple[str, ...] = ()) -> str:
 
 
 def digest(model: nn.Module, *without: str) -> str:
-    return identity.base_digest(model, without).hex()
+    return base_model.base_digest(model, without).hex()
 
 
 @pytest.mark.parametrize("family", ["bert", "bert_mlm", "gpt2", "vit", "custom", "mamba"])

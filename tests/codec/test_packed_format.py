@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import trained
+from helpers.reader import boundaries, prior, read
+from helpers.samples import GOLDEN, contents, few_values, resealed, synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reader import boundaries, prior, read
-from samples import GOLDEN, contents, few_values, resealed, synthetic
 
 from peft_intrinsic.codec import Packed, compress
 from peft_intrinsic.codec import entropy as coder

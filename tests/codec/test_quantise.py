@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import trained
-from samples import synthetic
+from helpers.samples import synthetic
 
 from peft_intrinsic.codec import Packed, compress, read_packed
 from peft_intrinsic.codec.quantise import codebook, nearest, rounded

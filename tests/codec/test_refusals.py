@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Custom, build, evaluate, trained
+from helpers.samples import headless
 from peft import LoraConfig, get_peft_model
-from samples import headless
 from transformers import BertForSequenceClassification
 
 from peft_intrinsic import IntrinsicConfig

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import zxingcpp
 from conftest import build, evaluate, trained
+from helpers.samples import GOLDEN
 from PIL import Image
-from samples import GOLDEN
 
 from peft_intrinsic.codec import Packed, adapter_from_string, adapter_to_string, compress, load_packed, qr_code
 

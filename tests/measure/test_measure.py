@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
-from steps import DIMS, step
+from helpers.steps import DIMS, step
 
 from peft_intrinsic.measure import NothingToMeasure, analyse, measure_intrinsic_dimension, write_report
 from peft_intrinsic.measure.report import markdown, summary
-from peft_intrinsic.measure.store import Store
+from peft_intrinsic.trials.store import Store
 
 
 def test_a_step():
@@ -124,7 +124,7 @@ def test_a_row_of_other_settings_does_not_count(tmp_path):
 
 def test_a_folder_serves_one_run_at_a_time(tmp_path):
     code = f"""
-    import peft_intrinsic.measure.store as s, time
+    import peft_intrinsic.trials.store as s, time
     with s.Store({str(tmp_path)!r}, {{}}):
         print("open", flush=True)
         time.sleep(60)

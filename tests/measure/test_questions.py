@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from steps import DIMS, step
+from helpers.steps import DIMS, step
 
 from peft_intrinsic.measure import analyse, grid, measure_intrinsic_dimension
 from peft_intrinsic.measure.evidence import TUNING

@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from steps import DIMS, step
+from helpers.steps import DIMS, step
 
 from peft_intrinsic.measure import grid, measure_intrinsic_dimension
 from peft_intrinsic.measure.report import advice, markdown, score_and_target

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.texts import command
 from test_documents import tiny
-from texts import command
 from transformers import AutoModel
 
 from peft_intrinsic.measure.analysis import Point

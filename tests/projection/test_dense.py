@@ -3,10 +3,10 @@
 import copy
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from oracle import TOLERANCE, error
+from helpers import oracle
+from helpers.oracle import TOLERANCE, error
 
 from peft_intrinsic.projection import PROJECTIONS, Shape, Spec, dense
 from peft_intrinsic.projection.dense import build_dense

@@ -4,15 +4,15 @@ import copy
 import itertools
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from oracle import TOLERANCE, error
+from helpers import oracle
+from helpers.oracle import TOLERANCE, error
 
-from peft_intrinsic.projection import Shape, Spec, dealing
+from peft_intrinsic.projection import Shape, Spec, allocation
 from peft_intrinsic.projection.fastfood import build_fastfood, build_global
 
-ROWS = dealing.ROWS
+ROWS = allocation.ROWS
 SEED = 3
 
 # name: (d, n, shapes, row limit). Names out of order, because coordinates are dealt in that of the sorted names.
@@ -45,7 +45,7 @@ def case(request):
     d, n, sizes, limit = CASES[name]
     shapes = {name: Shape(*size) for name, size in sizes.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dealing, "ROWS", limit)
+        patch.setattr(allocation, "ROWS", limit)
         build = build_global if whole else build_fastfood
         projections = build(Spec(d, SEED, n, scale), shapes)
         assert list(projections) == list(shapes)
@@ -151,7 +151,7 @@ def small():
 
 
 def test_row_limit_is_exact(monkeypatch):
-    monkeypatch.setattr(dealing, "ROWS", 8)
+    monkeypatch.setattr(allocation, "ROWS", 8)
     for rows, chunks in [(1, 1), (7, 1), (8, 1), (9, 2), (16, 2), (17, 3)]:
         p = build_fastfood(Spec(3, 0, 4, "fan_in"), {"a": Shape(rows, 6)})["a"]
         assert p.factor(draw(3)).shape == (chunks, 4, 6)
@@ -159,7 +159,7 @@ def test_row_limit_is_exact(monkeypatch):
 
 
 def test_offset_is_basis_times_factor(monkeypatch):
-    monkeypatch.setattr(dealing, "ROWS", 8)
+    monkeypatch.setattr(allocation, "ROWS", 8)
     p = build_fastfood(Spec(3, 0, 4, "fan_in"), {"a": Shape(21, 7)})["a"]
     theta = draw(3)
     product = torch.cat([p.basis(theta, r) @ p.factor(theta)[r] for r in range(3)])

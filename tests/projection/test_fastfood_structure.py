@@ -4,13 +4,13 @@ import gc
 import weakref
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from helpers import oracle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from peft_intrinsic.projection import FastfoodTensor, Shape, Shapes, Spec, dealing
+from peft_intrinsic.projection import FastfoodTensor, Shape, Shapes, Spec, allocation
 from peft_intrinsic.projection.fastfood import build_fastfood, build_global
 
 SHAPES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), min_size=1, max_size=6).map(
@@ -76,7 +76,7 @@ def test_isometry(build, n):
 @pytest.mark.parametrize(("d", "n"), [(1, 1), (3, 1), (48, 16), (96, 16)])
 def test_every_weight_has_the_same_norm_when_slices_are_full(monkeypatch, d, n):
     # rows of G have the length √n and H is orthogonal, so nothing is left to chance unless θ is padded
-    monkeypatch.setattr(dealing, "ROWS", 80)
+    monkeypatch.setattr(allocation, "ROWS", 80)
     shapes = {"a": Shape(5, 70), "b": Shape(130, 37), "v": Shape(200, 1, "norm")}
     for name, p in build_fastfood(Spec(d, 0, n, "fan_in"), shapes).items():
         expected = 512 / d**0.25 * oracle.natural(shapes[name])
@@ -98,7 +98,7 @@ def test_every_coordinate_moves_something(share, n, shapes, limit, build):
     total = sum(shape.size for shape in shapes.values())
     d = max(1, int(share * total))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dealing, "ROWS", limit)
+        patch.setattr(allocation, "ROWS", limit)
         theta = torch.zeros(d, requires_grad=True)
         for i, p in enumerate(build(Spec(d, 0, n, "fan_in"), shapes).values()):
             (p.materialise(theta) * draw(p.rows, p.cols, seed=i)).sum().backward()

@@ -1,8 +1,8 @@
 """The random stream: known answers, an independent implementation, and what the numbers look like."""
 
 import numpy as np
-import oracle
 import pytest
+from helpers import oracle
 from scipy.stats import kstest
 
 from peft_intrinsic.projection.randomness import ALGORITHM_VERSION, normal_rows, normals, signs_and_permutations, words

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch, build, evaluate, train
-from masked_models import LABELS, masked
+from helpers.masked_models import LABELS, masked
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 

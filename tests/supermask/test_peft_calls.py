@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import batch, build, evaluate
-from masked_models import layers, masked
+from helpers.masked_models import layers, masked
 from peft import PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import batch, build, evaluate, output, train
 from datasets import Dataset
-from masked_models import CLOSE, LABELS, layers, masked
+from helpers.masked_models import CLOSE, LABELS, layers, masked
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import Trainer, TrainingArguments
 

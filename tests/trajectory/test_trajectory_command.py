@@ -9,12 +9,12 @@ import shutil
 
 import pytest
 import torch
+from helpers.texts import BAD, GOOD, write
 from peft import PeftModel
 from test_documents import tiny
-from texts import BAD, GOOD, write
 from transformers import BertForSequenceClassification
 
-from peft_intrinsic.measure.labelled import LabelledTexts
+from peft_intrinsic.text.labelled import LabelledTexts
 from peft_intrinsic.trajectory import Subspace, fit_subspace, snapshots
 from peft_intrinsic_command import main
 
@@ -79,7 +79,7 @@ def test_from_recording_to_transfer(files, capsys, monkeypatch):
         fitted.append(({str(path.parent) for path in files}, dim))
         return fit_subspace(files, dim, **more)
 
-    monkeypatch.setattr("peft_intrinsic.trajectory.command.fit_subspace", fitting)
+    monkeypatch.setattr("peft_intrinsic.commands.trajectory.fit_subspace", fitting)
     run(*transfer)
     assert fitted == [({"runs/own"}, 3), ({"runs/other"}, 3), ({"runs/own", "runs/other"}, 2), ({"runs/other"}, 1)]
     out = capsys.readouterr().out

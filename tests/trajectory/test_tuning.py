@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch, build, evaluate, output, train
+from helpers.subspaces import CLOSE, learnt, set_theta, theta, tuned
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from subspaces import CLOSE, learnt, set_theta, theta, tuned
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig, convert_to_lora
 from peft_intrinsic.codec import compress

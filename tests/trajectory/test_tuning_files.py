@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 from conftest import build, evaluate
+from helpers.subspaces import learnt, set_theta, tuned
 from peft import PeftModel, get_peft_model
-from subspaces import learnt, set_theta, tuned
 
 from peft_intrinsic import IntrinsicConfig
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from peft_intrinsic import IntrinsicConfig
 
-SCRIPT = Path(__file__).with_name("launched.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "launched.py"
 HUNG = "Timeout (0:03:00)!"
 IDS = torch.randint(1, 90, (8, 7), generator=torch.Generator().manual_seed(5))
 

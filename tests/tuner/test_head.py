@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.projection.randomness import normals, words
 from peft_intrinsic.tuner.attach import random_theta
-from peft_intrinsic.tuner.head import _FRESH
+from peft_intrinsic.tuner.loading import _FRESH
 
 TASK = {"d": 40, "task_type": "SEQ_CLS"}
 

@@ -11,7 +11,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.tuner.targets import excluded, fits, is_norm, matrix_view, targeted
+from peft_intrinsic.tuner.module_types import is_norm, matrix_view
+from peft_intrinsic.tuner.names import fits
+from peft_intrinsic.tuner.targets import excluded, targeted
 
 
 def groups(name: str, granularity: str) -> list[set[str]]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.tuner.targets import canonical
+from peft_intrinsic.tuner.names import canonical
 
 
 def compiled(module):

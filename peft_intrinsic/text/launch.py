@@ -1,0 +1,111 @@
+"""Trials on text: in the process that asks for them, or each in one `accelerate launch` (or torchrun, or python)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..trials.store import write_whole
+from .options import TextOptions, places
+
+
+class LoadedFit:
+    """`fit(d, seed, learning_rate)`: loads model and tokenised data with the first trial, once in each process.
+
+    Args:
+        options: of `text_fit`.
+        folder: for the tokenised data and logs.
+        task: where it is loaded; not sent to other processes.
+    """
+
+    def __init__(self, options: TextOptions, folder: str | os.PathLike, task: Any = None) -> None:
+        self.options, self.folder, self.task, self.fit = options, str(Path(folder).resolve()), task, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "task": None, "fit": None}
+
+    def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> Any:
+        if self.fit is None:
+            from .training import text_fit
+
+            self.fit = text_fit(self.options, self.task, self.folder)  # type: ignore[assignment]
+        return self.fit(d, seed, learning_rate)  # type: ignore[misc]
+
+
+class LaunchedFit:
+    """`fit(d, seed, learning_rate)`: runs a trial on text through a launcher that understands `-m MODULE`.
+
+    Args:
+        options: of `text_fit`.
+        launcher: `"accelerate launch --num_processes 2 --main_process_port 0"`, for instance. Port 0 is any free one:
+            trials may run side by side.
+        folder: for the tokenised data.
+
+    Raises:
+        RuntimeError: the launched process failed; the message ends with what it said last.
+    """
+
+    def __init__(self, options: TextOptions, launcher: str, folder: str | os.PathLike) -> None:
+        # A worker of a cluster may run it in another folder.
+        found: dict[str, Any] = {name: str(Path(getattr(options, name)).resolve()) for name in places(options)}
+        self.options, self.launcher, self.folder = replace(options, **found), launcher, str(Path(folder).resolve())
+
+    def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder, "found.json")
+            trial: dict[str, Any] = {
+                "options": self.options.to_dict(),
+                "folder": self.folder,
+                "trial": [d, seed, learning_rate],
+            }
+            trial |= {"out": str(out), "parent": os.getpid()}
+            command = [*shlex.split(self.launcher), "-m", "peft_intrinsic.text.launch", json.dumps(trial)]
+            # The launcher of this environment, also where the environment is not activated.
+            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+            ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+            if ended.returncode or not out.exists():
+                raise RuntimeError(f"{self.launcher} ended with {ended.returncode}:\n{ended.stderr[-2000:]}")
+            return json.loads(out.read_text())
+
+
+def _end_with(run: int) -> None:
+    """End this process when the run that asked for it, or its launcher, is no more: nobody waits for the result."""
+    launcher = os.getppid()
+    while os.getppid() == launcher and _lives(run):
+        time.sleep(1)
+    os._exit(1)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _main(trial: Mapping[str, Any]) -> None:
+    threading.Thread(target=_end_with, args=(trial["parent"],), daemon=True).start()
+    from .training import text_fit
+
+    options = {**trial["options"], "columns": tuple(trial["options"]["columns"])}
+    fit = text_fit(TextOptions(**options), folder=trial["folder"])
+    out = Path(trial["out"])
+    fit.arguments["output_dir"] = str(out.parent)  # one for all processes, which load the best checkpoint from it
+    found = fit(*trial["trial"])
+    if os.environ.get("RANK", "0") == "0":
+        write_whole(out, json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))

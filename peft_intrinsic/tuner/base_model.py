@@ -1,0 +1,90 @@
+"""The base model below its adapters: modules, parameters and digests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Container, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .names import HOLDER, block_of, canonical, foreign
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the base model and their names in it, whatever adapters are already attached."""
+    for name, module in model.named_modules():
+        name = canonical(name, model) if not foreign(name) else HOLDER
+        if name.partition(".")[0] != HOLDER and not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            yield name, module
+
+
+def base_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where the base model has its floating-point parameters, by name: the module, and the name in it.
+
+    A parameter that several modules share is there under each of its names.
+    """
+    return {
+        f"{key}.{own}" if key else own: (module, own)
+        for key, module in base_modules(model)
+        for own, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_floating_point()
+    }
+
+
+def base_digest(model: nn.Module, without: Container[str] = ()) -> bytes:
+    """What tells a base model from others: SHA-256 of its parameters, cut to 8 bytes.
+
+    Names in alphabetic order, shapes and values; these rounded to bfloat16, so that a model has the same digest in
+    float32 and in bfloat16. Quantised weights are no floating-point parameters, and left out.
+
+    Args:
+        model: with or without adapters, none of them merged.
+        without: names of parameters to leave out, such as those that start from the fixed stream.
+
+    Raises:
+        ValueError: weights are on the meta device (offloaded), or an adapter is merged into them.
+    """
+    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
+        raise ValueError("An adapter is merged into the base model. Call unmerge_adapter() first.")
+    digest = hashlib.sha256()
+    for name, (module, own) in sorted(base_places(model).items(), key=lambda place: place[0]):
+        if name in without:
+            continue
+        parameter: Any = module._parameters[own]
+        if parameter.is_meta:
+            raise ValueError(f"{name} is offloaded, so the base model cannot be told. Load the model into memory.")
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        values = parameter.detach().to(torch.bfloat16).cpu().reshape(-1).contiguous()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.digest()[:8]
+
+
+def values_digest(model: nn.Module, names: Collection[str]) -> str:
+    """Digest of some parameters of a base model: those in numbered blocks, or all where none is.
+
+    What lies outside, such as a head, may start anew with every adapter.
+
+    Args:
+        model: with or without adapters.
+        names: of the parameters.
+    """
+    model = getattr(model, "get_base_model", lambda: model)()
+    inner = {name for name in names if block_of(name)} or set(names)
+    return base_digest(model, without=set(base_places(model)) - inner).hex()
+
+
+def digest_at_hand(model: nn.Module, names: Collection[str]) -> str | None:
+    """`values_digest`, or None where it cannot be known.
+
+    Of quantised or offloaded parameters, under a merged adapter, and in float16, which rounds elsewhere than bfloat16.
+    """
+    model = getattr(model, "get_base_model", lambda: model)()
+    there = {name: module._parameters[own] for name, (module, own) in base_places(model).items()}
+    known = [there.get(name) for name in names]
+    absent = any(p is None or p.is_meta or p.dtype == torch.float16 or type(p.data) is not torch.Tensor for p in known)
+    merged = any(getattr(module, "merged_adapters", None) for module in model.modules())
+    return None if absent or merged else values_digest(model, names)

@@ -1,0 +1,97 @@
+"""Adapters in a learnt subspace: where its file is, and whether it fits the base model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from torch import nn
+
+from ..projection.subspace import Subspace
+from .base_model import base_modules, digest_at_hand
+from .module_types import logical_shape
+from .names import inside
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "subspace.safetensors"
+"""The name of a subspace file that is saved with its adapter."""
+
+
+def beside(folder: str, subfolder: str | None, config: Any, options: Mapping[str, Any]) -> str:
+    """The subspace file of a saved adapter: beside it, or where its configuration says.
+
+    Args:
+        folder: of the adapter, or its name on the Hub.
+        subfolder: within it.
+        config: of the adapter.
+        options: of the download.
+    """
+    here = Path(folder, subfolder or "", Path(config.subspace).name)
+    if here.exists() or not config.embed_subspace:
+        return str(here) if here.exists() else config.subspace
+    wanted = {name: options[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in options}
+    try:
+        return hf_hub_download(folder, EMBEDDED, subfolder=subfolder, **wanted)
+    except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+        return config.subspace  # not found there either: attaching says so
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all. A file is not copied onto itself."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and target.samefile(source):
+        return
+    new = target.with_name(target.name + ".new")
+    shutil.copyfile(source, new)
+    os.replace(new, target)
+
+
+def prepare(model: nn.Module, config: Any) -> None:
+    """Read which parameters the subspace moves, and check that it is one of this base model.
+
+    Fills in `config.target_parameters` and `config.subspace_digest`. Values are compared where all are at hand in
+    floating point: a quantised or offloaded base model is known by names and shapes alone.
+
+    Raises:
+        ValueError: the file is not the one that the adapter was trained with, or does not fit the model.
+    """
+    subspace = Subspace(config.subspace)
+    subspace.verify()
+    if config.subspace_digest not in (None, subspace.digest):
+        raise ValueError(
+            f"subspace={config.subspace!r} has the digest {subspace.digest}, and the adapter was trained in "
+            f"{config.subspace_digest}. Put the adapter's own subspace file there."
+        )
+    modules = dict(base_modules(model))
+    for name, shape in subspace.shapes.items():
+        key, _, own = name.rpartition(".")
+        found = None
+        if key in modules and own in modules[key]._parameters:
+            found, _ = logical_shape(modules[key], own)
+        if found != shape:
+            raise ValueError(
+                f"subspace={config.subspace!r} moves {name} {shape}, but this model has {found or 'none'} there. Load "
+                "the model that the subspace was recorded on."
+            )
+    if subspace.base and (here := digest_at_hand(model, subspace.shapes)) not in (None, subspace.base):
+        raise ValueError(
+            f"subspace={config.subspace!r} was recorded from other weights (digest {subspace.base}, here {here}). "
+            "Load the checkpoint that the recording began with, or record on this one."
+        )
+    config.subspace_digest = subspace.digest
+    config.target_parameters = [name for name in subspace.shapes if not inside(config.full_modules or (), name)]
+    if not config.target_parameters:
+        raise ValueError(f"modules_to_save={config.full_modules} trains all that the subspace moves. Leave some out.")
+    if again := [name for name in config.redrawn or () if name in config.target_parameters]:
+        logger.warning(
+            "In the subspace, but drawn again from a fixed stream: %s. Their directions belong to another start unless "
+            "the recording began with that stream, as that of `peft-intrinsic trajectory record` does.",
+            ", ".join(again),
+        )

@@ -1,0 +1,292 @@
+"""Metrics: those built in, and those of `evaluate`, against scikit-learn."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+from helpers.texts import BAD, GOOD, QUICK, command, write
+from scipy.stats import pearsonr
+from sklearn.metrics import accuracy_score, mean_squared_error, recall_score
+from test_documents import tiny
+
+from peft_intrinsic.measure.analysis import Point
+from peft_intrinsic.measure.study import _gap
+from peft_intrinsic.text.metrics import METRICS, load_metric
+from peft_intrinsic.text.options import TextOptions, settings
+from peft_intrinsic.text.tasks import IGNORED, Task, files
+from peft_intrinsic.text.training import TextFit, TokenFit
+from peft_intrinsic.version import pip_install
+from peft_intrinsic_command import main
+
+MODULE = """
+import datasets
+import evaluate
+import numpy
+import sklearn.metrics
+
+class Own(evaluate.Metric):
+    def _info(self):
+        one = datasets.Value("{kind}")
+        features = {{"predictions": {form}, "references": {form}}}
+        return evaluate.MetricInfo(description="", citation="", features=datasets.Features(features))
+
+    def _compute(self, predictions, references{options}):
+        return {result}
+"""
+RECALL = (
+    ', labels=None, pos_label=1, average="binary", zero_division="warn"',
+    '{"recall": sklearn.metrics.recall_score(references, predictions, labels=labels, pos_label=pos_label, '
+    "average=average, zero_division=zero_division)}",
+)
+ERROR = '{"mse": sklearn.metrics.mean_squared_error(references, predictions)}'
+RIGHT = "sum(a == b for a, b in zip(predictions, references)) / len(references)"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """`evaluate` copies scripts into a cache: not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_MODULES_CACHE", "DOWNLOADED_EVALUATE_PATH", "HF_METRICS_CACHE"):
+            patch.setattr(evaluate.config, name, str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(evaluate.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+        patch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
+        yield
+
+
+def script(folder: Path, name: str, result: str, kind: str = "int32", form: str = "one", options: str = "") -> str:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.py"
+    path.write_text(MODULE.format(kind=kind, form=form, options=options, result=result))
+    return str(path)
+
+
+def task(folder: Path, labels: list, metric: str) -> Task:
+    rows = [{"text": GOOD, "label": label} for label in labels]
+    return files(*[write(folder, "rows.jsonl", rows)] * 2, ["text"], metric=metric)
+
+
+def test_built_in_by_hand():
+    labels, answers = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
+    found = {name: METRICS[name].compute(labels, answers, ["no", "yes"]) for name in ("accuracy", "f1", "matthews")}
+    assert found == pytest.approx({"accuracy": 0.75, "f1": 0.8, "matthews": 2 / np.sqrt(12)})
+    assert METRICS["spearman"].compute(np.array([1, 2, 3]), np.array([10, 20, 15]), []) == pytest.approx(0.5)
+    assert METRICS["spearman"].compute(np.array([1, 2, 3]), np.array([7, 7, 7]), []) == 0
+
+
+def test_f1_of_three_classes_does_not_depend_on_what_is_answered(tmp_path):
+    found = task(tmp_path, [0, 1, 2], "f1")
+    labels = np.array([0, 1, 1])
+    assert found.score(labels, np.array([0, 1, 0])) == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    assert found.score(labels, np.array([0, 1, 2])) == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+@pytest.mark.parametrize("classes", [["no", "yes"], ["a", "b", "c", "d"]])
+def test_a_metric_of_classes(classes, tmp_path):
+    """Of two, the second is the positive one; of more it is the mean over all, also over those that do not occur."""
+    found = task(tmp_path, classes * 3, script(tmp_path / "recall", "recall", RECALL[1], options=RECALL[0]))
+    labels, answers = np.random.default_rng(0).integers(0, len(classes) - (len(classes) > 2), (2, 50))
+    expected = {"labels": range(len(classes)), "average": "macro", "zero_division": 0} if len(classes) > 2 else {}
+    assert found.score(labels, answers) == pytest.approx(recall_score(labels, answers, **expected))
+    assert (found.sign, found.best) == (1, 1)
+    assert found.majority() == pytest.approx(1 / len(classes) if len(classes) > 2 else 0)
+
+
+def test_a_metric_of_numbers_where_less_is_better(tmp_path):
+    """It makes the task a regression, and the score is minus the error."""
+    rows = [{"text": GOOD if i % 2 else BAD, "label": 0.5 * (i % 2) + i / 100} for i in range(24)]
+    path = write(tmp_path, "rows.jsonl", rows)
+    found = files(path, path, ["text"], metric=script(tmp_path, "mse", ERROR, kind="float32"))
+    values = np.array([row["label"] for row in rows])
+    assert found.regression
+    assert found.best == 0
+    assert found.majority() == pytest.approx(-values.var(), rel=1e-5)
+    answers = np.sin(values)
+    assert found.score(values, answers) == pytest.approx(-mean_squared_error(values, answers), rel=1e-5)
+    fit = TextFit(tiny("bert", tmp_path / "base"), found, arguments={**QUICK, "max_steps": 60})
+    assert found.majority() < fit(None, 0, 1e-2)["score"] < 0
+
+
+def test_a_metric_that_gives_a_constant_no_score(tmp_path):
+    r = "float('nan') if len(set(predictions)) == 1 else 1e-9 + numpy.corrcoef(predictions, references)[0, 1]"
+    found = task(tmp_path, [0.1, 0.2, 0.4], script(tmp_path, "r", f'{{"r": {r}}}', kind="float32"))
+    assert found.majority() is None
+    assert found.best == 1  # without its last digits, which are not the same everywhere
+    values, answers = np.random.default_rng(0).random((2, 9))
+    assert found.score(values, answers) == pytest.approx(pearsonr(values, answers).statistic, rel=1e-5)
+
+
+def test_names_instead_of_indexes(tmp_path):
+    """And an option that the metric has for other ends than an average is left alone."""
+    nos = '{"nos": sum(a == b == "no" for a, b in zip(predictions, references)) / references.count("no")}'
+    options = ', zero_division="own"'
+    path = script(tmp_path, "nos", f"{nos} if zero_division == 'own' else None", kind="string", options=options)
+    found = task(tmp_path, ["maybe", "no", "yes"] * 3, path)
+    assert found.score(np.array([1, 1, 1, 2]), np.array([2, 1, 2, 1])) == pytest.approx(1 / 3)
+
+
+def test_rows_of_words(tmp_path):
+    """The words of a text together, by name and without padding, as for whole entities."""
+    rows = [{"words": ["a", word, "film"][:n], "tags": ["O", "B", "O"][:n]} for word in ("good", "bad") for n in (2, 3)]
+    path = write(tmp_path, "tags.jsonl", rows)
+    whole = script(tmp_path, "whole", f'{{"whole": {RIGHT}}}', "string", "datasets.Sequence(one)")
+    found = files(path, path, ["words"], "tags", whole, "TOKEN_CLS")
+    assert found.majority() == 0
+
+    class prediction:
+        label_ids = np.array([[1, 0, IGNORED], [1, 0, 1], [1, 0, 1]])
+        predictions = np.eye(2)[np.array([[1, 0, 0], [1, 0, 1], [1, 1, 1]])]
+
+    fit = TokenFit(tiny("bert", tmp_path / "base"), found)
+    assert fit.scored(prediction)["score"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match=r"whole.py' is for lists of words \(TOKEN_CLS\)"):
+        task(tmp_path, [0, 1], whole)
+
+
+def test_one_of_several_numbers(tmp_path):
+    path = script(tmp_path, "both", f'{{"right": {RIGHT}, "wrong": 1 - {RIGHT}, "all": [0, 1]}}')
+    with pytest.raises(ValueError, match=r"gives right, wrong. Choose one, such as '.*both.py:right'"):
+        task(tmp_path, [0, 1], path).majority()
+    right, wrong = (task(tmp_path, [0, 1], f"{path}:{key}") for key in ("right", "wrong"))
+    labels, answers = np.array([0, 1, 1, 0]), np.array([0, 1, 1, 1])
+    assert right.score(labels, answers) == accuracy_score(labels, answers)
+    assert wrong.score(labels, answers) == accuracy_score(labels, answers) - 1
+    for key in ("all", "none"):
+        with pytest.raises(ValueError, match=f"no number '{key}' in what it gives"):
+            task(tmp_path, [0, 1], f"{path}:{key}").majority()
+
+
+@pytest.mark.parametrize(
+    ("result", "form", "message"),
+    [
+        ("{'same': 1.0}", "one", "gives right answers 1 and wrong ones 1: it does not tell them apart"),
+        ("{'none': float('nan')}", "one", "gives right answers nan and wrong ones nan"),
+        ("1 / 0", "one", r"cannot score these data: ZeroDivisionError"),
+        ("0.5", "one", "no number '' in what it gives, 0.5"),
+        ("None", "one", "no number '' in what it gives, None"),
+        ("{'x': 1.0}", "{'a': one}", "compares .*, not numbers, classes, or lists of classes"),
+        ("{'x': 1.0}", "datasets.Sequence(datasets.Value('float32'))", "compares .*, not numbers, classes, or lists"),
+        ("{'x': 1.0}", "no_form", "cannot be loaded: NameError"),
+    ],
+)
+def test_metrics_that_cannot_be_used(result, form, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        task(tmp_path, [0, 1], script(tmp_path, "own", result, form=form)).majority()
+
+
+def test_a_name_that_nobody_knows(data, tmp_path, capsys, monkeypatch):
+    """The message says whether the Hub was asked."""
+    for name, told in (("no_metric", "and the Hub could not be reached"), ("absent/own.py", "Couldn't find a metric")):
+        with pytest.raises(SystemExit) as ended:
+            main(command(data, "no-model", tmp_path / "run", "--metric", name))
+        error = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert f"metric={name!r} (--metric) is unknown. Built in are accuracy, f1, matthews, spearman" in error
+        assert told in error
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(SystemExit):
+        main(command(data, "no-model", tmp_path / "run", "--metric", "neither"))
+    assert f"None in sys.modules: {pip_install('[measure]')}" in capsys.readouterr().err
+
+
+def test_a_name_on_the_hub(tmp_path, monkeypatch):
+    """Against a stand-in on this machine, which like the Hub answers 401 where it has nothing."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.path == "/evaluate-metric/own_recall/main/own_recall.py"
+            body = Path(script(tmp_path, "recall", RECALL[1], options=RECALL[0])).read_bytes() if known else b""
+            self.send_response(200 if known else 404 if "own_recall" in self.path else 401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", False)
+    monkeypatch.setattr(evaluate.config, "HF_ENDPOINT", address)
+    monkeypatch.setattr(evaluate.config, "HUB_EVALUATE_URL", address + "/{path}/{revision}/{name}")
+    try:
+        found = task(tmp_path, [0, 1], "own_recall")
+        labels, answers = np.array([0, 1, 1, 1]), np.array([0, 1, 1, 0])
+        assert found.score(labels, answers) == pytest.approx(recall_score(labels, answers))
+        with pytest.raises(ValueError, match="'no_recall' doesn't exist on the Hugging Face Hub"):
+            load_metric("no_recall")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_script_counts_by_its_content(tmp_path, monkeypatch):
+    """Elsewhere under the same name it is the same; its place holds in any process."""
+    monkeypatch.chdir(tmp_path)
+    script(tmp_path / "own", "own", f'{{"right": {RIGHT}}}')
+    found = task(tmp_path, [0, 1], "own:right")
+    assert found.metric == f"{tmp_path}/own/own.py:right"
+    options = TextOptions("none", task="glue/mrpc")
+    before = settings(replace(options, metric="own:right"))["metric"]
+    assert before.startswith("own.py, sha256 ")
+    assert before.endswith(":right")
+    assert settings(replace(options, metric=found.metric))["metric"] == before
+    script(tmp_path / "own", "own", f'{{"right": 2 * {RIGHT}}}')
+    assert settings(replace(options, metric=found.metric))["metric"] != before
+    script(tmp_path / "f1", "f1", "1 / 0")
+    assert settings(replace(options, metric="f1"))["metric"] == task(tmp_path, [0, 1], "f1").metric == "f1"
+
+
+def test_a_launched_trial_is_told_where_the_script_is(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = []
+
+    def launched(options, *_):
+        told.append(options.metric)
+        return lambda d, seed, rate: 1.0
+
+    monkeypatch.setattr("peft_intrinsic.measure.measure_text.LaunchedFit", launched)
+    script(tmp_path, "own", f'{{"right": {RIGHT}}}')
+    options = ["--metric", "own.py", "--launch", "python"]
+    main(command(data, tiny("bert", tmp_path / "base"), tmp_path / "run", *options))
+    assert told == [f"{tmp_path}/own.py"]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["settings"]["metric"].startswith("own.py, sha256 ")
+
+
+def test_the_command_with_an_error(data, tmp_path, capsys):
+    """Of an error the target is a share of the gain over one answer to all."""
+    base = tiny("bert", tmp_path / "base")
+    (tmp_path / "more.yaml").write_text("max_steps: 60\nuse_cpu: true\ndataloader_pin_memory: false\n")
+    wrong = script(tmp_path, "wrong", f'{{"wrong": 100 - 100 * {RIGHT}}}')
+    options = ["--config", str(tmp_path / "more.yaml"), "--trials", "8", "--metric", wrong]
+    main(command(data, base, tmp_path / "run", *options))
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["majority"] == pytest.approx(-100 / 3)
+    assert report["of"] == "gain"
+    gain = report["baseline"]["level"] + 100 / 3
+    assert report["answers"]["gain"]["target"] == pytest.approx(-100 / 3 + 0.9 * gain)
+    assert report["settings"]["best"] == 0
+    with pytest.raises(SystemExit):
+        main(command(data, base, tmp_path / "other", *options, "--of", "score"))
+    assert "of='score': a share of a loss or an error" in capsys.readouterr().err
+
+
+def test_the_gap_to_the_best_score():
+    class result:
+        d, least = 8, -2.0
+        settings, points = {"metric": "mse", "best": 0.0}, [Point(8, -0.4, [-0.4], 1, 0, 0.1)]
+        trials = [{"d": 8, "seed": 0, "learning_rate": 0.1, "score": -0.4, "train_score": -0.1}]  # noqa: RUF012
+
+    assert _gap(result)["gap"] == pytest.approx(0.3 / 0.4)
