@@ -92,7 +92,7 @@ def methods(block_sizes: list[int | None]) -> dict[str, tuple[Any, Row]]:
         "TinyLoRA r=2 u=64": (TinyLoraConfig, linear),
     }
     for size in block_sizes:
-        for label, target in (("vectors", "vectors"), ("linear", "all-linear"), ("every", "all")):
+        for label, target in (("vectors", "norms-and-biases"), ("linear", "all-linear"), ("every", "all")):
             for d in (200, 4096) if label == "vectors" else (200, 4096, 65536):
                 name = f"ours {label} d={d}" + (f" n={size}" if size else "")
                 rows[name] = (IntrinsicConfig, {"d": d, "target_modules": target, "block_size": size})

@@ -52,7 +52,7 @@ def compare(model, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "options", [{}, {"said": True}, {"target_modules": "vectors", "d": 40}], ids=["did", "said", "vectors"]
+    "options", [{}, {"said": True}, {"target_modules": "norms-and-biases", "d": 40}], ids=["did", "said", "vectors"]
 )
 def test_a_model_that_moves_there_gives_the_same(family, options):
     compare(trained(family, **options), family)

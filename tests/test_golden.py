@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from golden.write import ADAPTERS, COMMANDS, OUT, PACKED, base, logits, measure
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_intrinsic import AdapterBank
+from peft_intrinsic import AdapterBank, IntrinsicConfig
 from peft_intrinsic.analysis import frozen_sweep
 from peft_intrinsic.bounds import Certificate
 from peft_intrinsic.codec import adapter_from_string, adapter_to_string, compress, load_packed, read_packed
@@ -150,3 +150,10 @@ def test_an_old_run_of_a_command_has_its_rows(action, words, tmp_path, monkeypat
     main(["trajectory", action, "--model", "some/model", "--train", "t.csv", "-o", "out", *words])
     with Store(copied(action, tmp_path), command._settings(found[0])) as store:
         assert store.rows[store.key({"run": "zero-shot"})]["accuracy"] == 0.5
+
+
+def test_users_pass_the_present_names_alone():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'redrawn'"):
+        IntrinsicConfig(redrawn=[])
+    with pytest.raises(ValueError, match="Target modules vectors not found"):
+        get_peft_model(base("bert", Path()), IntrinsicConfig(target_modules="vectors"))

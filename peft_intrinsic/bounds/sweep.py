@@ -60,13 +60,13 @@ def sweep(
     """
     for count in levels:
         check_levels(count)
-    redrawn: list[str] = []
+    reinitialized: list[str] = []
     for d in dims:
         model: Any = get_peft_model(texts.base, texts.adapter(d, seed))  # raises before hours are spent
-        redrawn = model.peft_config[model.active_adapter].redrawn or []
+        reinitialized = model.peft_config[model.active_adapter].reinitialized or []
         model.unload()
     settings = {
-        "base_model": base_digest(texts.base, redrawn).hex(),
+        "base_model": base_digest(texts.base, reinitialized).hex(),
         "training_data": digest(texts.task.data["train"]),
         "max_length": texts.max_length,
         **{"steps": steps, "tuning_steps": tuning_steps, "learning_rate": learning_rate, "seed": seed},

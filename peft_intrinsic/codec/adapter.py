@@ -95,7 +95,7 @@ def _taken(model: Any, adapter: str | None) -> dict[str, Any]:
             f"most {NUMBERS} numbers, projections {PROJECTIONS}, tasks {TASKS[1:]}."
         )
     names = sorted(base_places(root))
-    redrawn = config.redrawn or []
+    reinitialized = config.reinitialized or []
     theta, scales = (
         vectors[name].weight.detach().cpu().float().numpy() if name in vectors else np.zeros(0, dtype=np.float32)
         for vectors in (root.intrinsic.intrinsic_theta, root.intrinsic.intrinsic_lambda)
@@ -110,9 +110,9 @@ def _taken(model: Any, adapter: str | None) -> dict[str, Any]:
         "options": {option: _plain(getattr(config, option)) for option in OPTIONS},
         "base": (Path(place).name if os.path.isdir(place) else place).encode()[:NAME].decode(errors="ignore"),
         "classes": root.config.num_labels if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else 0,
-        "base_digest": base_digest(root, redrawn),
+        "base_digest": base_digest(root, reinitialized),
         "manifest_digest": bytes.fromhex(str(config.manifest).partition(":")[0]),
-        "redrawn": [i for i, parameter in enumerate(names) if parameter in redrawn],
+        "reinitialized": [i for i, parameter in enumerate(names) if parameter in reinitialized],
         "theta": theta,
         "scales": scales,
         "algorithm": config.algorithm_version,
@@ -150,7 +150,7 @@ def load_packed(
     labels = other_labels(config.num_labels, root, config.task_type)
     if labels and (check_base or config.head == "subspace"):
         raise ValueError(labels)
-    if check_base and base_digest(root, config.redrawn or []) != packed.base_digest:
+    if check_base and base_digest(root, config.reinitialized or []) != packed.base_digest:
         dtypes = sorted({str(parameter.dtype) for parameter in root.parameters()} - {"torch.float32"})
         hint = f", or the same in {', '.join(dtypes)}, which rounds them: try torch.float32" if dtypes else ""
         raise ValueError(
@@ -196,19 +196,19 @@ def read_packed(source: Source) -> Packed:
 
 def _config(packed: Packed, names: list[str]) -> IntrinsicConfig:
     """The configuration, for a base model with parameters of these names."""
-    if packed.redrawn and packed.redrawn[-1] >= len(names):
+    if packed.reinitialized and packed.reinitialized[-1] >= len(names):
         raise ValueError(
             f"This adapter was made for {packed.base}, which has more parameters than the {len(names)} of this model. "
             "Load that model, with the class for its task."
         )
-    drawn = {sorted(names)[i] for i in packed.redrawn}
+    drawn = {sorted(names)[i] for i in packed.reinitialized}
     try:
         return IntrinsicConfig(
             d=packed.d,
             seed=packed.seed,
             block_size=packed.block_size,
             **packed.options,
-            redrawn=[name for name in names if name in drawn],
+            reinitialized=[name for name in names if name in drawn],
             manifest=packed.manifest_digest.hex(),
             num_labels=packed.classes or None,
             algorithm_version=packed.algorithm,

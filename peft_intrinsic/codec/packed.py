@@ -22,7 +22,7 @@ GRANULARITIES = ("layer", "module", "tensor")
 PROJECTIONS = ("fastfood", "global", "dense")
 SCALES = ("fan_in", "isometric")
 HEADS = ("subspace", "keep")
-TARGETS = ("vectors", "all")
+TARGETS = ("norms-and-biases", "all")
 TASKS = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 RARE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 """Options that stand in JSON where they are not `None`."""
@@ -44,7 +44,7 @@ class Packed:
         classes: its number of labels, 0 where it has none.
         base_digest: of the weights of the base model, 8 bytes.
         manifest_digest: of the names and shapes that are moved, 8 bytes.
-        redrawn: which parameters start from the fixed stream: places among the base model's sorted names.
+        reinitialized: which parameters start from the fixed stream: places among the base model's sorted names.
         theta: `float32[d − m]`, of few distinct values.
         scales: λ, `float32[m]`; m is 0 without SAID.
         algorithm: version of the projection.
@@ -58,7 +58,7 @@ class Packed:
     classes: int
     base_digest: bytes
     manifest_digest: bytes
-    redrawn: list[int]
+    reinitialized: list[int]
     theta: np.ndarray = field(repr=False)
     scales: np.ndarray = field(repr=False)
     algorithm: int = ALGORITHM_VERSION
@@ -96,7 +96,7 @@ class Packed:
                 wire.number(self.classes),
                 self.base_digest,
                 self.manifest_digest,
-                wire.gaps(self.redrawn),
+                wire.gaps(self.reinitialized),
             )
         )
 
@@ -174,9 +174,11 @@ class Packed:
         base = reader.text(NAME, "the base model's name")
         classes = reader.number(0, 2**32, "the number of labels")
         digests = reader.take(8), reader.take(8)
-        redrawn = reader.gaps(2**20, "redrawn parameters")
+        reinitialized = reader.gaps(2**20, "reinitialized parameters")
         theta, scales = _learnt(reader, d, options["said"])
-        return cls(d, seed, 1 << (places & 63), options, base, classes, *digests, redrawn, theta, scales, algorithm)
+        return cls(
+            d, seed, 1 << (places & 63), options, base, classes, *digests, reinitialized, theta, scales, algorithm
+        )
 
 
 def _rare(raw: str) -> dict[str, Any]:

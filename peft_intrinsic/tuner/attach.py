@@ -53,7 +53,7 @@ def default_targets(model: nn.Module, config: IntrinsicConfig) -> str:
         if not excluded(config, key)
         and (key in config.head_modules or (targeted(config, key) and is_vector(module, name)))
     }
-    return "vectors" if config.d <= sum(vectors.values()) else "all"
+    return "norms-and-biases" if config.d <= sum(vectors.values()) else "all"
 
 
 def users_of(model: nn.Module, matched: Iterable[Match], config: IntrinsicConfig) -> Users:

@@ -57,7 +57,7 @@ def check(config: Any) -> None:
     if alone and config.layers_to_transform is not None:
         raise ValueError(
             f"layers_to_transform={config.layers_to_transform!r} does not work with the target_modules string "
-            f'{config.target_modules!r}. Pass target_modules as a list, "vectors" or "all".'
+            f'{config.target_modules!r}. Pass target_modules as a list, "norms-and-biases" or "all".'
         )
     if config.layers_pattern is not None and config.layers_to_transform is None:
         raise ValueError(
@@ -71,7 +71,7 @@ def check(config: Any) -> None:
 
 
 def _check_names(config: Any) -> None:
-    whole = ("target_parameters", "modules_to_save", "redrawn")
+    whole = ("target_parameters", "modules_to_save", "reinitialized")
     for name in ("target_modules", "exclude_modules", "layers_pattern", *whole):
         value = getattr(config, name)
         alone = name not in whole

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.utils import PeftType, TaskType
 
+from ..aliases import reads_former_names
 from ..card import add_sections
 from ..projection import ALGORITHM_VERSION
 from ..version import __version__
@@ -24,7 +25,7 @@ SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "
 
 FILLED = (
     *("target_modules", "target_parameters", "modules_to_save"),
-    *("block_size", "redrawn", "manifest", "subspace_digest", "num_labels"),
+    *("block_size", "reinitialized", "manifest", "subspace_digest", "num_labels"),
 )
 """Options that an attachment may fill in."""
 
@@ -48,6 +49,7 @@ class NoModules(list):
         return NoModules, ()
 
 
+@reads_former_names
 @dataclass
 class IntrinsicConfig(PeftConfig):
     """Configuration of an intrinsic-dimension adapter (Aghajanyan et al. 2020, arXiv 2012.13255).
@@ -89,9 +91,9 @@ class IntrinsicConfig(PeftConfig):
             whole model (Li et al. 2018, section 2), or of each group of a subspace, to replicate papers; its learning
             rate depends on d and on the model.
         target_modules (`str` or `list[str]`, *optional*):
-            Which modules are moved, as in LoRA: name suffixes, a regular expression, or `"all-linear"`. `"vectors"`:
-            norms, biases and the task's head. `"all"`: every parameter, as in the paper. `None` is `"vectors"`, or
-            `"all"` where those have fewer weights than d.
+            Which modules are adapted, as in LoRA: name suffixes, a regular expression, or `"all-linear"`.
+            `"norms-and-biases"`: norms, biases and the task's head. `"all"`: every parameter, as in the paper. `None`
+            is `"norms-and-biases"`, or `"all"` where those have fewer weights than d.
         exclude_modules (`str` or `list[str]`, *optional*):
             Modules that stay as they are: name suffixes or a regular expression.
         layers_to_transform (`int` or `list[int]`, *optional*):
@@ -112,9 +114,9 @@ class IntrinsicConfig(PeftConfig):
             `"subspace"` (section 3.3): whatever the checkpoint did not bring starts from a fixed random stream, the
             same for every adapter, and the task head is moved by P whatever `target_modules` says; so d numbers are
             the whole classifier. `"keep"`: the head is left as it is, and moved only if `target_modules` names it.
-        redrawn (`list[str]`, *optional*):
-            Names of the parameters that start from the fixed stream. `None` takes those that transformers reported as
-            missing from the checkpoint, if nothing has changed them since.
+        reinitialized (`list[str]`, *optional*):
+            Names of the parameters that are re-initialized from a fixed seed. `None` takes those that transformers
+            reported as missing from the checkpoint, if nothing has changed them since.
         init_weights (`bool`):
             `True` starts at θ = 0, the pretrained model itself. `False` draws θ, from torch's generator, for tests.
 
@@ -148,7 +150,9 @@ class IntrinsicConfig(PeftConfig):
 
     algorithm_version: int = ALGORITHM_VERSION
     requires: str = f"peft_intrinsic>={__version__}"
-    redrawn: list[str] | None = field(default=None, metadata={"help": "Parameters that start from the fixed stream."})
+    reinitialized: list[str] | None = field(
+        default=None, metadata={"help": "Parameters that are re-initialized from a fixed seed."}
+    )
     manifest: str | None = field(default=None, metadata={"help": "Marks of the targeted names and shapes."})
     checksum: str | None = field(default=None, metadata={"help": "Of the numbers in the file beside it."})
     subspace_digest: str | None = field(default=None, metadata={"help": "Of the contents of the subspace file."})
@@ -197,7 +201,7 @@ class IntrinsicConfig(PeftConfig):
         """What keeps the numbers of two adapters from meaning the same: options and values, none if they agree."""
         return [
             name + (f" ({getattr(self, name)!r} and {getattr(other, name)!r})" if name in SAME else "")
-            for name in (*SAME, "manifest", "redrawn", "subspace_digest")
+            for name in (*SAME, "manifest", "reinitialized", "subspace_digest")
             if getattr(self, name) != getattr(other, name)
         ]
 

@@ -30,7 +30,7 @@ def _own(adapter: str = "") -> re.Pattern[str]:
 
 def _checksum(config: IntrinsicConfig, numbers: Mapping[str, torch.Tensor]) -> str | None:
     """Of θ, λ and all options that say what they mean; None where they are not at hand (sharded, or on meta)."""
-    meaning = [getattr(config, name) for name in (*SAME, "manifest", "redrawn")]
+    meaning = [getattr(config, name) for name in (*SAME, "manifest", "reinitialized")]
     meaning += [config.subspace_digest] if config.subspace_digest else []
     digest = hashlib.sha256(json.dumps(meaning).encode())
     for name, values in sorted(numbers.items()):

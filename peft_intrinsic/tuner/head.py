@@ -2,7 +2,7 @@
 
 A parameter is fresh if transformers reported it as missing from the checkpoint and nothing has changed it since. Only
 fresh parameters are drawn again, from a stream that is the same for every adapter and in every process. Which they were
-for an adapter stands in `IntrinsicConfig.redrawn`.
+for an adapter stands in `IntrinsicConfig.reinitialized`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Head:
 
     Args:
         model: the base model, with or without adapters.
-        config: of the new adapter. Its `redrawn` is filled in, or checked where an adapter is loaded.
+        config: of the new adapter. Its `reinitialized` is filled in, or checked where an adapter is loaded.
         attached: the configurations of the adapters that the model has already.
 
     Raises:
@@ -63,30 +63,30 @@ class Head:
         names = HEAD_NAMES.get(config.task_type or "", ())
         replaced = replaced_heads(model, places, names)
         unknown = unmarked_parameters(model, places) | replaced
-        started = {name: replaced[name] for name in config.redrawn or () if name in replaced}
+        started = {name: replaced[name] for name in config.reinitialized or () if name in replaced}
         self._fresh = unknown if _LOADING.get() else fresh_parameters(model, places) | started
-        drawn = {name for known in attached.values() for name in known.redrawn or []}
+        drawn = {name for known in attached.values() for name in known.reinitialized or []}
         whole = config.full_modules or ()
         fresh = [name for name in places if name in self._fresh and name not in drawn and not inside(whole, name)]
-        if config.redrawn is not None and config.manifest is not None:
+        if config.reinitialized is not None and config.manifest is not None:
             self._check_loaded(config, fresh, drawn)
-            self.start = [name for name in config.redrawn if name in fresh]
-        elif config.redrawn is not None:
-            if absent := sorted(set(config.redrawn) - set(places)):
-                raise ValueError(f"redrawn={absent} are no parameters of the model.")
-            self.start = [name for name in config.redrawn if name not in drawn]
+            self.start = [name for name in config.reinitialized if name in fresh]
+        elif config.reinitialized is not None:
+            if absent := sorted(set(config.reinitialized) - set(places)):
+                raise ValueError(f"reinitialized={absent} are no parameters of the model.")
+            self.start = [name for name in config.reinitialized if name not in drawn]
         elif config.head == "keep":
-            config.redrawn = self.start = []
+            config.reinitialized = self.start = []
         else:
             unsure = [name for name in unknown if name not in drawn and not inside(whole, name)]
             if unsure and not _LOADING.get():
                 raise ValueError(
                     f"It is not known whether these were loaded, trained or drawn at random: {', '.join(unsure)}. "
                     "Import peft_intrinsic before the model is loaded, with the head that it keeps. Or decide: "
-                    "redrawn=[names] starts them from the fixed stream, redrawn=[] leaves all as they are."
+                    "reinitialized=[names] starts them from the fixed stream, reinitialized=[] leaves all as they are."
                 )
             self.start = fresh
-            config.redrawn = [name for name in places if name in {*fresh, *drawn} and not inside(whole, name)]
+            config.reinitialized = [name for name in places if name in {*fresh, *drawn} and not inside(whole, name)]
             if fresh:
                 logger.warning(
                     "Not from the checkpoint, so drawn again from a fixed stream (head='keep' leaves it as it is): %s",
@@ -98,23 +98,23 @@ class Head:
                     f"{', '.join(self.start)} would be drawn again under adapter {adapter!r}, which was attached with "
                     f"head={known.head!r} and relies on the present values. Pass head={known.head!r} here too."
                 )
-        owners = {name.rpartition(".")[0] for name in config.redrawn}
+        owners = {name.rpartition(".")[0] for name in config.reinitialized}
         found = {key for key, _ in base_modules(model) if key.partition(".")[0] in names}
         self.modules: set[str] = set() if config.head == "keep" else owners | found
 
     def _check_loaded(self, config: IntrinsicConfig, fresh: list[str], drawn: set[str]) -> None:
         """Whether the base starts where the adapter's did."""
-        redrawn = config.redrawn or []
-        absent = [name for name in redrawn if name not in self._places]
+        reinitialized = config.reinitialized or []
+        absent = [name for name in reinitialized if name not in self._places]
         known = {*fresh, *drawn, *absent}
-        trained = [name for name in redrawn if name not in known and not self._as_drawn(name)]
+        trained = [name for name in reinitialized if name not in known and not self._as_drawn(name)]
         if absent or trained:
             raise ValueError(
                 f"The adapter starts {', '.join(absent + trained)} from the fixed stream, but this base model "
                 + ("lacks it." if absent else "has values of its own there, loaded or trained.")
                 + " Load the checkpoint that the adapter was trained on, after importing peft_intrinsic."
             )
-        lacking = [name for name in fresh if name not in redrawn]
+        lacking = [name for name in fresh if name not in reinitialized]
         if lacking and config.head == "subspace":
             raise ValueError(
                 f"{', '.join(lacking)} was drawn at random when this base model was loaded, but the adapter was "

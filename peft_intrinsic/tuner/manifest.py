@@ -49,5 +49,5 @@ def check_manifest(saved: str, shapes: Shapes) -> None:
     raise ValueError(
         f"This adapter was made for other parameters (digest {digest[:16]}, here {here[:16]}){told if colon else ''}. "
         "Load the base model, class and number of labels that the adapter was trained on. (A new adapter with the "
-        "configuration of another: set its manifest, redrawn and block_size to None.)"
+        "configuration of another: set its manifest, reinitialized and block_size to None.)"
     )

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 HOLDER = "intrinsic"
 """The attribute of the root that holds θ and λ."""
 
-KEYWORDS = ("vectors", "all")
+KEYWORDS = ("norms-and-biases", "all")
 """Values of `target_modules` beside `"all-linear"` that are no regular expression."""
 
 PATIENCE = 0.2

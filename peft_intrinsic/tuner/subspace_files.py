@@ -89,7 +89,7 @@ def prepare(model: nn.Module, config: Any) -> None:
     config.target_parameters = [name for name in subspace.shapes if not inside(config.full_modules or (), name)]
     if not config.target_parameters:
         raise ValueError(f"modules_to_save={config.full_modules} trains all that the subspace moves. Leave some out.")
-    if again := [name for name in config.redrawn or () if name in config.target_parameters]:
+    if again := [name for name in config.reinitialized or () if name in config.target_parameters]:
         logger.warning(
             "In the subspace, but drawn again from a fixed stream: %s. Their directions belong to another start unless "
             "the recording began with that stream, as that of `peft-intrinsic trajectory record` does.",

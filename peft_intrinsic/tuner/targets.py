@@ -30,8 +30,8 @@ def candidates(config: Any, key: str, module: nn.Module) -> list[str]:
 
 
 def chosen(config: Any, key: str, module: nn.Module) -> list[str]:
-    """Which parameters of a targeted module are moved: under `"vectors"` only vectors, but all of the head."""
-    whole = config.target_modules != "vectors" or key in config.head_modules
+    """Which parameters of a targeted module are moved: under `"norms-and-biases"` only these, but all of the head."""
+    whole = config.target_modules != "norms-and-biases" or key in config.head_modules
     found = [name for name in candidates(config, key, module) if whole or is_vector(module, name)]
     return found if key else [name for name in found if targeted(config, name) and not excluded(config, name)]
 

@@ -53,7 +53,7 @@ def convert_to_lora(
     config = model.peft_config[attached(model, adapter_name)]
     base = model.get_base_model()
     names = {id(module): name for name, module in base_modules(base)}
-    whole = {name.rpartition(".")[0] for name in config.redrawn or []}
+    whole = {name.rpartition(".")[0] for name in config.reinitialized or []}
     beside = {
         key: cast(Any, module).adapter_state_dict(adapter_name, module.state_dict())
         for key, module in base.named_modules()

@@ -55,7 +55,7 @@ def rewritten(packed: Packed, chance: random.Random) -> bytes:
     numbers = np.concatenate([packed.theta, packed.scales])
     changes: dict[str, Any] = {}
     for kind in chance.choices(
-        ("option", "d", "m", "block_size", "redrawn", "seed", "numbers"), k=chance.choice((1, 2))
+        ("option", "d", "m", "block_size", "reinitialized", "seed", "numbers"), k=chance.choice((1, 2))
     ):
         if kind == "option":
             name = chance.choice(list(options))
@@ -66,8 +66,10 @@ def rewritten(packed: Packed, chance: random.Random) -> bytes:
             m = chance.choice((0, 1, m + 1, len(numbers) - 1))
         elif kind == "block_size":
             changes["block_size"] = 1 << chance.randrange(64)
-        elif kind == "redrawn":
-            changes["redrawn"] = sorted(chance.sample(range(chance.choice((5, 41, 100, 2**32))), chance.randrange(4)))
+        elif kind == "reinitialized":
+            changes["reinitialized"] = sorted(
+                chance.sample(range(chance.choice((5, 41, 100, 2**32))), chance.randrange(4))
+            )
         elif kind == "seed":
             changes["seed"] = chance.randrange(2**63)
         else:
@@ -86,7 +88,25 @@ def mutated_text(text: str, chance: random.Random) -> str:
 
 
 STRANGE: list[Any] = [
-    *(None, 0, 1, -1, 2**70, 1.5, True, "", "x", ".*", "(", "*", "all-linear", "vectors", "layers", "\0", "größe"),
+    *(
+        None,
+        0,
+        1,
+        -1,
+        2**70,
+        1.5,
+        True,
+        "",
+        "x",
+        ".*",
+        "(",
+        "*",
+        "all-linear",
+        "norms-and-biases",
+        "layers",
+        "\0",
+        "größe",
+    ),
     *([], [1], [0, 1], ["query"], ["weight"], ["(", None], [[]], {}, {"a": 1}, float("nan"), "(a+)+b", ["bias"] * 400),
 ]
 """What options that stand in JSON may be given."""

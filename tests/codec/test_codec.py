@@ -17,7 +17,7 @@ from peft_intrinsic.codec import compress, load_packed, read_packed
 from peft_intrinsic.codec.packed import OPTIONS
 from peft_intrinsic.codec.quantise import rounded
 
-BESIDE = {"d", "seed", "block_size", "redrawn", "manifest", "algorithm_version", "num_labels"}
+BESIDE = {"d", "seed", "block_size", "reinitialized", "manifest", "algorithm_version", "num_labels"}
 """Options with a field of their own in a packed adapter."""
 
 FOLLOWING = {
@@ -81,7 +81,7 @@ def test_eight_levels_are_the_default():
 
 
 def test_size_is_little_more_than_the_entropy():
-    model = trained("bert", target_modules="vectors")
+    model = trained("bert", target_modules="norms-and-biases")
     packed = read_packed(compress(model, 4))
     symbols = np.unique(packed.theta, return_counts=True)[1] / 200
     entropy = -(symbols * np.log2(symbols)).sum()
@@ -215,7 +215,7 @@ def test_fresh_head_is_reproduced(family, tmp_path):
     assert not torch.equal(*(dict(model.named_parameters())[FRESH[family][-1]] for model in (first, second)))
     config = IntrinsicConfig(d=50, init_weights=False, task_type="SEQ_CLS", target_modules="all")
     model = get_peft_model(first, config).eval()
-    assert sorted(model.peft_config["default"].redrawn) == FRESH[family]
+    assert sorted(model.peft_config["default"].reinitialized) == FRESH[family]
     data = compress(model, 5)
     loaded = load_packed(second, data)
     assert torch.equal(evaluate(loaded, family), same_as_rounded(model, family, 5))

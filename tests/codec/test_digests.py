@@ -84,7 +84,7 @@ def test_renamed_parameters_change_the_digest():
 
 
 @pytest.mark.parametrize("family", ["bert", "bert_mlm", "llama", "vit", "custom", "mamba"])
-@pytest.mark.parametrize("options", [{}, {"target_modules": "vectors", "said": True, "d": 100}])
+@pytest.mark.parametrize("options", [{}, {"target_modules": "norms-and-biases", "said": True, "d": 100}])
 def test_attached_adapters_do_not_change_the_digest(family, options):
     model = trained(family, **options)
     assert digest(model.get_base_model()) == digest(build(family))
@@ -119,21 +119,21 @@ def test_offloaded_weights_have_no_digest():
         digest(model)
 
 
-def test_file_leaves_redrawn_parameters_out_of_the_digest(tmp_path):
+def test_file_leaves_reinitialized_parameters_out_of_the_digest(tmp_path):
     base = headless(tmp_path / "encoder")
     model = get_peft_model(base, IntrinsicConfig(d=30, init_weights=False, task_type="SEQ_CLS", target_modules="all"))
     found = read(compress(model))
     plain = headless(tmp_path / "encoder", seed=2)
     assert found["base_digest"] == by_the_page(plain, without=("classifier.weight",))
     names = sorted(name for name, _ in plain.named_parameters())
-    assert [names[place] for place in found["redrawn"]] == ["classifier.weight"]
+    assert [names[place] for place in found["reinitialized"]] == ["classifier.weight"]
 
 
 def test_places_count_tied_parameters_under_each_name():
-    model = trained("bert_mlm", redrawn=["cls.predictions.transform.dense.weight"])
+    model = trained("bert_mlm", reinitialized=["cls.predictions.transform.dense.weight"])
     names = sorted(name for name, _ in build("bert_mlm").named_parameters(remove_duplicate=False))
     assert len(names) > len(dict(build("bert_mlm").named_parameters()))
-    assert [names[i] for i in read(compress(model))["redrawn"]] == ["cls.predictions.transform.dense.weight"]
+    assert [names[i] for i in read(compress(model))["reinitialized"]] == ["cls.predictions.transform.dense.weight"]
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])

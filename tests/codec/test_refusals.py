@@ -138,7 +138,7 @@ def test_another_number_of_labels_is_refused(check):
         load_packed(relabelled(5), data, check_base=check)
 
 
-@pytest.mark.parametrize("target", ["all", "vectors"])
+@pytest.mark.parametrize("target", ["all", "norms-and-biases"])
 def test_another_number_of_labels_of_a_fresh_head_is_refused(target, tmp_path):
     base = headless(tmp_path / "encoder")
     model = get_peft_model(base, IntrinsicConfig(d=30, task_type="SEQ_CLS", target_modules=target))
@@ -155,7 +155,7 @@ def test_another_architecture_is_refused_even_unchecked(family):
         load_packed(build(family), compress(trained("bert")), check_base=False)
 
 
-def test_a_base_with_fewer_parameters_than_were_redrawn_is_refused(tmp_path):
+def test_a_base_with_fewer_parameters_than_were_reinitialized_is_refused(tmp_path):
     model = get_peft_model(headless(tmp_path / "encoder"), IntrinsicConfig(d=30, task_type="SEQ_CLS"))
     with pytest.raises(ValueError, match="made for encoder, which has more parameters than the 2 of this model"):
         load_packed(torch.nn.Linear(3, 2), compress(model))
@@ -191,8 +191,8 @@ HOSTILE = [
     {"target_modules": [["query"]]},
     {"layers_to_transform": "x"},
     {"exclude_modules": "("},
-    {"redrawn": [0]},
-    {"redrawn": [2**31]},
+    {"reinitialized": [0]},
+    {"reinitialized": [2**31]},
     {"exclude_modules": "a{e<1:b"},  # an expression for re, but not for regex
 ]
 
@@ -200,7 +200,7 @@ HOSTILE = [
 @pytest.mark.parametrize("changes", HOSTILE, ids=str)
 def test_well_formed_files_that_fit_no_model_are_refused_and_leave_it_alone(changes):
     packed = read_packed(compress(trained("bert", said=True)))
-    own = {name: changes[name] for name in ("block_size", "redrawn") if name in changes}
+    own = {name: changes[name] for name in ("block_size", "reinitialized") if name in changes}
     options = {name: value for name, value in changes.items() if name in packed.options}
     if m := changes.get("scales"):
         numbers = np.resize(np.unique(packed.theta), 200)

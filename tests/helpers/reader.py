@@ -18,7 +18,7 @@ GRANULARITIES = ["layer", "module", "tensor"]
 PROJECTIONS = ["fastfood", "global", "dense"]
 SCALES = ["fan_in", "isometric"]
 HEADS = ["subspace", "keep"]
-TARGETS = ["vectors", "all"]
+TARGETS = ["norms-and-biases", "all"]
 TASKS = [None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 OTHERS = ["exclude_modules", "layers_pattern", "layers_to_transform", "target_modules", "target_parameters"]
 
@@ -155,11 +155,11 @@ def read_head(cursor: Cursor) -> dict[str, Any]:
     fields["labels"] = cursor.number()
     fields["base_digest"] = cursor.take(8).hex()
     fields["manifest_digest"] = cursor.take(8).hex()
-    redrawn, place = [], -1
+    reinitialized, place = [], -1
     for _ in range(cursor.number()):
         place += cursor.number() + 1
-        redrawn.append(place)
-    return {**fields, "redrawn": redrawn}
+        reinitialized.append(place)
+    return {**fields, "reinitialized": reinitialized}
 
 
 def read(data: bytes) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def read(data: bytes) -> dict[str, Any]:
 
 
 def base_digest(parameters: Iterable[tuple[str, np.ndarray]]) -> str:
-    """The page's digest of a base model from names and float32 values, without the redrawn ones."""
+    """The page's digest of a base model from names and float32 values, without the reinitialized ones."""
     digest = hashlib.sha256()
     for name, values in sorted(parameters):
         digest.update(f"{name} {values.shape}\n".encode())

@@ -25,7 +25,7 @@ PLAIN: dict[str, Any] = {
     "head": "subspace",
     "add_bias": False,
     "task_type": None,
-    "target_modules": "vectors",
+    "target_modules": "norms-and-biases",
     "exclude_modules": None,
     "layers_to_transform": None,
     "layers_pattern": None,
@@ -49,7 +49,7 @@ def synthetic(theta: Any, scales: Any = (), **fields: Any) -> Packed:
         "classes": 3,
         "base_digest": b"basebase",
         "manifest_digest": b"manifest",
-        "redrawn": [],
+        "reinitialized": [],
     }
     numbers = {"theta": np.array(theta, dtype=np.float32), "scales": np.array(scales, dtype=np.float32)}
     return Packed(**{**given, **fields}, options=options, **numbers)
@@ -68,7 +68,7 @@ def contents(packed: Packed) -> dict[str, Any]:
     return {
         "algorithm_version": packed.algorithm,
         "labels": packed.classes,
-        **{name: getattr(packed, name) for name in ("d", "seed", "block_size", "base", "redrawn")},
+        **{name: getattr(packed, name) for name in ("d", "seed", "block_size", "base", "reinitialized")},
         "base_digest": packed.base_digest.hex(),
         "manifest_digest": packed.manifest_digest.hex(),
         **packed.options,

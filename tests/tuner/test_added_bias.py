@@ -59,7 +59,7 @@ def test_heads_and_layers_that_have_a_bias_get_none():
     assert set(moved(biased("bert"))) == set(moved(biased("bert", add_bias=False)))
     torch.manual_seed(0)
     base = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES, num_labels=3))
-    config = IntrinsicConfig(d=60, add_bias=True, task_type="SEQ_CLS", redrawn=[])
+    config = IntrinsicConfig(d=60, add_bias=True, task_type="SEQ_CLS", reinitialized=[])
     names = set(moved(get_peft_model(base, config)))
     assert "score.weight" in names
     assert "score.bias" not in names

@@ -119,7 +119,7 @@ def moved(options: dict) -> set[str]:
 def test_targets():
     everything = moved({"target_modules": "all"})
     vectors = {name for name, p in build("bert").named_parameters() if p.dim() < 2}
-    assert moved({}) == moved({"target_modules": "vectors"}) == vectors
+    assert moved({}) == moved({"target_modules": "norms-and-biases"}) == vectors
     assert moved({"task_type": "SEQ_CLS"}) == vectors | {"classifier.weight"}
     assert moved({"d": 3_000}) == everything  # more than the vectors have weights
     held = {"d": 500, "exclude_modules": r".*(LayerNorm|attention|pooler).*"}  # more than the vectors that are left

@@ -113,7 +113,9 @@ def test_vectors_are_norms_biases_and_head(family):
     vectors = {name for name, p in base.named_parameters() if p.dim() < 2}
     if not vectors:
         pytest.skip("no norms and no biases")
-    model = get_peft_model(base, IntrinsicConfig(d=min(len(vectors), 20), target_modules="vectors", init_weights=False))
+    model = get_peft_model(
+        base, IntrinsicConfig(d=min(len(vectors), 20), target_modules="norms-and-biases", init_weights=False)
+    )
     moved = offsets(model.eval())
     assert {name for name, offset in moved.items() if offset.any()} == vectors
     expected = output(model, batch(family))

@@ -34,7 +34,7 @@ def unchanged(base: nn.Module, name: str, **options) -> bool:
     """Whether attaching at θ = 0 leaves the output as it is, to the bit."""
     expected = evaluate(base, name)
     model = get_peft_model(base, IntrinsicConfig(**{**TASK, **options})).eval()
-    assert model.peft_config["default"].redrawn == []
+    assert model.peft_config["default"].reinitialized == []
     return torch.equal(evaluate(model, name), expected)
 
 
@@ -73,15 +73,15 @@ def test_a_head_that_was_replaced(head, tmp_path):
         return copy.deepcopy(base).eval()
 
     names = [f"classifier.{name}" for name, _ in head().named_parameters()]
-    with pytest.raises(ValueError, match=rf"not known whether .*{names[0]}.*redrawn=\[names\] starts them"):
+    with pytest.raises(ValueError, match=rf"not known whether .*{names[0]}.*reinitialized=\[names\] starts them"):
         get_peft_model(replaced(1), IntrinsicConfig(**TASK))
-    model = get_peft_model(replaced(1), IntrinsicConfig(**TASK, redrawn=names, init_weights=False)).eval()
+    model = get_peft_model(replaced(1), IntrinsicConfig(**TASK, reinitialized=names, init_weights=False)).eval()
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(replaced(2), tmp_path / "adapter").eval()
     assert torch.equal(evaluate(loaded, "bert"), evaluate(model, "bert"))
     merged = model.merge_and_unload()  # nothing in it is unknown any more
-    assert get_peft_model(merged, IntrinsicConfig(**TASK)).peft_config["default"].redrawn == []
-    kept = get_peft_model(replaced(1), IntrinsicConfig(**TASK, redrawn=[])).eval()
+    assert get_peft_model(merged, IntrinsicConfig(**TASK)).peft_config["default"].reinitialized == []
+    kept = get_peft_model(replaced(1), IntrinsicConfig(**TASK, reinitialized=[])).eval()
     assert torch.equal(evaluate(kept, "bert"), evaluate(replaced(1), "bert"))
 
 
@@ -89,7 +89,7 @@ def test_a_way_through_half_precision_leaves_a_head_fresh(tmp_path):
     for dtype in (torch.float16, torch.bfloat16):
         base = headless(tmp_path / "encoder").to(dtype).float()
         model = get_peft_model(base, IntrinsicConfig(**TASK))
-        assert model.peft_config["default"].redrawn == ["classifier.weight"]
+        assert model.peft_config["default"].reinitialized == ["classifier.weight"]
 
 
 def test_a_fresh_head_without_values(tmp_path):
@@ -121,7 +121,7 @@ def test_resized_embeddings(tmp_path):
 def test_a_copy_of_the_base_is_known_too(change, tmp_path):
     base = headless(tmp_path / "encoder")
     model = get_peft_model(change(base), IntrinsicConfig(**TASK, init_weights=False)).eval()
-    assert model.peft_config["default"].redrawn == ["classifier.weight"]
+    assert model.peft_config["default"].reinitialized == ["classifier.weight"]
     model.save_pretrained(tmp_path / "adapter")
     expected = evaluate(model, "bert")
     loaded = PeftModel.from_pretrained(change(headless(tmp_path / "encoder", 2)), tmp_path / "adapter").eval()
@@ -161,7 +161,7 @@ def test_unload_gives_the_head_back(tmp_path):
     unloaded = model.unload()
     assert torch.equal(evaluate(unloaded, "bert"), expected)
     again = get_peft_model(unloaded, IntrinsicConfig(**TASK))  # it is fresh as before
-    assert again.peft_config["default"].redrawn == ["classifier.weight"]
+    assert again.peft_config["default"].reinitialized == ["classifier.weight"]
 
 
 def test_an_adapter_added_while_another_is_merged(tmp_path):
@@ -170,25 +170,25 @@ def test_an_adapter_added_while_another_is_merged(tmp_path):
     model.merge_adapter()
     with pytest.warns(UserWarning, match="Unmerging the model first"):  # as PEFT does for all methods
         model.add_adapter("second", IntrinsicConfig(**TASK))
-    assert model.peft_config["second"].redrawn == ["classifier.weight"]
+    assert model.peft_config["second"].reinitialized == ["classifier.weight"]
     assert torch.equal(evaluate(model, "bert"), expected)
 
 
 def test_the_user_decides(tmp_path):
-    """`redrawn` names what starts from the stream, whatever it held."""
+    """`reinitialized` names what starts from the stream, whatever it held."""
     base = build("bert")
-    assert unchanged(headless(tmp_path / "encoder"), "bert", redrawn=[])
-    model = get_peft_model(base, IntrinsicConfig(**TASK, redrawn=["classifier.weight"]))
+    assert unchanged(headless(tmp_path / "encoder"), "bert", reinitialized=[])
+    model = get_peft_model(base, IntrinsicConfig(**TASK, reinitialized=["classifier.weight"]))
     assert not torch.equal(model.get_base_model().classifier.base_layer.weight, build("bert").classifier.weight)
-    with pytest.raises(ValueError, match=r"redrawn=\['nowhere'\] are no parameters"):
-        get_peft_model(build("bert"), IntrinsicConfig(**TASK, redrawn=["nowhere"]))
+    with pytest.raises(ValueError, match=r"reinitialized=\['nowhere'\] are no parameters"):
+        get_peft_model(build("bert"), IntrinsicConfig(**TASK, reinitialized=["nowhere"]))
 
 
 def test_what_is_constant_is_not_drawn_again():
     """Here the bias, of one number; the weight has two."""
     model = nn.Sequential(nn.Linear(2, 1))
     model.__dict__[_FRESH] = {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
-    assert get_peft_model(model, IntrinsicConfig(d=2, target_modules="all")).peft_config["default"].redrawn == [
+    assert get_peft_model(model, IntrinsicConfig(d=2, target_modules="all")).peft_config["default"].reinitialized == [
         "0.weight"
     ]
 
@@ -206,7 +206,8 @@ try:
     get_peft_model(base, IntrinsicConfig(d=20, target_modules="all"))
 except ValueError as error:
     print(error)
-print(get_peft_model(base, IntrinsicConfig(d=20, redrawn=[], target_modules="all")).peft_config["default"].redrawn)
+model = get_peft_model(base, IntrinsicConfig(d=20, reinitialized=[], target_modules="all"))
+print(model.peft_config["default"].reinitialized)
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert "not known whether these were loaded, trained or drawn at random: classifier.weight" in done.stdout
@@ -232,7 +233,7 @@ def test_a_new_head_on_transformers_ignore_list_is_recognized(tmp_path, monkeypa
     """TRL's RewardTrainer puts the new head there, and transformers' report leaves it out."""
     monkeypatch.setattr(BertForSequenceClassification, "_keys_to_ignore_on_load_missing", ["classifier"])
     model = get_peft_model(headless(tmp_path / "base"), IntrinsicConfig(**TASK, init_weights=False)).eval()
-    assert model.peft_config["default"].redrawn == ["classifier.weight"]
+    assert model.peft_config["default"].reinitialized == ["classifier.weight"]
     model.save_pretrained(tmp_path / "adapter")
     monkeypatch.setattr(BertForSequenceClassification, "_keys_to_ignore_on_load_missing", None)
     loaded = PeftModel.from_pretrained(headless(tmp_path / "base", seed=2), tmp_path / "adapter").eval()

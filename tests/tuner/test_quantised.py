@@ -169,7 +169,7 @@ def test_a_merge_that_meets_a_quantised_layer_midway_changes_nothing(checkpoint,
 
 def test_added_biases_are_merged_in_memory_and_leave(kind, checkpoint):
     """The bias alone, outside of quantisation: merged, it is the same number."""
-    model = attached(kind, checkpoint, init_weights=False, target_modules="vectors", add_bias=True)
+    model = attached(kind, checkpoint, init_weights=False, target_modules="norms-and-biases", add_bias=True)
     layer = model.get_base_model().model.layers[1].mlp.up_proj
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

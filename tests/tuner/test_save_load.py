@@ -99,7 +99,7 @@ def test_fresh_head_is_reproduced(tmp_path):
     ).eval()
     model.save_pretrained(tmp_path / "adapter")
     expected = evaluate(model, "bert")
-    assert model.peft_config["default"].redrawn == ["classifier.weight"]
+    assert model.peft_config["default"].reinitialized == ["classifier.weight"]
     loaded = PeftModel.from_pretrained(base(2), tmp_path / "adapter").eval()
     assert torch.equal(evaluate(loaded, "bert"), expected)
     native = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter", num_labels=3).eval()
@@ -115,7 +115,7 @@ def test_head_that_the_checkpoint_brought_is_kept(tmp_path):
     before = base.classifier.weight.clone()
     model = get_peft_model(base, IntrinsicConfig(d=50, task_type="SEQ_CLS", target_modules="all"))
     assert torch.equal(model.get_base_model().classifier.base_layer.weight, before)
-    assert model.peft_config["default"].redrawn == []
+    assert model.peft_config["default"].reinitialized == []
 
 
 def test_refuses_another_model(tmp_path):
@@ -176,7 +176,7 @@ def test_a_head_in_modules_to_save_is_its_own(tmp_path):
     first = evaluate(model, "bert")
     model.add_adapter("second", IntrinsicConfig(d=40, init_weights=False, task_type="SEQ_CLS", target_modules="all"))
     assert torch.equal(evaluate(model, "bert"), first)
-    assert model.peft_config["second"].redrawn == ["classifier.weight"]
+    assert model.peft_config["second"].reinitialized == ["classifier.weight"]
     model.set_adapter("second")
     second = evaluate(model, "bert")
     model.save_pretrained(tmp_path / "both")
