@@ -67,7 +67,7 @@ def mixed(model: Any, run: Callable[[Any, torch.Tensor], torch.Tensor], ids: tor
     vector = peft.get_base_model().intrinsic
     for name in names:
         vector.intrinsic_theta[name].weight.normal_(std=1e-3)
-    bank = AdapterBank(peft, torch.stack([vector.numbers(name) for name in names]), names[0])
+    bank = AdapterBank(peft, torch.stack([vector.concatenate(name) for name in names]), names[0])
 
     def base() -> torch.Tensor:
         with peft.disable_adapter():
@@ -108,9 +108,9 @@ def bank_of_many(repeats: int) -> None:
     """Prints the ratios for a bank of 100,000 adapters."""
     model = get_peft_model(encoder(), IntrinsicConfig(d=D, task_type="SEQ_CLS")).eval()
     bank = AdapterBank(model, torch.randn(100_000, D) / 1000)
-    print(f"encoder, default targets, {len(bank.numbers):,} adapters of {bank.numbers[0].nbytes} bytes")
+    print(f"encoder, default targets, {len(bank.vectors):,} adapters of {bank.vectors[0].nbytes} bytes")
     for size in (1, 8, 64, 256):
-        ids, chosen = torch.randint(5, 30000, (size, 32)), torch.randint(len(bank.numbers), (size,)).tolist()
+        ids, chosen = torch.randint(5, 30000, (size, 32)), torch.randint(len(bank.vectors), (size,)).tolist()
 
         def base(ids: torch.Tensor = ids) -> None:
             with model.disable_adapter():
@@ -123,7 +123,7 @@ def bank_of_many(repeats: int) -> None:
         with bank.select(chosen):
             found = model(input_ids=ids[:1].expand_as(ids)).logits
         for i, logits in list(zip(chosen, found, strict=True))[:4]:
-            model.base_model.vector.intrinsic_theta["default"].weight.copy_(bank.numbers[i])
+            model.base_model.vector.intrinsic_theta["default"].weight.copy_(bank.vectors[i])
             agreed(logits, model(input_ids=ids[:1]).logits[0])
         calls = {"base": base, "one": lambda ids=ids: model(input_ids=ids), "bank": banked}
         ratios = rounds(calls, max(repeats, 320 // size), "one")

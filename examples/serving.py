@@ -41,7 +41,7 @@ def main() -> None:
         )
     for (index, _), row in zip(requests, output, strict=True):
         print(f"{index}\t{tokenizer.decode(row[batch['input_ids'].shape[1] :], skip_special_tokens=True)}")
-    print(f"{len(bank.numbers)} adapters, {bank.numbers.shape[1]} numbers each", flush=True)
+    print(f"{len(bank.vectors)} adapters, {bank.vectors.shape[1]} parameters each", flush=True)
 
 
 if __name__ == "__main__":

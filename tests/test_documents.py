@@ -257,7 +257,7 @@ def test_serving(tmp_path):
     asked = ["0:a very good film", "1:a very good film", "base:good"]
     out = run("serving.py", "--model", base, "--adapters", "user0", "user1", "--ask", *asked, cwd=tmp_path)
     assert [line.split("\t")[0] for line in out.splitlines()[:3]] == ["0", "1", "base"]
-    assert "2 adapters, 200 numbers each" in out
+    assert "2 adapters, 200 parameters each" in out
 
 
 def test_measure(tmp_path):

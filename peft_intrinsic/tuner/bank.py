@@ -15,7 +15,7 @@ from torch import nn
 from .batch_first import without_samples
 from .batches import Choices, Route
 from .config import IntrinsicConfig
-from .files import checked_numbers
+from .files import check_vectors
 from .layer import attached
 
 BASE = "__base__"
@@ -63,7 +63,7 @@ def routes_by_name(vector: Any, configs: Mapping[str, IntrinsicConfig], names: S
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for adapter in sorted(set(names) - {BASE}):
         like = next((known for known in groups if not configs[known].differences(configs[adapter])), adapter)
-        groups.setdefault(like, {})[adapter] = vector.numbers(adapter)
+        groups.setdefault(like, {})[adapter] = vector.concatenate(adapter)
     routes = []
     for like, members in groups.items():
         zeros = torch.zeros_like(members[like])
@@ -103,10 +103,10 @@ def _with_names(module: nn.Module, args: Any, kwargs: Any, names: list[str], cho
     return args, kwargs if choices.proving else {**kwargs, "adapter_names": names}
 
 
-def _route(vector: Any, adapter: str, numbers: torch.Tensor) -> Route:
+def _route(vector: Any, adapter: str, vectors: torch.Tensor) -> Route:
     """Numbers of the samples, `[batch, d]`, as θ and λ."""
     length = len(vector.intrinsic_theta[adapter].weight)
-    return Route(adapter, numbers[:, :length], numbers[:, length:])
+    return Route(adapter, vectors[:, :length], vectors[:, length:])
 
 
 def _check_full(config: IntrinsicConfig, what: str) -> None:
@@ -125,11 +125,11 @@ class AdapterBank:
 
     Args:
         model: a `PeftModel` with an intrinsic adapter, in evaluation mode.
-        numbers: θ and then λ of each adapter, `[K, d]`. Zeros are the base model.
+        vectors: θ and then λ of each adapter, `[K, d]`. Zeros are the base model.
         adapter: the attached adapter that lends its projection; by default the active one.
 
     Raises:
-        ValueError: `numbers` has another width than d, a targeted module cannot be mixed, the adapter has modules that
+        ValueError: `vectors` has another width than d, a targeted module cannot be mixed, the adapter has modules that
             were trained in full, or there is no such adapter.
 
     Example:
@@ -138,19 +138,19 @@ class AdapterBank:
         ...     model.generate(**inputs)  # 4 prompts
     """
 
-    def __init__(self, model: Any, numbers: torch.Tensor, adapter: str | None = None) -> None:
+    def __init__(self, model: Any, vectors: torch.Tensor, adapter: str | None = None) -> None:
         self.model = model
         self.adapter = attached(model, adapter)
         config = model.peft_config[self.adapter]
-        if numbers.dim() != 2 or numbers.shape[1] != config.d:
+        if vectors.dim() != 2 or vectors.shape[1] != config.d:
             raise ValueError(
-                f"numbers must have the shape [K, {config.d}] for adapter {self.adapter!r}, got {tuple(numbers.shape)}."
+                f"vectors must have the shape [K, {config.d}] for adapter {self.adapter!r}, got {tuple(vectors.shape)}."
             )
         _check_full(config, f"adapter {self.adapter!r}")
         self._vector: Any = model.base_model.vector
         self._config, self._layers = config, model.base_model.tuner_layers()
         check_mixable(model.get_base_model(), self._layers, {self.adapter})
-        self.numbers = numbers.to(self._vector.numbers(self.adapter))
+        self.vectors = vectors.to(self._vector.concatenate(self.adapter))
 
     @classmethod
     def from_pretrained(cls, model: Any, paths: Sequence[str], adapter: str | None = None) -> AdapterBank:
@@ -167,7 +167,7 @@ class AdapterBank:
             if unlike := own.differences(config):
                 raise ValueError(f"{path} cannot join the bank: it differs from the attached adapter in {unlike}.")
             weights = load_peft_weights(path, device="cpu")
-            rows.append(torch.cat(checked_numbers(config, weights)).float())
+            rows.append(torch.cat(check_vectors(config, weights)).float())
         return cls(model, torch.stack(rows), adapter)
 
     @contextmanager
@@ -189,13 +189,13 @@ class AdapterBank:
         for name in self.model.active_adapters:
             _check_full(self.model.peft_config[name], f"the active adapter {name!r}")
         check_mixable(self.model.get_base_model(), self._layers, set())
-        chosen = torch.as_tensor(index, device=self.numbers.device)
-        if chosen.dim() != 1 or (chosen < -1).any() or (chosen >= len(self.numbers)).any():
+        chosen = torch.as_tensor(index, device=self.vectors.device)
+        if chosen.dim() != 1 or (chosen < -1).any() or (chosen >= len(self.vectors)).any():
             raise IndexError(
-                f"index must be a list of −1 to {len(self.numbers) - 1}, one for each sample, got {index}."
+                f"index must be a list of −1 to {len(self.vectors) - 1}, one for each sample, got {index}."
             )
         if self.model.training:
             raise ValueError("The model is in training mode; mixed batches are for inference. Call model.eval() first.")
-        numbers = torch.where(chosen[:, None] < 0, 0, self.numbers[chosen.clamp(min=0)])
-        with self._vector.choices.made([_route(self._vector, self.adapter, numbers)]):
+        vectors = torch.where(chosen[:, None] < 0, 0, self.vectors[chosen.clamp(min=0)])
+        with self._vector.choices.made([_route(self._vector, self.adapter, vectors)]):
             yield

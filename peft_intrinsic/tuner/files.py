@@ -41,7 +41,7 @@ def _checksum(config: IntrinsicConfig, numbers: Mapping[str, torch.Tensor]) -> s
     return digest.hexdigest()[:16]
 
 
-def numbers_to_save(
+def vectors_to_save(
     config: IntrinsicConfig, adapter: str, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The θ and λ of an adapter in a model's state. Their checksum goes into the next configuration that is written."""
@@ -104,7 +104,7 @@ def check_adapter_names(model: nn.Module, configs: Mapping[str, Any], own: Itera
         )
 
 
-def checked_numbers(config: IntrinsicConfig, state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+def check_vectors(config: IntrinsicConfig, state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
     """θ, and λ if there is one, from the contents of a file: `[d − m]`, `[m]`.
 
     Raises:
@@ -126,7 +126,7 @@ def checked_numbers(config: IntrinsicConfig, state: Mapping[str, torch.Tensor]) 
     return [found[name] for name in ("intrinsic_theta", "intrinsic_lambda") if name in found]
 
 
-def numbers_to_load(
+def vectors_to_load(
     model: nn.Module, config: IntrinsicConfig, adapter: str, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The contents of a file under the names that they have in the model.
@@ -149,5 +149,5 @@ def numbers_to_load(
                 f"{name}: the file holds {found[0] if found else 'nothing'}, the configuration (d={config.d}, "
                 f"said={config.said}) asks for {tuple(parameter.shape)}. {REMEDY}"
             )
-    checked_numbers(config, state)
+    check_vectors(config, state)
     return {expected[names[key]][0] if key in names else key: value for key, value in state.items()}

@@ -18,7 +18,7 @@ class EffectiveTensor(torch.Tensor):
     is. `isinstance(…, nn.Parameter)` holds, as for the parameter that it stands for.
     """
 
-    numbers: Callable[[], torch.Tensor]  # base + offset
+    materialize: Callable[[], torch.Tensor]  # base + offset
 
     # torch's fast paths look for one, and give up.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -28,14 +28,14 @@ class EffectiveTensor(torch.Tensor):
         """The tensor `value(*inputs)`, which has the shape, dtype and device of `base`, unmade."""
         made: list[torch.Tensor] = []
 
-        def numbers() -> torch.Tensor:
+        def materialize() -> torch.Tensor:
             if not made:
                 with torch.no_grad():
                     made.append(value(*inputs))
             return made[0]
 
         lazy = _Promise.apply(base, value, *inputs)
-        lazy.numbers, lazy._is_param = numbers, True
+        lazy.materialize, lazy._is_param = materialize, True
         return lazy
 
     @classmethod
@@ -52,7 +52,7 @@ class EffectiveTensor(torch.Tensor):
                         f"{func} writes into a parameter that an adapter moves: it is computed anew from the base "
                         "parameter at each read. Write before attaching, or into get_base_layer()'s parameter."
                     )
-        args, kwargs = tree_map_only(EffectiveTensor, lambda lazy: lazy.numbers(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(EffectiveTensor, lambda lazy: lazy.materialize(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

@@ -22,7 +22,7 @@ from .base import CheckedTuner
 from .base_model import base_modules
 from .batch_first import number_of_samples
 from .checks import check
-from .files import check_adapter_names, numbers_to_load, numbers_to_save
+from .files import check_adapter_names, vectors_to_load, vectors_to_save
 from .head import Head, restore
 from .labels import number_of_labels, other_labels
 from .layer import IntrinsicLayer
@@ -321,10 +321,10 @@ class IntrinsicModel(CheckedTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        return numbers_to_save(config, adapter_name, state_dict)
+        return vectors_to_save(config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        return numbers_to_load(model, config, adapter_name, state_dict)
+        return vectors_to_load(model, config, adapter_name, state_dict)

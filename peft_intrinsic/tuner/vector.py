@@ -84,8 +84,8 @@ class IntrinsicVector(nn.Module):
         theta = self.intrinsic_theta[adapter]()
         return theta if group is None else theta * self.intrinsic_lambda[adapter]()[group]
 
-    def numbers(self, adapter: str) -> torch.Tensor:
-        """All that an adapter has learned, θ and then λ: `[d]`."""
+    def concatenate(self, adapter: str) -> torch.Tensor:
+        """The trainable parameters of an adapter, θ and then λ: `[d]`."""
         return torch.cat([v[adapter]() for v in (self.intrinsic_theta, self.intrinsic_lambda) if adapter in v])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -94,7 +94,7 @@ def test_adapter_names(name, said):
 def test_bank(name):
     model = several(name, said=True)
     vector = model.get_base_model().intrinsic
-    bank = AdapterBank(model, torch.stack([vector.numbers(a) for a in ("third", "default", "second")]))
+    bank = AdapterBank(model, torch.stack([vector.concatenate(a) for a in ("third", "default", "second")]))
     expected = alone(model, name, ["second", "third", "__base__", "third"])
     with bank.select([2, 0, -1, 0]):
         torch.testing.assert_close(evaluate(model, name), expected, **CLOSE)
@@ -132,7 +132,7 @@ def test_modules_of_torch(last):
         with bank.select([2, 0]):
             found = model(x)
         for row, i in zip(found, (2, 0), strict=True):
-            model.base_model.vector.intrinsic_theta["default"].weight.copy_(bank.numbers[i])
+            model.base_model.vector.intrinsic_theta["default"].weight.copy_(bank.vectors[i])
             torch.testing.assert_close(row, model(x)[0], **CLOSE)
     assert (found[0] - found[1]).abs().max() > 1e-2
 
@@ -179,7 +179,7 @@ def test_bank_of_saved_adapters(tmp_path):
     paths = [str(tmp_path), str(tmp_path / "third")]
     served = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
     bank = AdapterBank.from_pretrained(served, paths)
-    assert bank.numbers.shape == (2, 60)
+    assert bank.vectors.shape == (2, 60)
     with bank.select([1, 0, -1, 1]):
         found = evaluate(served, "bert")
     torch.testing.assert_close(found, alone(model, "bert", ["third", "default", "__base__", "third"]), **CLOSE)
