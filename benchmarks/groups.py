@@ -238,7 +238,7 @@ def table(rows: list[Row], name: str) -> None:
                     line(*words, cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
         else:
             methods = contestants(kind, task)
-            line("contestant", "numbers", "best rate", "accuracy / cross-entropy", "seeds")
+            line("method", "parameters", "best learning rate", "accuracy / cross-entropy", "seeds")
             line(*["---"] * 5)
             for label in sorted(methods, key=lambda label: (methods[label][0]["d"] or 0, label)):
                 if best := at_best(methods[label], rows, model):

@@ -90,7 +90,7 @@ def main() -> None:
             lambda model: len(compress(model, 8)),
         ),
     }
-    print("| what is kept of a task | bytes | step / LoRA's |\n|---|---|---|")
+    print("| what is stored for a task | bytes | step / LoRA's |\n|---|---|---|")
     first = 0.0
     for name, (made, size) in rows.items():
         model = made()

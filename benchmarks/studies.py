@@ -80,7 +80,8 @@ class Contestants:
 
     def table(self, task: str) -> None:
         """Print a task's rows as Markdown."""
-        line("contestant", *self.columns, "best rate", "accuracy / cross-entropy", "seeds")
+        columns = ["parameters" if column == "numbers" else column for column in self.columns]
+        line("method", *columns, "best learning rate", "accuracy / cross-entropy", "seeds")
         line(*["---"] * (4 + len(self.columns)))
         for name, method in self.made(task, self).items():
             if rows := self.best(task, method):
