@@ -14,7 +14,7 @@ Prints a table per model, a row per method:
     ×LoRA, ×full     median over rounds of the ratio to the row "LoRA r=8" or "full" in the same round
     MB, above        highest resident (cuda: allocated) memory during a step; the same less the bare model's
     ×LoRA MB, …      ratios of "above"
-then the aims beside what was measured, then the attach test. Every method has a process of its own. Those of one model
+then the targets beside what was measured, then the attach test. Every method has its own process. Those of one model
 are all alive (add up their MB; --methods chooses fewer) and take turns, in a new order each round, so that
 other load hits all alike. On a busy machine `--threads 1 --clock cpu` is steadier: it counts processor time.
 
@@ -61,8 +61,8 @@ CONFIGS = {
 ENCODERS = ("small", "base")
 LORA, FULL = "LoRA r=8", "full"
 COLUMNS = ("method", "trained", "attach s", "ms", "×LoRA", "×full", "MB", "above", "×LoRA MB", "×full MB")
-LIMITS = {"vectors": ("×LoRA", "0.75", "0.75"), "linear": ("×LoRA", "1.15", "1.10"), "every": ("×full", "0.80", "0.50")}
-AIMS = ("method", "against", "time", "aim", "memory", "aim ")
+LIMITS = {"norms": ("×LoRA", "0.75", "0.75"), "linear": ("×LoRA", "1.15", "1.10"), "every": ("×full", "0.80", "0.50")}
+TARGETS = ("method", "against", "time", "target", "memory", "target ")
 # Freed buffers go back to the system at once, so that resident memory is memory in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
 
@@ -92,8 +92,8 @@ def methods(block_sizes: list[int | None]) -> dict[str, tuple[Any, Row]]:
         "TinyLoRA r=2 u=64": (TinyLoraConfig, linear),
     }
     for size in block_sizes:
-        for label, target in (("vectors", "norms-and-biases"), ("linear", "all-linear"), ("every", "all")):
-            for d in (200, 4096) if label == "vectors" else (200, 4096, 65536):
+        for label, target in (("norms", "norms-and-biases"), ("linear", "all-linear"), ("every", "all")):
+            for d in (200, 4096) if label == "norms" else (200, 4096, 65536):
                 name = f"ours {label} d={d}" + (f" n={size}" if size else "")
                 rows[name] = (IntrinsicConfig, {"d": d, "target_modules": target, "block_size": size})
     return {**rows, FULL: ("full", {})}
@@ -255,14 +255,14 @@ def table(title: str, columns: tuple[str, ...], rows: list[Row]) -> None:
         print("  ".join([line[0].ljust(widths[0]), *([f"n/a: {row['n/a']}"] if "n/a" in row else figures)]), flush=True)
 
 
-def aims(rows: list[Row]) -> list[Row]:
-    """Our rows as multiples of LoRA (vectors, linear layers) or of full fine-tuning (every parameter)."""
+def compare(rows: list[Row]) -> list[Row]:
+    """Our rows as multiples of LoRA (norms and biases, linear layers) or of full fine-tuning (every parameter)."""
     found = []
     for row in rows:
         key, *limits = next((limit for label, limit in LIMITS.items() if label in row["method"]), LIMITS["every"])
         if row["method"].startswith("ours") and key in row:
             values = (f"{row['model']}: {row['method']}", key, row[key], limits[0], row[f"{key} MB"], limits[1])
-            found.append(dict(zip(AIMS, values, strict=True)))
+            found.append(dict(zip(TARGETS, values, strict=True)))
     return found
 
 
@@ -285,10 +285,10 @@ def main() -> None:
         rows += (found := measure(jobs, args.repeats, args.steps))
         title = f"{model}: {batch} × {args.tokens} tokens, {args.device}, threads {args.threads}, {args.clock} time"
         table(title, COLUMNS, found)
-    table("aims (for the time of linear layers: at base)", AIMS, aims(rows))
+    table("targets (for the time of linear layers: at base)", TARGETS, compare(rows))
     jobs = {name: Job("1B", *row, "meta", args.threads) for name, row in methods([None]).items() if "ours" in name}
     large = measure(jobs, 0, 0)
-    table("attach to 1 B on the meta device (aims: 2 s, 200 MB)", ("method", "trained", "attach s", "above"), large)
+    table("attach to 1 B on the meta device (targets: 2 s, 200 MB)", ("method", "trained", "attach s", "above"), large)
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["model", *COLUMNS, "n/a"])
