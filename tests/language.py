@@ -41,7 +41,7 @@ WORDS = {
     "trivial answers?": "majority-class baseline",
     "contestants?|peers?|beside others": "baseline, method",
     "level (with|by|on|and)|(is|are|be|nearly) level|ahead|(is|are|be|falls?) behind": "on par with; better than",
-    "comes? before|passes (full|it)|kinship": "exceeds; related tasks",
+    "comes? before|passes (full|the target)|kinship": "exceeds; related tasks",
     "in full": "full fine-tuning; trained fully; completely",
     "asks?|asked|asking": "re-analyze; request; require",
     "stands? (for|in|at|by)|stand-ins?": "is the aggregate of; mock, stub",
