@@ -81,7 +81,6 @@ EXCEPTIONS = {
     "numbers (of|as|between)": "counts; numbers as such",
     "learning[ _-]rates?": "the term",
     "(error|sampling|dropout|success) rates?": "other rates",
-    r"rates\.py|measure\.rates|text[./]labelled|labelled\.py": "modules",
     r"(rates|peers|places|sizes)-(sst2|mrpc|reviews)\w*": "groups of stored benchmark rows",
     "mov(e|es|ed|ing) .{,30}?(to|from|onto) (a |the |another )?(CPU|GPU|cuda|meta|memory|disk|dtype|device)": "tensors",
     "fresh (process|interpreter)(es)?": "one that has imported nothing",
