@@ -2,7 +2,7 @@
 
 Run with the code of commit d665cba in front of the present one:
 
-    export TORCH_DEVICE_BACKEND_AUTOLOAD=0 PYTHONPATH=CHECKOUT:CHECKOUT/tests:CHECKOUT/tests/bounds
+    export TORCH_DEVICE_BACKEND_AUTOLOAD=0 PYTHONPATH=CHECKOUT:CHECKOUT/tests:CHECKOUT/tests/bounds:tests
     python tests/golden/write.py
 
 `tests/test_golden.py` builds the same base models and compares outputs. Their weights are multiples of 1/512, so they
@@ -21,28 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.golden import OUT, base, logits, measure
 from peft import get_peft_model
 from safetensors.torch import save_file
-from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from peft_intrinsic import IntrinsicConfig
 
-OUT = Path(__file__).with_name("written_by_d665cba")
-SIZES: dict[str, Any] = {
-    "vocab_size": 31,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 16,
-}
 QUERIES = r".*query\.weight"
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "did": ("bert", {"d": 60}),
@@ -55,33 +39,6 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "trajectory": ("bert", {"d": 3, "projection": "trajectory", "embed_subspace": True}),
 }
 PACKED = ("did", "said", "all", "linear", "new_head", "added_bias")
-RATES = ((0.1, 0.2), (0.1, 0.2))
-
-
-@torch.no_grad()
-def filled(model: nn.Module) -> nn.Module:
-    """The model with weights from a formula."""
-    for k, (_, p) in enumerate(sorted(model.named_parameters())):
-        values = ((torch.arange(p.numel()) * 37 + k * 11) % 101 - 50) / 512
-        p.copy_(values.view(p.shape) * (4 if p.dim() > 1 else 1) + p.mean().round())  # norms begin at 1
-    return model.eval()
-
-
-def base(kind: str, folder: Path) -> nn.Module:
-    """A base model; `headless` loads an encoder from a checkpoint without the task's head, which it writes."""
-    if kind == "llama":
-        return filled(LlamaForCausalLM(LlamaConfig(**SIZES)))
-    model = filled(BertForSequenceClassification(BertConfig(**SIZES, num_labels=3)))
-    if kind == "bert":
-        return model
-    model.bert.save_pretrained(folder)
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    """Of two inputs."""
-    return model(input_ids=(torch.arange(10).view(2, 5) * 7) % 31).logits
 
 
 @torch.no_grad()
@@ -93,26 +50,6 @@ def fill_vectors(model: Any) -> None:
     for name, p in model.named_parameters():
         if "modules_to_save" in name:
             p.copy_(((torch.arange(p.numel()) * 29) % 61 - 30).view(p.shape) / 512)
-
-
-def fit(d: int | None, seed: int, rate: float) -> dict[str, Any]:
-    """A trial that trains nothing: d = 40 reaches 0.9 of the baseline."""
-    score = (90 if d is None else min(20 + 10 * d.bit_length(), 88)) + seed % 3 - round(20 * abs(rate - 0.2))
-    return {"score": score / 100, "right": [i < score for i in range(100)], "note": "kept"}
-
-
-def measure(calls: list[Any], **options: Any) -> Any:
-    """A measurement by `fit`, which notes its calls; names of options are the caller's."""
-    from peft_intrinsic.measure import grid, measure_intrinsic_dimension
-
-    def noted(*trial: Any) -> dict[str, Any]:
-        calls.append(trial)
-        if len(calls) > options.get("stop", 10**6):
-            raise KeyboardInterrupt
-        return fit(*trial)
-
-    asked = {name: value for name, value in options.items() if name != "stop"}
-    return measure_intrinsic_dimension(noted, grid(4, 512, 12), trials=28, majority=0.25, learning_rates=RATES, **asked)
 
 
 def write_adapters(folder: Path) -> None:
@@ -149,6 +86,7 @@ def write_adapters(folder: Path) -> None:
 
 def write_runs() -> None:
     from peft_intrinsic.closeness import frozen_sweep
+
     from peft_intrinsic.measure import write_report
 
     for name, options in {"score": {"of": "score"}, "gain": {"of": "gain", "center": "mean"}}.items():
@@ -168,6 +106,7 @@ COMMANDS: dict[str, list[str]] = {
 def write_commands() -> None:
     """Runs of commands whose options are a part of the keys of their rows."""
     from peft_intrinsic.measure.store import Store
+
     from peft_intrinsic.trajectory import command
     from peft_intrinsic_command import main
 
