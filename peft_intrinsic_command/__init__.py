@@ -132,7 +132,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search")
     add = group.add_argument
     add("--out", required=True, help="folder of the run; the same command goes on where it stopped")
-    add("--fresh", action="store_true", help="begin anew in a folder that is in use")
+    add("--overwrite", action="store_true", help="discard the stored trials of a folder that is in use")
     add("--dry-run", action="store_true", help="check everything, print the plan, run nothing")
     _add_question(add, True)
     add("--seeds", type=int, default=3, help="of each d (3)")
@@ -198,7 +198,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         "options": {**options, "columns": tuple(args.text), "arguments": _arguments(args)},
         "question": {**_asked(args), **plan, "rates": (args.full_rates, args.rates)},
         "out": args.out,
-        "fresh": args.fresh,
+        "overwrite": args.overwrite,
         "dry_run": args.dry_run,
         "launcher": args.launch,
         "engine": (lambda: RayEngine(args.ray_address, args.cpus, args.gpus)) if args.engine == "ray" else None,

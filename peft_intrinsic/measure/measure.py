@@ -40,7 +40,7 @@ def measure_intrinsic_dimension(
     minutes: float | None = None,
     sweep: bool = False,
     out: str | os.PathLike | None = None,
-    fresh: bool = False,
+    overwrite: bool = False,
     settings: dict[str, Any] | None = None,
     engine: Engine | None = None,
 ) -> Result:
@@ -72,7 +72,7 @@ def measure_intrinsic_dimension(
         sweep: measure the whole grid.
         out: folder of the run. Finished trials are kept there, and the same call goes on where it stopped. Any other
             grid, target, number of seeds or budget uses the trials that are there.
-        fresh: begin anew in a folder that is in use.
+        overwrite: discard the stored trials of a folder that is in use.
         settings: what the trials depend on; kept with the run, and compared when it goes on.
         engine: what runs the trials; by default this process, one after another.
 
@@ -95,7 +95,7 @@ def measure_intrinsic_dimension(
         minutes=minutes,
         sweep=sweep,
     )
-    return measured(fit, plan, out=out, fresh=fresh, settings=settings, engine=engine)
+    return measured(fit, plan, out=out, overwrite=overwrite, settings=settings, engine=engine)
 
 
 def measured(
@@ -103,7 +103,7 @@ def measured(
     plan: Plan,
     *,
     out: str | os.PathLike | None,
-    fresh: bool,
+    overwrite: bool,
     settings: dict[str, Any] | None,
     engine: Engine | None,
     known: Sequence[Mapping[str, Any]] = (),
@@ -112,7 +112,7 @@ def measured(
     start = time.monotonic()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if out is None else out
-        store = stack.enter_context(Store(folder, settings or {}, fresh, TRIAL))
+        store = stack.enter_context(Store(folder, settings or {}, overwrite, TRIAL))
         before = len(store.rows)
         for row in known:
             trial = {name: row[name] for name in TRIAL}

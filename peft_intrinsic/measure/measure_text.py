@@ -37,13 +37,13 @@ class Prepared:
             found["launcher"] = launcher  # more processes make larger batches
         return found
 
-    def check(self, out: str | os.PathLike, launcher: str | None, fresh: bool) -> None:
+    def check(self, out: str | os.PathLike, launcher: str | None, overwrite: bool) -> None:
         """Whether the run can have this folder.
 
         Raises:
             ValueError: see `check_folder`.
         """
-        if not fresh:
+        if not overwrite:
             check_folder(out, self.settings(launcher))
 
 
@@ -94,7 +94,7 @@ def measure_prepared(
     out: str | os.PathLike,
     launcher: str | None = None,
     engine: Callable[[], Engine] | None = None,
-    fresh: bool = False,
+    overwrite: bool = False,
     dry_run: bool = False,
     known: Sequence[Mapping[str, Any]] = (),
 ) -> Result | None:
@@ -105,18 +105,18 @@ def measure_prepared(
         out: folder of the run.
         launcher: runs each trial, see `LaunchedFit`; None trains in the engine's processes.
         engine: makes what runs the trials; None is this process.
-        fresh: begin anew in a folder that is in use.
+        overwrite: discard the stored trials of a folder that is in use.
         dry_run: print the plan, run nothing, return None.
         known: rows of full fine-tuning that another run has and that are the same here.
     """
     options, task, plan = ready.options, ready.task, ready.plan
-    ready.check(out, launcher, fresh)
+    ready.check(out, launcher, overwrite)
     if dry_run:
         sizes = ", ".join(f"{len(task.data[split])} {split}" for split in task.data)
         print(f"{options.model} by {options.method} on {sizes} examples, by {task.metric}\n{plan.told()}\nin {out}")
         return None
     fit = LaunchedFit(options, launcher, out) if launcher else LoadedFit(options, out, task)
     common, made = ready.settings(launcher), engine() if engine else None
-    result = measured(fit, plan, out=out, fresh=fresh, settings=common, engine=made, known=known)
+    result = measured(fit, plan, out=out, overwrite=overwrite, settings=common, engine=made, known=known)
     write_report(result, out)
     return result

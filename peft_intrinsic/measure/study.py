@@ -66,7 +66,7 @@ def study(
     ready = [prepare({**shared, "model": model, "method": method}, question) for _, model, method in places]
     folders = [out / re.sub(r"[^\w.-]+", "_", f"{model} {method}".strip("./")) for _, model, method in places]
     for one, folder in zip(ready, folders, strict=True):
-        one.check(folder, run.get("launcher"), run.get("fresh", False))
+        one.check(folder, run.get("launcher"), run.get("overwrite", False))
     full: dict[str, list[Mapping[str, Any]]] = {}
     for (place, model, method), one, folder in zip(places, ready, folders, strict=True):
         name = f"{model} {method}"

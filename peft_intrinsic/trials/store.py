@@ -46,8 +46,8 @@ def read_json(path: Path, lost: str) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}), {lost}. Put back a copy, use another folder, or fresh=True (--fresh) to "
-            "begin anew in this one."
+            f"{path} is damaged ({error}), {lost}. Put back a copy, use another folder, or overwrite this "
+            "one: overwrite=True (--overwrite)."
         ) from None
 
 
@@ -65,8 +65,8 @@ def check_folder(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None
     if unlike:
         told = ", ".join(f"{name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in unlike)
         raise ValueError(
-            f"{folder} was written by a run with other settings ({told}). Use another folder, or fresh=True "
-            "(--fresh) to begin anew in this one."
+            f"{folder} was written by a run with other settings ({told}). Use another folder, or overwrite this "
+            "one: overwrite=True (--overwrite)."
         )
 
 
@@ -92,7 +92,7 @@ class Store:
         folder: made if missing.
         settings: what all trials of the run have in common. A folder written by others is refused. None takes those of
             a folder that is there.
-        fresh: begin anew in a folder that is already in use.
+        overwrite: discard the stored trials of a folder that is in use.
         names: of what a configuration has, where all rows count: those of other settings are then set aside.
 
     Raises:
@@ -105,7 +105,7 @@ class Store:
         self,
         folder: str | os.PathLike,
         settings: Mapping[str, Any] | None,
-        fresh: bool = False,
+        overwrite: bool = False,
         names: Sequence[str] = (),
     ) -> None:
         self.folder, self.names = Path(folder), names
@@ -120,7 +120,7 @@ class Store:
                 f"{self.folder} is in use by another run. Wait for it, or choose another folder."
             ) from None
         try:
-            if fresh:
+            if overwrite:
                 for name in (TRIALS, SETTINGS, DAMAGED, PLAN, *REPORTS):
                     (self.folder / name).unlink(missing_ok=True)
             self.settings = self._checked(json.loads(json.dumps(settings)))
@@ -133,7 +133,7 @@ class Store:
         path = self.folder / SETTINGS
         if settings is not None and not path.exists():
             if (self.folder / TRIALS).exists():
-                raise ValueError(f"{self.folder} holds trials but no settings. Use another folder, or fresh=True.")
+                raise ValueError(f"{self.folder} holds trials but no settings. Use another folder, or overwrite=True.")
             write_whole(path, json.dumps(settings, indent=1, sort_keys=True))
             return settings
         if settings is None:

@@ -270,7 +270,7 @@ def test_what_the_summary_warns_of():
 def test_beginning_anew_leaves_nothing_of_the_old_run(tmp_path):
     write_report(measure_intrinsic_dimension(step, DIMS, out=tmp_path), tmp_path)
     with pytest.raises(NothingToMeasure):
-        measure_intrinsic_dimension(step, DIMS, majority=0.9, out=tmp_path, fresh=True)
+        measure_intrinsic_dimension(step, DIMS, majority=0.9, out=tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} <= {"trials.jsonl", "settings.json", "plan.json", ".lock"}
 
 

@@ -68,7 +68,7 @@ def test_full_fine_tuning_that_another_run_knows(tmp_path):
     """All of its seeds count from the start, as in the study of several methods."""
     calls: list = []
     rows = [{"d": None, "seed": seed, "learning_rate": None, "score": 0.8 + 0.002 * seed} for seed in range(5)]
-    run: dict = {"out": tmp_path, "fresh": False, "settings": None, "engine": None}
+    run: dict = {"out": tmp_path, "overwrite": False, "settings": None, "engine": None}
     fit = lambda d, seed: calls.append(d) or step(d, seed)  # noqa: E731
     found = measured(fit, Plan(tuple(DIMS)), **run, known=rows)
     assert (found.baseline.scores, None in calls) == ([row["score"] for row in rows], False)
@@ -116,9 +116,9 @@ def test_another_grid_has_the_dims_between_its_ends(tmp_path):
 
 def test_folder_of_other_settings(tmp_path):
     measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 3})
-    with pytest.raises(ValueError, match=r"other settings \(width: 3 there, 4 now\).*--fresh"):
+    with pytest.raises(ValueError, match=r"other settings \(width: 3 there, 4 now\).*--overwrite"):
         measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 4})
-    measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 4}, fresh=True)
+    measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 4}, overwrite=True)
     with pytest.raises(ValueError, match=r"not the folder of a run: it has no settings\.json"):
         analyse(tmp_path / "elsewhere")
     (tmp_path / "plan.json").write_text("{")

@@ -99,7 +99,7 @@ def test_models_that_cannot_be_measured_are_noted(options, tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         study("models", ["small"], [*options, "--epochs", "2"], tmp_path / "study")
     assert "arguments: " in capsys.readouterr().err
-    rows = study("models", ["small", "other"], [*options, "--fresh"], tmp_path / "study")
+    rows = study("models", ["small", "other"], [*options, "--overwrite"], tmp_path / "study")
     assert [row["x"] for row in rows] == [row["parameters"] for row in rows]
     model = AutoModel.from_pretrained("other")
     assert rows[1]["parameters"] == sum(p.numel() for p in model.parameters())

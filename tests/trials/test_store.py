@@ -87,6 +87,6 @@ def test_damaged_settings(tmp_path, text):
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ValueError, match=r"settings\.json is damaged .*Put back a copy"):
         Store(tmp_path, {"model": "x"})
-    with Store(tmp_path, {"model": "x"}, fresh=True) as store:
+    with Store(tmp_path, {"model": "x"}, overwrite=True) as store:
         assert store.rows == {}
     assert key({"b": 1, "a": 2}) == key({"a": 2, "b": 1})
