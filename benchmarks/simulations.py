@@ -117,7 +117,7 @@ def searched(kind: str, number: int) -> dict[str, float]:
     def evaluate(wanted):
         return [task.score(d, rate if rates and d else None) for d, _, rate in wanted]
 
-    search = Search(evaluate, Plan(GRID, rates=rates), least=MAJORITY)
+    search = Search(evaluate, Plan(GRID, learning_rates=rates), least=MAJORITY)
     search.run()
     curve, least = search.evidence.curve(), task.least()
     low, high = curve.interval()

@@ -6,7 +6,14 @@ import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-NAMES = {"redrawn": "reinitialized"}
+NAMES = {
+    "redrawn": "reinitialized",  # adapter_config.json
+    "of": "relative_to",  # plan.json
+    "rates": "learning_rates",
+    "tried": "num_tried",  # certificates
+    "own": "source_task",  # settings.json of the trajectory commands
+    "full": "modules_to_save",
+}
 """Present names of options by their former ones."""
 
 VALUES = {"target_modules": {"vectors": "norms-and-biases"}}
@@ -23,6 +30,12 @@ def renamed(stored: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(found.get(name), str):
                 found[name] = values.get(found[name], found[name])
     return found
+
+
+def as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate settings back to the former names: the keys of stored rows are digests that include them."""
+    former = {present: name for name, present in NAMES.items()}
+    return {former.get(name, name): value for name, value in settings.items()}
 
 
 def reads_former_names(config: Config) -> Config:

@@ -94,7 +94,11 @@ def _add_question(add: Any, default: bool | None) -> None:
         help="grid: lowest, highest, points (100,1000000,64, as the paper)",
     )
     add("--target", type=float, default=0.9 if known else None, help="share to reach (0.9)")
-    add("--of", choices=["score", "gain"], help="of the score, or of the gain over majority (score; of a loss: gain)")
+    add(
+        "--relative-to",
+        choices=["score", "gain"],
+        help="of the score, or of the gain over majority (score; of a loss: gain)",
+    )
     add(
         "--center",
         choices=["median", "mean"],
@@ -122,8 +126,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="of the files: classes of texts, classes of words in lists, or the next token (SEQ_CLS)",
     )
     add = parser.add_argument_group("trials").add_argument
-    add("--full-rates", type=_rates, default="auto", help="learning rates to try in full, 1e-5,3e-5,1e-4 (auto)")
-    add("--rates", type=_rates, default="auto", help="… in the subspace, as many, 5e-5,2e-4,8e-4 (auto)")
+    add(
+        "--full-learning-rates",
+        type=_rates,
+        default="auto",
+        help="learning rates to try in full, 1e-5,3e-5,1e-4 (auto)",
+    )
+    add("--learning-rates", type=_rates, default="auto", help="… in the subspace, as many, 5e-5,2e-4,8e-4 (auto)")
     add("--epochs", type=float, default=3, help="of every trial (3)")
     add("--batch", type=int, default=32, help="batch size (32)")
     add("--max-length", type=int, default=128, help="tokens of an input (128)")
@@ -178,7 +187,9 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """The question, as far as it was asked."""
     from peft_intrinsic.measure import grid
 
-    found = {name: getattr(args, name) for name in ("target", "of", "center") if getattr(args, name) is not None}
+    found = {
+        name: getattr(args, name) for name in ("target", "relative_to", "center") if getattr(args, name) is not None
+    }
     if args.dims:
         try:
             found["dims"] = tuple(grid(*args.dims))
@@ -196,7 +207,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     plan = {name: getattr(args, name) for name in ("seeds", "baseline_seeds", "trials", "minutes", "sweep")}
     return {
         "options": {**options, "columns": tuple(args.text), "arguments": _arguments(args)},
-        "question": {**_asked(args), **plan, "rates": (args.full_rates, args.rates)},
+        "question": {**_asked(args), **plan, "learning_rates": (args.full_learning_rates, args.learning_rates)},
         "out": args.out,
         "overwrite": args.overwrite,
         "dry_run": args.dry_run,

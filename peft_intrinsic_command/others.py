@@ -46,7 +46,7 @@ def add_commands(commands: Any) -> None:
         "--levels", type=_numbers, default=[8], help="values of the numbers, one or several to try (8)"
     )
     certify.add_argument(
-        "--tried",
+        "--num-tried",
         type=int,
         default=1,
         help="combinations of d, seed, rate and steps tried before, times those of --levels or of the folder (1)",
@@ -75,7 +75,9 @@ def add_commands(commands: Any) -> None:
     distance.add_argument("base", help="folder or safetensors file of the base model, or its name on the Hub")
     distance.add_argument("tuned", help="likewise, of the fine-tuned model or of an adapter")
     distance.add_argument("--threshold", type=float, default=1e-3, help="above which an entry counts as moved (0.001)")
-    distance.add_argument("--common", action="store_true", help="leave out what only one side has, such as a head")
+    distance.add_argument(
+        "--ignore-missing", action="store_true", help="leave out what only one side has, such as a head"
+    )
     distance.add_argument("--labels", type=int, help=LABELS)
     distance.add_argument("-o", "--out", help="folder for distance.json, distance.md and distance.png")
 
@@ -113,7 +115,9 @@ def _add_trajectory(commands: Any) -> None:
     training(tune, 2e-4)
     tune.add_argument("--subspace", required=True, help="the file that fit wrote")
     tune.add_argument("-d", type=int, help="numbers in the subspace (all that it has)")
-    tune.add_argument("--full", type=names, help="modules to train and save in full, such as classifier,embeddings")
+    tune.add_argument(
+        "--modules-to-save", type=names, help="modules to train and save in full, such as classifier,embeddings"
+    )
     tune.add_argument("--ensemble", type=int, help="start at the mean of so many random vectors")
     tune.add_argument("--embed", action="store_true", help="save the subspace with the adapter")
     tune.add_argument("--eval", help="labelled texts to score on")
@@ -127,9 +131,11 @@ def _add_trajectory(commands: Any) -> None:
     transfer = action("transfer", "one task in the subspaces of others; the same command goes on where it stopped")
     training(transfer, 2e-4)
     transfer.add_argument("recordings", nargs="+", help="folders of recordings, one for each task")
-    transfer.add_argument("--own", help="which of them is of the task itself")
+    transfer.add_argument("--source-task", help="which of them is of the task itself")
     transfer.add_argument("--dim", type=int, default=32, help="directions of every layer, as far as there are (32)")
-    transfer.add_argument("--full", type=names, help="modules to train in full, such as classifier,embeddings")
+    transfer.add_argument(
+        "--modules-to-save", type=names, help="modules to train in full, such as classifier,embeddings"
+    )
     transfer.add_argument("--eval", required=True, help="labelled texts to score on")
     transfer.add_argument("-o", "--out", required=True, help="folder for transfer.md and trials")
 

@@ -65,9 +65,9 @@ TRANSFER = ["trajectory", "transfer", "--model", "m", "--train", "t.csv", "--eva
             {"adapter": "adapter"},
         ),
         (
-            [*TRANSFER, "--text", "a", "--full", "head,body", "one", "two"],
+            [*TRANSFER, "--text", "a", "--modules-to-save", "head,body", "one", "two"],
             ["a"],
-            {"recordings": ["one", "two"], "full": ["head", "body"]},
+            {"recordings": ["one", "two"], "modules_to_save": ["head", "body"]},
         ),
     ],
 )

@@ -176,15 +176,15 @@ class Distances:
         heat_map({place: getattr(sums, measure) for place, sums in cells.items()}, measure.replace("_", " "), path)
 
 
-def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, common: bool = False) -> Distances:
+def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, ignore_missing: bool = False) -> Distances:
     """How far two sets of parameters are apart (Radiya-Dixit and Wang 2020, section 3: L1 and angular distance).
 
     Args:
         base, tuned: models, state dicts, safetensors files or folders of them; read tensor by tensor. A `PeftModel` as
             `tuned` counts with the offsets of its active adapters, `base` being its base model or the same weights.
         threshold: above which an entry counts as changed.
-        common: leave out what only one side has, such as a head; an encoder's names may lack the prefix that they have
-            in the model with a head.
+        ignore_missing: leave out parameters that only one side has, such as a head's. An encoder's names may lack the
+            prefix that they have in the model with a head.
 
     Raises:
         ValueError: they do not have the same floating-point parameters in the same shapes, a value is not finite, a
@@ -193,18 +193,19 @@ def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, com
     if not threshold >= 0:
         raise ValueError(f"threshold must not be negative, got {threshold!r}.")
     before, after = Reader(base), Reader(tuned)
-    into, back = (prefix(before, after), prefix(after, before)) if common else ("", "")
+    into, back = (prefix(before, after), prefix(after, before)) if ignore_missing else ("", "")
     names = {name: (into + name).removeprefix(back) for name in before.shapes}  # of the base's parameters in the tuned
     left = sorted({*names.values()} ^ {*after.shapes})
     unlike = [
         name for name, other in names.items() if after.shapes.get(other, before.shapes[name]) != before.shapes[name]
     ]
-    if unlike or (left and not common) or len(left) == len({*names.values()} | {*after.shapes}):
+    if unlike or (left and not ignore_missing) or len(left) == len({*names.values()} | {*after.shapes}):
         first = (unlike or left)[0]
         shapes = [before.shapes.get(first, "absent"), after.shapes.get(names.get(first, first), "absent")]
         raise ValueError(
             f"{before.told} and {after.told} differ in {len(unlike) + len(left)} parameters: {first} is {shapes[0]} in "
-            f"the one and {shapes[1]} in the other. Compare models of one class and size, or only what is common."
+            f"the one and {shapes[1]} in the other. Compare models of one class and size, or pass "
+            "ignore_missing=True (--ignore-missing)."
         )
     moved: dict[str, torch.Tensor] = {}
     for name, offset in offsets(tuned) if isinstance(tuned, PeftModel) else ():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from ..aliases import renamed
 from .formulas import catoni, check, clopper_pearson, hoeffding, mcallester, occam, prefix_free, seeger
 
 CONDITIONS = (
@@ -30,9 +31,9 @@ class Certificate:
         n: training examples.
         errors: how many of them the deployed adapter gets wrong.
         bits: the length of all coded parts of the message that the adapter can be rebuilt from.
-        tried: combinations of d, seed, learning rate, steps and levels that the adapter was chosen from by looking at
-            these examples, of a list made beforehand. What rebuilding takes must count (d, seed, levels); to count the
-            others too is on the safe side.
+        num_tried: combinations of d, seed, learning rate, steps and levels that the adapter was chosen from by looking
+            at these examples, of a list made beforehand. What rebuilding takes must count (d, seed, levels); to count
+            the others too is on the safe side.
         delta: the probability that the bound fails.
         majority: training examples that the answer "always the most frequent class" gets wrong.
         test_errors, test_n: errors on examples that had no part in any choice, and their number; both or neither.
@@ -48,7 +49,7 @@ class Certificate:
     n: int
     errors: int
     bits: float
-    tried: int = 1
+    num_tried: int = 1
     delta: float = 0.05
     majority: int | None = None
     test_errors: int | None = None
@@ -67,7 +68,7 @@ class Certificate:
     @property
     def nats(self) -> float:
         """The divergence: length of the prefix-free message and of the number of the combination, times ln 2."""
-        return (prefix_free(self.bits) + math.log2(self.tried)) * math.log(2)
+        return (prefix_free(self.bits) + math.log2(self.num_tried)) * math.log(2)
 
     @property
     def bounds(self) -> dict[str, float]:
@@ -111,6 +112,7 @@ class Certificate:
         Raises:
             ValueError: a field is missing, unknown, or not what its name says.
         """
+        values = renamed(values)
         inputs = {f.name: f.default for f in fields(cls)}
         if missing := [name for name, default in inputs.items() if default is MISSING and name not in values]:
             raise ValueError(f"The certificate lacks {', '.join(missing)}; it has {', '.join(values) or 'nothing'}.")
@@ -138,7 +140,7 @@ class Certificate:
         rows += [
             ("held-out bound", f"{_up(self.held_out)}, had {self.n} examples kept out of training shown this error"),
             ("message", f"{math.ceil(self.bits / 8)} bytes: all coded parts of the adapter ({self.bits:g} bits)"),
-            ("counted", f"{self.nats / math.log(2):.1f} bits: message, its length, which of {self.tried} tried"),
+            ("counted", f"{self.nats / math.log(2):.1f} bits: message, its length, which of {self.num_tried} tried"),
             ("claimed bound", "occam, named beforehand"),
             ("other bounds", ", ".join(others)),
         ]

@@ -53,13 +53,13 @@ def errors(data: bytes, texts: PackedTexts, splits: Sequence[str]) -> list[int]:
         model.unload()
 
 
-def certificate(data: bytes, texts: PackedTexts, tried: int, delta: float, eval: bool) -> Certificate:
+def certificate(data: bytes, texts: PackedTexts, num_tried: int, delta: float, eval: bool) -> Certificate:
     """Count the errors of the very adapter that is deployed, the packed one.
 
     Args:
         data: the packed adapter.
         texts: the data that it was trained on, and its base model.
-        tried: combinations of d, seed, learning rate, steps and levels that it was chosen from.
+        num_tried: combinations of d, seed, learning rate, steps and levels that it was chosen from.
         delta: the probability that the bound fails.
         eval: whether `texts` have data of their own for evaluation.
 
@@ -69,7 +69,7 @@ def certificate(data: bytes, texts: PackedTexts, tried: int, delta: float, eval:
     wrong = errors(data, texts, ["train", "eval"] if eval else ["train"])
     unseen = (wrong[1], len(texts.data["eval"])) if eval else (None, None)
     n, bits = len(texts.data["train"]), message_bits(data)
-    return Certificate(n, wrong[0], bits, tried, delta, texts.majority(), *unseen)
+    return Certificate(n, wrong[0], bits, num_tried, delta, texts.majority(), *unseen)
 
 
 def packed(
@@ -135,7 +135,7 @@ def differences(path: Path, texts: PackedTexts) -> tuple[Certificate, Certificat
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{place} is no certificate ({error!r}). Make it with certify.") from None
     data = path.read_bytes()
-    found = certificate(data, texts, claimed.tried, claimed.delta, eval=False)
+    found = certificate(data, texts, claimed.num_tried, claimed.delta, eval=False)
     here = {"adapter": hashlib.sha256(data).hexdigest(), "training data": digest(texts.task.data["train"])}
     unlike = [f"{name}: SHA-256 {sealed[name]} there, {here[name]} here" for name in here if sealed[name] != here[name]]
     for name in ("n", "bits", "majority"):

@@ -30,7 +30,7 @@ def sweep(
     seed: int = 0,
     delta: float = 0.05,
     eval: bool = False,
-    tried: int = 1,
+    num_tried: int = 1,
 ) -> list[dict[str, Any]]:
     """Train an adapter for each d, pack it with each number of levels, and certify every one.
 
@@ -48,7 +48,7 @@ def sweep(
         seed: of the projection and of training.
         delta: the probability that the bound fails.
         eval: whether `texts` have data of their own for evaluation. Rows that were scored on others are scored again.
-        tried: combinations of anything else tried before, by which the number of rows is multiplied.
+        num_tried: combinations of anything else tried before, by which the number of rows is multiplied.
 
     Raises:
         ValueError: a number of levels or a d that cannot be had, before anything is trained; or `out` holds a sweep of
@@ -83,12 +83,14 @@ def sweep(
                     row = {**counts, "test_data": test_data, "adapter": adapter_to_string(data)}
                     store.add({"d": d, "levels": count}, row)
         rows = sorted(store.rows.values(), key=lambda row: (row["d"], row["levels"]))
-    tried *= len(rows)
-    told = [_told(row, texts, tried, delta, test_data) for row in rows]
+    num_tried *= len(rows)
+    told = [_told(row, texts, num_tried, delta, test_data) for row in rows]
     best = min(range(len(told)), key=lambda i: told[i]["certificate"]["bound"])
     data = adapter_from_string(rows[best]["adapter"])
     write(Path(out, "best.pia"), data, Certificate.from_dict(told[best]["certificate"]), texts)
-    write_whole(Path(out, "sweep.json"), json.dumps({"settings": settings, "tried": tried, "rows": told}, indent=1))
+    write_whole(
+        Path(out, "sweep.json"), json.dumps({"settings": settings, "num_tried": num_tried, "rows": told}, indent=1)
+    )
     return told
 
 
@@ -104,14 +106,16 @@ def trained(
         model.unload()
 
 
-def _told(row: dict[str, Any], texts: PackedTexts, tried: int, delta: float, test_data: str | None) -> dict[str, Any]:
+def _told(
+    row: dict[str, Any], texts: PackedTexts, num_tried: int, delta: float, test_data: str | None
+) -> dict[str, Any]:
     data = adapter_from_string(row["adapter"])
     packed = Packed.from_bytes(data)
     unseen: tuple[int | None, int | None] = None, None
     if test_data is not None:
         known = row.get("test_data") == test_data  # rows of earlier versions do not say
         unseen = row["test_errors"] if known else errors(data, texts, ["eval"])[0], len(texts.data["eval"])
-    counts = (row["errors"], message_bits(data), tried, delta, texts.majority(), *unseen)
+    counts = (row["errors"], message_bits(data), num_tried, delta, texts.majority(), *unseen)
     return {
         **{"d": row["d"], "levels": row["levels"], "bytes": len(data)},
         **{"table_bits": 8 * len(packed.body([0])), "prior_bits": 8 * len(packed.body(range(1, PRIORS + 1)))},

@@ -18,7 +18,9 @@ from .pack import packed_texts, stored_labels
 
 def certify(args: argparse.Namespace) -> None:
     """Certificates of one adapter, or of a sweep."""
-    Certificate(n=1, errors=0, bits=1, tried=args.tried, delta=args.delta)  # refuses them before hours are spent
+    Certificate(
+        n=1, errors=0, bits=1, num_tried=args.num_tried, delta=args.delta
+    )  # refuses them before hours are spent
     if (args.adapter is None) == (args.dims is None):
         raise ValueError("name either --adapter, to certify it, or --dims, to train adapters and certify the best.")
     if args.dims:
@@ -39,8 +41,8 @@ def certify(args: argparse.Namespace) -> None:
         out = output_file("--out", args.out or source / "adapter.pia")
         texts = packed_texts(args, config.base_model_name_or_path, args.train, args.eval, config.num_labels)
         candidates = packed(texts, args.adapter, args.levels, args.finetune, args.lr)
-    tried = args.tried * len(candidates)
-    made = [(certificate(data, texts, tried, args.delta, bool(args.eval)), data) for data in candidates]
+    num_tried = args.num_tried * len(candidates)
+    made = [(certificate(data, texts, num_tried, args.delta, bool(args.eval)), data) for data in candidates]
     found, data = min(made, key=lambda pair: pair[0].bound)
     beside = write(out, data, found, texts)
     if source.is_dir() and (source / "README.md").is_file():
@@ -59,7 +61,7 @@ def _sweep(args: argparse.Namespace) -> None:
     if not args.model or not args.out:
         raise ValueError("--dims needs --model, the base model, and --out, a folder.")
     texts = packed_texts(args, None, args.train, args.eval)
-    chosen = (args.steps, args.finetune, args.lr, args.seed, args.delta, bool(args.eval), args.tried)
+    chosen = (args.steps, args.finetune, args.lr, args.seed, args.delta, bool(args.eval), args.num_tried)
     rows = sweep(texts, args.dims, args.levels, args.out, *chosen)
     plot_sweep(rows, Path(args.out, "certificates.png"))
     print("| d | levels | bytes | bits with a table | with a prior | training error | test error | bound |")

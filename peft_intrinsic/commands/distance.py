@@ -38,7 +38,7 @@ def distance(args: argparse.Namespace) -> None:
             sides = model, PeftModel.from_pretrained(model, tuned)
         except (RuntimeError, ValueError) as error:  # PEFT's own, of sizes that differ, and ours
             raise ValueError(f"{error} For another number of labels: --labels.") from None
-    found = parameter_distance(*sides, threshold=args.threshold, common=args.common)
+    found = parameter_distance(*sides, threshold=args.threshold, ignore_missing=args.ignore_missing)
     print(found.report())
     if args.out:
         write_report(found, args.out)

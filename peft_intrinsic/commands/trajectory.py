@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..aliases import as_stored
 from ..analysis.outliers import disable_outliers, find_outliers
 from ..projection.subspace import Subspace
 from ..text.labelled import LabelledTexts
@@ -45,7 +46,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
         return named(Path(place)) if place and Path(place).exists() else place
 
     found = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
-    return found | {name: content(found[name]) for name in PLACES if name in found}
+    return as_stored(found | {name: content(found[name]) for name in PLACES if name in found})
 
 
 def record(args: argparse.Namespace) -> None:
@@ -103,7 +104,7 @@ def tune(args: argparse.Namespace) -> None:
     texts = _texts(args)
     torch.manual_seed(args.seed)  # of random starts
     more = {"embed_subspace": args.embed, "ensemble": args.ensemble, "seed": args.seed}
-    model: Any = get_peft_model(texts.base, _config(subspace, args.full, args.d, **more))
+    model: Any = get_peft_model(texts.base, _config(subspace, args.modules_to_save, args.d, **more))
     before = texts.accuracy(model) if args.eval else None
     texts.train(model, args.steps, args.lr, args.seed)
     model.save_pretrained(args.out)
@@ -152,9 +153,10 @@ def outliers(args: argparse.Namespace) -> None:
 
 def transfer(args: argparse.Namespace) -> None:
     """One task in the subspaces of several, in that of all, and in that of all others."""
-    if args.own is not None and args.own not in args.recordings:
+    if args.source_task is not None and args.source_task not in args.recordings:
         raise ValueError(
-            f"--own {args.own} is none of the recordings ({', '.join(args.recordings)}). Name one of them."
+            f"--source-task {args.source_task} is none of the recordings ({', '.join(args.recordings)}). Name one of "
+            "them."
         )
     found = {name: snapshots(name) for name in args.recordings}
     if empty := [name for name, files in found.items() if not files]:
@@ -164,19 +166,19 @@ def transfer(args: argparse.Namespace) -> None:
     if len(found) > 1:
         last = {name: files[-1] for name, files in found.items()}
         sources["unified"] = list(last.values())
-        if args.own:
-            sources["zero-shot"] = [path for name, path in last.items() if name != args.own]
+        if args.source_task:
+            sources["zero-shot"] = [path for name, path in last.items() if name != args.source_task]
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
     def tuned(name: str, files: list[Path]) -> Any:
         path = Path(args.out, name.replace("/", "_") + ".safetensors")
         subspace = fit_subspace(files, min(args.dim, len(files)), out=path)
-        model = get_peft_model(texts.whole(), _config(subspace, args.full))
+        model = get_peft_model(texts.whole(), _config(subspace, args.modules_to_save))
         texts.train(model, args.steps, args.lr, args.seed)
         path.unlink()
         return model
 
     runs = {name: partial(tuned, name, files) for name, files in sources.items()}
-    report = _table(_scores(args, texts, runs)) + (f"\n\n{CAVEAT}" if args.own else "")
+    report = _table(_scores(args, texts, runs)) + (f"\n\n{CAVEAT}" if args.source_task else "")
     write_whole(Path(args.out, "transfer.md"), report + "\n")
     print(report)

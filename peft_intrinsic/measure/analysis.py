@@ -70,7 +70,7 @@ class Result:
 
     Args:
         answers: by definition of the target, "score" and "gain"; one that means nothing is missing.
-        of: the one that was asked for.
+        relative_to: the definition of the target that was asked for.
         share: of full fine-tuning.
         center: of the seeds: "median" of those that did not collapse, or "mean" of all.
         baseline: full fine-tuning; its `d` is None.
@@ -88,7 +88,7 @@ class Result:
     """
 
     answers: dict[str, Answer]
-    of: str
+    relative_to: str
     share: float
     center: str
     baseline: Baseline
@@ -107,17 +107,17 @@ class Result:
     @property
     def d(self) -> int | None:
         """See `Answer`."""
-        return self.answers[self.of].d
+        return self.answers[self.relative_to].d
 
     @property
     def interval(self) -> tuple[int | None, int | None]:
         """See `Answer`."""
-        return self.answers[self.of].interval
+        return self.answers[self.relative_to].interval
 
     @property
     def target(self) -> float:
         """See `Answer`."""
-        return self.answers[self.of].target
+        return self.answers[self.relative_to].target
 
     @property
     def least(self) -> float | None:
@@ -188,12 +188,12 @@ def check_baseline(found: Evidence) -> None:
         what = "the majority class" if plan.majority is not None else "the untrained model"
         raise NothingToMeasure(
             f"Full fine-tuning scores {level:.4f}, no better than {what} ({found.least:.4f}): there is nothing to "
-            "measure. Train longer, or try other learning rates (--full-rates)."
+            "measure. Train longer, or try other learning rates (--full-learning-rates)."
         )
-    if plan.of == "score" and level <= 0:
+    if plan.relative_to == "score" and level <= 0:
         raise NothingToMeasure(
-            f"Full fine-tuning scores {level:.4f}: a share of a negative score means nothing. Use of='gain' (--of "
-            "gain)."
+            f"Full fine-tuning scores {level:.4f}: a share of a negative score means nothing. Use "
+            "relative_to='gain' (--relative-to gain)."
         )
 
 
@@ -207,8 +207,10 @@ def result(store: Store, plan: Plan, stopped: str) -> Result:
     found = evidence(store.rows, plan)
     if plan.baseline is None and not found.seeds(None):
         raise ValueError(f"{stopped} before full fine-tuning was measured. Allow more (--trials, --minutes).")
-    if plan.of == "gain" and found.least is None:
-        raise ValueError("of='gain' needs the trivial answer's score, which these trials lack. Pass majority=.")
+    if plan.relative_to == "gain" and found.least is None:
+        raise ValueError(
+            "relative_to='gain' needs the trivial answer's score, which these trials lack. Pass majority=."
+        )
     check_baseline(found)
     curve = found.curve()
     if not curve.points:
@@ -221,7 +223,7 @@ def result(store: Store, plan: Plan, stopped: str) -> Result:
     answers = {}
     if curve.level(base) > 0:
         answers["score"] = _answer(found, "score", examples)
-    if found.least is not None or plan.of == "gain":
+    if found.least is not None or plan.relative_to == "gain":
         answers["gain"] = _answer(found, "gain", examples)
     dims, fit, _ = curve.fit()
     fitted = dict(zip(dims, map(float, fit), strict=True))
@@ -232,7 +234,7 @@ def result(store: Store, plan: Plan, stopped: str) -> Result:
     untrained = None if plan.majority is not None else found.least
     return Result(
         answers=answers,
-        of=plan.of,
+        relative_to=plan.relative_to,
         share=plan.target,
         center=plan.center,
         baseline=Baseline(curve.level(base), list(base.scores), base.collapsed, found.rate(None)),
@@ -252,8 +254,8 @@ def result(store: Store, plan: Plan, stopped: str) -> Result:
     )
 
 
-def _answer(found: Evidence, of: Any, examples: int | None) -> Answer:
-    curve = found.curve(of)
+def _answer(found: Evidence, relative_to: Any, examples: int | None) -> Answer:
+    curve = found.curve(relative_to)
     most = int(np.searchsorted(curve.grid, curve.dims[-1]))  # nothing is known beyond
     places = [d if i <= most else None for i, d in enumerate([*curve.grid, None])]
     low, high = curve.interval()
@@ -269,7 +271,7 @@ def analyse(
     folder: str | os.PathLike,
     dims: Sequence[int] | None = None,
     target: float | None = None,
-    of: Literal["score", "gain"] | None = None,
+    relative_to: Literal["score", "gain"] | None = None,
     center: Literal["median", "mean"] | None = None,
     majority: float | None = None,
 ) -> Result:
@@ -277,8 +279,8 @@ def analyse(
 
     Args:
         folder: of the run.
-        dims, target, of, center, majority: see `measure_intrinsic_dimension`; None is what the run asked. Of other
-            dims, those that were measured between the least and the greatest are what the fit has.
+        dims, target, relative_to, center, majority: see `measure_intrinsic_dimension`; None is what the run asked. Of
+            other dims, those that were measured between the least and the greatest are what the fit has.
 
     Raises:
         ValueError: the folder is not a run's, is damaged, or an option cannot work.
@@ -289,7 +291,7 @@ def analyse(
         if not path.exists():
             raise ValueError(f"{folder} has no {PLAN}: it is not the folder of a measurement.")
         plan = Plan.from_dict(read_json(path, "so it is not known what was asked"))
-        asked: dict[str, Any] = {"target": target, "of": of, "center": center, "majority": majority}
+        asked: dict[str, Any] = {"target": target, "relative_to": relative_to, "center": center, "majority": majority}
         asked["dims"] = None if dims is None else tuple(map(index, dims))
         changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         return result(store, replace(plan, **changes), "the trials were analysed")

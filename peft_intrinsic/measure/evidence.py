@@ -101,9 +101,9 @@ class Evidence:
         """The learning rate that counts: the one of a list; measured there, unless another that was tried there is
         better; chosen there; between two d at which rates were tried, the one that loses least at both. Full
         fine-tuning has the best of those that were measured."""
-        if self.plan.rates is None:
+        if self.plan.learning_rates is None:
             return None
-        listed = self.plan.rates[d is not None]
+        listed = self.plan.learning_rates[d is not None]
         if listed != "auto" and len(listed) == 1:
             return listed[0]
         own, tried = self.tuned(d), self.tried(d)
@@ -125,7 +125,7 @@ class Evidence:
 
     def at_edge(self, d: int | None) -> bool:
         """Whether the best of several rates is the lowest or the highest of the list, or of those tried by "auto"."""
-        listed = self.plan.rates and self.plan.rates[d is not None]
+        listed = self.plan.learning_rates and self.plan.learning_rates[d is not None]
         known = sorted(listed) if listed and listed != "auto" else list(self.tried(d))
         return len(known) > 1 and self.rate(d) in (known[0], known[-1])
 
@@ -152,10 +152,10 @@ class Evidence:
         right = [self.right[trial] for trial in kept if trial in self.right]
         return Runs(scores, len(failed), np.stack(right) if right else None)
 
-    def curve(self, of: Literal["score", "gain"] | None = None) -> Curve:
+    def curve(self, relative_to: Literal["score", "gain"] | None = None) -> Curve:
         """The curve by one definition of the target, or the plan's."""
         dims = sorted({d for d, seed, _ in self.found if d and seed != TUNING})
         first, last = self.plan.dims[0], self.plan.dims[-1]
         points = {d: runs for d in dims if first <= d <= last and (runs := self.runs(d)).scores}
-        floor = float(self.least or 0.0) if (of or self.plan.of) == "gain" else 0.0
+        floor = float(self.least or 0.0) if (relative_to or self.plan.relative_to) == "gain" else 0.0
         return Curve(self.plan.dims, points, self.runs(None), self.plan.target, floor, self.plan.center)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
+from ..aliases import renamed
 from ..trials.engine import Engine, InProcess
 from ..trials.runner import Fit, Runner
 from ..trials.store import PLAN, TRIAL, Store, read_json, write_whole
@@ -29,7 +30,7 @@ def measure_intrinsic_dimension(
     dims: Sequence[int] | None = None,
     *,
     target: float = 0.9,
-    of: Literal["score", "gain"] = "score",
+    relative_to: Literal["score", "gain"] = "score",
     center: Literal["median", "mean"] = "median",
     majority: float | None = None,
     baseline: float | Sequence[float] | None = None,
@@ -57,8 +58,8 @@ def measure_intrinsic_dimension(
             interval includes the sampling of the examples. What else it holds is kept with the trial.
         dims: the grid, ascending; by default `grid()`, that of Table 1 of Aghajanyan et al.
         target: the share to reach.
-        of: `"score"`: of the baseline's score (as in the papers). `"gain"`: of its gain over `majority`, or without one
-            over `fit(0, 0)`, the model before training.
+        relative_to: `"score"`: the baseline's score (as in the papers). `"gain"`: its gain over `majority`, or without
+            one over `fit(0, 0)`, the model before training.
         center: what stands for the seeds of one d: `"median"` of the runs that did not collapse (a run does that is no
             better than the trivial answer, or diverges), or `"mean"` of all.
         majority: the score of always answering the most frequent class.
@@ -84,9 +85,9 @@ def measure_intrinsic_dimension(
     plan = Plan(
         dims=tuple(grid() if dims is None else map(index, dims)),
         baseline=None if known is None else tuple(map(float, known)),
-        rates=listed(learning_rates),
+        learning_rates=listed(learning_rates),
         target=target,
-        of=of,
+        relative_to=relative_to,
         center=center,
         majority=majority,
         seeds=seeds,
@@ -143,8 +144,9 @@ def measured(
         )
 
         def begun() -> None:
-            if plan.of == "gain" and plan.majority is None:
-                rates = AUTO[1] if plan.rates and plan.rates[1] == "auto" else plan.rates and plan.rates[1]
+            if plan.relative_to == "gain" and plan.majority is None:
+                rates = plan.learning_rates and plan.learning_rates[1]
+                rates = AUTO[1] if rates == "auto" else rates
                 runner.finite([(0, 0, float(rates[0]) if rates else None)])  # at any rate: nothing is trained
                 search.evidence.least = least(store.rows, plan)
             check_baseline(search.evidence)
@@ -158,7 +160,7 @@ def _asked_before(store: Store, plan: Plan, more: bool) -> int:
     path, asked = Path(store.folder, PLAN), json.loads(json.dumps(plan.to_dict()))
     before: dict[str, Any] = {}
     with suppress(FileNotFoundError, ValueError):  # of a damaged one no more is lost
-        before = read_json(path, "")
+        before = renamed(read_json(path, ""))
     rows = before.pop("rows", 0)
     if more or before != asked:
         rows = len(store.rows)

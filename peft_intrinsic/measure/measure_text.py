@@ -52,20 +52,22 @@ def prepare(options: Mapping[str, Any], question: Mapping[str, Any]) -> Prepared
 
     Args:
         options: of `TextOptions`.
-        question: of `Plan`. Without `of` it is "gain" where less is better, as of a loss or an error, which have no
-            share, and "score" else.
+        question: of `Plan`. Without `relative_to` it is "gain" where less is better, as of a loss or an error, which
+            have no share, and "score" else.
 
     Raises:
         ValueError, OSError, ImportError: an option cannot work, or does not fit the data or the model.
     """
     chosen = TextOptions(**options)
-    question = {"dims": tuple(grid()), **question, "rates": listed(question.get("rates"))}
+    question = {"dims": tuple(grid()), **question, "learning_rates": listed(question.get("learning_rates"))}
     Plan(**question)  # before the data are read
     task = load_task(chosen)
     chosen = replace(chosen, metric=task.metric, columns=task.columns)
-    question = {"of": "gain" if task.sign < 0 else "score", **question}
-    if task.sign < 0 and question["of"] == "score":
-        raise ValueError(f"of='score': a share of a loss or an error ({task.metric}) means nothing. Use of='gain'.")
+    question = {"relative_to": "gain" if task.sign < 0 else "score", **question}
+    if task.sign < 0 and question["relative_to"] == "score":
+        raise ValueError(
+            f"relative_to='score': a share of a loss or an error ({task.metric}) means nothing. Use relative_to='gain'."
+        )
     question["dims"] = check(chosen, question["dims"])
     return Prepared(chosen, task, Plan(**question, majority=task.majority()))
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from ..aliases import renamed
+
 Rates = tuple[float, ...] | Literal["auto"]
 """Learning rates to try; `"auto"` begins with three a factor of 4 apart, and goes on while the best is at an end."""
 
@@ -24,13 +26,13 @@ class Plan:
     Args:
         dims: the grid, ascending.
         target: the share of full fine-tuning to reach.
-        of: of its score, or of its gain over the trivial answer.
+        relative_to: its score, or its gain over the trivial answer.
         center: what stands for the seeds of one d: the median of those that did not collapse, or the mean of all.
         majority: score of the trivial answer, where known.
         baseline: scores of full fine-tuning, where known.
         seeds: of each d.
         baseline_seeds: of full fine-tuning; None takes three, and more where they narrow the interval most.
-        rates: to try, (full fine-tuning, subspace); None where the fit has its own.
+        learning_rates: to try, (full fine-tuning, subspace); None where the fit has its own.
         trials: budget of all trials; None is 60, and no limit for a sweep.
         minutes: after which nothing is begun; None is no limit.
         sweep: measure the whole grid.
@@ -41,13 +43,13 @@ class Plan:
 
     dims: tuple[int, ...]
     target: float = 0.9
-    of: Literal["score", "gain"] = "score"
+    relative_to: Literal["score", "gain"] = "score"
     center: Literal["median", "mean"] = "median"
     majority: float | None = None
     baseline: tuple[float, ...] | None = None
     seeds: int = 3
     baseline_seeds: int | None = None
-    rates: tuple[Rates, Rates] | None = None
+    learning_rates: tuple[Rates, Rates] | None = None
     trials: int | None = None
     minutes: float | None = None
     sweep: bool = False
@@ -58,7 +60,7 @@ class Plan:
             raise ValueError(f"dims must be ascending positive integers, at least two, got {dims[:5]}…")
         if not 0 < self.target <= 1:
             raise ValueError(f"target must lie in (0, 1], got {self.target}. 0.9 gives d90.")
-        for name, known in (("of", ("score", "gain")), ("center", ("median", "mean"))):
+        for name, known in (("relative_to", ("score", "gain")), ("center", ("median", "mean"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {getattr(self, name)!r}.")
         if self.baseline is not None and not (self.baseline and all(map(math.isfinite, self.baseline))):
@@ -73,19 +75,18 @@ class Plan:
         self._check_rates()
 
     def _check_rates(self) -> None:
-        if self.rates is None:
+        if self.learning_rates is None:
             return
-        lists = [rates for rates in self.rates if rates != "auto"]
+        option = f"learning_rates={self.learning_rates} (--full-learning-rates, --learning-rates)"
+        lists = [rates for rates in self.learning_rates if rates != "auto"]
         if any(not (math.isfinite(rate) and rate > 0) for rates in lists for rate in rates):
-            raise ValueError(f"learning_rates (--full-rates, --rates) must be above 0, got {self.rates}.")
+            raise ValueError(f"{option} must be above 0.")
         if any(not rates or len(set(rates)) < len(rates) for rates in lists):
-            raise ValueError(
-                f"learning_rates (--full-rates, --rates) must be one or more, each once, got {self.rates}."
-            )
+            raise ValueError(f"{option} must be one or more, each once.")
         if len({len(rates) for rates in lists}) != 1 - (not lists) or len(lists) == 1:
             raise ValueError(
-                f"learning_rates (--full-rates, --rates) must hold as many for full fine-tuning as for the subspace, "
-                f"or be 'auto' for both, got {self.rates}: otherwise one of the two is tuned better than the other."
+                f"{option} must hold as many for full fine-tuning as for the subspace, or be 'auto' for both. "
+                "Otherwise one of the two is tuned better than the other."
             )
 
     @property
@@ -102,19 +103,19 @@ class Plan:
 
     def asks(self, d: int | None, rate: float | None) -> bool:
         """Whether such trials belong to it: a folder may hold others."""
-        rates = self.rates and self.rates[d is not None]
+        rates = self.learning_rates and self.learning_rates[d is not None]
         here = d is None or self.dims[0] <= d <= self.dims[-1]
         return here and (rate is None) == (rates is None) and (not rates or rates == "auto" or rate in rates)
 
     def told(self) -> str:
         """What will run, for a user to read before it does."""
         scan = ", ".join(str(self.dims[i]) for i in self.coarse)
-        rates = [r if r == "auto" else ", ".join(f"{rate:g}" for rate in r) for r in self.rates or ()]
+        rates = [r if r == "auto" else ", ".join(f"{rate:g}" for rate in r) for r in self.learning_rates or ()]
         some = self.baseline_seeds or "3 or more"
         lines = [
             f"grid: {len(self.dims)} dimensions from {self.dims[0]} to {self.dims[-1]}",
             "full fine-tuning: " + ("given" if self.baseline is not None else f"{some} seeds"),
-            f"target: {self.target:g} of its {self.of}; of the seeds of one d the {self.center}",
+            f"target: {self.target:g} of its {self.relative_to}; of the seeds of one d the {self.center}",
             *([f"learning rates: {rates[0]} (full fine-tuning), {rates[1]} (subspace)"] if rates else []),
             "the whole grid" if self.sweep else f"scan from below until the target is reached: {scan}",
             f"then {self.seeds} seeds of each d around the crossing",
@@ -135,10 +136,11 @@ class Plan:
         Raises:
             ValueError, TypeError: it is no such mapping.
         """
+        found = renamed(found)
         values = {field.name: found[field.name] for field in fields(cls) if field.name in found}
         for name in ("dims", "baseline"):
             values[name] = None if values.get(name) is None else tuple(values[name])
-        return cls(**{**values, "rates": listed(values.get("rates"))})
+        return cls(**{**values, "learning_rates": listed(values.get("learning_rates"))})
 
 
 def listed(rates: Sequence[Any] | None) -> tuple[Rates, Rates] | None:

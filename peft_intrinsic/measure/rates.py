@@ -15,7 +15,9 @@ FACTOR, WIDENED = 4.0, 4
 def first(evidence: Evidence, d: int | None, near: float | None) -> list[Trial]:
     """The rates that are tried at a d whatever they give: those about the one that was best at a neighbouring d, if
     there is one. Empty where the plan leaves nothing to choose."""
-    if evidence.plan.rates is None or ((listed := evidence.plan.rates[d is not None]) != "auto" and len(listed) == 1):
+    if evidence.plan.learning_rates is None or (
+        (listed := evidence.plan.learning_rates[d is not None]) != "auto" and len(listed) == 1
+    ):
         return []
     rates = sorted(AUTO[d is not None] if listed == "auto" else listed)
     if near is not None:
@@ -45,7 +47,8 @@ def choose(evidence: Evidence, ask: Callable[[list[Trial]], None], d: int | None
     if d is None and evidence.tuned(d) is None:
         tried = list(evidence.tried(d))
         raise ValueError(
-            f"fit returned no finite score for d=None at any of the learning rates {tried}. Try others (--full-rates)."
+            f"fit returned no finite score for d=None at any of the learning rates {tried}. Try others "
+            "(--full-learning-rates)."
         )
 
 
@@ -53,7 +56,7 @@ def _further(evidence: Evidence, d: int | None) -> float | None:
     """The next rate to try; None where the best has neighbours, or there are no more."""
     tried, best = evidence.tried(d), evidence.tuned(d)
     low, high = min(tried), max(tried)
-    listed = evidence.plan.rates and evidence.plan.rates[d is not None]
+    listed = evidence.plan.learning_rates and evidence.plan.learning_rates[d is not None]
     learnt = d is not None or not all(map(evidence.collapsed, tried.values()))
     lower = best in (None, low) and (learnt or best is None)
     if not lower and best != high and learnt:

@@ -37,10 +37,11 @@ def _end(result: Result, d: int | None) -> str:
 
 def summary(result: Result) -> str:
     """One line."""
-    d, interval = told(result, result.answers[result.of])
+    d, interval = told(result, result.answers[result.relative_to])
     line = f"{result.name} {d if d[0] in '≤>' else f'= {d}'}, {interval}; {result.stopped}"
     if result.majority is not None and result.target <= result.majority:
-        line += f"; the target, {result.target:.4f}, is no better than the majority class: use of='gain' (--of gain)"
+        line += f"; the target, {result.target:.4f}, is no better than the majority class: use relative_to='gain' "
+        line += "(--relative-to gain)"
     return line
 
 
@@ -48,7 +49,7 @@ def score_and_target(result: Result) -> str:
     """The score of full fine-tuning, and what is to be reached. One line."""
     seeds = f"{result.center} of {many}" if (many := len(result.baseline.scores)) > 1 else "one"
     full = f"full fine-tuning scores {result.baseline.level:.4f} ({seeds} seed{'s' * (many > 1)})"
-    return f"{full}, the target is {result.target:.4f} ({result.share:g} of the {result.of})"
+    return f"{full}, the target is {result.target:.4f} ({result.share:g} of the {result.relative_to})"
 
 
 def advice(result: Result, weights: int | None = None) -> str:
@@ -59,7 +60,7 @@ def advice(result: Result, weights: int | None = None) -> str:
         weights: of the model: the most that d can be.
     """
     low, high, points = result.dims
-    sign = told(result, result.answers[result.of])[0][0]
+    sign = told(result, result.answers[result.relative_to])[0][0]
     if sign not in "≤>":
         return ""
     end, beyond, grid_end = (result.ends[1], "above", high) if sign == ">" else (result.ends[0], "below", low)
@@ -148,7 +149,7 @@ def _rate(rate: float | None) -> str:
 
 def _edges(result: Result) -> str:
     where = ", ".join("full fine-tuning" if d is None else f"d = {d}" for d in result.edges)
-    return f"{where}: try lower or higher ones, or 'auto' (--rates, --full-rates)"
+    return f"{where}: try lower or higher ones, or 'auto' (--learning-rates, --full-learning-rates)"
 
 
 def _examples(result: Result) -> str:

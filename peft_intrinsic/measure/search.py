@@ -147,7 +147,7 @@ class Search:
             self._spend()
             if high:
                 self._measure([low])
-        elif self.plan.rates and any(self.evidence.rate(d) is None for d in self.grid[low : high + 1]):
+        elif self.plan.learning_rates and any(self.evidence.rate(d) is None for d in self.grid[low : high + 1]):
             self._tune([low, high], None)  # rates were tried outside of this grid, or not these
         self._bracket(low, high)
         self._narrow()
@@ -240,8 +240,13 @@ class Search:
     def _bracket(self, low: int, high: int | None) -> None:
         """Bisect to two steps of the grid; where nothing reached the target, look at the best of the scan again."""
         if high is None:
-            if not any(self.evidence.rate(self.grid[i]) is not None for i in self.plan.coarse) and self.plan.rates:
-                raise ValueError(f"fit returned no finite score at any d and learning rate of {self.plan.rates[1]}.")
+            if (
+                not any(self.evidence.rate(self.grid[i]) is not None for i in self.plan.coarse)
+                and self.plan.learning_rates
+            ):
+                raise ValueError(
+                    f"fit returned no finite score at any d and learning rate of {self.plan.learning_rates[1]}."
+                )
             self.doing = "nothing reached the target: the best of the scan"
             points = self.evidence.curve().points
             level = {i: self.evidence.best(self.grid[i]) for i in self.plan.coarse if self.grid[i] not in points}

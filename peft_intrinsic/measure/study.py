@@ -100,7 +100,8 @@ def _found(result: Result) -> dict[str, Any]:
         of: {"d": answer.d, "interval": answer.interval, "told": told(result, answer)}
         for of, answer in result.answers.items()
     }
-    found = {"answers": answers, "of": result.of, "share": result.name, "seeds": result.seeds, "ends": result.ends}
+    found = {"answers": answers, "relative_to": result.relative_to, "share": result.name, "seeds": result.seeds}
+    found["ends"] = result.ends
     return {**found, "task": task(result), "baseline": result.baseline.level, **_gap(result)}
 
 
@@ -179,7 +180,7 @@ def _plot(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     figure = Figure(figsize=(6.5, 1.5 + 0.4 * len(found)), layout="constrained")
     axes = figure.subplots()
     for place, row in enumerate(found):
-        answer = row["answers"][row["of"]]
+        answer = row["answers"][row["relative_to"]]
         least, most = row["ends"]
         low, high = (most if end is None else end for end in answer["interval"])
         if row["seeds"] > 1:

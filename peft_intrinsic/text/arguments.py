@@ -31,7 +31,10 @@ def checked(arguments: Mapping[str, Any], best: str | None = None) -> dict[str, 
         raise ValueError(f"transformers' TrainingArguments have no {', '.join(unknown)}.")
     own = sorted({"learning_rate", "seed", "output_dir"} & set(arguments))
     if own:
-        raise ValueError(f"{', '.join(own)}: set by each trial. For learning rates to try: --full-rates and --rates.")
+        raise ValueError(
+            f"{', '.join(own)}: set by each trial. For learning rates to try: --full-learning-rates and "
+            "--learning-rates."
+        )
     found: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     found["dataloader_pin_memory"] = torch.accelerator.is_available()
     if best:

@@ -158,18 +158,18 @@ def test_what_is_common(tmp_path):
         for p in tuned.parameters():
             p.add_(1e-2)
     build("bert").bert.save_pretrained(tmp_path / "base")
-    found = parameter_distance(tmp_path / "base", tuned, common=True)
+    found = parameter_distance(tmp_path / "base", tuned, ignore_missing=True)
     wanted = parameter_distance(build("bert").bert, tuned.bert)
     assert found.total.entries == wanted.total.entries
     assert found.total.l1 == pytest.approx(wanted.total.l1)
     assert found.left_out == ["classifier.bias", "classifier.weight"]
     assert "Left out, as only one side has them: classifier.bias, classifier.weight." in found.report()
-    turned = parameter_distance(tuned, tmp_path / "base", common=True)
+    turned = parameter_distance(tuned, tmp_path / "base", ignore_missing=True)
     assert turned.total.l1 == pytest.approx(wanted.total.l1)
-    with pytest.raises(ValueError, match="or only what is common"):
+    with pytest.raises(ValueError, match="or pass ignore_missing=True"):
         parameter_distance(tmp_path / "base", tuned)
     with pytest.raises(ValueError, match="differ in"):
-        parameter_distance({"a": torch.zeros(2)}, {"b": torch.zeros(2)}, common=True)
+        parameter_distance({"a": torch.zeros(2)}, {"b": torch.zeros(2)}, ignore_missing=True)
 
 
 def test_command(tmp_path, capsys):

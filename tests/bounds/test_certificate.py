@@ -13,7 +13,7 @@ from peft_intrinsic.bounds import CONDITIONS, Certificate, certificate, clopper_
 
 PLAIN = Certificate(n=1000, errors=100, bits=64)
 WHOLE = Certificate(
-    n=1000, errors=100, bits=64, tried=8, delta=0.1, majority=400, test_errors=12, test_n=100
+    n=1000, errors=100, bits=64, num_tried=8, delta=0.1, majority=400, test_errors=12, test_n=100
 )  # 64 + 2·6 + 3 bits
 
 
@@ -74,7 +74,7 @@ def test_outputs_are_not_believed():
 
 def test_few_fields_are_enough():
     made = Certificate.from_dict({"n": 1000, "errors": 100, "bits": 64})
-    assert made == PLAIN == replace(PLAIN, tried=1, delta=0.05, majority=None, test_errors=None, test_n=None)
+    assert made == PLAIN == replace(PLAIN, num_tried=1, delta=0.05, majority=None, test_errors=None, test_n=None)
 
 
 def test_what_is_certified_cannot_be_changed():
@@ -90,7 +90,7 @@ def test_what_is_certified_cannot_be_changed():
         ({"errors": None}, "errors must be a whole number, 0 or more, as a Python number; got None"),
         ({"n": "1000"}, "n must be a whole number, 1 or more, as a Python number; got '1000'"),
         ({"bits": math.inf}, "bits must be"),
-        ({"tried": 0}, "tried must be"),
+        ({"num_tried": 0}, "num_tried must be"),
         ({"delta": 5}, "delta must be"),
         ({"majority": 1001}, "majority must be at most n"),
         ({"test_errors": 3, "test_n": 2}, "test_errors must be at most test_n"),

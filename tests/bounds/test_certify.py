@@ -27,11 +27,11 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_packed_adapter_itself_is_certified(folder, capsys):
-    certify("--adapter", "adapter", "--eval", "test.jsonl", "--levels", "4", "--tried", "8", "--delta", "0.1")
+    certify("--adapter", "adapter", "--eval", "test.jsonl", "--levels", "4", "--num-tried", "8", "--delta", "0.1")
     packed = Path("adapter/adapter.pia").read_bytes()
     found = Certificate.from_dict(told()["certificate"])
     assert len(read_packed(packed).values) == 4
-    assert (found.n, found.tried, found.delta, found.test_n) == (120, 8, 0.1, 40)
+    assert (found.n, found.num_tried, found.delta, found.test_n) == (120, 8, 0.1, 40)
     assert found.errors == errors("adapter/adapter.pia", "train.jsonl")
     assert found.test_errors == errors("adapter/adapter.pia", "test.jsonl")
     labels = [row["label"] for row in rows(120)]
@@ -42,10 +42,10 @@ def test_the_packed_adapter_itself_is_certified(folder, capsys):
 
 def test_the_cheapest_of_several_numbers_of_levels_is_kept_and_all_are_counted(folder):
     certify("--adapter", "adapter", "--levels", "2,16", "-o", "x.pia")
-    assert told("x.certificate.json")["certificate"]["tried"] == 2
+    assert told("x.certificate.json")["certificate"]["num_tried"] == 2
     bounds = []
     for levels in ("2", "16"):
-        certify("--adapter", "adapter", "--levels", levels, "--tried", "2", "-o", f"{levels}.pia")
+        certify("--adapter", "adapter", "--levels", levels, "--num-tried", "2", "-o", f"{levels}.pia")
         bounds.append(told(f"{levels}.certificate.json")["certificate"]["bound"])
     assert told("x.certificate.json")["certificate"]["bound"] == min(bounds)
 
@@ -171,7 +171,7 @@ def test_fine_tuning_is_of_the_rounded_numbers(folder, monkeypatch):
         ),
         (("--dims", "2,x"), "'2,x' is not whole numbers"),
         (("--adapter", "adapter", "--delta", "2"), "delta must be"),
-        (("--adapter", "adapter", "--tried", "0"), "tried must be"),
+        (("--adapter", "adapter", "--num-tried", "0"), "num_tried must be"),
     ],
 )
 def test_refused_before_anything_is_trained(folder, capsys, monkeypatch, more, message):

@@ -41,7 +41,7 @@ def test_a_sweep_goes_on_and_certifies_the_best(folder, capsys, monkeypatch):
     assert [(row["d"], row["levels"]) for row in found] == [(10, 2), (10, 4), (40, 2), (40, 4)]
     best = min((row["certificate"] for row in found), key=lambda row: row["bound"])
     assert told("out/best.certificate.json")["certificate"] == best
-    assert best["tried"] == 4
+    assert best["num_tried"] == 4
     assert best["errors"] == errors("out/best.pia", "train.jsonl")
     assert all(row["certificate"]["bits"] == min(row["table_bits"], row["prior_bits"]) for row in found)
     assert Path("out/certificates.png").stat().st_size > 10_000
@@ -60,13 +60,13 @@ def test_a_sweep_goes_on_and_certifies_the_best(folder, capsys, monkeypatch):
 def test_all_that_a_folder_holds_counts_as_tried(folder, capsys):
     sweep = ("--levels", "2", "--model", "base", "--steps", "2", "-o", "out")
     certify("--dims", "40", *sweep)
-    assert told("out/sweep.json")["tried"] == 1
+    assert told("out/sweep.json")["num_tried"] == 1
     capsys.readouterr()
-    certify("--dims", "20,10", *sweep, "--tried", "3")
+    certify("--dims", "20,10", *sweep, "--num-tried", "3")
     found = told("out/sweep.json")
-    assert found["tried"] == 9
+    assert found["num_tried"] == 9
     assert [row["d"] for row in found["rows"]] == [10, 20, 40]
-    assert {row["certificate"]["tried"] for row in found["rows"]} == {9}
+    assert {row["certificate"]["num_tried"] for row in found["rows"]} == {9}
     best = min((row["certificate"] for row in found["rows"]), key=lambda row: row["bound"])
     assert told("out/best.certificate.json")["certificate"] == best
     table = capsys.readouterr().out

@@ -26,7 +26,18 @@ def examples(folder: Path) -> dict[str, str]:
 
 
 def command(data: dict[str, str], base: str, out: Path, *more: str) -> list[str]:
-    fixed = ["--dims", "8,512,6", "--seeds", "2", "--full-rates", "0.01", "--rates", "3e-4", "--batch", "8"]
+    fixed = [
+        "--dims",
+        "8,512,6",
+        "--seeds",
+        "2",
+        "--full-learning-rates",
+        "0.01",
+        "--learning-rates",
+        "3e-4",
+        "--batch",
+        "8",
+    ]
     return [
         "measure",
         "--model",

@@ -76,8 +76,8 @@ def test_learning_rates_are_chosen_on_the_same_terms():
         ({"dims": [5, 4]}, "dims must be ascending"),
         ({"dims": [0, 4]}, "dims must be ascending"),
         ({"target": 1.5}, "target must lie in"),
-        ({"of": "loss"}, "of must be 'score' or 'gain', got 'loss'"),
-        ({"of": "gain", "majority": 0.8}, "no better than the majority class"),
+        ({"relative_to": "loss"}, "relative_to must be 'score' or 'gain', got 'loss'"),
+        ({"relative_to": "gain", "majority": 0.8}, "no better than the majority class"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"learning_rates": ([1], [1, 2])}, "as many for full fine-tuning as for the subspace"),
         ({"learning_rates": ("auto", [1, 2])}, "or be 'auto' for both"),
@@ -87,7 +87,7 @@ def test_learning_rates_are_chosen_on_the_same_terms():
         ({"baseline": []}, r"baseline must be finite scores, one or more, got \[\]"),
         ({"baseline": math.nan}, r"baseline must be finite scores, one or more, got \[nan\]"),
         ({"seeds": 2.5}, "seeds must be a whole number, got 2.5"),
-        ({"learning_rates": ([math.nan], [1])}, r"\(--full-rates, --rates\) must be above 0, got"),
+        ({"learning_rates": ([math.nan], [1])}, r"\(--full-learning-rates, --learning-rates\) must be above 0"),
         ({"baseline_seeds": 0}, "baseline_seeds must be at least 1, got 0"),
         ({"minutes": math.nan}, "minutes must be at least 0, got nan"),
         ({"center": "mode"}, "center must be 'median' or 'mean', got 'mode'"),
@@ -234,13 +234,13 @@ def test_gain_over_the_untrained_model():
         asked.append(d)
         return -1.0 if d is None else -3.0 if d == 0 else -1.1 if d >= 100 else -1.3
 
-    result = measure_intrinsic_dimension(fit, DIMS, of="gain")
+    result = measure_intrinsic_dimension(fit, DIMS, relative_to="gain")
     assert (result.untrained, result.target) == (-3.0, pytest.approx(-1.2))
     assert result.d == next(d for d in DIMS if d >= 100)
     assert asked.count(0) == 1
     assert "| before training | -3.0000 |" in markdown(result)
     with pytest.raises(NothingToMeasure, match=r"no better than the untrained model \(-1.0000\)"):
-        measure_intrinsic_dimension(lambda d, seed: -1.0, DIMS, of="gain")
+        measure_intrinsic_dimension(lambda d, seed: -1.0, DIMS, relative_to="gain")
 
 
 def test_what_a_fit_notes_beside_the_score_is_kept(tmp_path):
@@ -253,7 +253,7 @@ def test_the_untrained_model_is_asked_at_a_rate_too():
     result = measure_intrinsic_dimension(
         lambda d, seed, rate: -1.0 if d is None else -3.0 if d < 100 else -1.1,
         DIMS,
-        of="gain",
+        relative_to="gain",
         baseline=-1.0,
         learning_rates=([1e-4], [0.1]),
     )

@@ -28,7 +28,7 @@ def test_another_question_uses_the_trials_that_are_there(tmp_path):
     known, rows = len(calls), first.trials
     assert measure_intrinsic_dimension(fit, DIMS, majority=0.2, out=tmp_path) == first
     assert len(calls) == known
-    for question in ({"of": "gain"}, {"center": "mean"}):
+    for question in ({"relative_to": "gain"}, {"center": "mean"}):
         again = measure_intrinsic_dimension(fit, DIMS, majority=0.2, **question)
         assert analyse(tmp_path, **question).answers == again.answers
     assert analyse(tmp_path, target=0.5).answers["score"].target == pytest.approx(0.4)
@@ -110,8 +110,8 @@ def test_another_grid_has_the_dims_between_its_ends(tmp_path):
     )
     with pytest.raises(ValueError, match=r"analysed before a single dimension was measured from 2 to 3\. .*\(--dims\)"):
         analyse(tmp_path, dims=[2, 3])
-    with pytest.raises(ValueError, match="of='gain' needs the trivial answer's score"):
-        analyse(tmp_path, of="gain")
+    with pytest.raises(ValueError, match="relative_to='gain' needs the trivial answer's score"):
+        analyse(tmp_path, relative_to="gain")
 
 
 def test_folder_of_other_settings(tmp_path):

@@ -24,7 +24,7 @@ def evidence(
 ) -> Evidence:
     found = {(d, TUNING, rate): score for d, scores in tried.items() for rate, score in scores.items()}
     found |= {(d, seed, rate): score for d, seed, rate, score in more}
-    return Evidence(found, Plan((10, 1000), baseline=(0.98,), rates=("auto", "auto")), least)
+    return Evidence(found, Plan((10, 1000), baseline=(0.98,), learning_rates=("auto", "auto")), least)
 
 
 @pytest.mark.parametrize(("d", "rate"), [(22, 8e-4), (43, 2e-4), (95, 8e-4), (209, 8e-4)])
@@ -122,7 +122,7 @@ def test_full_fine_tuning_leaves_a_learning_rate_at_which_runs_collapse():
             0.2 if d else 0.5 if (rate, seed) in ((high, 0), (high, 2)) else scores[rate] for d, seed, rate in wanted
         ]
 
-    search = Search(evaluate, Plan((10, 1000), rates=("auto", "auto")), least=0.5)
+    search = Search(evaluate, Plan((10, 1000), learning_rates=("auto", "auto")), least=0.5)
     search._full()
     assert [(seed, rate) for _, seed, rate in seen if seed != TUNING] == [(i, high) for i in range(3)] + [
         (i, low) for i in range(3)

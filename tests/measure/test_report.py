@@ -61,5 +61,5 @@ def test_score_of_full_fine_tuning_and_target_are_one_line():
     assert score_and_target(result) == (
         "full fine-tuning scores 0.8000 (median of 3 seeds), the target is 0.7200 (0.9 of the score)"
     )
-    single = measure_intrinsic_dimension(step, DIMS, seeds=1, majority=0.5, of="gain")
+    single = measure_intrinsic_dimension(step, DIMS, seeds=1, majority=0.5, relative_to="gain")
     assert "0.8000 (one seed), the target is 0.7700 (0.9 of the gain)" in score_and_target(single)

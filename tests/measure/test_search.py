@@ -67,7 +67,7 @@ def test_never_and_always():
 def test_gain_over_the_trivial_answer():
     """.6 + .9 · (.9 − .6) = .87 instead of .81."""
     found = lambda d, seed: 0.88 if d >= GRID[30] else 0.82  # noqa: E731
-    search, _, _ = searched(found, least=0.6, of="gain")
+    search, _, _ = searched(found, least=0.6, relative_to="gain")
     assert search.evidence.curve().target == pytest.approx(0.87)
     assert search.evidence.curve().index() == 30
     assert search.evidence.curve("score").index() == 0  # the same trials
@@ -87,7 +87,7 @@ def test_sweep_measures_the_whole_grid():
     assert stopped == "the whole grid was measured"
     assert sorted({d for d, _, _ in asked if d}) == list(GRID)
     assert len(asked) == 3 + 3 * 64
-    _, _, asked = searched(step(3), sweep=True, rates=("auto", "auto"))
+    _, _, asked = searched(step(3), sweep=True, learning_rates=("auto", "auto"))
     seeds = [seed for d, seed, _ in asked if d]
     assert TUNING not in seeds[seeds.index(0) :]  # a rate between two d is of both
 
@@ -118,7 +118,7 @@ def rated(optimum, rates, seen):
             found.append(math.nan if rate > 1 else level - 0.1 * abs(math.log(rate / optimum(d), 4)))
         return found
 
-    search = Search(evaluate, Plan(GRID, rates=rates))
+    search = Search(evaluate, Plan(GRID, learning_rates=rates))
     search.run()
     return search.evidence
 
@@ -142,7 +142,7 @@ def test_a_rate_is_chosen_at_each_coarse_d(rates):
 
 def test_of_equal_rates_the_middle_one():
     """As where d is too small for any: nothing is widened."""
-    search = Search(lambda wanted: [0.9] * len(wanted), Plan(GRID, rates=("auto", "auto")))
+    search = Search(lambda wanted: [0.9] * len(wanted), Plan(GRID, learning_rates=("auto", "auto")))
     search.run()
     assert search.evidence.tried(100) == {5e-5: 0.9, 2e-4: 0.9, 8e-4: 0.9}
     assert search.evidence.tuned(100) == 2e-4
@@ -155,7 +155,7 @@ def test_side_by_side_the_rates_of_several_d_are_one_round():
         rounds.append(wanted)
         return [0.9 if d is None or d >= GRID[31] else 0.2 for d, *_ in wanted]
 
-    Search(evaluate, Plan(GRID, baseline=(0.9,), rates=("auto", "auto")), slots=6).run()
+    Search(evaluate, Plan(GRID, baseline=(0.9,), learning_rates=("auto", "auto")), slots=6).run()
     assert [(d, seed) for d, seed, _ in rounds[0]] == [(GRID[0], TUNING)] * 3 + [(GRID[9], TUNING)] * 3
 
 
@@ -168,14 +168,16 @@ def test_a_list_is_gone_through_while_the_best_is_at_an_end():
     def diverges(wanted):
         return [math.nan if d and d > 100 and rate > 2e-4 else step(31)(d or 10**6, 0) for d, _, rate in wanted]
 
-    search = Search(diverges, Plan(GRID, rates=((1e-4, 4e-4, 1.6e-3), (1e-4, 4e-4, 1.6e-3))))
+    search = Search(diverges, Plan(GRID, learning_rates=((1e-4, 4e-4, 1.6e-3), (1e-4, 4e-4, 1.6e-3))))
     search.run()
     assert search.evidence.curve().index() == 31
 
 
 def test_scores_of_zero_are_scores():
     search = Search(
-        lambda wanted: [0.5 if d is None else 0.0 for d, _, _ in wanted], Plan(GRID, rates=("auto", "auto")), least=0.0
+        lambda wanted: [0.5 if d is None else 0.0 for d, _, _ in wanted],
+        Plan(GRID, learning_rates=("auto", "auto")),
+        least=0.0,
     )
     search.run()
     assert search.evidence.curve().interval() == (64, 64)
@@ -192,7 +194,7 @@ def test_any_budget(trials, at_once):
 def test_full_fine_tuning_that_learns_nothing_is_given_higher_rates():
     search = Search(
         lambda wanted: [0.9 if rate > 1e-3 else 0.5 for _, _, rate in wanted],
-        Plan(GRID, rates=("auto", "auto")),
+        Plan(GRID, learning_rates=("auto", "auto")),
         least=0.5,
     )
     search._full()

@@ -55,7 +55,7 @@ def test_methods_of_peft_on_the_same_axis(options, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "base")
     (tmp_path / "few.yaml").write_text("max_steps: 4\nuse_cpu: true\ndataloader_pin_memory: false\n")
-    few = ["--config", "few.yaml", "--dims", "16,4096,5", "--trials", "9", "--of", "gain", "--patience", "1"]
+    few = ["--config", "few.yaml", "--dims", "16,4096,5", "--trials", "9", "--relative-to", "gain", "--patience", "1"]
     main(["study", "methods", "base", *options, *few, "--method", "lora,unilora", "--dry-run"])
     planned = capsys.readouterr().out
     assert "base by lora" in planned
@@ -89,7 +89,7 @@ def test_models_that_cannot_be_measured_are_noted(options, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "small")
     tiny("electra", tmp_path / "other")
-    never = [*options, "--full-rates", "1e-30"]
+    never = [*options, "--full-learning-rates", "1e-30"]
     both = study("methods", ["small"], [*never, "--out", "methods"], tmp_path / "methods")
     assert [row["why_not"] for row in both] == [both[0]["why_not"]] * 2
     assert not (tmp_path / "methods" / "small_said").exists()

@@ -274,13 +274,13 @@ def test_the_command_with_an_error(data, tmp_path, capsys):
     main(command(data, base, tmp_path / "run", *options))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["majority"] == pytest.approx(-100 / 3)
-    assert report["of"] == "gain"
+    assert report["relative_to"] == "gain"
     gain = report["baseline"]["level"] + 100 / 3
     assert report["answers"]["gain"]["target"] == pytest.approx(-100 / 3 + 0.9 * gain)
     assert report["settings"]["best"] == 0
     with pytest.raises(SystemExit):
-        main(command(data, base, tmp_path / "other", *options, "--of", "score"))
-    assert "of='score': a share of a loss or an error" in capsys.readouterr().err
+        main(command(data, base, tmp_path / "other", *options, "--relative-to", "score"))
+    assert "relative_to='score': a share of a loss or an error" in capsys.readouterr().err
 
 
 def test_the_gap_to_the_best_score():

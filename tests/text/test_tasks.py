@@ -46,10 +46,10 @@ from peft_intrinsic_command import main
         ({"--eval": "one.jsonl"}, "one.jsonl: every row has the same label, 'yes'"),
         ({"--max-length": "-1"}, "max_length (--max-length) must be at least 1, got -1"),
         ({"--patience": "0"}, "patience (--patience) must be at least 1, got 0"),
-        ({"--rates": "nan"}, "learning_rates (--full-rates, --rates) must be above 0"),
+        ({"--learning-rates": "nan"}, "(--full-learning-rates, --learning-rates) must be above 0"),
         ({"--target": "90"}, "target must lie in (0, 1], got 90.0"),
         ({"--seeds": "0"}, "seeds must be at least 1, got 0"),
-        ({"--rates": "fast"}, "argument --rates: 'fast' is neither 'auto' nor rates such as 5e-5"),
+        ({"--learning-rates": "fast"}, "argument --learning-rates: 'fast' is neither 'auto' nor rates such as 5e-5"),
         ({"--task": "glue/mrpc", "--dataset": "imdb"}, "a task of GLUE (--task, got glue/mrpc) or a dataset"),
     ],
 )

@@ -65,7 +65,18 @@ def test_a_newcomer_s_run(tmp_path):
         return done.stdout
 
     asked = ["measure", "--model", "base", "--train", "mine.csv", "--eval", "mine.csv", "--text", "review"]
-    asked += ["--label", "verdict", "--dims", "8,512,6", "--full-rates", "0.01", "--rates", "3e-4", "--batch", "8"]
+    asked += [
+        "--label",
+        "verdict",
+        "--dims",
+        "8,512,6",
+        "--full-learning-rates",
+        "0.01",
+        "--learning-rates",
+        "3e-4",
+        "--batch",
+        "8",
+    ]
     asked += ["--config", "more.yaml", "--trials", "14", "--out", "run"]
     planned = run(*asked, "--dry-run")
     assert "base by did on 48 train, 48 eval examples, by accuracy" in planned
@@ -75,7 +86,7 @@ def test_a_newcomer_s_run(tmp_path):
     assert run(*asked).startswith("d90 ")
     trials = (tmp_path / "run" / "trials.jsonl").read_text()
     assert len(list((tmp_path / "run" / "logs").iterdir())) == len(trials.splitlines())
-    told = run("analyse", "run", "--of", "gain", "--target", "0.5", "--out", "half")
+    told = run("analyse", "run", "--relative-to", "gain", "--target", "0.5", "--out", "half")
     assert told.startswith("d50 ")
     report = json.loads((tmp_path / "half" / "report.json").read_text())
     assert report["answers"]["gain"]["target"] == pytest.approx(2 / 3 + 0.5 * (report["baseline"]["level"] - 2 / 3))
@@ -188,7 +199,7 @@ def test_causal_language_model(tmp_path, capsys):
     gain = report["baseline"]["level"] - report["untrained"]
     assert report["answers"]["gain"]["target"] == pytest.approx(report["untrained"] + 0.9 * gain)
     assert "score" not in report["answers"]  # a share of a loss means nothing
-    for more, message in ((["--of", "score"], "a share of a loss"), (["--metric", "f1"], "by its loss")):
+    for more, message in ((["--relative-to", "score"], "a share of a loss"), (["--metric", "f1"], "by its loss")):
         with pytest.raises(SystemExit):
             main(command(data, base, tmp_path / "other", *options, *more))
         assert message in capsys.readouterr().err

@@ -49,7 +49,7 @@ def test_from_recording_to_transfer(files, capsys, monkeypatch):
     assert "own.safetensors: up to d = 8" in out
 
     tuning = ["--model", "base", "--train", "train.jsonl", "--eval", "eval.jsonl", "--batch", "8"]
-    more = ["--full", "classifier", "--embed", "--lr", "3e-3", "--steps", "60", "-d", "6"]
+    more = ["--modules-to-save", "classifier", "--embed", "--lr", "3e-3", "--steps", "60", "-d", "6"]
     run("tune", *tuning, *more, "--subspace", "own.safetensors", "-o", "adapter")
     out = capsys.readouterr().out
     found = re.search(r"adapter: d = 6\naccuracy ([\d.]+) before, ([\d.]+) tuned", out)
@@ -72,7 +72,19 @@ def test_from_recording_to_transfer(files, capsys, monkeypatch):
 
     record("runs/other", "turned.jsonl")
     capsys.readouterr()
-    transfer = ["transfer", "runs/own", "runs/other", "--own", "runs/own", *tuning, "--dim", "3", *few, "-o", "table"]
+    transfer = [
+        "transfer",
+        "runs/own",
+        "runs/other",
+        "--source-task",
+        "runs/own",
+        *tuning,
+        "--dim",
+        "3",
+        *few,
+        "-o",
+        "table",
+    ]
     fitted = []
 
     def fitting(files, dim, **more):
@@ -211,7 +223,10 @@ def test_no_numbers_at_all_are_refused(files, capsys):
         (["fit", "base", "--dim", "2", "-o", "s"], "base is a whole checkpoint"),
         (["fit", "absent", "--dim", "2", "-o", "s"], "absent cannot be read"),
         (["tune", "--subspace", "absent", "-o", "a"], "subspace='absent' cannot be read"),
-        (["transfer", "a", "--own", "b", "-o", "a", "--eval", "eval.jsonl"], "--own b is none of the recordings"),
+        (
+            ["transfer", "a", "--source-task", "b", "-o", "a", "--eval", "eval.jsonl"],
+            "--source-task b is none of the recordings",
+        ),
         (["transfer", "a", "b", "-o", "a", "--eval", "eval.jsonl"], "a, b: no snapshots there"),
         (["record", "-o", "a", "--every", "0"], "every must be a number of steps"),
         (["record", "-o", "a", "--parameters", "none"], "parameters='none' matches none"),

@@ -142,7 +142,7 @@ def test_each_trial_an_accelerate_launch_in_ray(engine, tmp_path):
         "here": ["--batch", "16"],
     }.items():
         options = ["--dims", "64,512,2", "--seeds", "1", "--metric", "spearman", "--patience", "2"]
-        options += ["--full-rates", "0.001", "--rates", "2e-4", "--config", str(yaml), *more]
+        options += ["--full-learning-rates", "0.001", "--learning-rates", "2e-4", "--config", str(yaml), *more]
         main(command(data, str(base), tmp_path / name, *options))
         report = json.loads((tmp_path / name / "report.json").read_text())
         found[name] = {(row["d"], row["seed"]): row["score"] for row in report["trials"]}

@@ -23,7 +23,7 @@ def test_scores_that_are_no_numbers():
     with pytest.raises(NothingToMeasure, match=r"Full fine-tuning scores 0\.0000"):
         measure_intrinsic_dimension(lambda d, seed: math.nan, DIMS)
     with pytest.raises(ValueError, match=r"fit returned no finite score for d=0, seed=0"):
-        measure_intrinsic_dimension(lambda d, seed: math.nan if d == 0 else 1.0, DIMS, of="gain")
+        measure_intrinsic_dimension(lambda d, seed: math.nan if d == 0 else 1.0, DIMS, relative_to="gain")
 
 
 @pytest.mark.parametrize(("center", "scores"), [("median", [0.8, 0.8]), ("mean", [0.8, 0.35, 0.8])])
