@@ -5,7 +5,7 @@
 
 Each seed trains all-MiniLM-L6-v2 with d = 200 on SST-2 (all 67,349 phrases, 1,000 batches of 32, the rate falling from
 2e-4), then packs it with several numbers of levels: by rounding alone, and after 100 more steps as rounded
-(`quantisation_aware`), at a tenth of that rate. Accuracy is of the 872 sentences of the validation set, the packed
+(`quantization_aware`), at a tenth of that rate. Accuracy is of the 872 sentences of the validation set, the packed
 adapter loaded anew. Rows go to benchmarks/results/packing.jsonl; seeds that are there already are skipped.
 """
 

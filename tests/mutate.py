@@ -56,7 +56,7 @@ TESTS = {
     "tuner/head.py": "tuner/test_head",
     "tuner/parametrized.py": "tuner/test_modules tuner/test_copies tuner/test_mixed",
     "tuner/layer.py": "tuner/test_readers tuner/test_merging tuner/test_adapters",
-    "tuner/merging.py": "tuner/test_merging tuner/test_added_bias tuner/test_quantised",
+    "tuner/merging.py": "tuner/test_merging tuner/test_added_bias tuner/test_quantized",
     "tuner/model.py": "tuner/test_config tuner/test_head tuner/test_merging tuner/test_adapters",
     "tuner/modules.py": "tuner/test_modules tuner/test_readers tuner/test_lora tuner/test_mixed",
     "tuner/registration.py": "tuner/test_adapters",

@@ -11,7 +11,7 @@ from typing import Any
 from peft import get_peft_model
 
 from ..codec import PRIORS, Packed, adapter_from_string, adapter_to_string
-from ..codec.quantise import check_levels
+from ..codec.quantize import check_levels
 from ..trials.store import Store, write_whole
 from ..tuner.base_model import base_digest
 from .certificate import Certificate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..codec import compress, quantisation_aware
+from ..codec import compress, quantization_aware
 from ..text.labelled import LabelledTexts
 
 TUNING = 0.1
@@ -27,7 +27,7 @@ class PackedTexts(LabelledTexts):
         before = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
         try:
             if steps:
-                with quantisation_aware(model, levels):
+                with quantization_aware(model, levels):
                     self.train(model, steps, TUNING * learning_rate, seed)
             return compress(model, levels)
         finally:

@@ -3,7 +3,7 @@
 from .adapter import compress as compress
 from .adapter import load_packed as load_packed
 from .adapter import read_packed as read_packed
-from .awareness import quantisation_aware as quantisation_aware
+from .awareness import quantization_aware as quantization_aware
 from .entropy import PRIORS as PRIORS
 from .packed import Packed as Packed
 from .text import adapter_from_string as adapter_from_string

@@ -15,7 +15,7 @@ from ..tuner.base_model import base_digest, base_places
 from ..tuner.labels import other_labels
 from ..tuner.layer import attached
 from .packed import NAME, NUMBERS, OPTIONS, PROJECTIONS, TASKS, Packed
-from .quantise import LEVELS, check_levels, rounded
+from .quantize import LEVELS, check_levels, rounded
 
 DEFAULT_LEVELS = 8
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..tuner.layer import attached
 from ..tuner.vector import Vector
-from .quantise import check_levels, codebook, rounded
+from .quantize import check_levels, codebook, rounded
 
 
 class RoundedVector(Vector):
@@ -33,7 +33,7 @@ class RoundedVector(Vector):
 
 
 @contextmanager
-def quantisation_aware(model: Any, levels: int, adapter: str | None = None) -> Iterator[None]:
+def quantization_aware(model: Any, levels: int, adapter: str | None = None) -> Iterator[None]:
     """Within this context θ counts as rounded to `levels` values; after it θ holds just these, ready for `compress`.
 
     Train an adapter as usual first; then a few more steps inside, with a new optimizer or Trainer, which takes up the
@@ -45,7 +45,7 @@ def quantisation_aware(model: Any, levels: int, adapter: str | None = None) -> I
         adapter: its name, by default the active one.
 
     Example:
-        >>> with quantisation_aware(model, levels=4):
+        >>> with quantization_aware(model, levels=4):
         ...     Trainer(model=model, …).train()
         >>> data = compress(model, levels=4)
     """

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..projection import ALGORITHM_VERSION
 from . import entropy, wire
-from .quantise import nearest
+from .quantize import nearest
 
 MAGIC, VERSION = b"PIA", 1
 NUMBERS, NAME, OTHERS = 2**24, 255, 2**16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .quantise import halves, whole
+from .quantize import halves, whole
 
 
 def number(value: int) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 
 from ..bounds.texts import TUNING, PackedTexts
-from ..codec import Packed, adapter_to_string, compress, load_packed, qr_code, quantisation_aware, read_packed
+from ..codec import Packed, adapter_to_string, compress, load_packed, qr_code, quantization_aware, read_packed
 from ..codec.text import check_ending
 from ..trials.store import write_whole
 from ..tuner.labels import LABELS
@@ -53,7 +53,7 @@ def pack(args: argparse.Namespace) -> None:
         raise ValueError(f"{error} For another number of labels: --labels.") from None
     before = _accuracy(texts, model, args.eval)
     if texts and args.finetune:
-        with quantisation_aware(model, args.levels):
+        with quantization_aware(model, args.levels):
             texts.train(model, args.finetune, TUNING * args.lr, 0)
     data = compress(model, args.levels, max_bytes=args.max_bytes, max_error=args.max_error)
     write_whole(out, data)

@@ -21,7 +21,7 @@ import torch
 from helpers.samples import GOLDEN, base_of, resealed
 
 from peft_intrinsic.codec import Packed, adapter_from_string, adapter_to_string, load_packed
-from peft_intrinsic.codec.quantise import rounded
+from peft_intrinsic.codec.quantize import rounded
 
 SECONDS, MEBIBYTES = 2.0, 640
 """What a case may take: of the processor's time, and of memory more than before the first case."""

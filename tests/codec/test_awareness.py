@@ -9,8 +9,8 @@ from conftest import batch, build, evaluate, output, train, trained
 from peft import PeftModel
 from torch import nn
 
-from peft_intrinsic.codec import compress, load_packed, quantisation_aware, read_packed
-from peft_intrinsic.codec.quantise import codebook, rounded
+from peft_intrinsic.codec import compress, load_packed, quantization_aware, read_packed
+from peft_intrinsic.codec.quantize import codebook, rounded
 
 LABELS = torch.tensor([0, 1, 2, 1])
 
@@ -35,7 +35,7 @@ def at_rounded(levels: int, **options) -> PeftModel:
 @pytest.mark.parametrize("levels", [1, 2, 4, 16, 256])
 def test_forward_is_the_one_of_the_rounded_theta(levels, said):
     model = trained("bert", said=said)
-    with quantisation_aware(model, levels):
+    with quantization_aware(model, levels):
         found = evaluate(model, "bert")
     assert torch.equal(found, evaluate(at_rounded(levels, said=said), "bert"))
 
@@ -43,7 +43,7 @@ def test_forward_is_the_one_of_the_rounded_theta(levels, said):
 def test_forward_has_exactly_the_values_of_the_codebook():
     model = trained("bert")
     expected = rounded(theta_of(model).weight.detach().numpy(), 4)
-    with quantisation_aware(model, 4):
+    with quantization_aware(model, 4):
         assert theta_of(model)().tolist() == expected.tolist()
 
 
@@ -51,7 +51,7 @@ def test_forward_has_exactly_the_values_of_the_codebook():
 def test_gradient_of_theta_is_the_one_at_the_rounded_point(said):
     model, other = trained("bert", said=said), at_rounded(4, said=said)
     loss_of(other).backward()
-    with quantisation_aware(model, 4):
+    with quantization_aware(model, 4):
         loss_of(model).backward()
         found = theta_of(model).weight.grad
     torch.testing.assert_close(found, theta_of(other).weight.grad, rtol=1e-3, atol=1e-6)
@@ -62,7 +62,7 @@ def test_gradient_of_the_codebook_is_the_sum_over_members():
     model, other = trained("bert"), at_rounded(4)
     loss_of(other).backward()
     point, gradient = theta_of(other).weight.detach(), theta_of(other).weight.grad
-    with quantisation_aware(model, 4):
+    with quantization_aware(model, 4):
         loss_of(model).backward()
         values, found = theta_of(model).codebook.detach(), theta_of(model).codebook.grad
     assert values.tolist() == point.unique().tolist()
@@ -74,7 +74,7 @@ def test_gradients_of_a_known_function():
     """θ = (0, 1, 2, 9, 11) in two values, 1 and 10, under Σ iθᵢ²: dθᵢ = 2i·valueᵢ, and their sums for the values."""
     model = trained("bert", d=5)
     theta_of(model).weight.data = torch.tensor([0.0, 1.0, 2.0, 9.0, 11.0])
-    with quantisation_aware(model, 2):
+    with quantization_aware(model, 2):
         (torch.arange(5) * theta_of(model)() ** 2).sum().backward()
         vector = theta_of(model)
         assert vector.codebook.tolist() == [1.0, 10.0]
@@ -85,7 +85,7 @@ def test_gradients_of_a_known_function():
 def test_values_that_pass_each_other_in_training_still_round_to_the_nearest():
     model = trained("bert", d=4)
     theta_of(model).weight.data = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    with quantisation_aware(model, 2):
+    with quantization_aware(model, 2):
         theta_of(model).codebook.data = torch.tensor([2.5, 0.5])
         assert theta_of(model)().tolist() == [0.5, 0.5, 2.5, 2.5]
 
@@ -94,7 +94,7 @@ def test_values_that_pass_each_other_in_training_still_round_to_the_nearest():
 @pytest.mark.parametrize("steps", [0, 3])
 def test_packing_afterwards_loses_nothing(levels, steps):
     model = trained("bert", said=True)
-    with quantisation_aware(model, levels):
+    with quantization_aware(model, levels):
         train(model, {**batch("bert"), "labels": LABELS}, steps, lr=1e-3)
         inside = theta_of(model)().detach()
     theta = theta_of(model).weight.detach()
@@ -105,7 +105,7 @@ def test_packing_afterwards_loses_nothing(levels, steps):
 
 def test_loaded_outputs_are_those_of_the_trained_model():
     model = trained("bert")
-    with quantisation_aware(model, 4):
+    with quantization_aware(model, 4):
         train(model, {**batch("bert"), "labels": LABELS}, 3, lr=1e-3)
     model.eval()
     assert torch.equal(evaluate(load_packed(build("bert"), compress(model, 4)), "bert"), evaluate(model, "bert"))
@@ -114,7 +114,7 @@ def test_loaded_outputs_are_those_of_the_trained_model():
 @pytest.mark.parametrize("levels", [2, 4])
 def test_training_inside_lowers_the_loss(levels):
     model = trained("bert")
-    with quantisation_aware(model, levels):
+    with quantization_aware(model, levels):
         losses = train(model, {**batch("bert"), "labels": LABELS}, 40, lr=1e-4)
         trained_along = theta_of(model).codebook.detach().numpy()
     assert losses[-1] < 0.9 * losses[0]
@@ -125,7 +125,7 @@ def test_training_inside_lowers_the_loss(levels):
 def test_codebook_is_trained_along():
     model = trained("bert")
     before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    with quantisation_aware(model, 4):
+    with quantization_aware(model, 4):
         inside = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert inside == [*before, before[0].replace("weight", "codebook")]
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == before
@@ -134,7 +134,7 @@ def test_codebook_is_trained_along():
 def test_an_exception_inside_still_restores():
     model = trained("bert")
     vector = theta_of(model)
-    with pytest.raises(RuntimeError, match="stop"), quantisation_aware(model, 4):
+    with pytest.raises(RuntimeError, match="stop"), quantization_aware(model, 4):
         raise RuntimeError("stop")
     assert theta_of(model) is vector
     assert len(vector.weight.unique()) == 4
@@ -152,7 +152,7 @@ def diverge(vector: nn.Module, value: float) -> None:
 def test_training_that_diverged_still_restores(value):
     model = trained("bert")
     vector = theta_of(model)
-    with pytest.raises(RuntimeError, match="stop"), quantisation_aware(model, 4):
+    with pytest.raises(RuntimeError, match="stop"), quantization_aware(model, 4):
         diverge(theta_of(model), value)
     assert theta_of(model) is vector
 
@@ -161,7 +161,7 @@ def test_only_the_named_adapter_is_rounded():
     model = trained("bert")
     model.add_adapter("second", trained("bert", d=50, seed=2).peft_config["default"])
     first = theta_of(model).weight.detach().clone()
-    with quantisation_aware(model, 2, adapter="second"):
+    with quantization_aware(model, 2, adapter="second"):
         assert torch.equal(theta_of(model)(), first)
         assert len(theta_of(model, "second")().detach().unique()) <= 3
     assert torch.equal(theta_of(model).weight, first)
@@ -171,7 +171,7 @@ def test_only_the_named_adapter_is_rounded():
 def test_what_is_saved_inside_is_a_usual_adapter(tmp_path):
     model = trained("bert", said=True)
     expected = evaluate(model, "bert")
-    with quantisation_aware(model, 3):
+    with quantization_aware(model, 3):
         model.save_pretrained(tmp_path)
     assert torch.equal(evaluate(PeftModel.from_pretrained(build("bert"), tmp_path).eval(), "bert"), expected)
 
@@ -180,7 +180,7 @@ def test_what_is_saved_inside_is_a_usual_adapter(tmp_path):
 def test_training_mode_and_gradients_stay_as_they_were(frozen):
     model = trained("bert").train()
     theta_of(model).weight.requires_grad_(not frozen)
-    with quantisation_aware(model, 3):
+    with quantization_aware(model, 3):
         assert theta_of(model).training
         assert theta_of(model).weight.requires_grad is not frozen
     assert theta_of(model).training
@@ -193,7 +193,7 @@ def test_levels_out_of_range_are_refused_and_nothing_changes(levels):
     vector, before = theta_of(model), theta_of(model).weight.detach().clone()
     with (
         pytest.raises(ValueError, match="levels must be a whole number from 1 to 256"),
-        quantisation_aware(model, levels),
+        quantization_aware(model, levels),
     ):
         pass
     assert theta_of(model) is vector

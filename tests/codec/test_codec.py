@@ -15,7 +15,7 @@ from torch import nn
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.codec import compress, load_packed, read_packed
 from peft_intrinsic.codec.packed import OPTIONS
-from peft_intrinsic.codec.quantise import rounded
+from peft_intrinsic.codec.quantize import rounded
 
 BESIDE = {"d", "seed", "block_size", "reinitialized", "manifest", "algorithm_version", "num_labels"}
 """Options with a field of their own in a packed adapter."""

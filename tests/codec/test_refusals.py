@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertForSequenceClassification
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.codec import compress, load_packed, quantisation_aware, read_packed
+from peft_intrinsic.codec import compress, load_packed, quantization_aware, read_packed
 
 
 def named(model, name: str = "some/bert"):
@@ -83,7 +83,7 @@ def test_an_unknown_adapter_is_refused():
     model = trained("bert")
     with pytest.raises(ValueError, match=r"adapter='nope' is not attached. Attached are \['default'\]"):
         compress(model, adapter="nope")
-    with pytest.raises(ValueError, match="adapter='nope'"), quantisation_aware(model, 4, adapter="nope"):
+    with pytest.raises(ValueError, match="adapter='nope'"), quantization_aware(model, 4, adapter="nope"):
         pass
 
 

@@ -11,7 +11,7 @@ from conftest import trained
 from helpers.samples import synthetic
 
 from peft_intrinsic.codec import Packed, compress, read_packed
-from peft_intrinsic.codec.quantise import codebook, nearest, rounded
+from peft_intrinsic.codec.quantize import codebook, nearest, rounded
 
 HALF = 2.0**-11
 """What float16 loses of a number at most, relative."""
