@@ -32,11 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--method", type=names, help="as of measure; several with commas for 'methods' (did,said; else did)"
     )
     _add_options(study)
-    analyse = commands.add_parser("analyse", help="ask the trials of a run something else; nothing is trained")
-    analyse.set_defaults(run=_analyse)
-    analyse.add_argument("folder", metavar="RUN", help="folder of the run")
-    analyse.add_argument("--out", help="folder of the new report (that of the run)")
-    _add_question(analyse.add_argument, None)
+    analyze = commands.add_parser("analyze", help="ask the trials of a run something else; nothing is trained")
+    analyze.set_defaults(run=_analyze)
+    analyze.add_argument("folder", metavar="RUN", help="folder of the run")
+    analyze.add_argument("--out", help="folder of the new report (that of the run)")
+    _add_question(analyze.add_argument, None)
     add_commands(commands)
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
@@ -238,9 +238,9 @@ def _measure(args: argparse.Namespace) -> None:
         _tell(result, args.out, args.model)
 
 
-def _analyse(args: argparse.Namespace) -> None:
+def _analyze(args: argparse.Namespace) -> None:
     measure = _extras()
-    result = measure.analyse(args.folder, **_asked(args))
+    result = measure.analyze(args.folder, **_asked(args))
     out = args.out or args.folder
     measure.write_report(result, out)
     _tell(result, out)

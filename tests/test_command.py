@@ -34,9 +34,9 @@ def test_bugs_keep_their_traceback(error, short, monkeypatch, capsys):
     def run(args):
         raise error
 
-    monkeypatch.setattr("peft_intrinsic_command._analyse", run)
+    monkeypatch.setattr("peft_intrinsic_command._analyze", run)
     with pytest.raises(SystemExit if short else ValueError) as ended:
-        main(["analyse", "run"])
+        main(["analyze", "run"])
     if short:
         assert ended.value.code == (130 if isinstance(error, KeyboardInterrupt) else 2)
         assert "peft-intrinsic: " in capsys.readouterr().err
@@ -44,10 +44,10 @@ def test_bugs_keep_their_traceback(error, short, monkeypatch, capsys):
 
 def test_debug_shows_what_else_is_a_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["analyse", str(tmp_path)])
+        main(["analyze", str(tmp_path)])
     assert "is not the folder of a run" in capsys.readouterr().err
     with pytest.raises(ValueError, match="is not the folder of a run"):
-        main(["--debug", "analyse", str(tmp_path)])
+        main(["--debug", "analyze", str(tmp_path)])
 
 
 TRANSFER = ["trajectory", "transfer", "--model", "m", "--train", "t.csv", "--eval", "e.csv", "-o", "out"]

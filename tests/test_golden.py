@@ -19,7 +19,7 @@ from peft_intrinsic.analysis import frozen_sweep
 from peft_intrinsic.bounds import Certificate
 from peft_intrinsic.codec import adapter_from_string, adapter_to_string, compress, load_packed, read_packed
 from peft_intrinsic.commands import trajectory as command
-from peft_intrinsic.measure import analyse
+from peft_intrinsic.measure import analyze
 from peft_intrinsic.trajectory import fit_subspace
 from peft_intrinsic.trials.store import TRIALS, Store
 from peft_intrinsic_command import main
@@ -121,7 +121,7 @@ def test_an_old_run_goes_on_where_it_stopped(run, options, tmp_path):
     second = measure(calls, out=stopped, **options)
     assert len(calls) == 28 - 9
     assert rows(stopped) == rows(whole)
-    for result in (first, second, analyse(stopped)):
+    for result in (first, second, analyze(stopped)):
         answer = result.answers[options["relative_to"]]
         assert [answer.d, list(answer.interval), answer.target] == [
             expected["answer"][name] for name in ("d", "interval", "target")
@@ -131,7 +131,7 @@ def test_an_old_run_goes_on_where_it_stopped(run, options, tmp_path):
 
 @pytest.mark.parametrize("run", ["text", "study"])
 def test_an_old_run_on_text_is_analyzed(run, tmp_path):
-    result = analyse(copied(run, tmp_path))
+    result = analyze(copied(run, tmp_path))
     expected = json.loads((OUT / "trials" / run / "found.json").read_text())
     assert result.relative_to == "gain"
     assert [result.d, list(result.interval), result.target] == [

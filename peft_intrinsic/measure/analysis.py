@@ -1,4 +1,4 @@
-"""From trials to d90: `Result`, and `analyse` for a folder of trials that are there already."""
+"""From trials to d90: `Result`, and `analyze` for a folder of trials that are there already."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def _answer(found: Evidence, relative_to: Any, examples: int | None) -> Answer:
     return Answer(places[curve.index()], (places[low], places[high]), tie, curve.target)
 
 
-def analyse(
+def analyze(
     folder: str | os.PathLike,
     dims: Sequence[int] | None = None,
     target: float | None = None,
@@ -294,4 +294,4 @@ def analyse(
         asked: dict[str, Any] = {"target": target, "relative_to": relative_to, "center": center, "majority": majority}
         asked["dims"] = None if dims is None else tuple(map(index, dims))
         changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        return result(store, replace(plan, **changes), "the trials were analysed")
+        return result(store, replace(plan, **changes), "the trials were analyzed")

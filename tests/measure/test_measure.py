@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from helpers.steps import DIMS, step
 
-from peft_intrinsic.measure import NothingToMeasure, analyse, measure_intrinsic_dimension, write_report
+from peft_intrinsic.measure import NothingToMeasure, analyze, measure_intrinsic_dimension, write_report
 from peft_intrinsic.measure.report import markdown, summary
 from peft_intrinsic.trials.store import Store
 
@@ -114,7 +114,7 @@ def test_a_row_of_other_settings_does_not_count(tmp_path):
     with second.open("a") as file:
         file.write(first.read_text())
     with pytest.warns(UserWarning, match=f"line {len(rows) + 1}, is of a run with other settings: set aside"):
-        assert analyse(second.parent).d == measure_intrinsic_dimension(step, DIMS).d
+        assert analyze(second.parent).d == measure_intrinsic_dimension(step, DIMS).d
     second.write_text(first.read_text())
     measure_intrinsic_dimension(
         lambda d, seed: again.append(d) or step(d, seed), DIMS, out=second.parent, settings={"width": 6}
@@ -223,7 +223,7 @@ def test_report(tmp_path):
     assert f"| collapsed: full fine-tuning, subspace | 0, 1 of {3 * len(DIMS)} |" in text
     assert f"| {result.d} | 0.8000 | fixed by the fit | 0.8000, 0.8000, 0.8000 |  |" in text
     assert "| 1000 | 0.8000 | fixed by the fit | 0.8000, 0.8000 | 1 |" in text
-    assert analyse(tmp_path, center="mean").points[-1].scores == [0.8, 0.3, 0.8]
+    assert analyze(tmp_path, center="mean").points[-1].scores == [0.8, 0.3, 0.8]
 
 
 def test_gain_over_the_untrained_model():

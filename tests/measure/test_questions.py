@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.steps import DIMS, step
 
-from peft_intrinsic.measure import analyse, grid, measure_intrinsic_dimension
+from peft_intrinsic.measure import analyze, grid, measure_intrinsic_dimension
 from peft_intrinsic.measure.evidence import TUNING
 from peft_intrinsic.measure.measure import measured
 from peft_intrinsic.measure.plan import Plan
@@ -30,14 +30,14 @@ def test_another_question_uses_the_trials_that_are_there(tmp_path):
     assert len(calls) == known
     for question in ({"relative_to": "gain"}, {"center": "mean"}):
         again = measure_intrinsic_dimension(fit, DIMS, majority=0.2, **question)
-        assert analyse(tmp_path, **question).answers == again.answers
-    assert analyse(tmp_path, target=0.5).answers["score"].target == pytest.approx(0.4)
-    assert (analyse(tmp_path).name, analyse(tmp_path, target=0.995).name) == ("d90", "d99.5")
+        assert analyze(tmp_path, **question).answers == again.answers
+    assert analyze(tmp_path, target=0.5).answers["score"].target == pytest.approx(0.4)
+    assert (analyze(tmp_path).name, analyze(tmp_path, target=0.995).name) == ("d90", "d99.5")
     calls.clear()
     more = measure_intrinsic_dimension(fit, grid(10, 1000, 39), majority=0.2, seeds=4, out=tmp_path)
     assert not set(calls) & {(row["d"], row["seed"]) for row in rows}
     assert more.d == next(d for d in grid(10, 1000, 39) if d >= 100)
-    assert analyse(tmp_path).d == more.d  # the newest question is the folder's
+    assert analyze(tmp_path).d == more.d  # the newest question is the folder's
 
 
 @pytest.mark.parametrize("dims", [(1000, 100_000, 60), (100, 200_000, 60)])
@@ -100,18 +100,18 @@ def test_trials_of_rates_that_are_not_asked_for_do_not_count(tmp_path):
 
 def test_another_grid_has_the_dims_between_its_ends(tmp_path):
     first = measure_intrinsic_dimension(step, DIMS, out=tmp_path)
-    other = analyse(tmp_path, dims=np.array(grid(11, 990, 30)))
+    other = analyze(tmp_path, dims=np.array(grid(11, 990, 30)))
     assert other.d in (d for d in grid(11, 990, 30) if first.points[0].d < d)
     assert other.interval[0] <= 112 <= other.interval[1] * 1.2
     always = measure_intrinsic_dimension(lambda d, seed: 0.8, DIMS, out=tmp_path / "always")
     assert (always.ends[0], always.d) == (10, 10)
-    assert summary(analyse(tmp_path / "always", dims=grid(2, 990, 30))).startswith(
+    assert summary(analyze(tmp_path / "always", dims=grid(2, 990, 30))).startswith(
         "d90 ≤ 11, 90 % interval [≤ 11, ≤ 11]"
     )
-    with pytest.raises(ValueError, match=r"analysed before a single dimension was measured from 2 to 3\. .*\(--dims\)"):
-        analyse(tmp_path, dims=[2, 3])
+    with pytest.raises(ValueError, match=r"analyzed before a single dimension was measured from 2 to 3\. .*\(--dims\)"):
+        analyze(tmp_path, dims=[2, 3])
     with pytest.raises(ValueError, match="relative_to='gain' needs the trivial answer's score"):
-        analyse(tmp_path, relative_to="gain")
+        analyze(tmp_path, relative_to="gain")
 
 
 def test_folder_of_other_settings(tmp_path):
@@ -120,13 +120,13 @@ def test_folder_of_other_settings(tmp_path):
         measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 4})
     measure_intrinsic_dimension(step, DIMS, out=tmp_path, settings={"width": 4}, overwrite=True)
     with pytest.raises(ValueError, match=r"not the folder of a run: it has no settings\.json"):
-        analyse(tmp_path / "elsewhere")
+        analyze(tmp_path / "elsewhere")
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(ValueError, match=r"plan\.json is damaged .*what was asked"):
-        analyse(tmp_path)
+        analyze(tmp_path)
     (tmp_path / "plan.json").unlink()
     with pytest.raises(ValueError, match=r"has no plan\.json: it is not the folder of a measurement"):
-        analyse(tmp_path)
+        analyze(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_a_newcomer_s_run(tmp_path):
     assert run(*asked).startswith("d90 ")
     trials = (tmp_path / "run" / "trials.jsonl").read_text()
     assert len(list((tmp_path / "run" / "logs").iterdir())) == len(trials.splitlines())
-    told = run("analyse", "run", "--relative-to", "gain", "--target", "0.5", "--out", "half")
+    told = run("analyze", "run", "--relative-to", "gain", "--target", "0.5", "--out", "half")
     assert told.startswith("d50 ")
     report = json.loads((tmp_path / "half" / "report.json").read_text())
     assert report["answers"]["gain"]["target"] == pytest.approx(2 / 3 + 0.5 * (report["baseline"]["level"] - 2 / 3))
