@@ -1,4 +1,4 @@
-"""`SupermaskConfig`: every option, documented once."""
+"""`SupermaskConfig`: the options of a supermask and their checks."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from ..version import __version__, pip_install
 class SupermaskConfig(PeftConfig):
     """Configuration of a supermask: fine-tuning that sets some pretrained weights to zero, `W = W0 ∘ mask`.
 
-    Radiya-Dixit and Wang 2020 (arXiv 2004.14129), with the mask of Zhou et al. 2019 (arXiv 1905.01067). Nothing but a
-    bit for each masked weight is learnt, by a latent score for each. Task heads are trained in full beside it, as PEFT
-    does for LoRA.
+    Each masked weight has a latent score, which training updates; the file holds one bit for each weight. Task heads
+    are trained fully, as PEFT does for LoRA. Source: Radiya-Dixit and Wang 2020 (arXiv 2004.14129).
 
     Args:
         target_modules (`str` or `list[str]`):
             Linear layers to mask, as in LoRA: name suffixes, a regular expression, or `"all-linear"`.
         exclude_modules (`str` or `list[str]`, *optional*):
-            Modules that stay as they are.
+            Modules that are not masked.
         layers_to_transform (`int` or `list[int]`, *optional*):
             Indexes of the blocks to mask.
         layers_pattern (`str` or `list[str]`, *optional*):
-            Name of the block list, where it is not found by itself.
+            Name of the list of blocks, if it is not detected.
         modules_to_save (`list[str]`, *optional*):
-            Modules that are trained and saved in full.
+            Modules that are trained and saved fully.
         initial_sparsity (`float`):
-            Share of zeros at the start, from 0 to below 1. How many training ends with depends on its rate.
+            Fraction of zeros at the start, at least 0 and below 1. The final fraction depends on the learning rate.
         init (`"magnitude"` or `"random"`):
-            Which weights are zero, or likely zero, at the start: the smallest of each layer, or any.
+            Weights that are zero (or likely zero) at the start: the smallest of each layer, or a random selection.
         mask (`"threshold"` or `"bernoulli"`):
-            `"threshold"`: a weight is kept while its score is positive; the gradient passes straight through.
-            `"bernoulli"`: in training it is kept with the probability σ(score), drawn anew in each step, the gradient
-            being that of σ; in evaluation and on disk the lowest scores are zero, as many as are expected to be.
+            How scores give the mask. `"threshold"`: a weight is unchanged while its score is positive; the gradient
+            passes straight through. `"bernoulli"` (Zhou et al. 2019, arXiv 1905.01067): each training step samples it
+            with the probability σ(score), and the gradient is that of σ; evaluation and the file have as many zeros as
+            are expected, at the lowest scores.
         hold_sparsity (`bool`):
-            Keep exactly the initial share of zeros in each layer: those with the lowest scores. With `"threshold"`.
+            Preserve the initial fraction of zeros in each layer, at the lowest scores. Needs `mask="threshold"`.
         seed (`int`):
-            Of the random start.
+            Seed of the random start.
         save_scores (`bool`):
-            Save the scores too, 32 bits for each weight, so that training can go on exactly where it stopped. Without
-            them a loaded adapter trains on from its mask.
+            Save the scores too (32 bits for each weight), so that training resumes exactly. Without them, training
+            continues from the mask.
 
-    The remaining fields are filled in when the adapter is saved, and checked when it is loaded. A new adapter with the
-    configuration of a saved one: set them to None.
+    Saving sets the remaining fields, and loading checks them. For a new adapter with the configuration of a saved one,
+    set them to None.
 
     Raises:
-        ValueError, TypeError: an option has a value that cannot work; the message names it and a remedy.
-        ImportError: the packages that code the masks are missing.
+        ValueError, TypeError: An option has a value that cannot work.
+        ImportError: The packages that code the masks are missing.
     """
 
     target_modules: str | list[str] = "all-linear"
@@ -72,8 +72,8 @@ class SupermaskConfig(PeftConfig):
     save_scores: bool = False
 
     requires: str = f"peft_intrinsic>={__version__}"
-    final_sparsity: float | None = field(default=None, metadata={"help": "Share of zeros when the adapter was saved."})
-    base_digest: str | None = field(default=None, metadata={"help": "Of the masked weights of the base model."})
+    final_sparsity: float | None = field(default=None, metadata={"help": "Fraction of zeros when it was saved."})
+    base_digest: str | None = field(default=None, metadata={"help": "Digest of the weights under the mask."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +91,7 @@ class SupermaskConfig(PeftConfig):
                 "hold_sparsity=True needs mask='threshold': a Bernoulli mask has no fixed number of zeros."
             )
         if self.mask == "bernoulli" and not self.initial_sparsity:
-            raise ValueError("initial_sparsity=0 with mask='bernoulli' would need an infinite score. Try 0.03.")
+            raise ValueError("initial_sparsity=0 needs an infinite score under mask='bernoulli'. Try 0.03.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an int from 0 to 2**63 - 1, got {self.seed!r}.")
         self.seed = int(self.seed)  # numpy's integers cannot be written to a file
@@ -111,18 +111,18 @@ class SupermaskConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        if find_spec("constriction") is None:  # now, not when hours of training are to be saved
-            raise ImportError(f"A mask is saved entropy-coded. {pip_install('[codec]')}")
+        if find_spec("constriction") is None:  # before training, not when it is saved
+            raise ImportError(f"Masks are saved entropy-coded, which needs constriction. {pip_install('[codec]')}")
         # Present and empty, it keeps PEFT from writing targeted output layers into the adapter file.
         self.trainable_token_indices: dict[str, Any] = {}
         self.target_parameters = None
 
     @property
     def full_modules(self) -> list[str] | None:
-        """`modules_to_save`, under the name that the other tuner's targeting knows."""
+        """`modules_to_save`, under the name that the target matching reads."""
         return self.modules_to_save
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and say in a model card how to load the adapter."""
+        """Write `adapter_config.json`, and a model card that says how to load the adapter."""
         super().save_pretrained(str(save_directory), **kwargs)
         add_sections(Path(save_directory))

@@ -1,116 +1,111 @@
-"""Scores, the masks that they stand for, and masks as bytes."""
+"""Scores, masks from scores, and masks as bits and as bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import brentq
 
-SPREAD = 0.025
-"""Distance between the lowest and the highest score at the start under `"threshold"`."""
+from .config import SupermaskConfig
 
-UNIT = 1024
-"""What a score is counted in under `"bernoulli"`, so that the usual learning rate serves both."""
+# For mask="threshold":
+SPREAD = 0.025  # difference of the highest and the lowest score at the start
 
-SURE = 30.0
-"""Log-odds that leave nothing to chance."""
-
-LOW = 4.0
-"""Log-odds against being kept of a weight that a loaded mask has at zero, where training goes on."""
-
-SLOPE = 8.0
-"""How much higher the largest weight's log-odds of being kept are than the smallest's, under `"magnitude"`."""
+# For mask="bernoulli", whose log-odds of a one are SCALE times the score:
+SCALE = 1024  # makes the learning rates of both masks alike
+SLOPE = 8.0  # difference of the log-odds of the largest and the smallest weight at the start, under init="magnitude"
+LOW = 4.0  # log-odds of a zero, for the zeros of a loaded mask
+SURE = 30.0  # log-odds that no sampling overturns
 
 
 @torch.no_grad()
-def initial_scores(weight: torch.Tensor, name: str, config: Any) -> torch.Tensor:
-    """The scores at the start, in the shape of the weight, float32 on its device.
+def initialize_scores(weight: torch.Tensor, name: str, config: SupermaskConfig) -> torch.Tensor:
+    """Make the scores of a new adapter: `float32`, shape and device of the weight.
 
     Args:
-        weight: of the base layer.
-        name: of the layer, which with the seed fixes the random start.
-        config: `SupermaskConfig`.
+        weight: weight of the base layer.
+        name: name of the layer, which fixes the random start together with the seed.
+        config: configuration of the adapter.
     """
-    place = hashlib.sha256(f"{config.seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(place[:7], "big"))
+    seed = hashlib.sha256(f"{config.seed} {name}".encode()).digest()[:7]
+    generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
     order = weight.detach().abs().float().cpu().flatten() if config.init == "magnitude" else None
     rank = torch.rand(weight.numel(), generator=generator)
     if order is not None:
-        # Equal weights, such as zeros of a pruned layer, stand in a random order.
+        # Equal weights, such as zeros of a pruned layer, get a random order.
         first = torch.argsort(rank)
         rank[first[torch.argsort(order[first], stable=True)]] = (torch.arange(len(rank)) + 0.5) / len(rank)
     if config.mask == "threshold":
         scores = SPREAD * (rank - config.initial_sparsity)
     else:
-        slope = SLOPE if config.init == "magnitude" else 1e-6  # a trace of an order, so that there are no ties
+        slope = SLOPE if config.init == "magnitude" else 1e-6  # not zero, so that there are no ties
         odds = slope * (rank.double() - 0.5)
 
         def excess(shift: float) -> float:
             return float(torch.sigmoid(-(odds + shift)).mean()) - config.initial_sparsity
 
-        scores = ((odds + brentq(excess, -60, 60)) / UNIT).float()
+        scores = ((odds + brentq(excess, -60, 60)) / SCALE).float()
     return scores.view(weight.shape).to(weight.device)
 
 
-def scores_of(mask: torch.Tensor, config: Any) -> torch.Tensor:
-    """Scores from which training goes on where only the mask was kept: float32, away from the threshold."""
+def restore_scores(mask: torch.Tensor, config: SupermaskConfig) -> torch.Tensor:
+    """Make scores that give a mask, to continue training without the saved ones: `float32`, shape of the mask."""
     if config.mask == "bernoulli":
-        # As many zeros are expected as the mask has: those of the lower scores, and of the higher ones the rest.
-        kept, zeros = int(mask.sum()), int((~mask).sum())
-        odds = kept / zeros * (1 + math.exp(LOW)) - 1 if zeros else 0.0
+        # Low and high scores together give as many expected zeros as the mask has.
+        ones, zeros = int(mask.sum()), int((~mask).sum())
+        odds = ones / zeros * (1 + math.exp(LOW)) - 1 if zeros else 0.0
         low, high = (LOW, math.log(odds)) if odds > 1 else (SURE, SURE)
-        return torch.where(mask, high, -low) / UNIT
-    share = config.initial_sparsity
-    return SPREAD / 2 * torch.where(mask, 1 - share, -max(share, 0.01))
+        return torch.where(mask, high, -low) / SCALE
+    fraction = config.initial_sparsity
+    return SPREAD / 2 * torch.where(mask, 1 - fraction, -max(fraction, 0.01))
 
 
-def straight_through(scores: torch.Tensor, config: Any) -> torch.Tensor:
-    """The mask of a training step, with a gradient for the scores.
+def make_training_mask(scores: torch.Tensor, config: SupermaskConfig) -> torch.Tensor:
+    """Make the mask of a training step: zeros and ones, with a gradient for the scores.
 
-    Its values are those of the binary mask, its gradient that of the scores (threshold: Bengio et al. 2013, arXiv
-    1308.3432) or of σ(scores) (Bernoulli: Zhou et al. 2019, section 5).
+    The gradient is that of the scores (threshold: straight-through, Bengio et al. 2013, arXiv 1308.3432) or of
+    σ(SCALE · scores) (Bernoulli: Zhou et al. 2019, section 5).
     """
     if config.mask == "threshold":
         soft = scores
-        hard = binary(scores.detach(), config).to(scores.dtype)
+        hard = make_mask(scores.detach(), config).to(scores.dtype)
     else:
-        soft = torch.sigmoid(UNIT * scores)
+        soft = torch.sigmoid(SCALE * scores)
         hard = (torch.rand_like(soft) < soft).to(scores.dtype)
     return hard + (soft - soft.detach())
 
 
 @torch.no_grad()
-def binary(scores: torch.Tensor, config: Any) -> torch.Tensor:
-    """The mask of evaluation and of the file: `bool`, True where a weight is kept."""
+def make_mask(scores: torch.Tensor, config: SupermaskConfig) -> torch.Tensor:
+    """Make the mask of evaluation and of the file: `bool`, shape of the scores, False where a weight is zero."""
     if config.mask == "threshold" and not config.hold_sparsity:
         return scores > 0
     if config.mask == "threshold":
         zeros = round(config.initial_sparsity * scores.numel())
     else:
-        zeros = round(float((1 - torch.sigmoid(UNIT * scores.double())).sum()))
+        zeros = round(float((1 - torch.sigmoid(SCALE * scores.double())).sum()))
     mask = torch.ones(scores.numel(), dtype=torch.bool, device=scores.device)
     mask[scores.flatten().topk(zeros, largest=False, sorted=False).indices] = False
     return mask.view(scores.shape)
 
 
-def packed(mask: torch.Tensor) -> torch.Tensor:
-    """One bit for each weight: `uint8[⌈n/8⌉]`, on the CPU."""
+def mask_to_bits(mask: torch.Tensor) -> torch.Tensor:
+    """Store a mask of n weights in one bit for each: `uint8[⌈n/8⌉]`, on the CPU."""
     return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
 
 
-def unpacked(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """What `packed` packed, on the device of the bits."""
+def bits_to_mask(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Restore a mask from `mask_to_bits`: `bool[shape]`, on the device of the bits."""
     count = math.prod(shape)
     shifts = torch.arange(7, -1, -1, device=bits.device, dtype=torch.uint8)
     return (bits.unsqueeze(-1) >> shifts & 1).view(-1)[:count].view(shape).bool()
 
 
-def coded(mask: torch.Tensor) -> torch.Tensor:
-    """A mask as bytes, by asymmetric numeral systems: the number of zeros, 8 bytes, and the code, `uint8[…]`."""
+def encode_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Encode a mask as `uint8[k]`: the number of zeros (8 bytes), then its code by asymmetric numeral systems."""
     from ..codec.entropy import encode
 
     symbols = mask.detach().cpu().numpy().reshape(-1).astype(np.int32)
@@ -119,11 +114,16 @@ def coded(mask: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(zeros.to_bytes(8, "little") + code, dtype=np.uint8).copy())
 
 
-def decoded(data: torch.Tensor, shape: torch.Size, name: str) -> torch.Tensor:
-    """What `coded` coded: `bool[shape]`.
+def decode_mask(data: torch.Tensor, shape: torch.Size, name: str) -> torch.Tensor:
+    """Decode a mask from `encode_mask`: `bool[shape]`.
+
+    Args:
+        data: `uint8[k]`.
+        shape: shape of the weight.
+        name: name of the layer, for messages.
 
     Raises:
-        ValueError: the bytes are no mask of so many weights.
+        ValueError: the bytes are no mask of this shape.
     """
     from ..codec.entropy import decode
 

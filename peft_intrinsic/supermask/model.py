@@ -1,4 +1,4 @@
-"""`SupermaskModel`: masked layers in a model, and their masks on the way to and from a file."""
+"""`SupermaskModel`: attaches masked layers, and writes and reads their masks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from ..tuner.module_types import is_linear
 from ..tuner.names import canonical
 from ..tuner.targets import matched
 from .layer import SupermaskLinear
-from .masks import coded, decoded, scores_of
+from .masks import decode_mask, encode_mask, restore_scores
 
 MASK = "supermask_mask"
 ROOT = "base_model.model."
 
 
 class SupermaskModel(CheckedTuner):
-    """Masks the weights of linear layers. Use it through `get_peft_model(model, SupermaskConfig())`."""
+    """Tuner that masks the weights of linear layers.
+
+    Example:
+        >>> model = get_peft_model(base, SupermaskConfig(initial_sparsity=0.03))
+    """
 
     prefix = "supermask_"
     tuner_layer_cls = SupermaskLinear
@@ -38,26 +42,26 @@ class SupermaskModel(CheckedTuner):
 
         Raises:
             ValueError: an adapter's name is a part of a fully trained module's name; a targeted module is no plain
-                linear layer in memory, or shares its weight with another; a saved mask belongs to other base weights;
-                or the configuration has an option that masks do not support.
+                linear layer in memory, or shares its weight with another module; a saved mask was trained on other
+                weights; or the configuration has an option that masks do not support.
         """
         config = self.peft_config[adapter_name]
         for option in ("trainable_token_indices", "target_parameters"):
             if value := getattr(config, option):
                 raise ValueError(
                     f"{option}={value!r} is not supported by SupermaskConfig, which masks linear layers and trains "
-                    "modules_to_save. Leave it out, or use LoraConfig or IntrinsicConfig."
+                    "modules_to_save. Remove the option, or use LoraConfig or IntrinsicConfig."
                 )
         check_adapter_names(model, self.peft_config, own=())
         for layer in _layers(model):
-            layer.unmerge()  # the new adapter starts from the base's own weights
-        places = model.named_modules(remove_duplicate=False)
-        self._uses = Counter(id(p) for _, module in places for p in module._parameters.values() if p is not None)
+            layer.unmerge()  # a new adapter starts from the base weights
+        modules = [module for _, module in model.named_modules(remove_duplicate=False)]
+        self._uses = Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        here = None if config.base_digest is None else _digest(model, adapter_name)
-        if here not in (None, config.base_digest):
+        digest = None if config.base_digest is None else _compute_digest(model, adapter_name)
+        if digest not in (None, config.base_digest):
             raise ValueError(
-                f"This mask was trained on other weights (digest {config.base_digest}, here {here}). Load the base "
+                f"This mask was trained on other weights (digest {config.base_digest}, here {digest}). Load the base "
                 "model that it was trained on. (For a new adapter with this configuration, set its base_digest and "
                 "final_sparsity to None.)"
             )
@@ -82,14 +86,14 @@ class SupermaskModel(CheckedTuner):
         plain = is_linear(target) and type(getattr(weight, "data", None)) is torch.Tensor and weight.is_floating_point()
         if not plain or weight.element_size() < 2 or weight.is_meta or hasattr(weight, "ds_id"):
             raise ValueError(
-                f"target_modules: {current_key} is a {type(target).__name__}, and masks are for linear layers with "
-                "plain weights in memory. Leave it out, or load the base model unquantised, not offloaded, and not "
-                "split over devices (tp_plan, ZeRO-3)."
+                f"target_modules selects {current_key}, a {type(target).__name__}; masks need linear layers with plain "
+                "weights in memory. Exclude it, or load the base model without quantization, offloading, tp_plan and "
+                "ZeRO-3."
             )
         if self._uses[id(weight)] > 1:
             raise ValueError(
-                f"target_modules: the weight of {current_key} is used elsewhere too, as that of an output layer by its "
-                f"embedding. Leave it out: exclude_modules=['{target_name}']."
+                f"target_modules selects {current_key}, whose weight another module shares (as a tied embedding does). "
+                f"Exclude it: exclude_modules=['{target_name}']."
             )
         check_replaceable([(parent, target_name)])
         new = SupermaskLinear(target, canonical(current_key, self.model))
@@ -99,36 +103,36 @@ class SupermaskModel(CheckedTuner):
         self._replace_module(parent, target_name, new, target)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
-        """Refused by name when they are targeted."""
+        """Do nothing: targeted modules with tied weights raise in `_create_and_replace`."""
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Scores are float32 from the start.
-
-        Raises:
-            ValueError: without autocasting they would take the dtype of a base model that is not float32.
-        """
+        """Leave the scores in float32. Raise ValueError if autocasting is off and the base model is not float32."""
         coarse = {layer.base_layer.weight.dtype for layer in _layers(self.model)} - {torch.float32, torch.float64}
         if not autocast_adapter_dtype and coarse:
             raise ValueError(
-                f"autocast_adapter_dtype=False: the scores of a mask need float32, the base model is in {coarse.pop()}."
-                " Leave it at True."
+                f"autocast_adapter_dtype=False is not supported for a base model in {coarse.pop()}: the scores of a "
+                "mask need float32. Leave it at True."
             )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Raises ValueError: `adapter_names`, or another option that masks do not support, is given."""
+        """Raise ValueError if a forward pass gets `adapter_names` or `alora_offsets`."""
         if given := [name for name in ("adapter_names", "alora_offsets") if kwargs.get(name) is not None]:
             raise ValueError(
                 f"{given[0]}={kwargs[given[0]]!r} is not supported by SupermaskConfig: all samples of a batch have the "
-                "same mask. Choose it with set_adapter(name), or none with disable_adapter(), for a batch of its own."
+                "same mask. Split the batch, and call set_adapter(name) or disable_adapter() for each part."
             )
         yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT, all layers or none.
+        """Merge the masks of adapters into the base weights, in all layers or none.
+
+        Args:
+            adapter_names: names of the adapters; by default the active ones.
+            safe_merge: no effect, since every merge checks the masks first.
 
         Raises:
-            ValueError: there is no such adapter, its saved mask was not loaded, or scores are not finite.
+            ValueError: an adapter is not attached, its saved mask was not loaded, or scores are not finite.
         """
         self._check_masks(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
@@ -138,7 +142,7 @@ class SupermaskModel(CheckedTuner):
         for layer in _layers(self.model):
             for name in adapter_names or layer.active_adapters:
                 if name in layer.configs:
-                    layer.mask(name)
+                    layer.get_mask(name)
 
     def _unload_and_optionally_merge(
         self,
@@ -155,13 +159,19 @@ class SupermaskModel(CheckedTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def sparsity(self, adapter_name: str = "default") -> dict[str, float]:
-        """Share of zeros of each masked layer, by its name, and of `"all"` together, as it would be saved."""
+        """Compute the fraction of zeros of each masked layer by its name, and of all under `"all"`.
+
+        Args:
+            adapter_name: name of the adapter.
+
+        Raises:
+            ValueError: the adapter is not attached, its saved mask was not loaded, or scores are not finite.
+        """
         self._check_attached(adapter_name)
-        found = {layer.name: layer.mask(adapter_name) for layer in _layers(self.model) if adapter_name in layer.configs}
-        zeros = {name: int((~mask).sum()) for name, mask in found.items()}
-        sizes = {name: mask.numel() for name, mask in found.items()}
-        shares = {name: zeros[name] / sizes[name] for name in found}
-        return {**shares, "all": sum(zeros.values()) / max(1, sum(sizes.values()))}
+        masks = {layer.name: layer.get_mask(adapter_name) for layer in _layers(self.model, adapter_name)}
+        zeros = {name: int((~mask).sum()) for name, mask in masks.items()}
+        fractions = {name: zeros[name] / mask.numel() for name, mask in masks.items()}
+        return {**fractions, "all": sum(zeros.values()) / max(1, sum(mask.numel() for mask in masks.values()))}
 
     @classmethod
     def _get_adapter_state_dict(
@@ -173,65 +183,62 @@ class SupermaskModel(CheckedTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         result, zeros, weights = {}, 0, 0
-        for key, layer in _named_layers(model):
-            if adapter_name not in layer.configs:
-                continue
+        for key, layer in _named_layers(model, adapter_name):
             scores = state_dict.get(f"{key}.supermask_scores.{adapter_name}.weight")
-            mask = layer.mask(adapter_name, scores)
+            mask = layer.get_mask(adapter_name, scores)
             own = canonical(key, model)
-            result[f"{own}.{MASK}.{adapter_name}"] = coded(mask)  # PEFT takes the name off
+            result[f"{own}.{MASK}.{adapter_name}"] = encode_mask(mask)  # PEFT removes the adapter's name
             zeros, weights = zeros + int((~mask).sum()), weights + mask.numel()
             if config.save_scores and scores is not None:
                 result[f"{own}.supermask_scores.{adapter_name}.weight"] = scores
-        config.final_sparsity, config.base_digest = zeros / max(1, weights), _digest(model, adapter_name)
+        config.final_sparsity, config.base_digest = zeros / max(1, weights), _compute_digest(model, adapter_name)
         return result
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Masks go to their layers, scores under their names in the model.
+        """Set the masks of the layers, and rename scores as in the model.
 
         Raises:
             ValueError: masks are missing, damaged, of other shapes, or of layers that the adapter does not have.
         """
         given = {canonical(key).removeprefix(ROOT): value for key, value in state_dict.items()}
         rest = {key: v for key, v in state_dict.items() if MASK not in key and "supermask_scores" not in key}
-        for key, layer in _named_layers(model):
-            if adapter_name not in layer.configs:
-                continue
+        for key, layer in _named_layers(model, adapter_name):
             own = canonical(key, model).removeprefix(ROOT)
             if f"{own}.{MASK}" not in given:
-                raise ValueError(f"The file holds no mask of {layer.name}. It belongs to an adapter of other modules.")
-            mask = decoded(given.pop(f"{own}.{MASK}"), layer.base_layer.weight.shape, layer.name)
-            former = given.pop(f"{own}.supermask_scores", None)  # in files of the first versions
+                raise ValueError(f"The file holds no mask of {layer.name}. It is an adapter of other modules.")
+            mask = decode_mask(given.pop(f"{own}.{MASK}"), layer.base_layer.weight.shape, layer.name)
+            former = given.pop(f"{own}.supermask_scores", None)  # key of the first versions
             scores = given.pop(f"{own}.supermask_scores.weight", former)
             if adapter_name in layer.supermask_scores:
                 name = f"{key}.supermask_scores.{adapter_name}.weight"
-                rest[name] = scores_of(mask, config) if scores is None else scores
+                rest[name] = restore_scores(mask, config) if scores is None else scores
             else:
                 layer.set_mask(adapter_name, mask)
             layer.awaited.discard(adapter_name)
         if extra := sorted(key for key in given if key.endswith(f".{MASK}")):
-            raise ValueError(f"The file holds {extra[0]}, which the adapter does not have. Is it another adapter's?")
+            raise ValueError(f"The file holds {extra[0]}, which is no layer of this adapter. Check its target_modules.")
         return rest
 
 
-def _named_layers(model: nn.Module) -> Iterator[tuple[str, SupermaskLinear]]:
+def _named_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, SupermaskLinear]]:
+    """The masked layers of a model, or those of one adapter, with their names in the model."""
     for name, module in model.named_modules():
-        if isinstance(module, SupermaskLinear):
+        if isinstance(module, SupermaskLinear) and (adapter is None or adapter in module.configs):
             yield name, module
 
 
-def _layers(model: nn.Module) -> list[SupermaskLinear]:
-    return [layer for _, layer in _named_layers(model)]
+def _layers(model: nn.Module, adapter: str | None = None) -> list[SupermaskLinear]:
+    return [layer for _, layer in _named_layers(model, adapter)]
 
 
-def _digest(model: nn.Module, adapter: str) -> str | None:
-    """Of the weights under an adapter's mask, as they are without any; None where it cannot be known."""
-    layers = [layer for layer in _layers(model) if adapter in layer.configs]
+def _compute_digest(model: nn.Module, adapter: str) -> str | None:
+    """Compute a digest of the base weights under an adapter's masks; None if they are merged or not in memory."""
+    layers = _layers(model, adapter)
     if any(layer.merged for layer in layers):
         return None
     for layer in layers:
-        layer._write([])
+        layer.write_zeros([])
     return digest_at_hand(model, [f"{layer.name}.weight" for layer in layers])

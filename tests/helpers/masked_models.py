@@ -9,25 +9,19 @@ from peft import PeftModel, get_peft_model
 from peft_intrinsic import SupermaskConfig
 
 CLOSE = {"rtol": 0, "atol": 1e-6}
-
-
 LABELS = torch.tensor([0, 1, 2, 0])
 
 
 def masked(family: str = "bert", base=None, **options) -> PeftModel:
-    """A model with an adapter whose scores have moved."""
+    """A model with an adapter whose scores are not the initial ones."""
     options = {"initial_sparsity": 0.2, **options}
     model = get_peft_model(base or build(family), SupermaskConfig(**options))
-    shake(model)
-    return model.eval()
-
-
-def shake(model, seed: int = 0, size: float = 0.05) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "supermask_scores" in name:
-                p.add_(size * torch.randn(p.shape, generator=generator))
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model.eval()
 
 
 def layers(model) -> list:

@@ -1,4 +1,4 @@
-"""Supermask adapters on disk, and what does not fit."""
+"""Supermask adapters on disk, and files that do not fit a model."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "supermask_scores"
 
 
 @pytest.mark.parametrize("options", [{}, {"mask": "bernoulli"}, {"hold_sparsity": True}])
-def test_save_and_load(tmp_path, options):
+def test_saved_masks_load_with_the_same_outputs_and_without_scores(tmp_path, options):
     model = masked(**options, task_type="SEQ_CLS", target_modules=["query", "dense"])
-    wanted = evaluate(model, "bert")
+    expected = evaluate(model, "bert")
     model.save_pretrained(tmp_path)
-    assert torch.equal(evaluate(model, "bert"), wanted)
+    assert torch.equal(evaluate(model, "bert"), expected)
     file = load_file(tmp_path / "adapter_model.safetensors")
     assert {v.dtype for k, v in file.items() if k.endswith("supermask_mask")} == {torch.uint8}
     assert not any("scores" in key for key in file)
     loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
-    assert torch.equal(evaluate(loaded.eval(), "bert"), wanted)
-    assert not any("supermask" in n for n, _ in loaded.named_parameters())  # no float scores are kept
+    assert torch.equal(evaluate(loaded.eval(), "bert"), expected)
+    assert not any("supermask" in n for n, _ in loaded.named_parameters())
     config = loaded.peft_config["default"]
     assert config.final_sparsity == model.base_model.sparsity()["all"] == loaded.base_model.sparsity()["all"]
     if options.get("hold_sparsity"):
         assert config.final_sparsity == pytest.approx(0.2, abs=1e-3)
     with loaded.disable_adapter():
         assert torch.equal(evaluate(loaded, "bert"), evaluate(build("bert"), "bert"))
-    assert torch.equal(evaluate(loaded, "bert"), wanted)
+    assert torch.equal(evaluate(loaded, "bert"), expected)
     again = loaded.merge_and_unload()
-    assert torch.equal(evaluate(again, "bert"), wanted)
+    assert torch.equal(evaluate(again, "bert"), expected)
 
 
-def test_training_goes_on_from_a_loaded_mask(tmp_path):
+def test_training_continues_from_loaded_masks_and_scores(tmp_path):
     model = masked(target_modules=["query", "dense"])
     model.save_pretrained(tmp_path / "bits")
     loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "bits", is_trainable=True)
@@ -57,19 +57,19 @@ def test_training_goes_on_from_a_loaded_mask(tmp_path):
     )
 
 
-def test_written_zeros_stay_out_of_files(tmp_path):
+def test_state_dict_of_a_loaded_mask_holds_the_base_weights(tmp_path):
     masked().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
-    wanted = evaluate(model, "bert")
+    expected = evaluate(model, "bert")
     state, plain = model.state_dict(), build("bert").state_dict()
     for name, value in plain.items():
         own = [v for k, v in state.items() if k.replace(".base_layer", "").endswith(f"model.{name}")]
         assert torch.equal(own[0], value), name
-    assert torch.equal(evaluate(model, "bert"), wanted)
+    assert torch.equal(evaluate(model, "bert"), expected)
 
 
-def test_a_mask_that_was_not_loaded_is_not_a_mask_of_ones(tmp_path):
-    """transformers loads an adapter's file by names, and knows nothing of coded masks."""
+def test_a_mask_that_was_not_loaded_raises_in_the_forward_pass(tmp_path):
+    """transformers loads the tensors of an adapter's file by name, without decoding masks."""
     masked().save_pretrained(tmp_path)
     model = build("bert")
     model.load_adapter(str(tmp_path))
@@ -77,8 +77,8 @@ def test_a_mask_that_was_not_loaded_is_not_a_mask_of_ones(tmp_path):
         evaluate(model, "bert")
 
 
-def test_scores_that_are_handed_in_are_the_mask():
-    """As Trainer hands in what it gathered from several processes."""
+def test_scores_in_a_given_state_dict_determine_the_saved_mask():
+    """Trainer passes a state dict that it gathered from several processes."""
     model = masked(save_scores=True)
     state = {k: v.clone() for k, v in model.state_dict().items()}
     scores = [k for k in state if "supermask_scores" in k]
@@ -90,7 +90,7 @@ def test_scores_that_are_handed_in_are_the_mask():
     assert torch.equal(saved[key.replace("supermask_mask", "supermask_scores.weight")], state[scores[0]])
 
 
-def test_base_of_another_digest(tmp_path):
+def test_a_base_model_with_other_weights_raises(tmp_path):
     masked().save_pretrained(tmp_path)
     other = build("bert")
     with torch.no_grad():
@@ -100,30 +100,30 @@ def test_base_of_another_digest(tmp_path):
     PeftModel.from_pretrained(build("bert").to(torch.bfloat16), tmp_path)
 
 
-def test_files_that_do_not_fit(tmp_path):
+def test_missing_damaged_and_unknown_masks_raise(tmp_path):
     masked(target_modules=["query", "key"]).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     whole = {key: value.clone() for key, value in load_file(file).items()}  # the file is written over below
     first = next(key for key in whole if key.endswith("supermask_mask"))
     damaged = whole[first].clone()
     damaged[3] = 255
-    for change, words in (
+    for change, message in (
         ({first: None}, "holds no mask of"),
         ({first: damaged}, "holds no mask of 576 weights"),
-        ({first.replace(".key.", ".value."): whole[first].clone()}, "which the adapter does not have"),
+        ({first.replace(".key.", ".value."): whole[first].clone()}, "which is no layer of this adapter"),
     ):
         save_file({k: v for k, v in {**whole, **change}.items() if v is not None}, file)
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             PeftModel.from_pretrained(build("bert"), tmp_path)
 
 
-def test_configurations_of_saved_adapters(tmp_path):
+def test_a_configuration_that_was_never_saved_fits_any_base_model(tmp_path):
     config = SupermaskConfig(seed=np.int64(3), target_modules=["query"])
     get_peft_model(build("bert"), config)
     other = build("bert")
     with torch.no_grad():
         other.bert.encoder.layer[0].attention.self.query.weight.add_(0.1)
-    get_peft_model(other, config).save_pretrained(tmp_path)  # nothing was saved before
+    get_peft_model(other, config).save_pretrained(tmp_path)
 
 
 def counted() -> torch.nn.Module:
@@ -137,10 +137,10 @@ def counted() -> torch.nn.Module:
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_scores_that_were_saved_under_their_former_names_are_read(trainable):
-    """The file's scores are (i − 11.5)/64 with each row reversed, so the lower two rows of weights are kept."""
+    """The file's scores are (i − 11.5)/64 with each row reversed, so the upper two rows of weights are zero."""
     model = PeftModel.from_pretrained(counted(), GOLDEN, is_trainable=trainable).eval()
-    wanted = torch.tensor([0.0, 0, 1, 1]).view(4, 1) * counted()[0].weight
-    assert torch.equal(model.get_base_model()[0].weight, wanted)
+    expected = torch.tensor([0.0, 0, 1, 1]).view(4, 1) * counted()[0].weight
+    assert torch.equal(model.get_base_model()[0].weight, expected)
     if trainable:
         scores = model.get_base_model()[0].supermask_scores["default"].weight
         assert torch.equal(scores, ((torch.arange(24.0) - 11.5) / 64).view(4, 6).flip(1))
@@ -166,7 +166,7 @@ def test_a_mask_fits_models_with_and_without_compiled_blocks(trained_compiled, t
 
 
 @pytest.mark.parametrize("name", ["query", "supermask_mask", "weight"])
-def test_masks_of_adapters_named_as_parts_of_keys_come_back(name, tmp_path):
+def test_adapters_named_as_parts_of_keys_load_their_masks(name, tmp_path):
     config = {"target_modules": ["query", "dense"], "initial_sparsity": 0.3}
     model = get_peft_model(build("bert"), SupermaskConfig(**config), adapter_name=name)
     model.add_adapter("other", SupermaskConfig(**config, init="random"))
