@@ -1,4 +1,4 @@
-"""What can be promised about new examples: bounds on the error from the training examples and an adapter's size."""
+"""Bounds on the error on new examples, from the training error and the size of a packed adapter."""
 
 from .certificate import CONDITIONS as CONDITIONS
 from .certificate import Certificate as Certificate

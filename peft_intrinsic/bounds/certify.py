@@ -1,4 +1,4 @@
-"""Certificates of packed adapters: made from the file and the training data, and checked from them."""
+"""Makes and verifies certificates of packed adapters, from the file and the training data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftModel
 
@@ -17,22 +17,22 @@ from .certificate import Certificate
 from .texts import PackedTexts
 
 SLACK = 0.001
-"""What the bound of another machine may differ by: a sum in another order decides a few close examples otherwise."""
+"""Tolerance for a bound from another machine, where another order of summation changes a few predictions."""
 
 ROUNDING = 1e-9
-"""What figures from the very same numbers may differ by."""
+"""Tolerance for results computed from the same inputs."""
 
 
-def beside(path: Path) -> Path:
-    """Where the certificate of a packed adapter lies."""
+def get_certificate_path(path: Path) -> Path:
+    """Get the path of the certificate of a packed adapter's file."""
     return path.with_name(path.name.removesuffix(".pia") + ".certificate.json")
 
 
-def message_bits(data: bytes) -> int:
-    """Bits of a packed adapter that were learnt: its body. Head and checksum follow from what is fixed beforehand.
+def count_message_bits(data: bytes) -> int:
+    """Count the learned bits of a packed adapter: those of its body.
 
-    The head names the base model and the projection (d, seed, options): what was chosen there by looking at the
-    training data is counted as combinations tried.
+    The head holds what is fixed beforehand: base model, d, seed and options of the projection. Choices among them that
+    used the training data count as combinations tried.
 
     Raises:
         ValueError: the bytes are no packed adapter.
@@ -40,8 +40,8 @@ def message_bits(data: bytes) -> int:
     return 8 * (len(data) - 4 - len(read_packed(data).head()))
 
 
-def errors(data: bytes, texts: PackedTexts, splits: Sequence[str]) -> list[int]:
-    """How many examples of each split, `train` or `eval`, a packed adapter gets wrong.
+def count_errors(data: bytes, texts: PackedTexts, splits: Sequence[Literal["train", "eval"]]) -> list[int]:
+    """Count the wrong predictions of a packed adapter on each split.
 
     Raises:
         ValueError: the adapter belongs to another base model, or is damaged.
@@ -53,109 +53,116 @@ def errors(data: bytes, texts: PackedTexts, splits: Sequence[str]) -> list[int]:
         model.unload()
 
 
-def certificate(data: bytes, texts: PackedTexts, num_tried: int, delta: float, eval: bool) -> Certificate:
-    """Count the errors of the very adapter that is deployed, the packed one.
+def make_certificate(data: bytes, texts: PackedTexts, num_tried: int, delta: float, eval: bool) -> Certificate:
+    """Make the certificate of a packed adapter, whose errors are counted as it is deployed.
 
     Args:
-        data: the packed adapter.
-        texts: the data that it was trained on, and its base model.
+        data: bytes of the packed adapter.
+        texts: its training data and base model.
         num_tried: combinations of d, seed, learning rate, steps and levels that it was chosen from.
-        delta: the probability that the bound fails.
-        eval: whether `texts` have data of their own for evaluation.
+        delta: probability that the bound fails.
+        eval: whether the evaluation split is test data, on which errors are counted too.
 
     Raises:
         ValueError: the adapter belongs to another base model, or is damaged.
     """
-    wrong = errors(data, texts, ["train", "eval"] if eval else ["train"])
-    unseen = (wrong[1], len(texts.data["eval"])) if eval else (None, None)
-    n, bits = len(texts.data["train"]), message_bits(data)
-    return Certificate(n, wrong[0], bits, num_tried, delta, texts.majority(), *unseen)
+    errors = count_errors(data, texts, ["train", "eval"] if eval else ["train"])
+    test = (errors[1], len(texts.data["eval"])) if eval else (None, None)
+    n, bits = len(texts.data["train"]), count_message_bits(data)
+    return Certificate(n, errors[0], bits, num_tried, delta, texts.majority(), *test)
 
 
-def packed(
+def pack_adapter(
     texts: PackedTexts, folder: str, levels: Sequence[int], steps: int = 0, learning_rate: float = 2e-4
 ) -> list[bytes]:
-    """A saved adapter, packed with each number of levels.
+    """Pack the saved adapter in a folder with each number of levels.
 
     Args:
-        texts: the data that it was trained on, and its base model.
-        folder: of the adapter.
-        levels, steps, learning_rate: of `PackedTexts.packed`.
+        texts: training data and base model of the adapter.
+        folder: folder of the adapter.
+        levels: numbers of values that θ is rounded to.
+        steps, learning_rate: quantization-aware training, see `PackedTexts.packed`.
 
     Raises:
-        ValueError: the adapter trains a head outside the d numbers, which no bound of this kind covers.
+        ValueError: the adapter trains modules outside the d parameters, which the message does not hold.
     """
     model: Any = PeftModel.from_pretrained(texts.base, folder, is_trainable=True)
     try:
-        if beside := model.peft_config["default"].trained_beside:
+        if option := model.peft_config["default"].trained_beside:
             raise ValueError(
-                f"{beside} was trained in full: thousands of parameters that the message does not hold, so nothing "
-                "can be certified. Train with the head inside the d parameters, without this option."
+                f"{option} was trained fully, and the message does not hold its parameters, so the adapter cannot be "
+                "certified. Train with the head inside the d parameters, without this option."
             )
         return [texts.packed(model, count, steps, learning_rate, 0) for count in levels]
     finally:
         model.unload()
 
 
-def digest(rows: Any) -> str:
-    """Of labelled texts, wherever they lie: SHA-256 of their rows as JSON lines."""
-    found = hashlib.sha256()
+def compute_digest(rows: Any) -> str:
+    """Compute the SHA-256 of labeled texts from their rows as JSON lines, wherever their files are."""
+    digest = hashlib.sha256()
     for row in rows:
-        found.update(json.dumps(row, sort_keys=True, ensure_ascii=True).encode() + b"\n")
-    return found.hexdigest()
+        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
-def write(path: Path, data: bytes, found: Certificate, texts: PackedTexts) -> Path:
-    """The packed adapter, and beside it its certificate as JSON: what was counted, of which bytes and which data."""
-    write_whole(path, data)
-    place = beside(path)
-    told = {
-        "certificate": found.to_dict(),
+def _describe(data: bytes, certificate: Certificate, texts: PackedTexts) -> dict[str, Any]:
+    """The content of a certificate's file."""
+    return {
+        "certificate": certificate.to_dict(),
         "adapter": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
-        "training_data": {"rows": found.n, "sha256": digest(texts.task.data["train"])},
+        "training_data": {"rows": certificate.n, "sha256": compute_digest(texts.task.data["train"])},
         "max_length": texts.max_length,
         "peft_intrinsic": __version__,
     }
-    write_whole(place, json.dumps(told, indent=1) + "\n")
-    return place
 
 
-def differences(path: Path, texts: PackedTexts) -> tuple[Certificate, Certificate, list[str]]:
-    """The certificate beside a packed adapter, the one computed again, and where the first is not borne out.
+def write_certified(path: Path, data: bytes, certificate: Certificate, texts: PackedTexts) -> Path:
+    """Write a packed adapter and, next to it, its certificate as JSON, whose path is returned."""
+    target = get_certificate_path(path)
+    write_whole(path, data)
+    write_whole(target, json.dumps(_describe(data, certificate, texts), indent=1) + "\n")
+    return target
+
+
+def verify_certificate(path: Path, texts: PackedTexts) -> tuple[Certificate, Certificate, list[str]]:
+    """Compute the certificate of a packed adapter's file again, and compare it with the stored one.
+
+    Returns:
+        The stored certificate, the new one, and the differences that make the stored one wrong.
 
     Raises:
-        ValueError: there is none beside it, or it is no such file.
+        ValueError: the file of the certificate is missing or damaged.
     """
-    place = beside(path)
+    target = get_certificate_path(path)
     try:
-        told = json.loads(place.read_text(encoding="utf-8"))
-        claimed = Certificate.from_dict(told["certificate"])
-        bound = float(told["certificate"]["bound"])
-        sealed = {"adapter": told["adapter"]["sha256"], "training data": told["training_data"]["sha256"]}
+        content = json.loads(target.read_text(encoding="utf-8"))
+        stored = Certificate.from_dict(content["certificate"])
+        bound = float(content["certificate"]["bound"])
+        digests = {name: content[name]["sha256"] for name in ("adapter", "training_data")}
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{place} is no certificate ({error!r}). Make it with certify.") from None
+        raise ValueError(f"{target} is no certificate ({error!r}). Make it with certify.") from None
     data = path.read_bytes()
-    found = certificate(data, texts, claimed.num_tried, claimed.delta, eval=False)
-    here = {"adapter": hashlib.sha256(data).hexdigest(), "training data": digest(texts.task.data["train"])}
-    unlike = [f"{name}: SHA-256 {sealed[name]} there, {here[name]} here" for name in here if sealed[name] != here[name]]
-    for name in ("n", "bits", "majority"):
-        if getattr(claimed, name) != getattr(found, name):
-            unlike.append(f"{name}: {getattr(claimed, name)} there, {getattr(found, name)} here")
-    for name, figure in claimed.to_dict().items():
-        if name != "bound" and _unlike(written := told["certificate"].get(name, figure), figure):
-            unlike.append(f"{name}: {written} there, {figure} from the numbers there")
-    if not bound >= max(claimed.bound - ROUNDING, found.bound - SLACK):  # nor NaN
-        unlike.append(
-            f"bound: {bound} there; {claimed.bound} from the numbers there, {found.bound} here ({claimed.errors} and "
-            f"{found.errors} errors)"
+    new = make_certificate(data, texts, stored.num_tried, stored.delta, eval=False)
+    computed = _describe(data, new, texts)
+    pairs = [(f"SHA-256 of {name}", digest, computed[name]["sha256"]) for name, digest in digests.items()]
+    pairs += [(name, getattr(stored, name), getattr(new, name)) for name in ("n", "bits", "majority")]
+    differences = [f"{name}: {claim} stored, {value} computed" for name, claim, value in pairs if claim != value]
+    for name, value in stored.to_dict().items():
+        if name != "bound" and _differs(claim := content["certificate"].get(name, value), value):
+            differences.append(f"{name}: {claim} stored, {value} from the stored inputs")
+    if not bound >= max(stored.bound - ROUNDING, new.bound - SLACK):  # also true for NaN
+        differences.append(
+            f"bound: {bound} stored, {stored.bound} from the stored inputs, {new.bound} computed ({stored.errors} and "
+            f"{new.errors} errors)"
         )
-    return claimed, found, unlike
+    return stored, new, differences
 
 
-def _unlike(written: Any, figure: Any) -> bool:
-    """Whether what is written is not this figure; of several, whether any of those written is not."""
-    if isinstance(figure, dict):
-        return not isinstance(written, dict) or any(_unlike(written[name], figure.get(name)) for name in written)
-    if isinstance(figure, float):
-        return not isinstance(written, int | float) or not abs(written - figure) <= ROUNDING
-    return written != figure
+def _differs(claim: Any, value: Any) -> bool:
+    """Whether a stored claim differs from the computed value; in a dictionary, whether any claim does."""
+    if isinstance(value, dict):
+        return not isinstance(claim, dict) or any(_differs(claim[name], value.get(name)) for name in claim)
+    if isinstance(value, float):
+        return not isinstance(claim, int | float) or not abs(claim - value) <= ROUNDING
+    return claim != value

@@ -1,7 +1,7 @@
-"""Upper bounds on the error from the error in training and the length of the message that holds what was trained.
+"""Upper bounds on the error, from the training error and the length of the message that holds the trained parameters.
 
-Everywhere `risk` is the share of errors on n independent examples, `nats` the divergence of the classifier from a prior
-fixed before they were seen (a message of b bits: b·ln 2), and a bound holds with probability `1 − delta` or more.
+Everywhere `risk` is the fraction of errors on n independent examples, `nats` the divergence of the classifier from a
+prior fixed before they were seen (a message of b bits: b·ln 2), and a bound holds with probability `1 − delta` or more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _whole(low: int) -> tuple[Callable[[Any], bool], str]:
 
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "risk": (lambda value: 0 <= value <= 1, "a share of errors between 0 and 1 (errors / n)"),
+    "risk": (lambda value: 0 <= value <= 1, "a fraction of errors between 0 and 1 (errors / n)"),
     "risk in bits": (lambda value: 0 <= value < math.inf, "a finite mean loss, 0 or more"),
     "nats": (lambda value: value >= 0, "the message's length in bits times ln 2, 0 or more"),
     "bits": (lambda value: 0 <= value < math.inf, "the message's length in bits, finite and 0 or more"),
@@ -37,9 +37,9 @@ _AT_MOST = {"errors": "n", "majority": "n", "test_errors": "test_n"}
 
 
 def check(**values: Any) -> None:
-    """Raise ValueError for the first value that is not what its name says.
+    """Raise ValueError for the first value outside the range of its name.
 
-    numpy's narrow integers and floats are refused too: they overflow and round where Python's do not.
+    numpy's narrow integers and floats raise too: they overflow and round where Python's do not.
     """
     for name, value in values.items():
         holds, rule = _RULES[name]
@@ -51,7 +51,7 @@ def check(**values: Any) -> None:
 
 
 def prefix_free(bits: float) -> float:
-    """Length in bits once the message also tells where it ends: ℓ + 2·log2 ℓ (Lotfi et al. 2022, their code).
+    """Length in bits of a message that also says where it ends: ℓ + 2·log2 ℓ (Lotfi et al. 2022, their code).
 
     Lengths under 2 count as 2. Then the 2^−ℓ' of all messages sum to 0.83, and a prior must not exceed 1; with lengths
     0 and 1 taken as they are it would.
@@ -149,7 +149,7 @@ def occam(risk: float, n: int, nats: float, delta: float) -> float:
 
 
 def clopper_pearson(errors: int, n: int, delta: float) -> float:
-    """The p at which `errors` or fewer of n have the probability delta: the one-sided limit on examples kept out.
+    """The p at which `errors` or fewer of n have the probability delta: the one-sided limit on held-out examples.
 
     Clopper and Pearson (1934); Langford (2005), section 3, calls it the test set bound.
 
@@ -161,23 +161,23 @@ def clopper_pearson(errors: int, n: int, delta: float) -> float:
 
 
 def subsampled(risk: float, n: int, m: int, nats: float, delta: float, span: float = 1.0) -> float:
-    """For a mean loss measured on n of the m documents of training, drawn at random: Lotfi et al. (2023), SubLoRA.
+    """For a mean loss on n of the m training documents, sampled uniformly: Lotfi et al. (2023), SubLoRA.
 
     risk + span · (√((nats + ln 1/(r·delta)) / 2m) + √(ln 1/((1 − r)·delta) / 2n)) with r = n / (n + m).
 
     Args:
-        risk: the mean loss, such as bits per token; a share of errors where span is 1.
+        risk: the mean loss, such as bits per token; a fraction of errors if span is 1.
         span: the width of the loss's range; for bits per token that of `smoothed_span`.
 
     Returns:
-        The bound in the units of the loss, not cut off at any value.
+        The bound in the unit of the loss, without a maximum.
 
     >>> round(subsampled(0.3, 1_000, 100_000, 2_000, 0.05), 4)
     0.439
     """
     check(**{"risk" if span == 1 else "risk in bits": risk}, n=n, m=m, nats=nats, delta=delta, span=span)
     if n > m:
-        raise ValueError(f"n documents are drawn from all m of training: n must be at most m, {m}; got {n}.")
+        raise ValueError(f"n must be at most m={m}, the number of training documents; got n={n}.")
     r = n / (n + m)
     over_messages = math.sqrt((nats - math.log(r) - math.log(delta)) / (2 * m))
     over_samples = math.sqrt(-(math.log1p(-r) + math.log(delta)) / (2 * n))

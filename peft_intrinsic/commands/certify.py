@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..bounds.certificate import Certificate
-from ..bounds.certify import certificate, differences, packed, write
+from ..bounds.certify import make_certificate, pack_adapter, verify_certificate, write_certified
 from ..bounds.plot import plot_sweep
 from ..bounds.sweep import sweep
 from ..codec import read_packed
@@ -40,11 +40,11 @@ def certify(args: argparse.Namespace) -> None:
         config = adapter_config(args.adapter)
         out = output_file("--out", args.out or source / "adapter.pia")
         texts = packed_texts(args, config.base_model_name_or_path, args.train, args.eval, config.num_labels)
-        candidates = packed(texts, args.adapter, args.levels, args.finetune, args.lr)
+        candidates = pack_adapter(texts, args.adapter, args.levels, args.finetune, args.lr)
     num_tried = args.num_tried * len(candidates)
-    made = [(certificate(data, texts, num_tried, args.delta, bool(args.eval)), data) for data in candidates]
+    made = [(make_certificate(data, texts, num_tried, args.delta, bool(args.eval)), data) for data in candidates]
     found, data = min(made, key=lambda pair: pair[0].bound)
-    beside = write(out, data, found, texts)
+    beside = write_certified(out, data, found, texts)
     if source.is_dir() and (source / "README.md").is_file():
         _note(source / "README.md", found, out)
     print(found.report() + f"\n{out}: {len(data)} bytes; {beside}")
@@ -84,7 +84,7 @@ def verify(args: argparse.Namespace) -> None:
     path = Path(args.file)
     adapter = read_packed(path)
     texts = packed_texts(args, adapter.base, args.train, None, stored_labels(path, adapter))
-    claimed, found, unlike = differences(path, texts)
+    claimed, found, unlike = verify_certificate(path, texts)
     print(found.report())
     if claimed.test_n is not None:
         unseen = f"test_errors={claimed.test_errors} of test_n={claimed.test_n}"

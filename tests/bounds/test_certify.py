@@ -1,4 +1,4 @@
-"""Certificates as users make and check them: by the command, on tiny models and files."""
+"""The commands certify and verify, on tiny models and files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 from pathlib import Path
 
 import pytest
-from helpers.films import D, certify, errors, films, rows, told
+from helpers.films import D, certify, count_errors, films, read_json, rows
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.bounds import Certificate
-from peft_intrinsic.bounds.certify import message_bits
+from peft_intrinsic.bounds.certify import count_message_bits
 from peft_intrinsic.bounds.texts import PackedTexts
 from peft_intrinsic.codec import read_packed
 from peft_intrinsic.version import pip_install
@@ -26,31 +26,31 @@ def folder(tmp_path, monkeypatch) -> Path:
     return films(tmp_path)
 
 
-def test_the_packed_adapter_itself_is_certified(folder, capsys):
+def test_errors_and_bits_of_the_packed_adapter_are_certified(folder, capsys):
     certify("--adapter", "adapter", "--eval", "test.jsonl", "--levels", "4", "--num-tried", "8", "--delta", "0.1")
     packed = Path("adapter/adapter.pia").read_bytes()
-    found = Certificate.from_dict(told()["certificate"])
+    found = Certificate.from_dict(read_json()["certificate"])
     assert len(read_packed(packed).values) == 4
     assert (found.n, found.num_tried, found.delta, found.test_n) == (120, 8, 0.1, 40)
-    assert found.errors == errors("adapter/adapter.pia", "train.jsonl")
-    assert found.test_errors == errors("adapter/adapter.pia", "test.jsonl")
+    assert found.errors == count_errors("adapter/adapter.pia", "train.jsonl")
+    assert found.test_errors == count_errors("adapter/adapter.pia", "test.jsonl")
     labels = [row["label"] for row in rows(120)]
     assert found.majority == min(labels.count(0), labels.count(1))
-    assert found.bits == message_bits(packed) == 8 * (len(packed) - 4 - len(read_packed(packed).head()))
+    assert found.bits == count_message_bits(packed) == 8 * (len(packed) - 4 - len(read_packed(packed).head()))
     assert found.report() in capsys.readouterr().out
 
 
-def test_the_cheapest_of_several_numbers_of_levels_is_kept_and_all_are_counted(folder):
+def test_the_lowest_bound_of_several_levels_is_written_and_all_levels_count_as_tried(folder):
     certify("--adapter", "adapter", "--levels", "2,16", "-o", "x.pia")
-    assert told("x.certificate.json")["certificate"]["num_tried"] == 2
+    assert read_json("x.certificate.json")["certificate"]["num_tried"] == 2
     bounds = []
     for levels in ("2", "16"):
         certify("--adapter", "adapter", "--levels", levels, "--num-tried", "2", "-o", f"{levels}.pia")
-        bounds.append(told(f"{levels}.certificate.json")["certificate"]["bound"])
-    assert told("x.certificate.json")["certificate"]["bound"] == min(bounds)
+        bounds.append(read_json(f"{levels}.certificate.json")["certificate"]["bound"])
+    assert read_json("x.certificate.json")["certificate"]["bound"] == min(bounds)
 
 
-def test_names_that_differ_have_certificates_of_their_own(folder):
+def test_files_with_different_names_have_their_own_certificates(folder):
     for levels, name in (("2", "m.v1"), ("16", "m.v2")):
         certify("--adapter", "adapter", "--levels", levels, "-o", name)
         main(["verify", name, "--train", "train.jsonl"])
@@ -58,23 +58,23 @@ def test_names_that_differ_have_certificates_of_their_own(folder):
     assert Path("m.v1.certificate.json").exists()
 
 
-def test_a_line_in_the_model_card(folder):
+def test_the_model_card_has_one_line_with_the_claim(folder):
     for _ in range(2):
         certify("--adapter", "adapter")
         lines = Path("adapter/README.md").read_text().splitlines()
         (line,) = [line for line in lines if line.startswith("Certified: ")]
-        assert Certificate.from_dict(told()["certificate"]).claim() in line
+        assert Certificate.from_dict(read_json()["certificate"]).claim() in line
 
 
-def test_a_file_is_certified_as_it_is(folder):
+def test_a_packed_file_is_certified_unchanged(folder):
     main(["pack", "adapter", "-o", "x.pia", "--levels", "3", "--labels", "2"])
     before = Path("x.pia").read_bytes()
     certify("--adapter", "x.pia")
     assert Path("x.pia").read_bytes() == before
-    assert told("x.certificate.json")["certificate"]["bits"] == message_bits(before)
+    assert read_json("x.certificate.json")["certificate"]["bits"] == count_message_bits(before)
 
 
-def test_verify_agrees(folder, capsys):
+def test_verify_agrees_with_a_sound_certificate(folder, capsys):
     certify("--adapter", "adapter", "-o", "x.pia")
     main(["verify", "x.pia", "--train", "train.jsonl"])
     out = capsys.readouterr().out
@@ -87,13 +87,13 @@ def test_verify_agrees(folder, capsys):
 
 
 def forged_test(found: dict) -> None:
-    """No errors on the test data, and the bound that follows."""
+    """Claim no errors on the test data, and the bound from them."""
     sound = Certificate.from_dict({**found["certificate"], "test_errors": 0})
     found["certificate"].update(sound.to_dict())
 
 
 def changed(name: str, change) -> None:
-    found = told(name)
+    found = read_json(name)
     change(found)
     Path(name).write_text(json.dumps(found))
 
@@ -103,18 +103,18 @@ def changed(name: str, change) -> None:
     [
         ("bound", lambda found: found["certificate"].update(bound=found["certificate"]["bound"] - 0.01)),
         ("bound", lambda found: found["certificate"].update(errors=0, bound=0.2)),
-        ("bound: nan", lambda found: found["certificate"].update(bound=math.nan)),
+        ("bound: nan stored", lambda found: found["certificate"].update(bound=math.nan)),
         ("bits", lambda found: found["certificate"].update(bits=1)),
-        ("risk: 0.0 there", lambda found: found["certificate"].update(risk=0.0)),
-        ("nats: nan there", lambda found: found["certificate"].update(nats=math.nan)),
+        ("risk: 0.0 stored", lambda found: found["certificate"].update(risk=0.0)),
+        ("nats: nan stored", lambda found: found["certificate"].update(nats=math.nan)),
         ("bounds", lambda found: found["certificate"]["bounds"].update(seeger=0.01)),
-        ("test_bound: 0.1 there, None", lambda found: found["certificate"].update(test_bound=0.1)),
+        ("test_bound: 0.1 stored, None", lambda found: found["certificate"].update(test_bound=0.1)),
         ("majority", lambda found: found["certificate"].update(majority=60)),
-        ("adapter: SHA-256", lambda found: found["adapter"].update(sha256="")),
+        ("SHA-256 of adapter:", lambda found: found["adapter"].update(sha256="")),
         ("is no certificate", lambda found: found.pop("adapter")),
     ],
 )
-def test_verify_says_where_it_does_not_agree(folder, capsys, what, change):
+def test_verify_names_each_false_claim(folder, capsys, what, change):
     certify("--adapter", "adapter", "-o", "x.pia")
     changed("x.certificate.json", change)
     with pytest.raises(SystemExit, match="2"):
@@ -122,18 +122,18 @@ def test_verify_says_where_it_does_not_agree(folder, capsys, what, change):
     assert what in capsys.readouterr().err
 
 
-def test_verify_needs_the_same_data_and_a_certificate(folder, capsys):
+def test_verify_raises_for_other_data_and_without_a_certificate(folder, capsys):
     certify("--adapter", "adapter", "-o", "x.pia")
     with pytest.raises(SystemExit, match="2"):
         main(["verify", "x.pia", "--train", "test.jsonl"])
-    assert "training data: SHA-256" in capsys.readouterr().err
+    assert "SHA-256 of training_data:" in capsys.readouterr().err
     Path("x.certificate.json").unlink()
     with pytest.raises(SystemExit, match="2"):
         main(["verify", "x.pia", "--train", "train.jsonl"])
     assert "is no certificate" in capsys.readouterr().err
 
 
-def test_a_head_outside_the_numbers_is_refused(folder, capsys):
+def test_a_head_outside_the_d_parameters_raises(folder, capsys):
     model = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
     config = IntrinsicConfig(d=D, task_type="SEQ_CLS", modules_to_save=["classifier"])
     get_peft_model(model, config).save_pretrained("whole")
@@ -142,7 +142,7 @@ def test_a_head_outside_the_numbers_is_refused(folder, capsys):
     assert "modules_to_save=['classifier'" in capsys.readouterr().err
 
 
-def test_fine_tuning_is_of_the_rounded_numbers(folder, monkeypatch):
+def test_finetune_trains_the_rounded_theta(folder, monkeypatch):
     trained = []
 
     def train(texts, model, *options):
@@ -174,14 +174,14 @@ def test_fine_tuning_is_of_the_rounded_numbers(folder, monkeypatch):
         (("--adapter", "adapter", "--num-tried", "0"), "num_tried must be"),
     ],
 )
-def test_refused_before_anything_is_trained(folder, capsys, monkeypatch, more, message):
+def test_bad_options_raise_before_training(folder, capsys, monkeypatch, more, message):
     monkeypatch.setattr(PackedTexts, "train", None)
     with pytest.raises(SystemExit, match="2"):
         certify(*more)
     assert message in capsys.readouterr().err
 
 
-def test_a_missing_package_is_named_with_its_extra(folder, capsys, monkeypatch):
+def test_a_missing_package_raises_with_the_extra_to_install(folder, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft_intrinsic.commands.certify", None)
     with pytest.raises(SystemExit, match="2"):
         certify("--adapter", "adapter")

@@ -1,4 +1,4 @@
-"""The bounds against published values, their definitions in other arithmetic, and tasks whose error is known."""
+"""The bounds against published values, against their definitions in exact arithmetic, and on tasks of known error."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from scipy.stats import binom
 
 from peft_intrinsic.bounds import (
     catoni,
+    certificate,
     clopper_pearson,
     formulas,
     hoeffding,
@@ -58,10 +59,11 @@ def kl(risk: float, p: float) -> Decimal:
         return sum((q * (q / p).ln() if p else Decimal("inf") for q, p in pairs if q), Decimal(0))
 
 
-def test_the_examples_in_the_docstrings():
-    found = doctest.testmod(formulas)
-    assert found.attempted >= 10
-    assert not found.failed
+@pytest.mark.parametrize(("module", "examples"), [(formulas, 10), (certificate, 2)])
+def test_the_examples_in_the_docstrings_hold(module, examples):
+    result = doctest.testmod(module)
+    assert result.attempted >= examples
+    assert not result.failed
 
 
 @pytest.mark.parametrize(("risk", "bits", "bound"), [row[:3] for row in CIFAR10] + CIFAR100)
@@ -70,11 +72,11 @@ def test_catoni_gives_the_stored_results_of_lotfi_et_al(risk, bits, bound):
 
 
 @pytest.mark.parametrize(("risk", "bits", "_", "bound"), CIFAR10)
-def test_mcallester_on_the_same_rows(risk, bits, _, bound):
+def test_mcallester_gives_the_shared_results_of_lotfi_et_al(risk, bits, _, bound):
     assert mcallester(risk / 100, 50_000, bits * LN2, 0.05) == pytest.approx(bound / 100, abs=5.1e-5)
 
 
-def test_the_roots_where_they_come_out_even():
+def test_hoeffding_and_mcallester_where_their_roots_are_rational():
     assert hoeffding(0.1, 50, 6, math.exp(-3)) == pytest.approx(0.1 + 3 / 10)
     assert mcallester(0.25, 1, 0, math.exp(-1 / 4)) == pytest.approx(0.25 + 1 / 2)
 
@@ -87,14 +89,14 @@ def test_the_roots_where_they_come_out_even():
 @example(0.5, math.inf)
 @example(0.5, 0.0)
 @example(1.0, 0.0)
-def test_kl_inverse_is_right_to_1e_12_and_never_too_low(risk, budget):
+def test_kl_inverse_is_exact_to_1e_12_and_never_too_low(risk, budget):
     p = kl_inverse(risk, budget)
     assert risk <= p <= 1
     assert p == 1 or kl(risk, p) >= budget
     assert p - 1e-12 <= risk or kl(risk, p - 1e-12) <= budget
 
 
-def test_kl_inverse_where_it_is_known():
+def test_kl_inverse_where_it_has_a_closed_form():
     for budget in (0.0, 1e-9, 0.1, 5.0):
         assert kl_inverse(0, budget) == pytest.approx(-math.expm1(-budget), abs=1e-12)
     assert kl_inverse(0.2, 0) == pytest.approx(0.2, abs=1e-12)
@@ -105,7 +107,7 @@ def test_kl_inverse_where_it_is_known():
 @given(risks, counts, divergences, deltas)
 @example(0.0, 1, 0.0, 0.5)
 @example(1.0, 1, 0.0, 0.5)
-def test_between_the_training_error_and_one_and_in_their_order(risk, n, nats, delta):
+def test_bounds_lie_between_the_training_error_and_one_in_their_order(risk, n, nats, delta):
     found = {bound: bound(risk, n, nats, delta) for bound in BOUNDS}
     assert all(risk - ROUNDING <= value <= 1 for value in found.values())
     assert found[occam] <= found[seeger]
@@ -116,7 +118,7 @@ def test_between_the_training_error_and_one_and_in_their_order(risk, n, nats, de
 
 @fixed
 @given(risks, counts, divergences, st.floats(0, 1e5), deltas)
-def test_more_bits_are_never_better(risk, n, nats, more, delta):
+def test_more_bits_never_lower_a_bound(risk, n, nats, more, delta):
     for bound in BOUNDS:
         assert bound(risk, n, nats + more, delta) >= bound(risk, n, nats, delta) - ROUNDING
         assert bound(risk, n, math.inf, delta) == 1
@@ -124,7 +126,7 @@ def test_more_bits_are_never_better(risk, n, nats, more, delta):
 
 @fixed
 @given(risks, st.floats(0, 1e4), deltas)
-def test_with_ever_more_examples_the_training_error_is_left(risk, nats, delta):
+def test_bounds_converge_to_the_training_error(risk, nats, delta):
     for bound in BOUNDS:
         assert bound(risk, 10**15, nats, delta) == pytest.approx(risk, abs=1e-4)
 
@@ -143,14 +145,14 @@ def test_catoni_is_the_best_of_all_gammas(risk, n, nats, delta, alpha):
 
 @fixed
 @given(st.data(), st.integers(1, 2000), st.floats(1e-6, 0.999))
-def test_clopper_pearson_is_where_so_few_errors_have_probability_delta(data, n, delta):
+def test_clopper_pearson_is_where_at_most_so_many_errors_have_probability_delta(data, n, delta):
     errors = data.draw(st.integers(0, n))
     limit = clopper_pearson(errors, n, delta)
     assert limit == 1 if errors == n else binom.cdf(errors, n, limit) == pytest.approx(delta, rel=1e-6)
 
 
 def test_subsampled_divides_the_failure_between_documents_and_samples():
-    """n = 1 of m = 3: r is a quarter, the messages get delta/4 and m, the sample 3·delta/4 and n."""
+    """With n = 1 of m = 3, r is a quarter: messages have delta/4 and m, the sample has 3·delta/4 and n."""
     delta = 4 / math.e**2
     messages, sample = math.sqrt((4 + 2) / 6), math.sqrt((2 - math.log(3)) / 2)
     assert subsampled(0.5, 1, 3, 4.0, delta) == pytest.approx(0.5 + messages + sample)
@@ -179,34 +181,31 @@ GOOD = {"risk": 0.1, "n": 100, "nats": 10.0, "delta": 0.05}
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, math.nan) for name in GOOD]
-    + [
-        ("risk", -0.1),
-        ("risk", 12),
-        ("risk", "0.1"),
-        ("n", 0),
-        ("n", 10.0),
-        ("n", True),
-        ("n", np.int8(100)),
-        ("nats", -1.0),
-    ]
-    + [("delta", 0), ("delta", 1)],
+    [
+        *((name, math.nan) for name in GOOD),
+        *(("risk", value) for value in (-0.1, 12, "0.1")),
+        *(("n", value) for value in (0, 10.0, True, np.int8(100))),
+        *(("nats", -1.0), ("delta", 0), ("delta", 1)),
+    ],
 )
-def test_bad_input_is_named(bound, name, value):
+def test_bad_input_of_the_bounds_raises(bound, name, value):
     with pytest.raises(ValueError, match=rf"^{name} must be .*; got {re.escape(repr(value))}\."):
         bound(**{**GOOD, name: value})
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
         (lambda: catoni(**GOOD, alpha=0), "alpha must be more than 0"),
         (lambda: kl_inverse(0.1, math.nan), "budget must be"),
         (lambda: kl_inverse(1.1, 0), "risk must be"),
         (lambda: clopper_pearson(11, 10, 0.05), "errors must be at most n, 10; got 11"),
         (lambda: clopper_pearson(-1, 10, 0.05), "errors must be a whole number, 0"),
-        (lambda: subsampled(0.1, 11, 10, 1.0, 0.05), "n must be at most m, 10; got 11"),
-        (lambda: subsampled(1.1, 1, 10, 1.0, 0.05), "risk must be a share"),
+        (
+            lambda: subsampled(0.1, 11, 10, 1.0, 0.05),
+            "n must be at most m=10, the number of training documents; got n=11",
+        ),
+        (lambda: subsampled(1.1, 1, 10, 1.0, 0.05), "risk must be a fraction"),
         (lambda: subsampled(-1.1, 1, 10, 1.0, 0.05, span=2), "risk in bits must be"),
         (lambda: subsampled(math.inf, 1, 10, 1.0, 0.05, span=2), "risk in bits must be"),
         (lambda: subsampled(0.1, 1, 10, 1.0, 0.05, span=math.inf), "span must be"),
@@ -216,16 +215,16 @@ def test_bad_input_is_named(bound, name, value):
         (lambda: prefix_free(math.inf), "bits must be"),
     ],
 )
-def test_bad_input_of_the_others(call, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_input_of_the_other_functions_raises(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_on_1000_tasks_of_known_error():
-    """Labels sign(u·x), flipped with probability η; of 2^b sign vectors the one best in training is taken.
+def test_bounds_hold_in_95_percent_of_1000_tasks_of_known_error():
+    """Labels are sign(u·x), flipped with probability η; the classifier is the best of 2^b sign vectors in training.
 
-    With Gaussian inputs its true error is η + (1 − 2η)·angle/π. The bounds hold in 95 % of the tasks or more; without
-    the bits of the choice they do not, so the tasks are hard enough to tell.
+    With Gaussian inputs its true error is η + (1 − 2η)·angle/π. Without the bits of the choice, occam fails in more
+    than 5 % of the tasks, so the test can fail.
     """
     tasks, width, bits, n, flipped, delta = 1000, 12, 8, 150, 0.3, 0.05
     rng = np.random.default_rng(0)

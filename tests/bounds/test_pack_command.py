@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.films import D, certify, errors, films
+from helpers.films import D, certify, count_errors, films
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
@@ -29,7 +29,7 @@ def test_packing_reports_accuracy_and_unpacking_gives_a_folder_back(folder, caps
     more = ["--eval", "test.jsonl", "--text-form", "--qr", "x.png"]
     main(["pack", "adapter", "-o", "x.pia", "--max-bytes", "90", *more])
     out = capsys.readouterr().out
-    after = 1 - errors("x.pia", "test.jsonl") / 40
+    after = 1 - count_errors("x.pia", "test.jsonl") / 40
     assert f"{after:.4f} packed" in out
     assert Path("x.pia").stat().st_size <= 90
     assert Path("x.png").stat().st_size > 200
@@ -58,7 +58,7 @@ def test_labels_beyond_those_of_the_file(folder, capsys):
     config = IntrinsicConfig(d=D, task_type="SEQ_CLS", init_weights=False)
     get_peft_model(base, config).save_pretrained("three")
     main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--labels", "3"])
-    assert f"{1 - errors('x.pia', 'test.jsonl', 3) / 40:.4f} packed" in capsys.readouterr().out
+    assert f"{1 - count_errors('x.pia', 'test.jsonl', 3) / 40:.4f} packed" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--labels", "1"])
     assert "The model has 1 labels, test.jsonl 2:" in capsys.readouterr().err
@@ -78,7 +78,7 @@ def test_the_number_of_labels_comes_from_the_adapter(three, capsys):
     main(["pack", "three", "-o", "x.pia"])
     assert read_packed("x.pia").classes == 3
     main(["pack", "three", "-o", "y.pia", "--eval", "test.jsonl"])
-    assert f"{1 - errors('y.pia', 'test.jsonl', 3) / 40:.4f} packed" in capsys.readouterr().out
+    assert f"{1 - count_errors('y.pia', 'test.jsonl', 3) / 40:.4f} packed" in capsys.readouterr().out
     main(["unpack", "x.pia", "-o", "again"])
     assert json.loads(Path("again/adapter_config.json").read_text())["num_labels"] == 3
     main(["distance", "base", "three"])

@@ -1,4 +1,4 @@
-"""A small task, a tiny model of it, and an adapter to be certified."""
+"""A small task, a tiny model for it, and an adapter to certify."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ D = 30
 
 
 def rows(count: int, shift: int = 0) -> list[dict]:
-    """Films, every third of them bad; a few of them wrongly labelled."""
-    words = ["good", "bad", "good"]
-    found = [(i, words[i % 3]) for i in range(count)]
+    """Reviews of films, a third of them bad, with a few wrong labels."""
+    words = [("good", "bad", "good")[i % 3] for i in range(count)]
     return [
         {"text": f"a {'very ' * (i % 4)}{word} film", "label": int((word == "good") != (i % 11 == shift))}
-        for i, word in found
+        for i, word in enumerate(words)
     ]
 
 
 def films(folder: Path) -> Path:
-    """A base model, an adapter of it in a folder of its own, and labelled texts, in the present directory."""
+    """Write a base model, an adapter and labeled texts into a folder, which is the current directory."""
     base = tiny("bert", folder / "base")
     write(folder, "train.jsonl", rows(120))
     write(folder, "test.jsonl", rows(40, 3))
@@ -44,12 +43,12 @@ def certify(*more: str) -> None:
     main(["certify", "--train", "train.jsonl", *more])
 
 
-def told(name: str = "adapter/adapter.certificate.json") -> dict:
+def read_json(name: str = "adapter/adapter.certificate.json") -> dict:
     return json.loads(Path(name).read_text())
 
 
-def errors(path: str, name: str, labels: int = 2) -> int:
-    """Wrong answers of a packed adapter, one example at a time."""
+def count_errors(path: str, name: str, labels: int = 2) -> int:
+    """Count the wrong predictions of a packed adapter, one example at a time."""
     base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=labels)
     model, tokenizer = load_packed(base, path), AutoTokenizer.from_pretrained("base")
     with torch.no_grad():
