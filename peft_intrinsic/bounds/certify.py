@@ -11,6 +11,7 @@ from typing import Any, Literal
 from peft import PeftModel
 
 from ..codec import load_packed, read_packed
+from ..codec.adapter import check_trained
 from ..trials.store import write_whole
 from ..version import __version__
 from .certificate import Certificate
@@ -37,7 +38,7 @@ def count_message_bits(data: bytes) -> int:
     Raises:
         ValueError: the bytes are no packed adapter.
     """
-    return 8 * (len(data) - 4 - len(read_packed(data).head()))
+    return 8 * (len(data) - 4 - len(read_packed(data).encode_head()))
 
 
 def count_errors(data: bytes, texts: PackedTexts, splits: Sequence[Literal["train", "eval"]]) -> list[int]:
@@ -88,11 +89,7 @@ def pack_adapter(
     """
     model: Any = PeftModel.from_pretrained(texts.base, folder, is_trainable=True)
     try:
-        if option := model.peft_config["default"].trained_beside:
-            raise ValueError(
-                f"{option} was trained fully, and the message does not hold its parameters, so the adapter cannot be "
-                "certified. Train with the head inside the d parameters, without this option."
-            )
+        check_trained(model.peft_config["default"])  # before training
         return [texts.packed(model, count, steps, learning_rate, 0) for count in levels]
     finally:
         model.unload()

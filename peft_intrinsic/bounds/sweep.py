@@ -119,6 +119,9 @@ def _certify_row(
     counts = (row["errors"], count_message_bits(data), num_tried, delta, texts.majority(), *test)
     return {
         **{"d": row["d"], "levels": row["levels"], "bytes": len(data)},
-        **{"table_bits": 8 * len(packed.body([0])), "prior_bits": 8 * len(packed.body(range(1, PRIORS + 1)))},
+        **{
+            "table_bits": 8 * len(packed.encode_body([0])),
+            "prior_bits": 8 * len(packed.encode_body(range(1, PRIORS + 1))),
+        },
         "certificate": Certificate(len(texts.data["train"]), *counts).to_dict(),
     }

@@ -1,4 +1,4 @@
-"""An adapter of a model as bytes, and back onto the model."""
+"""Packs an adapter of a model into bytes, and loads it from them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..tuner import IntrinsicConfig
 from ..tuner.base_model import base_digest, base_places
 from ..tuner.labels import other_labels
 from ..tuner.layer import attached
-from .packed import NAME, NUMBERS, OPTIONS, PROJECTIONS, TASKS, Packed
-from .quantize import LEVELS, check_levels, rounded
+from .packed import MAX_D, MAX_NAME, OPTIONS, PROJECTIONS, TASKS, PackedAdapter
+from .quantize import MAX_LEVELS, check_levels, quantize
 
 DEFAULT_LEVELS = 8
 
 Source = bytes | bytearray | memoryview | str | os.PathLike
-"""The bytes of a packed adapter, or its file."""
+"""Bytes of a packed adapter, or the path of its file."""
 
 
 def compress(
@@ -31,68 +31,78 @@ def compress(
     max_error: float | None = None,
     adapter: str | None = None,
 ) -> bytes:
-    """An adapter in few bytes: θ rounded to a few values (optimal k-means) and entropy-coded.
+    """Pack an adapter: quantize θ to a few values (optimal k-means), and entropy-code it.
 
     Args:
-        model: a `PeftModel` with an intrinsic adapter, not merged.
-        levels: how many values θ may use, 1 to 256; by default `DEFAULT_LEVELS`.
-        max_bytes: instead: about as many as fit into so many bytes.
-        max_error: instead: as few as keep the norm of what rounding changes at most at this share of the norm of θ.
-        adapter: its name, by default the active one.
+        model: `PeftModel` with an intrinsic adapter that is not merged.
+        levels: number of values of θ, 1 to 256; by default `DEFAULT_LEVELS`.
+        max_bytes: size limit, instead of `levels`. θ gets as many values as fit.
+        max_error: limit of the quantization error as a fraction of the norm of θ, instead of `levels`. θ gets as few
+            values as meet it.
+        adapter: name of the adapter; by default the active one.
 
     Returns:
-        The packed adapter, format version 1 (docs/packed_format.md). λ is kept in half precision.
+        The bytes of the packed adapter, format version 1 (docs/packed_format.md). λ is in half precision.
 
     Raises:
-        ValueError: more than one of the three limits, or one that cannot be kept; `modules_to_save`, which no such file
-            holds; an adapter that is merged or cannot be packed.
+        ValueError: several limits are passed, or one cannot be met; or the adapter is merged, trains more than θ and λ,
+            or has an option that the format cannot hold.
+
+    Example:
+        >>> data = compress(model, levels=4)
+        >>> model = load_packed(base, data)
     """
     if sum(limit is not None for limit in (levels, max_bytes, max_error)) > 1:
-        raise ValueError(f"Give one of levels={levels}, max_bytes={max_bytes} and max_error={max_error}.")
-    whole = _taken(model, adapter)
-    low, high = 1, LEVELS
-    if max_bytes is not None:  # the most that fit
+        raise ValueError(f"Pass only one of levels={levels}, max_bytes={max_bytes} and max_error={max_error}.")
+    fields = _read_fields(model, adapter)
+    low, high = 1, MAX_LEVELS
+    if max_bytes is not None:  # find the most levels that fit
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if len(_packed(whole, middle)) <= max_bytes else (low, middle - 1)
-        if len(found := _packed(whole, low)) > max_bytes:
-            raise ValueError(f"max_bytes={max_bytes} is too few: with a single value the adapter has {len(found)}.")
-        return found
-    if max_error is not None:  # the fewest that are good enough
+            low, high = (middle, high) if len(_encode(fields, middle)) <= max_bytes else (low, middle - 1)
+        if len(data := _encode(fields, low)) > max_bytes:
+            raise ValueError(f"max_bytes={max_bytes} is too small: with one value the adapter has {len(data)} bytes.")
+        return data
+    if max_error is not None:  # find the fewest levels that meet the limit
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if _error(whole["theta"], middle) <= max_error else (middle + 1, high)
-        if (error := _error(whole["theta"], low)) > max_error:
-            raise ValueError(f"max_error={max_error} cannot be kept: {LEVELS} values still leave {error:.2g}.")
-        return _packed(whole, low)
-    return _packed(whole, check_levels(DEFAULT_LEVELS if levels is None else levels))
+            low, high = (low, middle) if _compute_error(fields["theta"], middle) <= max_error else (middle + 1, high)
+        if (error := _compute_error(fields["theta"], low)) > max_error:
+            raise ValueError(f"max_error={max_error} cannot be met: with {MAX_LEVELS} values the error is {error:.2g}.")
+        return _encode(fields, low)
+    return _encode(fields, check_levels(DEFAULT_LEVELS if levels is None else levels))
 
 
-def _packed(whole: dict[str, Any], levels: int) -> bytes:
-    return Packed(**{**whole, "theta": rounded(whole["theta"], levels)}).to_bytes()
+def _encode(fields: dict[str, Any], levels: int) -> bytes:
+    return PackedAdapter(**{**fields, "theta": quantize(fields["theta"], levels)}).to_bytes()
 
 
-def _error(theta: np.ndarray, levels: int) -> float:
+def _compute_error(theta: np.ndarray, levels: int) -> float:
     norm = float(np.linalg.norm(theta))
-    return float(np.linalg.norm(theta - rounded(theta, levels))) / norm if norm else 0.0
+    return float(np.linalg.norm(theta - quantize(theta, levels))) / norm if norm else 0.0
 
 
-def _taken(model: Any, adapter: str | None) -> dict[str, Any]:
-    """The fields of `Packed`, θ not yet rounded."""
+def check_trained(config: IntrinsicConfig) -> None:
+    """Raise ValueError if an adapter trains more than θ and λ."""
+    if config.trained_beside:
+        raise ValueError(
+            f"{config.trained_beside} is trained fully, and a packed adapter cannot hold it. Train with the head "
+            "inside the d parameters, without this option."
+        )
+
+
+def _read_fields(model: Any, adapter: str | None) -> dict[str, Any]:
+    """Read the fields of `PackedAdapter` from a model; θ is not quantized."""
     name = attached(model, adapter)
     config: Any = model.peft_config[name]
     root = model.get_base_model()
     if not isinstance(config, IntrinsicConfig):
         raise ValueError(f"adapter={name!r} is a {type(config).__name__}; only an IntrinsicConfig can be packed.")
-    if config.trained_beside:
+    check_trained(config)
+    if config.projection not in PROJECTIONS or config.task_type not in TASKS or config.d > MAX_D:
         raise ValueError(
-            f"{config.trained_beside} is trained in full and has no place in a packed adapter. Train with the head "
-            "inside the d parameters, without this option."
-        )
-    if config.projection not in PROJECTIONS or config.task_type not in TASKS or config.d > NUMBERS:
-        raise ValueError(
-            f"d={config.d}, projection={config.projection!r} and task_type={config.task_type!r} cannot be packed: at "
-            f"most {NUMBERS} numbers, projections {PROJECTIONS}, tasks {TASKS[1:]}."
+            f"d={config.d}, projection={config.projection!r} and task_type={config.task_type!r} cannot be packed: the "
+            f"format has d ≤ {MAX_D}, projections {PROJECTIONS} and tasks {TASKS[1:]}."
         )
     names = sorted(base_places(root))
     reinitialized = config.reinitialized or []
@@ -101,14 +111,14 @@ def _taken(model: Any, adapter: str | None) -> dict[str, Any]:
         for vectors in (root.intrinsic.intrinsic_theta, root.intrinsic.intrinsic_lambda)
     )
     if not (np.isfinite(theta).all() and np.isfinite(scales).all()):
-        raise ValueError(f"adapter={name!r} holds NaN or infinite numbers. Train it again.")
-    place = config.base_model_name_or_path or getattr(getattr(root, "config", None), "name_or_path", "") or ""
+        raise ValueError(f"adapter={name!r} has NaN or infinite parameters. Train it with a lower learning rate.")
+    base = config.base_model_name_or_path or getattr(getattr(root, "config", None), "name_or_path", "") or ""
     return {
         "d": config.d,
         "seed": config.seed,
         "block_size": config.block_size,
-        "options": {option: _plain(getattr(config, option)) for option in OPTIONS},
-        "base": (Path(place).name if os.path.isdir(place) else place).encode()[:NAME].decode(errors="ignore"),
+        "options": {option: _to_json(getattr(config, option)) for option in OPTIONS},
+        "base": (Path(base).name if os.path.isdir(base) else base).encode()[:MAX_NAME].decode(errors="ignore"),
         "classes": root.config.num_labels if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else 0,
         "base_digest": base_digest(root, reinitialized),
         "manifest_digest": bytes.fromhex(str(config.manifest).partition(":")[0]),
@@ -119,8 +129,8 @@ def _taken(model: Any, adapter: str | None) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """An option as JSON has it, and without order where it has none."""
+def _to_json(value: Any) -> Any:
+    """Convert an option to JSON's types; sets are sorted."""
     if isinstance(value, set):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else value
@@ -132,13 +142,16 @@ def load_packed(
     adapter_name: str = "default",
     check_base: bool = True,
 ) -> PeftModel:
-    """Put a packed adapter onto its base model, ready to use: as `PeftModel.from_pretrained` does with a folder.
+    """Load a packed adapter onto its base model for inference, as `PeftModel.from_pretrained` loads a folder.
 
     Args:
-        model: the base model, or a `PeftModel` that gets one more adapter.
-        source: the bytes, or a file that holds them.
-        adapter_name: its name in the model.
-        check_base: refuse a base model with other weights. False is for the same model quantised.
+        model: base model, or a `PeftModel` that gets one more adapter.
+        source: bytes of the packed adapter, or the path of its file.
+        adapter_name: name of the adapter in the model.
+        check_base: raise an error if the base model has other weights. Pass False for a quantized base model.
+
+    Returns:
+        The `PeftModel`, in evaluation mode.
 
     Raises:
         ValueError: the bytes are damaged, or the base model is not the one that the adapter was made for.
@@ -146,7 +159,7 @@ def load_packed(
     packed = read_packed(source)
     root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     names = list(base_places(root))
-    config = _config(packed, names)
+    config = _make_config(packed, names)
     labels = other_labels(config.num_labels, root, config.task_type)
     if labels and (check_base or config.head == "subspace"):
         raise ValueError(labels)
@@ -155,60 +168,63 @@ def load_packed(
         hint = f", or the same in {', '.join(dtypes)}, which rounds them: try torch.float32" if dtypes else ""
         raise ValueError(
             f"This adapter was made for {packed.base or 'a base model without a name'} (digest "
-            f"{packed.base_digest.hex()}); the weights of this model are others{hint}. Load that model, with the "
-            "class for its task. For the same model quantised: check_base=False."
+            f"{packed.base_digest.hex()}); this model has other weights{hint}. Load that model, with the class for its "
+            "task. If it is the same model quantized, pass check_base=False."
         )
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(root, "prepare_inputs_for_generation"):
-        raise ValueError(f"This adapter is of a {config.task_type} model, which {type(root).__name__} is not.")
-    first = not isinstance(model, PeftModel)
-    if first:
+        raise ValueError(f"This adapter needs a model for {config.task_type}, which {type(root).__name__} is not.")
+    is_new = not isinstance(model, PeftModel)
+    if is_new:
         model = get_peft_model(model, config, adapter_name)
     else:
         model.add_adapter(adapter_name, config)
+    values = [torch.from_numpy(packed.theta), torch.from_numpy(packed.scales)]
     vectors = root.intrinsic.intrinsic_theta, root.intrinsic.intrinsic_lambda
-    numbers = [torch.from_numpy(numbers) for numbers in (packed.theta, packed.scales)]
-    held = [of[adapter_name].weight if adapter_name in of else numbers[1][:0] for of in vectors]
-    if (counts := [len(weight) for weight in held]) != [len(values) for values in numbers]:
-        if first:
+    weights = [vector[adapter_name].weight if adapter_name in vector else values[1][:0] for vector in vectors]
+    if (counts := [len(weight) for weight in weights]) != [len(value) for value in values]:
+        if is_new:
             model.unload()
         else:
             model.delete_adapter(adapter_name)
         raise ValueError(
-            f"This adapter has {len(numbers[0])} numbers and {len(numbers[1])} λ; on this model it would have "
+            f"This adapter has {len(values[0])} entries of θ and {len(values[1])} of λ, and this model needs "
             f"{counts[0]} and {counts[1]}. Load the model that it was made for."
         )
     with torch.no_grad():
-        for weight, values in zip(held, numbers, strict=True):
-            weight.copy_(values)
+        for weight, value in zip(weights, values, strict=True):
+            weight.copy_(value)
     return model.eval()
 
 
-def read_packed(source: Source) -> Packed:
-    """What a packed adapter holds, from its bytes or its file.
+def read_packed(source: Source) -> PackedAdapter:
+    """Read the contents of a packed adapter, without a base model.
+
+    Args:
+        source: bytes of the packed adapter, or the path of its file.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the bytes are damaged.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        return Packed.from_bytes(bytes(source))
-    return Packed.from_bytes(Path(source).read_bytes())
+        return PackedAdapter.from_bytes(bytes(source))
+    return PackedAdapter.from_bytes(Path(source).read_bytes())
 
 
-def _config(packed: Packed, names: list[str]) -> IntrinsicConfig:
-    """The configuration, for a base model with parameters of these names."""
+def _make_config(packed: PackedAdapter, names: list[str]) -> IntrinsicConfig:
+    """Make the configuration for a base model with parameters of these names."""
     if packed.reinitialized and packed.reinitialized[-1] >= len(names):
         raise ValueError(
-            f"This adapter was made for {packed.base}, which has more parameters than the {len(names)} of this model. "
+            f"This adapter was made for {packed.base}, which has more than the {len(names)} parameters of this model. "
             "Load that model, with the class for its task."
         )
-    drawn = {sorted(names)[i] for i in packed.reinitialized}
+    reinitialized = {sorted(names)[i] for i in packed.reinitialized}
     try:
         return IntrinsicConfig(
             d=packed.d,
             seed=packed.seed,
             block_size=packed.block_size,
             **packed.options,
-            reinitialized=[name for name in names if name in drawn],
+            reinitialized=[name for name in names if name in reinitialized],
             manifest=packed.manifest_digest.hex(),
             num_labels=packed.classes or None,
             algorithm_version=packed.algorithm,

@@ -1,4 +1,4 @@
-"""Symbols as bytes, by asymmetric numeral systems, and the weights that are coded with or instead of a table."""
+"""Codes symbols by asymmetric numeral systems, with a table of counts or with fixed priors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from constriction import stream
 SHAPES = ("gaussian", "laplace")
 WIDTHS = 8
 PRIORS = len(SHAPES) * WIDTHS
-"""Weights that are fixed beforehand, named by one byte from 1 on; 0 is a table of counts."""
+"""Number of fixed priors. In the file, 1 to `PRIORS` is a prior, and 0 is a table of counts."""
 
 
 @cache
-def prior(index: int, levels: int) -> tuple[int, ...]:
-    """Weights of the symbols 0 … L − 1, falling from the middle: `1 + ⌊2^16 · exp(−(x/s)²/2)⌋`, or `exp(−|x|/s)`.
+def compute_prior(index: int, levels: int) -> tuple[int, ...]:
+    """Compute the weights of symbols 0 … L − 1 under a prior: `1 + ⌊2^16 · exp(−(x/s)²/2)⌋`, or with `exp(−|x|/s)`.
 
-    x counts from (L − 1)/2, and s = L · 2^(−k/2), k = 1 … 8. Decimal numbers, since their exponential is the same on
+    x is the symbol minus (L − 1)/2, and s = L · 2^(−k/2), k = 1 … 8. Decimal arithmetic has the same exponential on
     every platform.
 
     Args:
-        index: 1 … `PRIORS`, shapes first.
-        levels: L.
+        index: prior, 1 … `PRIORS`: first Gaussian with k = 1 … 8, then Laplace.
+        levels: L, the number of symbols.
     """
     shape, k = divmod(index - 1, WIDTHS)
     context = Context(prec=30)
@@ -38,12 +38,12 @@ def prior(index: int, levels: int) -> tuple[int, ...]:
 
 
 def _model(weights: tuple[int, ...] | np.ndarray) -> stream.model.Categorical:
-    """Whole weights as probabilities in units of 2^-24, none of them zero."""
+    """Convert integer weights to probabilities in multiples of 2^-24, none of them zero."""
     return stream.model.Categorical(np.asarray(weights, dtype=np.float64), perfect=False)
 
 
-def _coded(symbols: np.ndarray, weights: tuple[int, ...] | np.ndarray) -> bytes:
-    """The state of the coder as one big-endian number, without leading zeros."""
+def _encode_with(weights: tuple[int, ...] | np.ndarray, symbols: np.ndarray) -> bytes:
+    """Encode symbols: the state of the coder as one big-endian integer, without leading zeros."""
     if len(weights) == 1:
         return b""
     coder = stream.stack.AnsCoder()
@@ -52,29 +52,29 @@ def _coded(symbols: np.ndarray, weights: tuple[int, ...] | np.ndarray) -> bytes:
 
 
 def encode(symbols: np.ndarray, levels: int, allowed: Iterable[int] = range(PRIORS + 1)) -> tuple[int, bytes]:
-    """The shortest code, the table of counts included where it needs one.
+    """Encode symbols with the weights that give the fewest bytes; a table of counts adds its own size.
 
     Args:
-        symbols: `int32[N]`, each of 0 … levels − 1 at least once.
-        levels: L.
-        allowed: the weights to try: 0, a table, and 1 … `PRIORS`.
+        symbols: `int32[N]`, each of 0 … L − 1 at least once.
+        levels: L, the number of symbols.
+        allowed: weights to try: 0 (a table) and 1 … `PRIORS`.
 
     Returns:
-        Which weights, and the code.
+        The chosen weights (0 … `PRIORS`), and the code.
     """
     counts = np.bincount(symbols, minlength=levels)
     table = sum(-(-int(count).bit_length() // 7) for count in counts[:-1])
-    codes = {index: _coded(symbols, prior(index, levels) if index else counts) for index in allowed}
+    codes = {index: _encode_with(compute_prior(index, levels) if index else counts, symbols) for index in allowed}
     return min(codes.items(), key=lambda item: len(item[1]) + (0 if item[0] else table))
 
 
 def decode(code: bytes, count: int, weights: tuple[int, ...] | np.ndarray) -> np.ndarray:
-    """What `encode` coded.
+    """Decode symbols from `encode`.
 
     Args:
-        code: the bytes.
-        count: N.
-        weights: counts or `prior`.
+        code: bytes of the code.
+        count: N, the number of symbols to decode.
+        weights: weight of each symbol: the counts, or those of `compute_prior`.
 
     Returns:
         `int32[N]`.
@@ -92,5 +92,5 @@ def decode(code: bytes, count: int, weights: tuple[int, ...] | np.ndarray) -> np
     coder = stream.stack.AnsCoder(words) if len(words) else stream.stack.AnsCoder()
     symbols = coder.decode(_model(weights), count)
     if not coder.is_empty():
-        raise ValueError("the code holds more or less than the numbers")
+        raise ValueError("the code has more or fewer symbols than θ")
     return symbols

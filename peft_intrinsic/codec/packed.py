@@ -1,4 +1,4 @@
-"""A packed adapter: what it holds, and its bytes. docs/packed_format.md is the definition."""
+"""`PackedAdapter`: the fields of a packed adapter and their bytes, defined by docs/packed_format.md."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from ..projection import ALGORITHM_VERSION
+from ..version import __version__, pip_install
 from . import entropy, wire
-from .quantize import nearest
+from .quantize import find_nearest
 
 MAGIC, VERSION = b"PIA", 1
-NUMBERS, NAME, OTHERS = 2**24, 255, 2**16
-"""Limits of the format: numbers of an adapter; bytes of the base model's name, of the less common options."""
+MAX_D, MAX_NAME, MAX_JSON = 2**24, 255, 2**16
+"""Limits of the format: d; bytes of the base model's name; bytes of the options in JSON."""
 
 GRANULARITIES = ("layer", "module", "tensor")
 PROJECTIONS = ("fastfood", "global", "dense")
@@ -25,29 +26,29 @@ HEADS = ("subspace", "keep")
 TARGETS = ("norms-and-biases", "all")
 TASKS = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 RARE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
-"""Options that stand in JSON where they are not `None`."""
+"""Options that the file has in JSON unless they are `None`."""
 
 OPTIONS = ("said", "lambda_granularity", "projection", "scale", "head", "add_bias", "task_type", *RARE)
-"""Options that a packed adapter keeps beside d, seed and block size; all others follow from them or train only."""
+"""Stored options, in addition to d, seed and block size. All others follow from these or matter for training only."""
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
-    """All that a packed adapter holds.
+class PackedAdapter:
+    """Contents of a packed adapter.
 
     Args:
-        d: how many numbers were trained.
-        seed: of the projection.
-        block_size: of the projection.
-        options: the other options of the configuration, `OPTIONS`, by name.
+        d: number of trainable parameters, λ included.
+        seed: seed of the projection.
+        block_size: block size of the projection.
+        options: other options of the configuration by name (`OPTIONS`).
         base: name of the base model.
-        classes: its number of labels, 0 where it has none.
-        base_digest: of the weights of the base model, 8 bytes.
-        manifest_digest: of the names and shapes that are moved, 8 bytes.
-        reinitialized: which parameters start from the fixed stream: places among the base model's sorted names.
-        theta: `float32[d − m]`, of few distinct values.
+        classes: number of labels of the base model, 0 if it has none.
+        base_digest: digest of the base model's weights, 8 bytes.
+        manifest_digest: digest of the names and shapes of the adapted parameters, 8 bytes.
+        reinitialized: indexes of the re-initialized parameters among the sorted names of the base model.
+        theta: θ, `float32[d − m]` with few distinct values.
         scales: λ, `float32[m]`; m is 0 without SAID.
-        algorithm: version of the projection.
+        algorithm: algorithm version of the projection.
     """
 
     d: int
@@ -65,11 +66,11 @@ class Packed:
 
     @property
     def values(self) -> np.ndarray:
-        """The distinct values of θ, rising: `float32[L]`."""
+        """Distinct values of θ in increasing order: `float32[L]`."""
         return np.unique(self.theta)
 
-    def head(self) -> bytes:
-        """Everything that is not learnt: which base model, which projection."""
+    def encode_head(self) -> bytes:
+        """Encode what is not learned: base model and projection."""
         options = self.options
         target = options["target_modules"]
         flags = (
@@ -80,8 +81,8 @@ class Packed:
             | HEADS.index(options["head"]) << 6
             | options["add_bias"] << 7
         )
-        named = TARGETS.index(target) if target in TARGETS else len(TARGETS)
-        places = (self.block_size.bit_length() - 1) | named << 6
+        target_index = TARGETS.index(target) if target in TARGETS else len(TARGETS)
+        sizes = (self.block_size.bit_length() - 1) | target_index << 6
         rare = {name: options[name] for name in RARE if options[name] is not None}
         if target in TARGETS:
             del rare["target_modules"]
@@ -89,126 +90,126 @@ class Packed:
             (
                 MAGIC,
                 bytes([VERSION]),
-                *(wire.number(value) for value in (self.algorithm, self.d, self.seed)),
-                bytes([flags, places, TASKS.index(options["task_type"])]),
-                wire.text(json.dumps(rare, separators=(",", ":"), sort_keys=True).encode() if rare else b""),
-                wire.text(self.base.encode()),
-                wire.number(self.classes),
+                *(wire.write_varint(value) for value in (self.algorithm, self.d, self.seed)),
+                bytes([flags, sizes, TASKS.index(options["task_type"])]),
+                wire.write_text(json.dumps(rare, separators=(",", ":"), sort_keys=True).encode() if rare else b""),
+                wire.write_text(self.base.encode()),
+                wire.write_varint(self.classes),
                 self.base_digest,
                 self.manifest_digest,
-                wire.gaps(self.reinitialized),
+                wire.write_increasing(self.reinitialized),
             )
         )
 
-    def body(self, weights: Iterable[int] = range(entropy.PRIORS + 1)) -> bytes:
-        """What is learnt: how many values, which weights code them, the values, the counts if need be, λ, the code.
+    def encode_body(self, weights: Iterable[int] = range(entropy.PRIORS + 1)) -> bytes:
+        """Encode what is learned: the values of θ, the weights that code them, λ, and the code.
 
         Args:
-            weights: that the code may use: 0, a table of counts; 1 … 16, fixed beforehand.
+            weights: weights that the code may use: 0 is a table of counts, 1 … 16 are fixed priors.
         """
         values = self.values
-        symbols = nearest(self.theta, values)
+        symbols = find_nearest(self.theta, values)
         index, code = entropy.encode(symbols, len(values), weights)
         counts = np.bincount(symbols)[:-1] if index == 0 else ()
         return b"".join(
             (
                 bytes([len(values) - 1, index]),
-                wire.floats(values),
-                *(wire.number(int(count)) for count in counts),
-                wire.number(len(self.scales)),
-                wire.floats(self.scales) if len(self.scales) else b"",
+                wire.write_floats(values),
+                *(wire.write_varint(int(count)) for count in counts),
+                wire.write_varint(len(self.scales)),
+                wire.write_floats(self.scales) if len(self.scales) else b"",
                 code,
             )
         )
 
     def to_bytes(self) -> bytes:
-        """The file: head, body, CRC-32 (little-endian)."""
-        whole = self.head() + self.body()
-        return whole + zlib.crc32(whole).to_bytes(4, "little")
+        """Encode the file: head, body, CRC-32 (little-endian)."""
+        data = self.encode_head() + self.encode_body()
+        return data + zlib.crc32(data).to_bytes(4, "little")
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Packed:
-        """Read a file that may be damaged or hostile, in time and memory that its limits bound.
+    def from_bytes(cls, data: bytes) -> PackedAdapter:
+        """Read a file as untrusted input, in bounded time and memory.
 
         Raises:
-            ValueError: it is no packed adapter, of a later version, or damaged; the message says where.
+            ValueError: the file is no packed adapter, has a later format version, or is damaged.
         """
         if data[:3] != MAGIC:
             raise ValueError(f"This is no packed adapter: it begins with {data[:3]!r}, not with {MAGIC!r}.")
         if data[3:4] and data[3] != VERSION:
             raise ValueError(
-                f"This packed adapter has format version {data[3]}; version {VERSION} is known here. Upgrade: pip "
-                "install -U peft_intrinsic."
+                f"This packed adapter has format version {data[3]}; peft_intrinsic {__version__} reads version "
+                f"{VERSION}. Upgrade: {pip_install()}"
             )
         if len(data) < 8 or zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
             raise ValueError("This packed adapter is damaged: its checksum does not fit. Copy the file again.")
         try:
             packed = cls._read(wire.Reader(data[:-4]))
-            if not data.startswith(packed.head()):
-                raise ValueError("its head is not written in the one way that the format has")
+            if not data.startswith(packed.encode_head()):
+                raise ValueError("its head is not in canonical form")
         except ValueError as error:
             raise ValueError(f"This packed adapter is damaged: {error}. Pack the adapter again.") from None
         return packed
 
     @classmethod
-    def _read(cls, reader: wire.Reader) -> Packed:
-        reader.take(4)
-        algorithm = reader.number(1, 2**31, "the version of the algorithm")  # the configuration knows which
-        d = reader.number(1, NUMBERS, "d")
-        seed = reader.number(0, 2**63 - 1, "the seed")
-        flags, places, task = reader.take(3)
+    def _read(cls, reader: wire.Reader) -> PackedAdapter:
+        reader.read_bytes(4)
+        algorithm = reader.read_varint(1, 2**31, "the version of the algorithm")  # the configuration checks it
+        d = reader.read_varint(1, MAX_D, "d")
+        seed = reader.read_varint(0, 2**63 - 1, "the seed")
+        flags, sizes, task = reader.read_bytes(3)
         choices = {
             "lambda_granularity": (GRANULARITIES, flags >> 1 & 3),
             "projection": (PROJECTIONS, flags >> 3 & 3),
             "scale": (SCALES, flags >> 5 & 1),
             "head": (HEADS, flags >> 6 & 1),
-            "target_modules": ((*TARGETS, None), places >> 6),
+            "target_modules": ((*TARGETS, None), sizes >> 6),
             "task_type": (TASKS, task),
         }
         options: dict[str, Any] = {**dict.fromkeys(RARE), "said": bool(flags & 1), "add_bias": bool(flags >> 7)}
-        for name, (known, index) in choices.items():
-            if index >= len(known):
-                raise ValueError(f"{name} is number {index} of {len(known)}")
-            options[name] = known[index]
-        options.update(_rare(reader.text(OTHERS, "the other options")))
-        base = reader.text(NAME, "the base model's name")
-        classes = reader.number(0, 2**32, "the number of labels")
-        digests = reader.take(8), reader.take(8)
-        reinitialized = reader.gaps(2**20, "reinitialized parameters")
-        theta, scales = _learnt(reader, d, options["said"])
+        for name, (values, index) in choices.items():
+            if index >= len(values):
+                raise ValueError(f"{name} has index {index} of {len(values)} values")
+            options[name] = values[index]
+        options.update(_parse_json(reader.read_text(MAX_JSON, "the other options")))
+        base = reader.read_text(MAX_NAME, "the base model's name")
+        classes = reader.read_varint(0, 2**32, "the number of labels")
+        digests = reader.read_bytes(8), reader.read_bytes(8)
+        reinitialized = reader.read_increasing(2**20, "reinitialized parameters")
+        theta, scales = _read_body(reader, d, options["said"])
         return cls(
-            d, seed, 1 << (places & 63), options, base, classes, *digests, reinitialized, theta, scales, algorithm
+            d, seed, 1 << (sizes & 63), options, base, classes, *digests, reinitialized, theta, scales, algorithm
         )
 
 
-def _rare(raw: str) -> dict[str, Any]:
-    if not raw:
+def _parse_json(text: str) -> dict[str, Any]:
+    if not text:
         return {}
     try:
-        found = json.loads(raw)
+        options = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError("the other options are no JSON") from None
-    if not isinstance(found, dict) or not found or not set(found) <= set(RARE):
+        raise ValueError("the other options are not JSON") from None
+    if not isinstance(options, dict) or not options or not set(options) <= set(RARE):
         raise ValueError(f"the other options are not some of {', '.join(RARE)}")
-    return found
+    return options
 
 
-def _learnt(reader: wire.Reader, d: int, said: bool) -> tuple[np.ndarray, np.ndarray]:
-    levels, index = reader.take(2)
+def _read_body(reader: wire.Reader, d: int, said: bool) -> tuple[np.ndarray, np.ndarray]:
+    levels, index = reader.read_bytes(2)
     levels += 1
-    values = reader.floats(levels, "the codebook")
+    values = reader.read_floats(levels, "the codebook")
     if (np.diff(values) <= 0).any():
-        raise ValueError("the codebook does not rise")
+        raise ValueError("the codebook is not increasing")
     if index > entropy.PRIORS:
-        raise ValueError(f"weights {index} of {entropy.PRIORS} are unknown")
-    counts = [reader.number(1, d, "a count") for _ in range(levels - 1)] if index == 0 else []
-    m = reader.number(int(said), d - 1 if said else 0, "the number of λ")
-    scales = reader.floats(m, "λ") if m else np.zeros(0, dtype=np.float32)
-    weights = (*counts, d - m - sum(counts)) if index == 0 else entropy.prior(index, levels)
+        raise ValueError(f"weights {index} exceed {entropy.PRIORS}")
+    counts = [reader.read_varint(1, d, "a count") for _ in range(levels - 1)] if index == 0 else []
+    m = reader.read_varint(int(said), d - 1 if said else 0, "the number of λ")
+    scales = reader.read_floats(m, "λ") if m else np.zeros(0, dtype=np.float32)
+    weights = (*counts, d - m - sum(counts)) if index == 0 else entropy.compute_prior(index, levels)
     if min(weights) < 1:
-        raise ValueError("the counts are more than the numbers")
-    symbols = entropy.decode(reader.rest(), d - m, weights)
-    found = np.bincount(symbols, minlength=levels)
-    if not found.all() or (index == 0 and found.tolist() != list(weights)):
-        raise ValueError("the values do not occur as often as they must")
+        raise ValueError("the counts exceed the length of θ")
+    symbols = entropy.decode(reader.read_rest(), d - m, weights)
+    occurring = np.bincount(symbols, minlength=levels)
+    if not occurring.all() or (index == 0 and occurring.tolist() != list(weights)):
+        raise ValueError("the values of the codebook do not occur as often as they must")
     return values[symbols], scales

@@ -1,4 +1,4 @@
-"""A packed adapter as a line of text and as a picture."""
+"""Packed adapters as a line of text and as a QR code."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import segno
 
-from .packed import Packed
+from .packed import PackedAdapter
 
 
 def adapter_to_string(data: bytes) -> str:
-    """A packed adapter as text for a URL, a database column, a chat: base64 of letters, digits, `-` and `_`.
+    """Encode a packed adapter as URL-safe text (base64 of letters, digits, `-` and `_`, without padding).
 
     Example:
         >>> text = adapter_to_string(compress(model))
@@ -23,10 +23,10 @@ def adapter_to_string(data: bytes) -> str:
 
 
 def adapter_from_string(text: str) -> bytes:
-    """The packed adapter that `adapter_to_string` wrote. White space around it does no harm.
+    """Decode a packed adapter from `adapter_to_string`; white space around the text is ignored.
 
     Raises:
-        ValueError: the text is cut, changed, or something else; the checksum in the bytes tells.
+        ValueError: the text is truncated, changed, or no packed adapter.
     """
     text = text.strip()
     try:
@@ -34,35 +34,33 @@ def adapter_from_string(text: str) -> bytes:
     except (binascii.Error, UnicodeEncodeError):
         data = b""
     if not data or adapter_to_string(data) != text:
-        raise ValueError(f"This is no packed adapter: {text[:20]!r}… is no URL-safe base64. Copy the text again.")
-    Packed.from_bytes(data)
+        raise ValueError(f"This is no packed adapter: {text[:20]!r}… is not URL-safe base64. Copy the text again.")
+    PackedAdapter.from_bytes(data)  # checks the checksum
     return data
 
 
 def check_ending(path: str | os.PathLike) -> None:
-    """Whether a QR code can be drawn as such a file.
-
-    Raises:
-        ValueError: it is neither PNG nor SVG.
-    """
+    """Raise ValueError if a QR code cannot be written to this path."""
     if Path(path).suffix not in (".png", ".svg"):
-        raise ValueError(f"path (--qr) = {str(path)!r}: a QR code is drawn as .png or .svg.")
+        raise ValueError(f"path (--qr) = {str(path)!r} must end in .png or .svg.")
 
 
 def qr_code(data: bytes, path: str | os.PathLike, scale: int = 4) -> None:
-    """Draw the text of a packed adapter as a QR code: any phone reads it.
+    """Write the text of a packed adapter as a QR code.
 
     Args:
-        data: the packed adapter.
-        path: of the picture, PNG or SVG by its ending.
-        scale: pixels of a dot.
+        data: bytes of the packed adapter.
+        path: path of the picture, which ends in .png or .svg.
+        scale: width of a dot in pixels.
 
     Raises:
-        ValueError: more bytes than a QR code holds, or another ending.
+        ValueError: the adapter does not fit into a QR code, or the path has another ending.
     """
     check_ending(path)
     try:
         picture = segno.make(adapter_to_string(data), mode="byte", micro=False)
     except segno.DataOverflowError:
-        raise ValueError(f"{len(data)} bytes are more than a QR code holds, about 2,200. Pack fewer levels.") from None
+        raise ValueError(
+            f"{len(data)} bytes exceed the 2,214 of a QR code. Pack the adapter with fewer levels."
+        ) from None
     picture.save(str(path), scale=scale)

@@ -1,97 +1,98 @@
-"""Reading and writing the fields of a packed adapter, every one in a single way."""
+"""Writes and reads the fields of a packed adapter, each in one canonical form."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .quantize import halves, whole
+from .quantize import from_halves, to_halves
 
 
-def number(value: int) -> bytes:
-    """A whole number below 2^63: seven bits a byte, lowest first, the high bit set on all but the last."""
-    found = bytearray()
+def write_varint(value: int) -> bytes:
+    """Write an integer from 0 to 2^63 − 1: seven bits a byte, lowest first, the high bit set on all but the last."""
+    data = bytearray()
     while value >= 128:
-        found.append(value & 127 | 128)
+        data.append(value & 127 | 128)
         value >>= 7
-    return bytes([*found, value])
+    return bytes([*data, value])
 
 
-def text(raw: bytes) -> bytes:
-    """Bytes behind their length."""
-    return number(len(raw)) + raw
+def write_text(raw: bytes) -> bytes:
+    """Write bytes after their length."""
+    return write_varint(len(raw)) + raw
 
 
-def gaps(rising: list[int]) -> bytes:
-    """Rising whole numbers: how many, then each less the one before it, less one."""
-    return number(len(rising)) + b"".join(number(b - a - 1) for a, b in zip([-1, *rising], rising, strict=False))
+def write_increasing(values: list[int]) -> bytes:
+    """Write increasing integers: their count, then each minus the previous one, minus one."""
+    gaps = (write_varint(b - a - 1) for a, b in zip([-1, *values], values, strict=False))
+    return write_varint(len(values)) + b"".join(gaps)
 
 
-def floats(values: np.ndarray) -> bytes:
-    """Numbers as a common exponent (a signed byte) and float16, little-endian: `float[k]`, k ≥ 1."""
-    exponent, short = halves(values)
-    return exponent.to_bytes(1, "little", signed=True) + short.astype("<f2").tobytes()
+def write_floats(values: np.ndarray) -> bytes:
+    """Write `float[k]`, k ≥ 1: a common exponent (a signed byte), then float16, little-endian."""
+    exponent, halves = to_halves(values)
+    return exponent.to_bytes(1, "little", signed=True) + halves.astype("<f2").tobytes()
 
 
 class Reader:
-    """Takes fields off the front of bytes that may be anything.
+    """Reads fields one after another from untrusted bytes.
 
     Raises:
-        ValueError: in each method, where the bytes do not hold such a field.
+        ValueError: in each method, if the next bytes are no such field.
     """
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.place = data, 0
+        self.data, self.position = data, 0
 
-    def take(self, count: int) -> bytes:
-        """The next bytes."""
-        if count > len(self.data) - self.place:
-            raise ValueError(f"{count} bytes are due at byte {self.place}, but only {len(self.data)} are there")
-        self.place += count
-        return self.data[self.place - count : self.place]
+    def read_bytes(self, count: int) -> bytes:
+        """Read so many bytes."""
+        if count > len(self.data) - self.position:
+            raise ValueError(f"{count} bytes are needed at byte {self.position} of only {len(self.data)}")
+        self.position += count
+        return self.data[self.position - count : self.position]
 
-    def number(self, low: int, high: int, what: str) -> int:
-        """A whole number of `low` to `high`."""
+    def read_varint(self, low: int, high: int, name: str) -> int:
+        """Read an integer from `low` to `high`."""
         value = 0
         for i in range(9):
-            (byte,) = self.take(1)
+            (byte,) = self.read_bytes(1)
             value |= (byte & 127) << 7 * i
             if byte < 128:
                 break
         else:
-            raise ValueError(f"{what} has more than 63 bits")
+            raise ValueError(f"{name} has more than 63 bits")
         if byte == 0 and i:
-            raise ValueError(f"{what} is written with more bytes than it needs")
+            raise ValueError(f"{name} is written with more bytes than it needs")
         if not low <= value <= high:
-            raise ValueError(f"{what} is {value}, not {low} to {high}")
+            raise ValueError(f"{name} is {value}, not {low} to {high}")
         return value
 
-    def text(self, longest: int, what: str) -> str:
-        """UTF-8 behind its length in bytes."""
-        raw = self.take(self.number(0, longest, f"the length of {what}"))
+    def read_text(self, longest: int, name: str) -> str:
+        """Read UTF-8 after its length in bytes."""
+        raw = self.read_bytes(self.read_varint(0, longest, f"the length of {name}"))
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            raise ValueError(f"{what} is no UTF-8") from None
+            raise ValueError(f"{name} is not UTF-8") from None
 
-    def gaps(self, longest: int, what: str) -> list[int]:
-        """Rising whole numbers below 2^32."""
-        found, last = [], -1
-        for _ in range(self.number(0, min(longest, len(self.data)), f"the count of {what}")):
-            last += 1 + self.number(0, 2**32, what)
-            found.append(last)
-        return found
+    def read_increasing(self, longest: int, name: str) -> list[int]:
+        """Read increasing integers with gaps of at most 2^32."""
+        values, last = [], -1
+        for _ in range(self.read_varint(0, min(longest, len(self.data)), f"the count of {name}")):
+            last += 1 + self.read_varint(0, 2**32, name)
+            values.append(last)
+        return values
 
-    def floats(self, count: int, what: str) -> np.ndarray:
-        """`float32[count]`, as `floats` wrote them: finite, the largest in [1, 2) times the power of two."""
-        exponent = int.from_bytes(self.take(1), "little", signed=True)
-        short = np.frombuffer(self.take(2 * count), dtype="<f2")
-        if not np.isfinite(short).all():
-            raise ValueError(f"{what} holds NaN or infinite values")
-        largest = np.abs(short).max(initial=0)
+    def read_floats(self, count: int, name: str) -> np.ndarray:
+        """Read `float32[count]` from `write_floats`: finite, the largest in [1, 2) times the power of two."""
+        exponent = int.from_bytes(self.read_bytes(1), "little", signed=True)
+        halves = np.frombuffer(self.read_bytes(2 * count), dtype="<f2")
+        if not np.isfinite(halves).all():
+            raise ValueError(f"{name} has NaN or infinite values")
+        largest = np.abs(halves).max(initial=0)
         if not (1 <= largest < 2 or (largest == exponent == 0)):
-            raise ValueError(f"{what} has an exponent that does not fit")
-        return whole(exponent, short)
+            raise ValueError(f"{name} has an exponent that does not fit")
+        return from_halves(exponent, halves)
 
-    def rest(self) -> bytes:
-        """Whatever is left."""
-        return self.take(len(self.data) - self.place)
+    def read_rest(self) -> bytes:
+        """Read all bytes that are left."""
+        return self.read_bytes(len(self.data) - self.position)

@@ -9,14 +9,14 @@ from typing import Any
 from peft import PeftModel
 
 from ..bounds.texts import TUNING, PackedTexts
-from ..codec import Packed, adapter_to_string, compress, load_packed, qr_code, quantization_aware, read_packed
+from ..codec import PackedAdapter, adapter_to_string, compress, load_packed, qr_code, quantization_aware, read_packed
 from ..codec.text import check_ending
 from ..trials.store import write_whole
 from ..tuner.labels import LABELS
 from .inputs import adapter_config, base_name, load_base, output_file
 
 
-def stored_labels(file: str | Path, packed: Packed) -> int | None:
+def stored_labels(file: str | Path, packed: PackedAdapter) -> int | None:
     """The number of labels that a packed adapter stores; None where it stores none.
 
     Raises:

@@ -36,7 +36,7 @@ def test_errors_and_bits_of_the_packed_adapter_are_certified(folder, capsys):
     assert found.test_errors == count_errors("adapter/adapter.pia", "test.jsonl")
     labels = [row["label"] for row in rows(120)]
     assert found.majority == min(labels.count(0), labels.count(1))
-    assert found.bits == count_message_bits(packed) == 8 * (len(packed) - 4 - len(read_packed(packed).head()))
+    assert found.bits == count_message_bits(packed) == 8 * (len(packed) - 4 - len(read_packed(packed).encode_head()))
     assert found.report() in capsys.readouterr().out
 
 
@@ -167,7 +167,7 @@ def test_finetune_trains_the_rounded_theta(folder, monkeypatch):
         (("--dims", "2,9999999", "--model", "base", "-o", "out"), "d=9999999 is more than"),
         (
             ("--dims", "2", "--model", "base", "-o", "out", "--levels", "4,300"),
-            "levels must be a whole number from 1 to 256, got 300",
+            "levels must be an integer from 1 to 256, got 300",
         ),
         (("--dims", "2,x"), "'2,x' is not whole numbers"),
         (("--adapter", "adapter", "--delta", "2"), "delta must be"),

@@ -114,7 +114,7 @@ CERTIFY = ["certify", "--train", "train.jsonl", "--adapter"]
     [
         (["pack", "adapter", "-o", "adapter"], "--out adapter is a folder"),
         (["pack", "adapter", "-o", "x.pia", "--qr", "adapter"], "--qr adapter is a folder"),
-        (["pack", "adapter", "-o", "x.pia", "--qr", "x.jpg"], "path (--qr) = 'x.jpg': a QR code is drawn as .png"),
+        (["pack", "adapter", "-o", "x.pia", "--qr", "x.jpg"], "path (--qr) = 'x.jpg' must end in .png"),
         ([*CERTIFY, "adapter", "-o", "adapter"], "--out adapter is a folder"),
         ([*CERTIFY, "x.pia", "--levels", "4"], "--levels 4: x.pia is packed already"),
         ([*CERTIFY, "x.pia", "--finetune", "5"], "--finetune 5: x.pia is packed already"),

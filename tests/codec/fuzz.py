@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from helpers.samples import GOLDEN, base_of, resealed
 
-from peft_intrinsic.codec import Packed, adapter_from_string, adapter_to_string, load_packed
-from peft_intrinsic.codec.quantize import rounded
+from peft_intrinsic.codec import PackedAdapter, adapter_from_string, adapter_to_string, load_packed
+from peft_intrinsic.codec.quantize import quantize
 
 SECONDS, MEBIBYTES = 2.0, 640
 """What a case may take: of the processor's time, and of memory more than before the first case."""
@@ -49,7 +49,7 @@ def mutated(data: bytes, other: bytes, chance: random.Random) -> bytes:
     return data[:start] + data[start + length :]
 
 
-def rewritten(packed: Packed, chance: random.Random) -> bytes:
+def rewritten(packed: PackedAdapter, chance: random.Random) -> bytes:
     """A well-formed file with one or two fields that do not belong there."""
     options, m = dict(packed.options), len(packed.scales)
     numbers = np.concatenate([packed.theta, packed.scales])
@@ -77,7 +77,7 @@ def rewritten(packed: Packed, chance: random.Random) -> bytes:
     m = min(m, len(numbers) - 1)
     options["said"] = m > 0
     theta, scales = np.split(numbers, [len(numbers) - m])
-    changes |= {"d": len(numbers), "theta": rounded(theta, chance.choice((1, 3, 16))), "scales": scales}
+    changes |= {"d": len(numbers), "theta": quantize(theta, chance.choice((1, 3, 16))), "scales": scales}
     return replace(packed, options=options, **changes).to_bytes()
 
 
@@ -136,7 +136,7 @@ def tried(data: bytes | str, base: torch.nn.Module) -> tuple[str, str]:
         if isinstance(data, str):
             adapter_from_string(data)
             return "text read", ""
-        Packed.from_bytes(data)
+        PackedAdapter.from_bytes(data)
         stage = "loading"
         load_packed(copy.deepcopy(base), data, check_base=False)
     except KeyboardInterrupt:
@@ -171,7 +171,7 @@ def main() -> int:
         if chance.random() < 0.8:
             changed = resealed(changed)
         if chance.random() < 0.1:
-            changed = rewritten(Packed.from_bytes(whole), chance)
+            changed = rewritten(PackedAdapter.from_bytes(whole), chance)
         data: bytes | str = changed
         if chance.random() < 0.15:
             data = mutated_text(adapter_to_string(chance.choice((whole, changed))), chance)

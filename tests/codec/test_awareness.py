@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from peft_intrinsic.codec import compress, load_packed, quantization_aware, read_packed
-from peft_intrinsic.codec.quantize import codebook, rounded
+from peft_intrinsic.codec.quantize import fit_codebook, quantize
 
 LABELS = torch.tensor([0, 1, 2, 1])
 
@@ -27,7 +27,7 @@ def at_rounded(levels: int, **options) -> PeftModel:
     """The same adapter, θ set to its rounded values."""
     model = trained("bert", **options)
     weight = theta_of(model).weight
-    weight.data = torch.from_numpy(rounded(weight.detach().numpy(), levels))
+    weight.data = torch.from_numpy(quantize(weight.detach().numpy(), levels))
     return model
 
 
@@ -42,7 +42,7 @@ def test_forward_is_the_one_of_the_rounded_theta(levels, said):
 
 def test_forward_has_exactly_the_values_of_the_codebook():
     model = trained("bert")
-    expected = rounded(theta_of(model).weight.detach().numpy(), 4)
+    expected = quantize(theta_of(model).weight.detach().numpy(), 4)
     with quantization_aware(model, 4):
         assert theta_of(model)().tolist() == expected.tolist()
 
@@ -118,7 +118,7 @@ def test_training_inside_lowers_the_loss(levels):
         losses = train(model, {**batch("bert"), "labels": LABELS}, 40, lr=1e-4)
         trained_along = theta_of(model).codebook.detach().numpy()
     assert losses[-1] < 0.9 * losses[0]
-    assert not np.allclose(trained_along, codebook(theta_of(trained("bert")).weight.detach().numpy(), levels))
+    assert not np.allclose(trained_along, fit_codebook(theta_of(trained("bert")).weight.detach().numpy(), levels))
     assert loss_of(model).item() < 0.9 * losses[0]
 
 
@@ -192,7 +192,7 @@ def test_levels_out_of_range_are_refused_and_nothing_changes(levels):
     model = trained("bert")
     vector, before = theta_of(model), theta_of(model).weight.detach().clone()
     with (
-        pytest.raises(ValueError, match="levels must be a whole number from 1 to 256"),
+        pytest.raises(ValueError, match="levels must be an integer from 1 to 256"),
         quantization_aware(model, levels),
     ):
         pass

@@ -15,7 +15,7 @@ from torch import nn
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.codec import compress, load_packed, read_packed
 from peft_intrinsic.codec.packed import OPTIONS
-from peft_intrinsic.codec.quantize import rounded
+from peft_intrinsic.codec.quantize import quantize
 
 BESIDE = {"d", "seed", "block_size", "reinitialized", "manifest", "algorithm_version", "num_labels"}
 """Options with a field of their own in a packed adapter."""
@@ -50,9 +50,9 @@ def numbers(model: PeftModel, name: str = "default") -> tuple[nn.Parameter, nn.P
 def same_as_rounded(model: PeftModel, family: str, levels: int) -> torch.Tensor:
     """Output of the model, θ set to its rounded values and λ to half precision."""
     theta, scales = numbers(model)
-    theta.data = torch.from_numpy(rounded(theta.detach().numpy(), levels))
+    theta.data = torch.from_numpy(quantize(theta.detach().numpy(), levels))
     if scales is not None:
-        scales.data = torch.from_numpy(rounded(scales.detach().numpy(), 256))
+        scales.data = torch.from_numpy(quantize(scales.detach().numpy(), 256))
     return evaluate(model, family)
 
 
@@ -85,8 +85,8 @@ def test_size_is_little_more_than_the_entropy():
     packed = read_packed(compress(model, 4))
     symbols = np.unique(packed.theta, return_counts=True)[1] / 200
     entropy = -(symbols * np.log2(symbols)).sum()
-    assert len(packed.body()) <= 4 + 2 * 4 + 200 * entropy / 8 + 3 + 3
-    assert len(packed.head()) <= 32
+    assert len(packed.encode_body()) <= 4 + 2 * 4 + 200 * entropy / 8 + 3 + 3
+    assert len(packed.encode_head()) <= 32
 
 
 @pytest.mark.parametrize("form", ["bytes", "bytearray", "memoryview", "str", "path"])

@@ -13,12 +13,12 @@ from helpers.samples import GOLDEN, contents, few_values, resealed, synthetic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_intrinsic.codec import Packed, adapter_from_string, adapter_to_string
+from peft_intrinsic.codec import PackedAdapter, adapter_from_string, adapter_to_string
 
 golden = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 
 
-def outcome(read: Callable, data: bytes | str) -> Packed | bytes | None:
+def outcome(read: Callable, data: bytes | str) -> PackedAdapter | bytes | None:
     """What was read, or None where it was refused; anything but a ValueError with words is a failure."""
     try:
         return read(data)
@@ -29,16 +29,16 @@ def outcome(read: Callable, data: bytes | str) -> Packed | bytes | None:
     return None
 
 
-def well_formed(packed: Packed) -> bool:
+def well_formed(packed: PackedAdapter) -> bool:
     """Whether a packed adapter is one that could be written again, and means numbers."""
     m = len(packed.scales)
     whole = packed.d == len(packed.theta) + m and len(packed.values) <= 256 and packed.options["said"] == (m > 0)
     finite = np.isfinite(packed.theta).all() and np.isfinite(packed.scales).all()
-    return bool(whole and finite) and contents(Packed.from_bytes(packed.to_bytes())) == contents(packed)
+    return bool(whole and finite) and contents(PackedAdapter.from_bytes(packed.to_bytes())) == contents(packed)
 
 
 def refused_or_well_formed(data: bytes) -> None:
-    packed = outcome(Packed.from_bytes, data)
+    packed = outcome(PackedAdapter.from_bytes, data)
     assert packed is None or well_formed(packed), data
 
 
@@ -46,7 +46,7 @@ def refused_or_well_formed(data: bytes) -> None:
 def test_every_truncation_is_refused(path):
     data = path.read_bytes()
     for length in range(len(data)):
-        assert outcome(Packed.from_bytes, data[:length]) is None, length
+        assert outcome(PackedAdapter.from_bytes, data[:length]) is None, length
 
 
 @golden
@@ -55,15 +55,15 @@ def test_every_flipped_bit_is_refused(path):
     for i in range(8 * len(data)):
         changed = bytearray(data)
         changed[i // 8] ^= 1 << i % 8
-        assert outcome(Packed.from_bytes, bytes(changed)) is None, i
+        assert outcome(PackedAdapter.from_bytes, bytes(changed)) is None, i
 
 
 @golden
 def test_bytes_behind_the_end_are_refused(path):
     data = path.read_bytes()
     for more in (b"\0", b"\n", data):
-        assert outcome(Packed.from_bytes, data + more) is None
-        assert outcome(Packed.from_bytes, resealed(data + more)) is None
+        assert outcome(PackedAdapter.from_bytes, data + more) is None
+        assert outcome(PackedAdapter.from_bytes, resealed(data + more)) is None
 
 
 @golden
@@ -118,16 +118,16 @@ SAID = synthetic(few_values(20, 3), [0.5])
 JSON = synthetic(few_values(20, 3), target_modules=["x"])
 
 
-def swapped(packed: Packed, old: bytes, new: bytes) -> bytes:
+def swapped(packed: PackedAdapter, old: bytes, new: bytes) -> bytes:
     """A file with one field replaced, its checksum fitting."""
     data = packed.to_bytes()
     assert data.count(old) == 1, data
     return resealed(data.replace(old, new))
 
 
-def body(*parts: bytes, of: Packed = PLAIN) -> bytes:
+def body(*parts: bytes, of: PackedAdapter = PLAIN) -> bytes:
     """The head of an adapter before a body of one's own."""
-    return resealed(of.head() + b"".join(parts) + b"....")
+    return resealed(of.encode_head() + b"".join(parts) + b"....")
 
 
 def number(value: int) -> bytes:
@@ -145,56 +145,56 @@ def halves(*values: float, exponent: int = 0) -> bytes:
         (b"", "no packed adapter: it begins with b''"),
         (b"GIF89a..", "no packed adapter: it begins with b'GIF'"),
         (b"PIA\x01", "checksum"),
-        (b"PIA\x02" + bytes(40), r"format version 2; version 1 is known here\. Upgrade"),
+        (b"PIA\x02" + bytes(40), r"format version 2; peft_intrinsic .* reads version 1\. Upgrade"),
         (PLAIN.to_bytes()[:-1], "checksum does not fit"),
         (swapped(PLAIN, b"PIA\x01\x01\x14", b"PIA\x01\x01\x00"), "d is 0"),
         (swapped(PLAIN, b"PIA\x01\x01\x14", b"PIA\x01\x01\x81\x80\x80\x08"), "d is 16777217"),
         (swapped(PLAIN, b"PIA\x01\x01\x14", b"PIA\x01\x01\x94\x00"), "d is written with more bytes than it needs"),
         (swapped(PLAIN, b"PIA\x01\x01\x14", b"PIA\x01\x01\x14" + b"\xff" * 9), "the seed has more than 63 bits"),
         (swapped(PLAIN, b"PIA\x01\x01\x14", b"PIA\x01\x00\x14"), "algorithm"),
-        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x06\x06\x00\x00"), "lambda_granularity is number 3 of 3"),
-        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x18\x06\x00\x00"), "projection is number 3 of 3"),
-        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x00\xc6\x00\x00"), "target_modules is number 3 of 3"),
-        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x00\x06\x07\x00"), "task_type is number 7 of 7"),
-        (swapped(PLAIN, b"\x0asome/model", b"\xff\x01some/model"), "255 bytes are due at byte 13"),
+        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x06\x06\x00\x00"), "lambda_granularity has index 3 of 3"),
+        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x18\x06\x00\x00"), "projection has index 3 of 3"),
+        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x00\xc6\x00\x00"), "target_modules has index 3 of 3"),
+        (swapped(PLAIN, b"\x00\x06\x00\x00", b"\x00\x06\x07\x00"), "task_type has index 7 of 7"),
+        (swapped(PLAIN, b"\x0asome/model", b"\xff\x01some/model"), "255 bytes are needed at byte 13"),
         (swapped(PLAIN, b"\x0asome/model", b"\x80\x02some/model"), "length of the base model's name is 256"),
-        (swapped(PLAIN, b"some/model", b"some/mode\xff"), "base model's name is no UTF-8"),
-        (swapped(JSON, b'["x"]', b'["x",'), "other options are no JSON"),
-        (swapped(JSON, b'["x"]', b'["x" '), "other options are no JSON"),
+        (swapped(PLAIN, b"some/model", b"some/mode\xff"), "base model's name is not UTF-8"),
+        (swapped(JSON, b'["x"]', b'["x",'), "other options are not JSON"),
+        (swapped(JSON, b'["x"]', b'["x" '), "other options are not JSON"),
         (swapped(JSON, b'"target_modules"', b'"target_modulos"'), "other options are not some of target_modules"),
-        (swapped(JSON, b"\x00\x86\x00", b"\x00\x06\x00"), "head is not written in the one way"),
-        (swapped(JSON, b':["x"]', b': "x"'), r"due|no JSON|one way|damaged"),
-        (body(b"\x02\x11", halves(-1, 0, 1), b"\0"), "weights 17 of 16 are unknown"),
+        (swapped(JSON, b"\x00\x86\x00", b"\x00\x06\x00"), "head is not in canonical form"),
+        (swapped(JSON, b':["x"]', b': "x"'), r"needed|not JSON|canonical"),
+        (body(b"\x02\x11", halves(-1, 0, 1), b"\0"), "weights 17 exceed 16"),
         (body(b"\x01\x01", halves(0, 1), b"\0"), "do not occur as often"),
-        (body(b"\x02\x01", halves(-1, 1, 0), b"\0"), "codebook does not rise"),
-        (body(b"\x02\x01", halves(-1, 1, 1), b"\0"), "codebook does not rise"),
-        (body(b"\x02\x01", halves(-1, 0, np.nan), b"\0"), "codebook holds NaN or infinite"),
-        (body(b"\x02\x01", halves(-1, 0, np.inf), b"\0"), "codebook holds NaN or infinite"),
+        (body(b"\x02\x01", halves(-1, 1, 0), b"\0"), "codebook is not increasing"),
+        (body(b"\x02\x01", halves(-1, 1, 1), b"\0"), "codebook is not increasing"),
+        (body(b"\x02\x01", halves(-1, 0, np.nan), b"\0"), "codebook has NaN or infinite"),
+        (body(b"\x02\x01", halves(-1, 0, np.inf), b"\0"), "codebook has NaN or infinite"),
         (body(b"\x02\x01", halves(-0.5, 0, 0.25), b"\0"), "codebook has an exponent that does not fit"),
         (body(b"\x02\x01", halves(-4, 0, 0.25), b"\0"), "codebook has an exponent that does not fit"),
         (body(b"\x00\x01", halves(0, exponent=3), b"\0"), "codebook has an exponent that does not fit"),
-        (body(b"\xff\x01", halves(-1, 0, 1)), "512 bytes are due"),
+        (body(b"\xff\x01", halves(-1, 0, 1)), "512 bytes are needed"),
         (body(b"\x02\x00", halves(-1, 0, 1), b"\x00\x01\0"), "a count is 0"),
-        (body(b"\x02\x00", halves(-1, 0, 1), b"\x0a\x0a\0"), "counts are more than the numbers"),
+        (body(b"\x02\x00", halves(-1, 0, 1), b"\x0a\x0a\0"), "counts exceed the length of θ"),
         (body(b"\x00\x01", halves(1), b"\x01", halves(1)), "number of λ is 1"),
         (body(b"\x00\x01", halves(1), b"\x00", of=SAID), "number of λ is 0"),
         (body(b"\x00\x01", halves(1), b"\x15", halves(1), of=SAID), "number of λ is 21"),
-        (body(b"\x00\x01", halves(1), b"\x14", halves(1), of=SAID), "40 bytes are due"),
+        (body(b"\x00\x01", halves(1), b"\x14", halves(1), of=SAID), "40 bytes are needed"),
         (body(b"\x00\x01", halves(1), b"\0", b"\x01"), "code of a single value must be empty"),
         (body(b"\x01\x01", halves(0, 1), b"\0", b"\x00\x01"), "code begins with a zero byte"),
-        (body(b"\x01\x01", halves(0, 1), b"\0", b"\xff" * 30), "code holds more or less than the numbers"),
+        (body(b"\x01\x01", halves(0, 1), b"\0", b"\xff" * 30), "code has more or fewer symbols than θ"),
     ],
 )
 def test_message_names_what_is_wrong(data, message):
     with pytest.raises(ValueError, match=message):
-        Packed.from_bytes(data)
+        PackedAdapter.from_bytes(data)
 
 
 @pytest.mark.parametrize("depth", [10, 400, 900, 990, 2000, 30_000])
 def test_nested_options_are_refused_without_exhausting_the_stack(depth):
     nested = b'{"target_modules":' + b"[" * depth + b"]" * depth + b"}"
     data = swapped(JSON, b'\x18{"target_modules":["x"]}', number(len(nested)) + nested)
-    packed = outcome(Packed.from_bytes, data)
+    packed = outcome(PackedAdapter.from_bytes, data)
     assert packed is None or depth < 1000
 
 
@@ -207,17 +207,17 @@ def test_a_table_must_count_what_the_code_holds(count, fits):
     code = coder.get_compressed()[::-1].astype(">u4").tobytes().lstrip(b"\0")
     data = body(b"\1\0", halves(0, 1), number(count), b"\0", code)
     if fits:
-        assert Packed.from_bytes(data).theta.tolist() == symbols.tolist()
+        assert PackedAdapter.from_bytes(data).theta.tolist() == symbols.tolist()
     else:
         with pytest.raises(ValueError, match="do not occur as often"):
-            Packed.from_bytes(data)
+            PackedAdapter.from_bytes(data)
 
 
 @pytest.mark.parametrize("of", [PLAIN, SAID])
 def test_values_beyond_float32_are_refused(of):
     scales = b"\1" + halves(2, exponent=127) if of is SAID else b"\0"
     with pytest.raises(ValueError, match="damaged"):
-        Packed.from_bytes(body(b"\0\1", halves(1 if of is SAID else 2, exponent=127), scales, of=of))
+        PackedAdapter.from_bytes(body(b"\0\1", halves(1 if of is SAID else 2, exponent=127), scales, of=of))
 
 
 def giants() -> list[bytes]:
@@ -242,7 +242,7 @@ def test_few_bytes_that_claim_much_take_bounded_memory():
     tracemalloc.start()
     try:
         for data in files:
-            outcome(Packed.from_bytes, data)
+            outcome(PackedAdapter.from_bytes, data)
         mebibytes = tracemalloc.get_traced_memory()[1] / 2**20
     finally:
         tracemalloc.stop()

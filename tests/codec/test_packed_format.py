@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_intrinsic.aliases import renamed
-from peft_intrinsic.codec import Packed, compress
+from peft_intrinsic.codec import PackedAdapter, compress
 from peft_intrinsic.codec import entropy as coder
 
 RARE: list[dict[str, Any]] = [
@@ -30,11 +30,11 @@ RARE: list[dict[str, Any]] = [
 ]
 
 
-def agreed(packed: Packed) -> dict[str, Any]:
+def agreed(packed: PackedAdapter) -> dict[str, Any]:
     """What both readers found in the file of a packed adapter: that adapter, nothing else."""
     data = packed.to_bytes()
     found = read(data)
-    assert contents(Packed.from_bytes(data)) == contents(packed)
+    assert contents(PackedAdapter.from_bytes(data)) == contents(packed)
     assert {name: value for name, value in found.items() if name not in ("weights", "values")} == contents(packed)
     return found
 
@@ -52,10 +52,10 @@ def test_readers_agree_on_every_length_and_number_of_values(d, levels, spread):
 @pytest.mark.parametrize("levels", [2, 5, 256])
 def test_readers_agree_on_all_weights(weights, levels):
     packed = synthetic(few_values(600, levels))
-    body = packed.body(weights=[weights])
+    body = packed.encode_body(weights=[weights])
     assert body[1] == weights
-    data = resealed(packed.head() + body + b"....")
-    assert read(data)["θ"] == Packed.from_bytes(data).theta.tolist() == packed.theta.tolist()
+    data = resealed(packed.encode_head() + body + b"....")
+    assert read(data)["θ"] == PackedAdapter.from_bytes(data).theta.tolist() == packed.theta.tolist()
 
 
 @pytest.mark.parametrize("options", RARE)
@@ -88,7 +88,7 @@ def test_readers_agree_on_options_in_the_head(option):
 def test_readers_agree_on_lambda(scales):
     kept = np.array(scales, dtype=np.float32)
     packed = synthetic(few_values(30, 4), kept)
-    again = Packed.from_bytes(packed.to_bytes())
+    again = PackedAdapter.from_bytes(packed.to_bytes())
     agreed(again)
     np.testing.assert_allclose(again.scales, kept, rtol=0, atol=2.0**-11 * np.abs(kept).max())
 
@@ -110,7 +110,7 @@ def test_readers_agree_on_lambda(scales):
 def test_readers_agree_on_what_compress_writes(family, options):
     model = trained(family, **options)
     data = compress(model, 16)
-    found = agreed(Packed.from_bytes(data))
+    found = agreed(PackedAdapter.from_bytes(data))
     config = model.peft_config["default"]
     same = ("d", "seed", "block_size", "said", "projection", "scale", "head", "add_bias", "task_type")
     assert {name: found[name] for name in same} == {name: getattr(config, name) for name in same}
@@ -126,7 +126,7 @@ short = st.floats(-1.9990234375, 1.9990234375, width=16)
 
 
 @st.composite
-def packed_adapters(draw) -> Packed:
+def packed_adapters(draw) -> PackedAdapter:
     """Any packed adapter whose numbers half precision keeps."""
     values = np.array(draw(st.lists(short, min_size=1, max_size=20)), dtype=np.float32) + np.float32(0)
     unit = np.float32(2.0) ** draw(st.integers(-90, 90))
@@ -164,13 +164,13 @@ def packed_adapters(draw) -> Packed:
 def test_round_trip_of_any_packed_adapter(packed):
     agreed(packed)
     data = packed.to_bytes()
-    assert Packed.from_bytes(data).to_bytes() == data
+    assert PackedAdapter.from_bytes(data).to_bytes() == data
 
 
 def test_prior_weights_are_those_of_the_page():
     for index in range(1, 17):
         for levels in (1, 2, 3, 7, 64, 255, 256):
-            assert list(coder.prior(index, levels)) == prior(index, levels)
+            assert list(coder.compute_prior(index, levels)) == prior(index, levels)
 
 
 def test_every_symbol_owns_some_integers():
@@ -186,7 +186,7 @@ def test_golden_files_read_as_ever(path):
     data = path.read_bytes()
     expected = renamed(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
     del expected["family"]
-    packed = Packed.from_bytes(data)
+    packed = PackedAdapter.from_bytes(data)
     found = read(data)
     assert contents(packed) == expected
     assert {name: found[name] for name in expected} == expected

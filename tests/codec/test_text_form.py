@@ -1,4 +1,4 @@
-"""Packed adapters as a line of text and as a picture."""
+"""PackedAdapter adapters as a line of text and as a picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conftest import build, evaluate, trained
 from helpers.samples import GOLDEN
 from PIL import Image
 
-from peft_intrinsic.codec import Packed, adapter_from_string, adapter_to_string, compress, load_packed, qr_code
+from peft_intrinsic.codec import PackedAdapter, adapter_from_string, adapter_to_string, compress, load_packed, qr_code
 
 golden = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 
@@ -67,7 +67,7 @@ def test_another_text_is_refused(change):
 
 
 def test_a_message_shows_only_the_beginning_of_the_text():
-    with pytest.raises(ValueError, match="no URL-safe base64") as error:
+    with pytest.raises(ValueError, match="not URL-safe base64") as error:
         adapter_from_string("x y" * 100_000)
     assert len(str(error.value)) < 200
 
@@ -121,14 +121,14 @@ def test_drawing_as_svg_has_the_dots_of_the_picture(tmp_path):
 
 @pytest.mark.parametrize("name", ["adapter.jpg", "adapter", "adapter.pia", "png"])
 def test_another_ending_is_refused(name, tmp_path):
-    with pytest.raises(ValueError, match=rf"{name}.*\.png or \.svg"):
+    with pytest.raises(ValueError, match=rf"{name}.* must end in \.png or \.svg"):
         qr_code(GOLDEN[0].read_bytes(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 def test_more_bytes_than_a_picture_holds_are_refused(tmp_path):
     qr_code(bytes(2214), tmp_path / "adapter.png")
-    with pytest.raises(ValueError, match=r"2215 bytes are more than a QR code holds, about 2,200"):
+    with pytest.raises(ValueError, match=r"2215 bytes exceed the 2,214 of a QR code"):
         qr_code(bytes(2215), tmp_path / "more.png")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter.png"]
 
@@ -136,5 +136,5 @@ def test_more_bytes_than_a_picture_holds_are_refused(tmp_path):
 def test_the_picture_in_the_documentation_holds_an_adapter():
     with Image.open(Path(__file__).parents[2] / "docs/adapter.png") as picture:
         (found,) = zxingcpp.read_barcodes(picture.convert("L"))
-    packed = Packed.from_bytes(adapter_from_string(found.text))
+    packed = PackedAdapter.from_bytes(adapter_from_string(found.text))
     assert (packed.d, packed.base, len(packed.values)) == (200, "all-MiniLM-L6-v2", 8)

@@ -1,4 +1,4 @@
-"""Packed adapters to test with, and the golden files."""
+"""PackedAdapter adapters to test with, and the golden files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conftest import build
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from peft_intrinsic.codec import Packed
+from peft_intrinsic.codec import PackedAdapter
 
 GOLDEN = sorted(Path(__file__).parents[1].joinpath("codec/golden").glob("*.pia"))
 PLAIN: dict[str, Any] = {
@@ -38,7 +38,7 @@ def resealed(data: bytes) -> bytes:
     return data[:-4] + zlib.crc32(data[:-4]).to_bytes(4, "little")
 
 
-def synthetic(theta: Any, scales: Any = (), **fields: Any) -> Packed:
+def synthetic(theta: Any, scales: Any = (), **fields: Any) -> PackedAdapter:
     """A packed adapter of given numbers; fields of `Packed`, or options, as wished."""
     options = {name: fields.pop(name, value) for name, value in PLAIN.items()} | {"said": len(scales) > 0}
     given = {
@@ -52,7 +52,7 @@ def synthetic(theta: Any, scales: Any = (), **fields: Any) -> Packed:
         "reinitialized": [],
     }
     numbers = {"theta": np.array(theta, dtype=np.float32), "scales": np.array(scales, dtype=np.float32)}
-    return Packed(**{**given, **fields}, options=options, **numbers)
+    return PackedAdapter(**{**given, **fields}, options=options, **numbers)
 
 
 def few_values(d: int, levels: int, spread: float = 0.3, seed: int = 0) -> np.ndarray:
@@ -63,7 +63,7 @@ def few_values(d: int, levels: int, spread: float = 0.3, seed: int = 0) -> np.nd
     return values[generator.permutation(np.concatenate([np.arange(levels), drawn]))].astype(np.float32)
 
 
-def contents(packed: Packed) -> dict[str, Any]:
+def contents(packed: PackedAdapter) -> dict[str, Any]:
     """Everything that a packed adapter holds, in the words and types of the oracle."""
     return {
         "algorithm_version": packed.algorithm,

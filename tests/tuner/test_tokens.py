@@ -91,7 +91,7 @@ def test_what_holds_d_parameters_alone_does_not_take_token_rows():
         AdapterBank(model, torch.zeros(1, 40))
     with pytest.raises(ValueError, match=r"trainable_token_indices=\[2\] of adapter 'default' cannot be combined"):
         model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
-    with pytest.raises(ValueError, match=r"trainable_token_indices=\[2\] is trained in full"):
+    with pytest.raises(ValueError, match=r"trainable_token_indices=\[2\] is trained fully"):
         compress(model)
 
 
