@@ -16,7 +16,7 @@ from ..tuner.base_model import digest_at_hand
 from ..tuner.files import check_adapter_names
 from ..tuner.module_types import is_linear
 from ..tuner.names import canonical
-from ..tuner.targets import matched
+from ..tuner.targets import match_module
 from .layer import SupermaskLinear
 from .masks import decode_mask, encode_mask, restore_scores
 
@@ -67,7 +67,7 @@ class SupermaskModel(CheckedTuner):
             )
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        return matched(peft_config, key, self.model)
+        return match_module(peft_config, key, self.model)
 
     def _create_and_replace(
         self,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any
@@ -16,81 +15,19 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..projection import BLOCK_SIZE, PROJECTIONS, Shapes, Spec
+from ..projection import PROJECTIONS
 from ..projection.randomness import normals, words
 from .base_model import base_modules
 from .config import IntrinsicConfig
 from .layer import IntrinsicLayer, Offset
-from .manifest import check_manifest, manifest
-from .module_types import is_embedding, is_linear, is_vector, logical_shape, matrix_view
+from .module_types import is_embedding, is_linear
 from .modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicModule
 from .names import HOLDER, canonical, inside
 from .parametrized import IntrinsicParameters
-from .targets import candidates, chosen, excluded, lambda_groups, targeted
+from .targets import LAMBDA_SCALE, Targeting, identify
 from .vector import IntrinsicVector
 
 logger = logging.getLogger(__name__)
-
-NUMBERS = 2**22
-"""Random numbers that a projection may always have (16 MiB); beyond, a small multiple of the moved weights."""
-
-LAMBDA = {"fan_in": 256, "isometric": 1}
-"""What λ is counted in: under `fan_in` a λ of 1 is stored as 1/256, so that it trains at the rate of θ."""
-
-Match = tuple[nn.Module, list[str]]
-"""A base module and which of its parameters are moved."""
-
-Users = dict[str, list[tuple[nn.Module, str]]]
-"""All modules that hold a parameter, and its name there, by the parameter's name in the plain base model."""
-
-
-def default_targets(model: nn.Module, config: IntrinsicConfig) -> str:
-    """What `target_modules=None` stands for: norms, biases and head, or everything where those hold too few weights."""
-    vectors = {
-        _identity(module, name): math.prod(logical_shape(module, name)[0])
-        for key, module in base_modules(model)
-        for name in chosen(config, key, module)
-        if not excluded(config, key)
-        and (key in config.head_modules or (targeted(config, key) and is_vector(module, name)))
-    }
-    return "norms-and-biases" if config.d <= sum(vectors.values()) else "all"
-
-
-def users_of(model: nn.Module, matched: Iterable[Match], config: IntrinsicConfig) -> Users:
-    """Every holder of every matched parameter, so that tied parameters move together.
-
-    Raises:
-        ValueError: nothing was matched, or a parameter that cannot get an offset.
-    """
-    wanted = {_identity(module, name) for module, names in matched for name in names}
-    users: Users = {}
-    scripted: set[Any] = set()
-    firsts: dict[Any, str] = {}
-    ties = getattr(model, "all_tied_weights_keys", None) or {}  # offloaded, tied parameters are no longer one object
-    for key, module in base_modules(model):
-        for name in candidates(config, key, module):
-            if (identity := _identity(module, name)) in wanted:
-                if isinstance(module, torch.jit.ScriptModule):
-                    scripted.add(identity)
-                    continue
-                full = f"{key}.{name}" if key else name
-                parameter = module._parameters.get(name)
-                offloaded = parameter is not None and parameter.is_meta
-                first = firsts.setdefault(identity, ties.get(full, full) if offloaded else full)
-                users.setdefault(first, []).append((module, name))
-    if scripted:
-        held = ((key, module, name) for key, module in base_modules(model) for name in candidates(config, key, module))
-        keys = list(dict.fromkeys(key for key, module, name in held if _identity(module, name) in scripted))
-        raise ValueError(
-            f"{', '.join(keys)}: a scripted or traced module reads its parameters in compiled code, so they cannot get "
-            f"an offset. Leave them out: exclude_modules={keys}. Or script the model after merging the adapter."
-        )
-    if not users:
-        raise ValueError(
-            f"target_modules={config.target_modules!r} and target_parameters={config.target_parameters!r} matched "
-            "no module with parameters of its own. Name linear layers, norms or embeddings, or pass 'all'."
-        )
-    return users
 
 
 def _is_split(model: nn.Module, module: nn.Module, name: str) -> bool:
@@ -101,58 +38,38 @@ def _is_split(model: nn.Module, module: nn.Module, name: str) -> bool:
     return not (gathered and (is_linear(module) or is_embedding(module)))
 
 
-def _identity(module: nn.Module, name: str) -> Any:
-    # Some quantised layers have none for `weight`, an added bias has none, and scripted modules hold no dictionary.
-    parameter = dict(module._parameters).get(name)
-    return (id(module), name) if parameter is None else id(parameter)
-
-
-def attach(model: nn.Module, adapter: str, users: Users, config: IntrinsicConfig) -> None:
+def attach(model: nn.Module, adapter: str, targeting: Targeting, config: IntrinsicConfig) -> None:
     """Give every user of a parameter its offset, and the holder this adapter's θ and λ.
 
-    Fills in `config.manifest` and `config.block_size`.
-
     Raises:
-        ValueError: d does not exceed the number of λ, or exceeds the number of moved weights; the projection would be
-            out of proportion to the model; or the model is not the one that a saved adapter was made for.
+        ValueError: a dense projection would be out of proportion to the model.
     """
-    groups = lambda_groups(users, config.lambda_granularity) if config.said else {}
-    count = len(set(groups.values()))
-    forms = {name: logical_shape(*held[0]) for name, held in users.items()}
-    shapes = {
-        name: matrix_view(*held[0], head=name.rpartition(".")[0] in config.head_modules) for name, held in users.items()
-    }
-    spec = _spec(config, count, shapes)
-    if config.manifest is not None:
-        check_manifest(config.manifest, shapes)
-    projections = PROJECTIONS[config.projection](spec, shapes)
-    config.manifest, config.block_size = manifest(shapes), spec.block_size
-
+    projections = PROJECTIONS[config.projection](targeting.spec, targeting.shapes)
     if not config.inference_mode:
         _warn_of_running_statistics(model, config)
     if not hasattr(model, HOLDER):
         _add_holder(model)
-        _name_the_rest(model, users, config)
+        _name_the_rest(model, targeting.targets, config)
     holder: Any = model.get_submodule(HOLDER)
-    layers = _layers(model, holder, [module for held in users.values() for module, _ in held])
+    layers = _layers(model, holder, [module for target in targeting.targets.values() for module, _ in target.users])
     holder.choices.forget()
     merged: set[Any] = set()
-    for name, held in users.items():
-        for module, own in held:
+    for name, target in targeting.targets.items():
+        for module, own in target.users:
             if _is_split(model, module, own):
                 holder.split[adapter] = name
-            merges = _identity(module, own) not in merged
-            merged.add(_identity(module, own))
-            offset = Offset(name, projections[name], *forms[name], groups.get(name), merges)
+            merges = (identity := identify(module, own)) not in merged
+            merged.add(identity)
+            offset = Offset(name, projections[name], target.shape, target.matrix.transposed, target.group, merges)
             layers[id(module)].offsets.setdefault(adapter, {})[own] = offset
-
+    spec = targeting.spec
     unit = spec.unit / spec.factor if config.scale == "fan_in" else 1
     draws = config.ensemble or int(not config.init_weights)
     drawn = [random_theta(int(torch.randint(2**62, ())), spec.d) / unit for _ in range(draws)]
     theta = np.mean(drawn, axis=0) if drawn else np.zeros(spec.d)
-    module, own = next(iter(users.values()))[0]
+    module, own = next(iter(targeting.targets.values())).users[0]
     like = next(p for p in (module._parameters.get(own), *module.parameters(), *module.buffers()) if p is not None)
-    holder.add(adapter, theta, np.ones(count) / LAMBDA[config.scale], like)
+    holder.add(adapter, theta, np.ones(targeting.num_lambdas) / LAMBDA_SCALE[config.scale], like)
 
 
 def random_theta(seed: int, length: int) -> np.ndarray:
@@ -160,37 +77,13 @@ def random_theta(seed: int, length: int) -> np.ndarray:
     return normals(words(seed, "theta", "", length)) / 5
 
 
-def _spec(config: IntrinsicConfig, count: int, shapes: Shapes) -> Spec:
-    """What the projection is made from, checked before anything is allocated: the configuration can be a stranger's."""
-    total = sum(shape.size for shape in shapes.values())
-    if config.d <= count:
-        raise ValueError(
-            f"d={config.d} must exceed the number of λ, which is {count} with lambda_granularity="
-            f"{config.lambda_granularity!r}. Use a larger d, a coarser granularity, or said=False."
-        )
-    if config.d > total:
-        raise ValueError(
-            f"d={config.d} is more than the {total} weights that are moved. Use d={total} at most, or target more."
-        )
-    length = config.d - count
-    n = config.block_size or BLOCK_SIZE
-    height = min(max(shape.rows for shape in shapes.values()), 16384)
-    numbers = n * (height + sum(-(-shape.cols // n) for shape in shapes.values()))
-    if config.projection in ("fastfood", "global") and numbers > max(NUMBERS, 16 * total):
-        raise ValueError(
-            f"block_size={n} needs {numbers:.2g} random numbers for the {total} weights that are moved. Use a smaller "
-            "block_size, or None."
-        )
-    return Spec(length, config.seed, n, config.scale, LAMBDA[config.scale] if config.said else 1, config.subspace)
-
-
-def _name_the_rest(model: nn.Module, users: Users, config: IntrinsicConfig) -> None:
+def _name_the_rest(model: nn.Module, targets: Container[str], config: IntrinsicConfig) -> None:
     """Say once which parameters stay still although every parameter was asked for."""
     if config.target_modules != "all":
         return
     sizes = {canonical(name, model): p.numel() for name, p in model.named_parameters()}
     rest = [canonical(name, model) for name, p in model.named_parameters() if not p.is_floating_point()]
-    if rest := [name for name in rest if name not in users]:
+    if rest := [name for name in rest if name not in targets]:
         share = sum(sizes[name] for name in rest) / sum(sizes.values())
         logger.warning("Not moved, as they hold no real numbers: %s (%.2g of all parameters).", ", ".join(rest), share)
 
@@ -357,25 +250,3 @@ def _without_holder(kind: Any) -> Any:
 def _container(kind: Any) -> nn.Module:
     subclass = _without_holder(kind)
     return subclass.__new__(subclass)
-
-
-def name_outermost(model: nn.Module, config: IntrinsicConfig) -> None:
-    """Spell `modules_to_save` out where a name fits a module and others inside it, such as BERT's embeddings.
-
-    PEFT compares ends of names. It would copy the inner modules within the copy of the outer one, and could not load
-    what it saves.
-
-    Raises:
-        ValueError: the outer module's whole name is the end of an inner one's.
-    """
-    names = config.full_modules or ()
-    keys = [key for key, _ in base_modules(model) if key and key.endswith(tuple(names))] if names else []
-    outer = [key for key in keys if not any(key.startswith(f"{other}.") for other in keys)]
-    if len(outer) == len(keys):
-        return
-    if again := [key for key in keys if key not in outer and key.endswith(tuple(outer))]:
-        raise ValueError(
-            f"modules_to_save={list(names)} fits {', '.join(outer)} and {', '.join(again)} inside. Name the inner "
-            "modules."
-        )
-    config.modules_to_save = outer

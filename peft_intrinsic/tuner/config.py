@@ -23,11 +23,11 @@ SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "
 """Options that must agree for the numbers of two adapters to mean the same."""
 
 
-FILLED = (
-    *("target_modules", "target_parameters", "modules_to_save"),
-    *("block_size", "reinitialized", "manifest", "subspace_digest", "num_labels"),
-)
-"""Options that an attachment may fill in."""
+RESULTS = ("block_size", "reinitialized", "manifest", "subspace_digest", "num_labels")
+"""Options that a model decides: they differ where a configuration is used for another one."""
+
+RESOLVED = ("target_modules", "target_parameters", "modules_to_save", *RESULTS)
+"""Options that are resolved for a model when the adapter is attached."""
 
 WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 """Tasks whose models have a head that PEFT would train in full."""
@@ -174,28 +174,24 @@ class IntrinsicConfig(PeftConfig):
                 setattr(self, name, set(value))
         # Empty instead of None, it keeps PEFT from writing targeted embeddings into the adapter file.
         self.trainable_token_indices = self.trainable_token_indices or {}
-        self.head_modules: set[str] = set()
-        self.output_module: str | None = None
-        self.asked: dict[str, Any] | None = None
         self.checksum_to_save: str | None = None
+        self._requested: dict[str, Any] = {}  # the options before they were resolved; never changed
 
-    def remember(self) -> dict[str, Any]:
-        """The options that an attachment may fill in, as they are now."""
-        now = {name: copy.copy(getattr(self, name)) for name in FILLED}
+    def as_requested(self) -> IntrinsicConfig:
+        """A copy with the options that the user chose, before they were resolved for a model."""
+        config = copy.copy(self)
+        config.__dict__.update(self._requested)
+        return config
+
+    def resolve(self, resolved: IntrinsicConfig) -> IntrinsicConfig:
+        """Store the options of `resolved`, or return that one where this configuration belongs to another model."""
+        options = {name: getattr(resolved, name) for name in RESOLVED}
+        if self._requested:
+            return self if all(getattr(self, name) == options[name] for name in RESULTS) else resolved
         if self.manifest is None:
-            self.asked = now
-        return now
-
-    def restore(self, options: dict[str, Any]) -> None:
-        """Undo a failed attachment: `options` are what `remember` returned."""
+            self._requested = {name: copy.copy(getattr(self, name)) for name in RESOLVED}
         self.__dict__.update(options)
-        self.asked = None if options is self.asked else self.asked
-
-    def as_asked(self) -> IntrinsicConfig:
-        """A copy as it was before an attachment filled it in."""
-        fresh = copy.copy(self)
-        fresh.restore(self.asked or {})
-        return fresh
+        return self
 
     def differences(self, other: IntrinsicConfig) -> list[str]:
         """What keeps the numbers of two adapters from meaning the same: options and values, none if they agree."""

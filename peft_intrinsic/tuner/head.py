@@ -11,39 +11,36 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from peft.utils import TaskType
 from torch import nn
 
 from peft_intrinsic_autoload.loading import LOADING as _LOADING
 from peft_intrinsic_autoload.loading import sample as _sample
 
 from ..projection.randomness import normals, words
-from .base_model import base_modules, base_places
+from .base_model import base_places
 from .config import IntrinsicConfig
 from .layer import IntrinsicLayer
 from .loading import Note, Place, fresh_parameters, parameter_at, replaced_heads, unmarked_parameters
 from .names import inside
+from .targets import HEAD_NAMES
 
 logger = logging.getLogger(__name__)
-
-HEAD_NAMES: dict[str, tuple[str, ...]] = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
-"""What task heads are called in transformers models."""
 
 Drawn = tuple[Place, torch.Tensor, Note, str]
 """A parameter that was drawn again, its value before, the note of it and its name in that note."""
 
 
 class Head:
-    """What one adapter needs of the head: which modules are moved in any case, and which parameters start anew.
+    """The parameters of one adapter that start from a fixed seed.
 
     Args:
         model: the base model, with or without adapters.
-        config: of the new adapter. Its `reinitialized` is filled in, or checked where an adapter is loaded.
+        config: of the new adapter.
         attached: the configurations of the adapters that the model has already.
+
+    Attributes:
+        reinitialized: names of all parameters that start from the fixed seed under this adapter, for its configuration.
+        start: those of them that do not have these values yet.
 
     Raises:
         ValueError: it is not known what the checkpoint brought; the base model does not start where a loaded adapter,
@@ -51,32 +48,37 @@ class Head:
     """
 
     def __init__(self, model: nn.Module, config: IntrinsicConfig, attached: Mapping[str, IntrinsicConfig]) -> None:
+        whole = config.full_modules or ()
         layers = [module for module in model.modules() if isinstance(module, IntrinsicLayer)]
         adapted = {offset.name for layer in layers for own in layer.offsets.values() for offset in own.values()}
-        if clash := sorted(name for name in adapted if inside(config.full_modules or (), name)):
+        if clash := sorted(name for name in adapted if inside(whole, name)):
             raise ValueError(
                 f"modules_to_save={config.full_modules}: another adapter already adapts {', '.join(clash)}. Attach "
                 "this adapter first, or leave these out of the other one (exclude_modules; head='keep' for a head)."
             )
         self._model = model
         self._places = places = base_places(model)
-        names = HEAD_NAMES.get(config.task_type or "", ())
-        replaced = replaced_heads(model, places, names)
+        replaced = replaced_heads(model, places, HEAD_NAMES.get(config.task_type or "", ()))
         unknown = unmarked_parameters(model, places) | replaced
         started = {name: replaced[name] for name in config.reinitialized or () if name in replaced}
         self._fresh = unknown if _LOADING.get() else fresh_parameters(model, places) | started
         drawn = {name for known in attached.values() for name in known.reinitialized or []}
-        whole = config.full_modules or ()
         fresh = [name for name in places if name in self._fresh and name not in drawn and not inside(whole, name)]
         if config.reinitialized is not None and config.manifest is not None:
             self._check_loaded(config, fresh, drawn)
-            self.start = [name for name in config.reinitialized if name in fresh]
+            self.reinitialized, self.start = (
+                config.reinitialized,
+                [name for name in config.reinitialized if name in fresh],
+            )
         elif config.reinitialized is not None:
             if absent := sorted(set(config.reinitialized) - set(places)):
                 raise ValueError(f"reinitialized={absent} are no parameters of the model.")
-            self.start = [name for name in config.reinitialized if name not in drawn]
+            self.reinitialized, self.start = (
+                config.reinitialized,
+                [name for name in config.reinitialized if name not in drawn],
+            )
         elif config.head == "keep":
-            config.reinitialized = self.start = []
+            self.reinitialized, self.start = [], []
         else:
             unsure = [name for name in unknown if name not in drawn and not inside(whole, name)]
             if unsure and not _LOADING.get():
@@ -85,8 +87,8 @@ class Head:
                     "Import peft_intrinsic before the model is loaded, with the head that it keeps. Or decide: "
                     "reinitialized=[names] starts them from the fixed stream, reinitialized=[] leaves all as they are."
                 )
+            self.reinitialized = [name for name in places if name in {*fresh, *drawn} and not inside(whole, name)]
             self.start = fresh
-            config.reinitialized = [name for name in places if name in {*fresh, *drawn} and not inside(whole, name)]
             if fresh:
                 logger.warning(
                     "Not from the checkpoint, so drawn again from a fixed stream (head='keep' leaves it as it is): %s",
@@ -98,9 +100,6 @@ class Head:
                     f"{', '.join(self.start)} would be drawn again under adapter {adapter!r}, which was attached with "
                     f"head={known.head!r} and relies on the present values. Pass head={known.head!r} here too."
                 )
-        owners = {name.rpartition(".")[0] for name in config.reinitialized}
-        found = {key for key, _ in base_modules(model) if key.partition(".")[0] in names}
-        self.modules: set[str] = set() if config.head == "keep" else owners | found
 
     def _check_loaded(self, config: IntrinsicConfig, fresh: list[str], drawn: set[str]) -> None:
         """Whether the base starts where the adapter's did."""

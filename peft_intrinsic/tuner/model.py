@@ -16,10 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .attach import Match, attach, default_targets, detach, name_outermost, remove_holder, unwrap, users_of
+from .attach import attach, detach, remove_holder, unwrap
 from .bank import chosen_by_name
 from .base import CheckedTuner
-from .base_model import base_modules
 from .batch_first import number_of_samples
 from .checks import check
 from .files import check_adapter_names, vectors_to_load, vectors_to_save
@@ -27,11 +26,12 @@ from .head import Head, restore
 from .labels import number_of_labels, other_labels
 from .layer import IntrinsicLayer
 from .loading import settle
+from .manifest import manifest
 from .merging import places
-from .names import HOLDER, KEYWORDS, canonical, foreign, named
+from .names import HOLDER, KEYWORDS, canonical, foreign
 from .parametrized import IntrinsicParameters
-from .subspace_files import prepare
-from .targets import candidates, chosen, matched, output_module
+from .subspace_files import read_subspace
+from .targets import default_targets, find_targets, is_head, match_module, outermost_modules, targeted_parameters
 from .tokens import check_not_adapted
 from .vector import IntrinsicVector
 
@@ -48,6 +48,8 @@ class IntrinsicModel(CheckedTuner):
     prefix = "intrinsic_"
     tuner_layer_cls = IntrinsicLayer
     peft_config: Any
+    _matched_modules: set[nn.Module]  # while an adapter is attached: the modules and parameters that PEFT targets
+    _matched_names: list[str]
 
     @property
     def vector(self) -> IntrinsicVector:
@@ -81,74 +83,69 @@ class IntrinsicModel(CheckedTuner):
             raise ValueError(f"The model already has an attribute {HOLDER!r}, which the adapter needs. Rename it.")
         if hasattr(model, HOLDER) and adapter_name in self.vector.intrinsic_theta:
             raise ValueError(f"An adapter {adapter_name!r} is attached already. Delete it, or choose another name.")
-        options = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-        before = {parameter: parameter.requires_grad for parameter in model.parameters()}
         first = not hasattr(model, HOLDER)
+        trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         config = self.peft_config[adapter_name]
+        check(config)  # again: options can be set after the configuration was made
+        options = self.peft_config[adapter_name] = config.as_requested()  # resolved for this model, also by PEFT
         try:
-            self._inject(model, adapter_name, options)
-        except ValueError:
-            if config.asked is None:
-                raise
-            # Filled in for another model, which this one does not resemble: begin again from what was asked for.
-            self.peft_config[adapter_name] = config = config.as_asked()
-            self._inject(model, adapter_name, options)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        if not first:  # other adapters stay trainable or frozen as they were
-            for parameter, trained in before.items():
-                parameter.requires_grad_(trained)
-
-    def _inject(self, model: nn.Module, adapter_name: str, options: dict[str, Any]) -> None:
-        """All of an attachment, or nothing."""
-        config = self.peft_config[adapter_name]
-        attached = [] if not hasattr(model, HOLDER) else list(self.vector.intrinsic_theta)
-        before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        asked = config.remember()
-        self._matched: list[Match] = []
-        try:
-            check(config)  # again: options can be set after the configuration was made
-            name_outermost(model, config)
-            check_adapter_names(model, {**{name: self.peft_config[name] for name in attached}, adapter_name: config})
-            head = Head(model, config, {name: self.peft_config.get(name, config) for name in attached})
-            config.head_modules, config.output_module = head.modules, output_module(model)
-            if config.projection == "trajectory":
-                config.head_modules = set()  # the file says what moves
-                prepare(model, config)
-            if config.target_modules is None and not config.target_parameters:
-                config.target_modules = default_targets(model, config)
-            if config.target_modules in KEYWORDS:
-                self._matched.append((model, chosen(config, "", model)))  # PEFT visits every module but the root
-            rows, config.trainable_token_indices = (
-                config.trainable_token_indices,
-                config.trainable_token_indices or None,
+            head = self._resolve(model, adapter_name)
+            # PEFT does not visit the root.
+            self._matched_modules = {model} if options.target_modules in KEYWORDS else set()
+            self._matched_names = []
+            rows = options.trainable_token_indices
+            options.trainable_token_indices = rows or None
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
             )
-            try:
-                super().inject_adapter(model, adapter_name, **options)
-            finally:
-                config.trainable_token_indices = rows  # empty instead of None again, for saving
-            users = users_of(model, self._matched, config)
-            check_not_adapted(model, (module for held in users.values() for module, _ in held), config)
-            with init_empty_weights() if options["low_cpu_mem_usage"] else nullcontext():
-                attach(model, adapter_name, users, config)
-            config.num_labels = number_of_labels(model, config.task_type)
+            options.trainable_token_indices = rows  # empty instead of None again, for saving
+            targeting = find_targets(model, options, self._matched_modules, self._matched_names)
+            check_not_adapted(model, targeting, options)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                attach(model, adapter_name, targeting, options)
         except Exception as error:
             detach(model, adapter_name)
-            config.restore(asked)
-            for parameter, trained in before.items():
+            self.peft_config[adapter_name] = config
+            for parameter, trained in trainable.items():
                 parameter.requires_grad_(trained)
-            if labels := other_labels(config.num_labels, model, config.task_type):
+            if labels := other_labels(options.num_labels, model, config.task_type):
                 raise ValueError(labels) from error
             raise
         finally:
-            self._matched = []
+            self._matched_modules, self._matched_names = set(), []
+        options.manifest, options.block_size = manifest(targeting.shapes), targeting.spec.block_size
+        options.num_labels = number_of_labels(model, config.task_type)
+        self.peft_config[adapter_name] = config.resolve(options)
         head.draw(self.vector.drawn)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if not first:  # other adapters stay trainable or frozen as they were
+            for parameter, trained in trainable.items():
+                parameter.requires_grad_(trained)
+
+    def _resolve(self, model: nn.Module, adapter_name: str) -> Head:
+        """Resolve the options of a new adapter for the model, which is not changed."""
+        config = self.peft_config[adapter_name]
+        attached = list(self.vector.intrinsic_theta) if hasattr(model, HOLDER) else []
+        configs = {name: self.peft_config.get(name, config) for name in attached}
+        config.modules_to_save = outermost_modules(model, config)
+        check_adapter_names(model, {**configs, adapter_name: config})
+        head = Head(model, config, configs)
+        config.reinitialized = head.reinitialized
+        if config.projection == "trajectory":
+            config.subspace_digest, config.target_parameters = read_subspace(model, config)
+        if config.target_modules is None and not config.target_parameters:
+            config.target_modules = default_targets(model, config)
+        return head
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         name = canonical(key, self.model)
         if name.partition(".")[0] == HOLDER or foreign(key):
             return False
-        found = matched(peft_config, key, self.model)
-        return name in peft_config.head_modules if found is False else found
+        matched = match_module(peft_config, key, self.model)
+        return is_head(peft_config, name) if matched is False else matched
 
     def _create_and_replace(
         self,
@@ -160,22 +157,15 @@ class IntrinsicModel(CheckedTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        """Only note the match: the wrapping waits until all of the targeted parameters are known."""
-        module = target.get_base_layer() if isinstance(target, IntrinsicLayer) else target
-        self._matched.append((module, chosen(peft_config, canonical(current_key, self.model), module)))
+        """Only note the module: it is wrapped when all of the targeted parameters are known."""
+        self._matched_modules.add(target.get_base_layer() if isinstance(target, IntrinsicLayer) else target)
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        names = []
-        for key, module in base_modules(model):
-            for name in candidates(peft_config, key, module):
-                full = f"{key}.{name}" if key else name
-                known = peft_config.target_parameters
-                if full in known if peft_config.projection == "trajectory" else named(known, full):
-                    self._matched.append((module, [name]))
-                    names.append(full)
-        return names
+        """As `_create_and_replace`, for `target_parameters`."""
+        self._matched_names = targeted_parameters(model, peft_config)
+        return self._matched_names
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """θ is float32 from the start; without autocasting it takes the base model's dtype."""
@@ -287,7 +277,7 @@ class IntrinsicModel(CheckedTuner):
             if beside := self.peft_config[name].trained_beside:
                 raise ValueError(f"{beside} of adapter {name!r} cannot be combined. Train without it.")
         self.peft_config[adapter_name] = copy.copy(first)
-        self.peft_config[adapter_name].asked = None  # this projection, or none
+        self.peft_config[adapter_name]._requested = {}  # this projection, or none
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
             total = sum(w * vector.intrinsic_theta[n].weight for n, w in zip(adapters, weights, strict=True))

@@ -53,10 +53,10 @@ def copy_whole(source: Path, target: Path) -> None:
     os.replace(new, target)
 
 
-def prepare(model: nn.Module, config: Any) -> None:
-    """Read which parameters the subspace moves, and check that it is one of this base model.
+def read_subspace(model: nn.Module, config: Any) -> tuple[str, list[str]]:
+    """Digest of the subspace file and names of the parameters that it adapts, checked against the base model.
 
-    Fills in `config.target_parameters` and `config.subspace_digest`. Values are compared where all are at hand in
+    Values are compared where all are at hand in
     floating point: a quantised or offloaded base model is known by names and shapes alone.
 
     Raises:
@@ -85,13 +85,13 @@ def prepare(model: nn.Module, config: Any) -> None:
             f"subspace={config.subspace!r} was recorded from other weights (digest {subspace.base}, here {here}). "
             "Load the checkpoint that the recording began with, or record on this one."
         )
-    config.subspace_digest = subspace.digest
-    config.target_parameters = [name for name in subspace.shapes if not inside(config.full_modules or (), name)]
-    if not config.target_parameters:
+    names = [name for name in subspace.shapes if not inside(config.full_modules or (), name)]
+    if not names:
         raise ValueError(f"modules_to_save={config.full_modules} trains all that the subspace moves. Leave some out.")
-    if again := [name for name in config.reinitialized or () if name in config.target_parameters]:
+    if again := [name for name in config.reinitialized or () if name in names]:
         logger.warning(
             "In the subspace, but drawn again from a fixed stream: %s. Their directions belong to another start unless "
             "the recording began with that stream, as that of `peft-intrinsic trajectory record` does.",
             ", ".join(again),
         )
+    return subspace.digest, names

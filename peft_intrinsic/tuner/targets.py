@@ -1,68 +1,92 @@
-"""Which parameters are moved, under which name and shape, and in which λ group."""
+"""Which parameters an adapter adapts: decided here, before the model is changed."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import _ExcludedModule
+from peft.utils import TaskType
 from torch import nn
 
-from .module_types import is_linear, is_vector, movable
+from ..projection import BLOCK_SIZE, Shape, Shapes, Spec
+from .base_model import base_modules
+from .manifest import check_manifest
+from .module_types import is_linear, is_vector, logical_shape, matrix_view, movable
 from .names import KEYWORDS, block_of, canonical, fits, foreign, inside, named
 
+HEAD_NAMES: dict[str, tuple[str, ...]] = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+"""Names of task heads in transformers models."""
 
-def output_module(model: Any) -> str | None:
-    """Name of the module that turns hidden states into words, as transformers knows it."""
-    try:
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-    except NotImplementedError:  # its inner model is wrapped
-        return None
-    return next((canonical(name, model) for name, module in model.named_modules() if module is output), None)
+MAX_RANDOM_NUMBERS = 2**22
+"""Random numbers that every projection may store (16 MiB); larger ones: at most 16 for each adapted weight."""
 
-
-def candidates(config: Any, key: str, module: nn.Module) -> list[str]:
-    """What `movable` names, and the bias that a linear layer lacks, where the configuration adds it."""
-    bare = config.add_bias and is_linear(module) and getattr(module, "bias", None) is None
-    added = bare and key not in config.head_modules and key != config.output_module
-    return [*movable(module), "bias"] if added else movable(module)
+LAMBDA_SCALE = {"fan_in": 256, "isometric": 1}
+"""λ is stored divided by this: under `fan_in` a λ of 1 is 1/256, so that it trains at the learning rate of θ."""
 
 
-def chosen(config: Any, key: str, module: nn.Module) -> list[str]:
-    """Which parameters of a targeted module are moved: under `"norms-and-biases"` only these, but all of the head."""
-    whole = config.target_modules != "norms-and-biases" or key in config.head_modules
-    found = [name for name in candidates(config, key, module) if whole or is_vector(module, name)]
-    return found if key else [name for name in found if targeted(config, name) and not excluded(config, name)]
+@dataclass(frozen=True)
+class Target:
+    """A parameter that P adapts.
+
+    Args:
+        users: the modules that have it, and its name in each; several where it is tied.
+        shape: of the parameter, unpacked where it is quantized.
+        matrix: the matrix that P sees, and its kind.
+        group: index of its λ; None without λ.
+    """
+
+    users: tuple[tuple[nn.Module, str], ...]
+    shape: tuple[int, ...]
+    matrix: Shape
+    group: int | None
 
 
-def lambda_groups(names: Iterable[str], granularity: str) -> dict[str, int]:
-    """Index of the λ of each parameter. `names` come in the order of the model."""
-    labels = {}
-    blocks_seen = False
-    for name in names:
-        block = block_of(name)
-        blocks_seen |= block is not None
-        if granularity == "tensor":
-            labels[name] = name
-        elif granularity == "module":
-            labels[name] = name.rpartition(".")[0]
-        else:
-            labels[name] = block or ("after" if blocks_seen else "before")
-    index = {label: i for i, label in enumerate(dict.fromkeys(labels.values()))}
-    return {name: index[label] for name, label in labels.items()}
+@dataclass(frozen=True)
+class Targeting:
+    """The parameters that an adapter adapts, by their names in the plain base model, and the projection for them.
+
+    Args:
+        targets: in the order of the model.
+        spec: of the projection.
+        num_lambdas: number of λ, which d includes.
+    """
+
+    targets: Mapping[str, Target]
+    spec: Spec
+    num_lambdas: int
+
+    @property
+    def shapes(self) -> Shapes:
+        """The matrix of each parameter."""
+        return {name: target.matrix for name, target in self.targets.items()}
 
 
-def excluded(config: Any, key: str) -> bool:
-    """Whether `exclude_modules` or `modules_to_save` keeps a module where it is."""
-    left_out = config.exclude_modules or ()
-    if isinstance(left_out, str) and fits("exclude_modules", left_out, key):
-        return True
-    return (not isinstance(left_out, str) and named(left_out, key)) or inside(config.full_modules or (), key)
+def is_head(config: Any, key: str) -> bool:
+    """Whether a module belongs to the task head, which P adapts whatever `target_modules` selects."""
+    if config.head == "keep" or config.projection == "trajectory":  # a subspace file lists its parameters
+        return False
+    names = HEAD_NAMES.get(config.task_type or "", ())
+    return key.partition(".")[0] in names or any(name.rpartition(".")[0] == key for name in config.reinitialized or ())
 
 
-def targeted(config: Any, key: str) -> bool:
-    """Whether `target_modules`, `layers_to_transform` and `layers_pattern` choose a module, as in LoRA.
+def is_excluded(config: Any, key: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` names a module."""
+    names = config.exclude_modules or ()
+    excluded = fits("exclude_modules", names, key) if isinstance(names, str) else named(names, key)
+    return excluded or inside(config.full_modules or (), key)
+
+
+def is_targeted(config: Any, key: str) -> bool:
+    """Whether `target_modules`, `layers_to_transform` and `layers_pattern` select a module, as in LoRA.
 
     Raises:
         ValueError: a regular expression takes too long.
@@ -89,8 +113,8 @@ def targeted(config: Any, key: str) -> bool:
     return False
 
 
-def matched(config: Any, key: str, model: nn.Module) -> Any:
-    """Whether a configuration chooses a module, as PEFT asks it: true, false, or its mark of an excluded module.
+def match_module(config: Any, key: str, model: nn.Module) -> Any:
+    """Answer PEFT's question whether a configuration targets a module: True, False, or PEFT's mark of an excluded one.
 
     Raises:
         ValueError: a regular expression takes too long.
@@ -98,4 +122,186 @@ def matched(config: Any, key: str, model: nn.Module) -> Any:
     if foreign(key):
         return False
     key = canonical(key, model)
-    return _ExcludedModule() if excluded(config, key) else targeted(config, key)
+    return _ExcludedModule() if is_excluded(config, key) else is_targeted(config, key)
+
+
+def adaptable_parameters(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module, str]]:
+    """Name of the module, module and name in it of every parameter that can get an offset.
+
+    With `add_bias`, biases that linear layers lack are among them.
+    """
+    output = _output_embeddings(model) if config.add_bias else None
+    for key, module in base_modules(model):
+        names = movable(module)
+        if config.add_bias and is_linear(module) and getattr(module, "bias", None) is None:
+            names = names if is_head(config, key) or key == output else [*names, "bias"]
+        for own in names:
+            yield key, module, own
+
+
+def _output_embeddings(model: Any) -> str | None:
+    """Name of the module that turns hidden states into tokens, as transformers knows it."""
+    try:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+    except NotImplementedError:  # its inner model is wrapped
+        return None
+    return next((canonical(name, model) for name, module in model.named_modules() if module is output), None)
+
+
+def _is_open(config: Any, key: str, own: str) -> bool:
+    """Whether a module is not the root, or the options select a parameter of the root by its own name."""
+    return bool(key) or (is_targeted(config, own) and not is_excluded(config, own))
+
+
+def targeted_parameters(model: nn.Module, config: Any) -> list[str]:
+    """Names of the parameters that `target_parameters` selects: by suffix, as in LoRA; in full for a subspace."""
+    names, exact = config.target_parameters, config.projection == "trajectory"
+    adaptable = [_join(key, own) for key, _, own in adaptable_parameters(model, config)]
+    return [name for name in adaptable if (name in names if exact else named(names, name))]
+
+
+def default_targets(model: nn.Module, config: Any) -> str:
+    """What `target_modules=None` stands for: norms, biases and head, or all where those have fewer weights than d."""
+    sizes = {
+        identify(module, own): math.prod(logical_shape(module, own)[0])
+        for key, module, own in adaptable_parameters(model, config)
+        if not is_excluded(config, key) and _is_open(config, key, own)
+        if is_head(config, key) or (is_targeted(config, key) and is_vector(module, own))
+    }
+    return "norms-and-biases" if config.d <= sum(sizes.values()) else "all"
+
+
+def outermost_modules(model: nn.Module, config: Any) -> Any:
+    """`modules_to_save`, spelled out where a name fits a module and others inside it, such as BERT's embeddings.
+
+    PEFT compares ends of names. It would copy the inner modules within the copy of the outer one, and could not load
+    what it saves.
+
+    Raises:
+        ValueError: the outer module's whole name is the end of an inner one's.
+    """
+    names = config.full_modules or ()
+    keys = [key for key, _ in base_modules(model) if key and key.endswith(tuple(names))] if names else []
+    outer = [key for key in keys if not any(key.startswith(f"{other}.") for other in keys)]
+    if len(outer) == len(keys):
+        return config.modules_to_save
+    if again := [key for key in keys if key not in outer and key.endswith(tuple(outer))]:
+        raise ValueError(
+            f"modules_to_save={list(names)} fits {', '.join(outer)} and {', '.join(again)} inside. Name the inner "
+            "modules."
+        )
+    return outer
+
+
+def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], parameters: Container[str]) -> Targeting:
+    """The parameters of targeted modules and those that are targeted by name, under every name that they have.
+
+    Args:
+        model: the base model, with or without adapters.
+        config: of the new adapter, its options resolved.
+        modules: base modules that are targeted.
+        parameters: names of single parameters that are.
+
+    Raises:
+        ValueError: nothing is targeted, or a parameter that cannot get an offset; d does not exceed the number of λ, or
+            exceeds the number of weights; the projection is out of proportion to the model; or the model is not the
+            one that a saved adapter was trained on.
+    """
+
+    def is_chosen(key: str, module: nn.Module, own: str) -> bool:
+        if module not in modules:
+            return _join(key, own) in parameters
+        whole = config.target_modules != "norms-and-biases" or is_head(config, key)
+        return (whole or is_vector(module, own)) and _is_open(config, key, own)
+
+    adaptable = list(adaptable_parameters(model, config))
+    wanted = {identify(module, own) for key, module, own in adaptable if is_chosen(key, module, own)}
+    adaptable = [each for each in adaptable if identify(each[1], each[2]) in wanted]
+    scripted = {identify(module, own) for _, module, own in adaptable if isinstance(module, torch.jit.ScriptModule)}
+    if scripted:
+        keys = list(dict.fromkeys(key for key, module, own in adaptable if identify(module, own) in scripted))
+        raise ValueError(
+            f"{', '.join(keys)}: a scripted or traced module reads its parameters in compiled code, so they cannot get "
+            f"an offset. Leave them out: exclude_modules={keys}. Or script the model after merging the adapter."
+        )
+    ties = getattr(model, "all_tied_weights_keys", None) or {}  # offloaded, tied parameters are no longer one object
+    first: dict[Any, str] = {}
+    users: dict[str, list[tuple[nn.Module, str]]] = {}
+    for key, module, own in adaptable:
+        name, parameter = _join(key, own), module._parameters.get(own)
+        offloaded = parameter is not None and parameter.is_meta
+        name = first.setdefault(identify(module, own), ties.get(name, name) if offloaded else name)
+        users.setdefault(name, []).append((module, own))
+    if not users:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} and target_parameters={config.target_parameters!r} matched "
+            "no module with parameters of its own. Name linear layers, norms or embeddings, or pass 'all'."
+        )
+    groups = lambda_groups(users, config.lambda_granularity) if config.said else {}
+    targets = {
+        name: Target(
+            tuple(held),
+            logical_shape(*held[0])[0],
+            matrix_view(*held[0], head=is_head(config, name.rpartition(".")[0])),
+            groups.get(name),
+        )
+        for name, held in users.items()
+    }
+    count = len(set(groups.values()))
+    shapes = {name: target.matrix for name, target in targets.items()}
+    targeting = Targeting(targets, _specify(config, count, shapes), count)
+    if config.manifest is not None:
+        check_manifest(config.manifest, targeting.shapes)
+    return targeting
+
+
+def lambda_groups(names: Iterable[str], granularity: str) -> dict[str, int]:
+    """Index of the λ of each parameter. `names` come in the order of the model."""
+    labels = {}
+    blocks_seen = False
+    for name in names:
+        block = block_of(name)
+        blocks_seen |= block is not None
+        if granularity == "tensor":
+            labels[name] = name
+        elif granularity == "module":
+            labels[name] = name.rpartition(".")[0]
+        else:
+            labels[name] = block or ("after" if blocks_seen else "before")
+    index = {label: i for i, label in enumerate(dict.fromkeys(labels.values()))}
+    return {name: index[label] for name, label in labels.items()}
+
+
+def _specify(config: Any, count: int, shapes: Shapes) -> Spec:
+    """The projection, checked before anything is allocated: a configuration is untrusted input."""
+    total = sum(shape.size for shape in shapes.values())
+    if config.d <= count:
+        raise ValueError(
+            f"d={config.d} must exceed the number of λ, which is {count} with lambda_granularity="
+            f"{config.lambda_granularity!r}. Use a larger d, a coarser granularity, or said=False."
+        )
+    if config.d > total:
+        raise ValueError(
+            f"d={config.d} is more than the {total} weights that are moved. Use d={total} at most, or target more."
+        )
+    n = config.block_size or BLOCK_SIZE
+    height = min(max(shape.rows for shape in shapes.values()), 16384)
+    numbers = n * (height + sum(-(-shape.cols // n) for shape in shapes.values()))
+    if config.projection in ("fastfood", "global") and numbers > max(MAX_RANDOM_NUMBERS, 16 * total):
+        raise ValueError(
+            f"block_size={n} needs {numbers:.2g} random numbers for the {total} weights that are moved. Use a smaller "
+            "block_size, or None."
+        )
+    factor = LAMBDA_SCALE[config.scale] if config.said else 1
+    return Spec(config.d - count, config.seed, n, config.scale, factor, config.subspace)
+
+
+def identify(module: nn.Module, own: str) -> Any:
+    """What is equal for all modules that share a parameter."""
+    # Some quantized layers have none for `weight`, an added bias has none, and scripted modules hold no dictionary.
+    parameter = dict(module._parameters).get(own)
+    return (id(module), own) if parameter is None else id(parameter)
+
+
+def _join(key: str, own: str) -> str:
+    return f"{key}.{own}" if key else own

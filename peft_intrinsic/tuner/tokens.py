@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peft.utils.other import TrainableTokensWrapper
@@ -10,6 +10,7 @@ from torch import nn
 
 from .base_model import base_modules
 from .names import named
+from .targets import Targeting
 
 
 def token_rows(model: nn.Module, config: Any) -> dict[str, Sequence[int]]:
@@ -50,9 +51,9 @@ def token_rows(model: nn.Module, config: Any) -> dict[str, Sequence[int]]:
     return result
 
 
-def check_not_adapted(model: nn.Module, adapted: Iterable[nn.Module], config: Any) -> None:
+def check_not_adapted(model: nn.Module, targeting: Targeting, config: Any) -> None:
     """Raise ValueError where P would adapt an embedding some of whose rows are trained: the offset would be lost."""
-    adapted = set(adapted)
+    adapted = {module for target in targeting.targets.values() for module, _ in target.users}
     for key, module in model.named_modules():
         if isinstance(module, TrainableTokensWrapper) and module.original_module in adapted:
             raise ValueError(

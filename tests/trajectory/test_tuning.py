@@ -100,7 +100,7 @@ def test_save_and_load_several_disable_and_merge(tmp_path):
     plain = evaluate(build("bert"), "bert")
     assert torch.equal(evaluate(model, "bert"), plain)
     set_theta(model)
-    model.add_adapter("b", copy.copy(model.peft_config["default"]).as_asked())
+    model.add_adapter("b", model.peft_config["default"].as_requested())
     theta(model, "b").data.copy_(-theta(model).data)
     one = evaluate(model, "bert")
     model.set_adapter("b")

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.tuner.module_types import is_norm, matrix_view
 from peft_intrinsic.tuner.names import fits
-from peft_intrinsic.tuner.targets import excluded, targeted
+from peft_intrinsic.tuner.targets import is_excluded, is_targeted
 
 
 def groups(name: str, granularity: str) -> list[set[str]]:
@@ -135,7 +135,7 @@ def test_an_expression_that_never_ends_is_refused():
     ],
 )
 def test_modules_are_chosen_as_in_lora(options, key, expected):
-    assert targeted(IntrinsicConfig(**options), key) is expected
+    assert is_targeted(IntrinsicConfig(**options), key) is expected
 
 
 @pytest.mark.parametrize(
@@ -150,4 +150,4 @@ def test_modules_are_chosen_as_in_lora(options, key, expected):
     ],
 )
 def test_modules_are_left_out_as_in_lora(options, key, expected):
-    assert excluded(IntrinsicConfig(**options), key) is expected
+    assert is_excluded(IntrinsicConfig(**options), key) is expected
