@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -38,14 +40,24 @@ def as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {former.get(name, name): value for name, value in settings.items()}
 
 
-def reads_former_names(config: Config) -> Config:
-    """Let a PEFT configuration class accept former names from files, which unlike users also give `peft_type`."""
+def reads_stored_options(config: Config) -> Config:
+    """Let a PEFT configuration class accept what files hold: former names, and fields with `init=False`.
+
+    PEFT passes the contents of a file to the constructor. Unlike users, files also give `peft_type`.
+    """
     known: Any = config
     original = known.__init__
+    stored = [field.name for field in dataclasses.fields(known) if not field.init]
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **(renamed(kwargs) if "peft_type" in kwargs else kwargs))
+        if "peft_type" in kwargs:
+            kwargs = renamed(kwargs)
+            self.__dict__.update({name: kwargs.pop(name) for name in stored if name in kwargs})
+        original(self, *args, **kwargs)
 
-    known.__init__ = __init__
+    # PEFT looks here for names that it may pass when a file holds others that it does not know.
+    signature, kind = inspect.signature(original), inspect.Parameter.KEYWORD_ONLY
+    parameters = [*signature.parameters.values(), *(inspect.Parameter(name, kind, default=None) for name in stored)]
+    known.__init__, __init__.__signature__ = __init__, signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return config

@@ -218,17 +218,19 @@ def _make_config(packed: PackedAdapter, names: list[str]) -> IntrinsicConfig:
             "Load that model, with the class for its task."
         )
     reinitialized = {sorted(names)[i] for i in packed.reinitialized}
+    stored: dict[str, Any] = {
+        "peft_type": "INTRINSIC",
+        "d": packed.d,
+        "seed": packed.seed,
+        "block_size": packed.block_size,
+        **packed.options,
+        "reinitialized": [name for name in names if name in reinitialized],
+        "manifest": packed.manifest_digest.hex(),
+        "num_labels": packed.classes or None,
+        "algorithm_version": packed.algorithm,
+        "inference_mode": True,
+    }
     try:
-        return IntrinsicConfig(
-            d=packed.d,
-            seed=packed.seed,
-            block_size=packed.block_size,
-            **packed.options,
-            reinitialized=[name for name in names if name in reinitialized],
-            manifest=packed.manifest_digest.hex(),
-            num_labels=packed.classes or None,
-            algorithm_version=packed.algorithm,
-            inference_mode=True,
-        )
+        return IntrinsicConfig(**stored)
     except TypeError as error:
         raise ValueError(f"This packed adapter is damaged: {error} Pack the adapter again.") from None

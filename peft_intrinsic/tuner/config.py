@@ -12,7 +12,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.utils import PeftType, TaskType
 
-from ..aliases import reads_former_names
+from ..aliases import reads_stored_options
 from ..card import add_sections
 from ..projection import ALGORITHM_VERSION
 from ..version import __version__
@@ -20,8 +20,7 @@ from .checks import check
 from .subspace_files import EMBEDDED, beside, copy_whole
 
 SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "scale", "algorithm_version")
-"""Options that must agree for the numbers of two adapters to mean the same."""
-
+"""Options that must agree for θ to mean the same in two adapters."""
 
 RESULTS = ("block_size", "reinitialized", "manifest", "subspace_digest", "num_labels")
 """Options that a model decides: they differ where a configuration is used for another one."""
@@ -30,13 +29,13 @@ RESOLVED = ("target_modules", "target_parameters", "modules_to_save", *RESULTS)
 """Options that are resolved for a model when the adapter is attached."""
 
 WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
-"""Tasks whose models have a head that PEFT would train in full."""
+"""Tasks whose models have a head that PEFT would train fully."""
 
 
 class NoModules(list):
     """`modules_to_save=None`, in a form that PEFT's task classes leave alone.
 
-    They add the task head to the list, which would train it in full, and some fail on an empty one.
+    They add the task head to the list, which would train it fully, and some fail on an empty one.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -49,114 +48,137 @@ class NoModules(list):
         return NoModules, ()
 
 
-@reads_former_names
+@reads_stored_options
 @dataclass
 class IntrinsicConfig(PeftConfig):
-    """Configuration of an intrinsic-dimension adapter (Aghajanyan et al. 2020, arXiv 2012.13255).
+    """
+    This is the configuration class to store the configuration of an [`IntrinsicModel`] (Aghajanyan et al. 2020, arXiv
+    2012.13255).
 
     Learning rate: begin with 2e-4 (AdamW, no weight decay) for every d. Above 4e-4 a run can collapse to the majority
     class: lower it, or warm up. The gradient's norm is usually far above 1, so Trainer's `max_grad_norm=1.0` rescales
-    every step, which Adam does not notice.
+    every step, which does not affect Adam.
 
     Args:
         d (`int`):
-            How many numbers are trained, λ included (section 3: "exactly d parameters").
+            Number of trainable parameters, λ included (section 3: "exactly d parameters").
         said (`bool`):
-            `False` is DID, `W = W0 + P(θ)` (section 3.1). `True` is SAID, `W_l = W0_l + λ_l P_l(θ)` (section 3.2): one
-            learned scale per layer, taken out of d, so that θ has d − m entries.
-        lambda_granularity (`"layer"`, `"module"` or `"tensor"`):
-            What shares one λ. `"layer"`: each transformer block, what lies before the blocks, and what lies after.
+            `False` is DID, `W = W0 + P(θ)` (section 3.1). `True` is SAID, `W_l = W0_l + λ_l P_l(θ)` (section 3.2), with
+            a trainable scale per layer. d includes the m scales, so that θ has d − m entries.
+        lambda_granularity (`Literal["layer", "module", "tensor"]`):
+            Group of parameters that has one λ. `"layer"`: each transformer block, everything before the blocks, and
+            everything after them.
         seed (`int`):
-            Of the projection (0 to 2**63 − 1). Same seed and model, same P, on every device and platform.
-        projection (`"fastfood"`, `"global"`, `"dense"` or `"trajectory"`):
-            How P is made. `"fastfood"` (section 3.1, Le et al. 2013): each tensor mixes coordinates of its own.
-            `"global"`: Fastfood over θ as a whole, as in the paper. `"dense"` stores a Gaussian P (Li et al. 2018,
-            section 2) and is for small models. `"trajectory"`: the directions of a fine-tuning (Zhang et al. 2023),
-            from the file `subspace`, which says what is moved; d is dealt evenly over its groups, so the paper's 32 for
-            each of 12 layers are `d=32 * 12`.
-        subspace (`str`, *optional*):
-            For `"trajectory"`: the file that `peft_intrinsic.trajectory.fit_subspace` wrote. The adapter keeps its
-            place and digest.
+            Seed of the projection, from 0 to 2**63 − 1. The same seed and model give the same P on every device and
+            platform.
+        projection (`Literal["fastfood", "global", "dense", "trajectory"]`):
+            How P is computed. `"fastfood"` (section 3.1, Le et al. 2013): each tensor mixes entries of θ of its own.
+            `"global"`: Fastfood over θ as a whole, as in the paper. `"dense"`: a stored Gaussian matrix (Li et al.
+            2018, section 2), for small models. `"trajectory"`: the directions of a fine-tuning run (Zhang et al. 2023)
+            from the file `subspace`, which lists the adapted parameters. d is allocated evenly to its groups: 32
+            directions for each of 12 layers, as in that paper, are `d=32 * 12`.
+        subspace (`Optional[str]`):
+            The file that `peft_intrinsic.trajectory.fit_subspace` wrote, for `projection="trajectory"`. The adapter
+            stores its path and digest.
         embed_subspace (`bool`):
             Save a copy of that file with the adapter.
-        ensemble (`int`, *optional*):
-            h: start θ at the mean of h random vectors. It stands for the ensemble of Zhang et al. 2023 (section 3): the
-            h vectors of a mean get equal gradients, so under Adam their mean moves as one vector does.
-        block_size (`int`, *optional*):
-            Order n of the Fastfood blocks, a power of two; `None` is 64. It bounds the rank of an offset, and larger
+        ensemble (`Optional[int]`):
+            Start θ at the mean of this many random vectors. This replaces the ensemble of Zhang et al. 2023 (section
+            3): all vectors of a mean get the same gradient, so under Adam their mean follows the path of one vector.
+        block_size (`Optional[int]`):
+            Order n of the Fastfood blocks, a power of two. `None` is 64. It bounds the rank of an offset, and larger
             blocks cost more. With `"global"` and n ≥ d every block mixes all of θ.
-        scale (`"fan_in"` or `"isometric"`):
-            `"fan_in"`: the size of an offset is relative to its tensor's fan-in, so that one learning rate serves every
-            d and model; under `"trajectory"`, to the length of the recorded run. `"isometric"`: P is an isometry of the
-            whole model (Li et al. 2018, section 2), or of each group of a subspace, to replicate papers; its learning
-            rate depends on d and on the model.
-        target_modules (`str` or `list[str]`, *optional*):
-            Which modules are adapted, as in LoRA: name suffixes, a regular expression, or `"all-linear"`.
+        scale (`Literal["fan_in", "isometric"]`):
+            `"fan_in"`: offsets are relative to the fan-in of their tensor, so that one learning rate works for every d
+            and model. Under `"trajectory"` they are relative to the length of the recorded run. `"isometric"`: P is an
+            isometry of the whole model (Li et al. 2018, section 2) or of each group of a subspace, to replicate
+            papers. Its best learning rate depends on d and on the model.
+        target_modules (`Optional[Union[list[str], str]]`):
+            The modules to adapt, as in LoRA: name suffixes, a regular expression, or `"all-linear"`.
             `"norms-and-biases"`: norms, biases and the task's head. `"all"`: every parameter, as in the paper. `None`
-            is `"norms-and-biases"`, or `"all"` where those have fewer weights than d.
-        exclude_modules (`str` or `list[str]`, *optional*):
-            Modules that stay as they are: name suffixes or a regular expression.
-        layers_to_transform (`int` or `list[int]`, *optional*):
-            Indexes of the blocks to move. Not together with a regular expression or `"all-linear"`.
-        layers_pattern (`str` or `list[str]`, *optional*):
-            Name of the block list, where it is not found by itself. Needs `layers_to_transform`.
-        target_parameters (`list[str]`, *optional*):
-            Single parameters to move, by name suffix, as in LoRA. Alone, nothing else is moved.
+            is `"norms-and-biases"`, or `"all"` where those have fewer than d weights.
+        exclude_modules (`Optional[Union[list[str], str]]`):
+            The modules to leave unchanged: name suffixes or a regular expression.
+        layers_to_transform (`Optional[Union[list[int], int]]`):
+            The indexes of the layers to adapt. It does not work with a regular expression or `"all-linear"`.
+        layers_pattern (`Optional[Union[list[str], str]]`):
+            The name of the list of layers, if it is not found automatically. It needs `layers_to_transform`.
+        target_parameters (`Optional[list[str]]`):
+            Names or name suffixes of single parameters to adapt, as in LoRA. Without `target_modules`, nothing else is
+            adapted.
         add_bias (`bool`):
-            Give the targeted linear layers that have no bias one that starts at zero, such as all of a Llama's; not
-            heads and output embeddings. Merging for good is refused where the model's class cannot hold them.
-        modules_to_save (`list[str]`, *optional*):
-            Modules that are trained and saved in full, outside the d numbers.
-        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
-            Rows of the input embedding, or of the named embeddings, that are trained and saved in full beside the d
+            Add biases that start at zero to targeted linear layers without one, such as those of a Llama, but not to
+            heads and output embeddings. `merge_and_unload` raises `ValueError` where the model's class cannot save
+            them.
+        modules_to_save (`Optional[list[str]]`):
+            Modules that are trained and saved fully, beside the d parameters.
+        trainable_token_indices (`Optional[Union[list[int], dict[str, list[int]]]]`):
+            Rows of the input embedding, or of the named embeddings, that are trained and saved fully beside the d
             parameters, as in LoRA: for new tokens. P cannot adapt the same embedding.
-        head (`"subspace"` or `"keep"`):
-            `"subspace"` (section 3.3): whatever the checkpoint did not bring starts from a fixed random stream, the
-            same for every adapter, and the task head is moved by P whatever `target_modules` says; so d numbers are
-            the whole classifier. `"keep"`: the head is left as it is, and moved only if `target_modules` names it.
-        reinitialized (`list[str]`, *optional*):
+        head (`Literal["subspace", "keep"]`):
+            `"subspace"` (section 3.3): parameters that the checkpoint does not contain are re-initialized from a fixed
+            seed, the same for every adapter, and P adapts the task's head whatever `target_modules` selects. The d
+            parameters are then the whole classifier. `"keep"`: the head keeps its values, and is adapted only if
+            `target_modules` names it.
+        reinitialized (`Optional[list[str]]`):
             Names of the parameters that are re-initialized from a fixed seed. `None` takes those that transformers
             reported as missing from the checkpoint, if nothing has changed them since.
         init_weights (`bool`):
-            `True` starts at θ = 0, the pretrained model itself. `False` draws θ, from torch's generator, for tests.
+            `True` starts at θ = 0, the pretrained model itself. `False` starts at a random θ from torch's generator,
+            for tests.
 
-    The remaining fields are filled in when the adapter is attached, and checked when it is loaded. A configuration that
-    was filled in for one model can be passed for another: it then begins again, as a copy, from what was asked for.
+    The other fields are set when the adapter is attached, saved with it, and checked when it is loaded. A configuration
+    can be used for several models: each adapter begins from the options that you passed.
 
     Raises:
-        ValueError, TypeError: an option has a value that cannot work; the message names it and a remedy.
+        ValueError, TypeError: an option has a value that cannot work. The message names it and says what to do.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> model = get_peft_model(base_model, IntrinsicConfig(d=200, task_type="SEQ_CLS"))
     """
 
-    d: int = 200
-    said: bool = False
-    lambda_granularity: Literal["layer", "module", "tensor"] = "layer"
-    seed: int = 0
-    projection: str = "fastfood"
-    subspace: str | None = None
-    embed_subspace: bool = False
-    ensemble: int | None = None
-    block_size: int | None = None
-    scale: Literal["fan_in", "isometric"] = "fan_in"
-    target_modules: str | list[str] | None = None
-    exclude_modules: str | list[str] | None = None
-    layers_to_transform: int | list[int] | None = None
-    layers_pattern: str | list[str] | None = None
-    target_parameters: list[str] | None = None
-    add_bias: bool = False
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    head: Literal["subspace", "keep"] = "subspace"
-    init_weights: bool = True
-
-    algorithm_version: int = ALGORITHM_VERSION
-    requires: str = f"peft_intrinsic>={__version__}"
+    d: int = field(default=200, metadata={"help": "Number of trainable parameters, λ included."})
+    said: bool = field(default=False, metadata={"help": "Add a trainable scale λ per layer."})
+    lambda_granularity: Literal["layer", "module", "tensor"] = field(
+        default="layer", metadata={"help": "Group of parameters that has one λ."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the projection."})
+    projection: Literal["fastfood", "global", "dense", "trajectory"] = field(
+        default="fastfood", metadata={"help": "How the projection P is computed."}
+    )
+    subspace: str | None = field(default=None, metadata={"help": "File of directions, for 'trajectory'."})
+    embed_subspace: bool = field(default=False, metadata={"help": "Save a copy of that file with the adapter."})
+    ensemble: int | None = field(default=None, metadata={"help": "Start θ at the mean of this many random vectors."})
+    block_size: int | None = field(default=None, metadata={"help": "Order of the Fastfood blocks. None is 64."})
+    scale: Literal["fan_in", "isometric"] = field(default="fan_in", metadata={"help": "Scale of the offsets."})
+    target_modules: str | list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt, as in LoRA, or 'norms-and-biases' or 'all'."}
+    )
+    exclude_modules: str | list[str] | None = field(default=None, metadata={"help": "Modules to leave unchanged."})
+    layers_to_transform: int | list[int] | None = field(default=None, metadata={"help": "Layers to adapt."})
+    layers_pattern: str | list[str] | None = field(default=None, metadata={"help": "Name of the list of layers."})
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Single parameters to adapt."})
+    add_bias: bool = field(default=False, metadata={"help": "Add biases to targeted linear layers without one."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved fully, beside the d parameters."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of embeddings that are trained and saved fully, for new tokens."}
+    )
+    head: Literal["subspace", "keep"] = field(default="subspace", metadata={"help": "How the task head is adapted."})
     reinitialized: list[str] | None = field(
         default=None, metadata={"help": "Parameters that are re-initialized from a fixed seed."}
     )
-    manifest: str | None = field(default=None, metadata={"help": "Marks of the targeted names and shapes."})
-    checksum: str | None = field(default=None, metadata={"help": "Of the numbers in the file beside it."})
-    subspace_digest: str | None = field(default=None, metadata={"help": "Of the contents of the subspace file."})
-    num_labels: int | None = field(default=None, metadata={"help": "Number of labels of the base model's head."})
+    init_weights: bool = field(default=True, metadata={"help": "Start at θ = 0. False is for tests."})
+
+    # Set by the attachment and by files; not offered by the constructor.
+    algorithm_version: int = field(init=False, default=ALGORITHM_VERSION, metadata={"help": "Definition of P."})
+    requires: str = field(init=False, default=f"peft_intrinsic>={__version__}", metadata={"help": "What loads it."})
+    manifest: str | None = field(init=False, default=None, metadata={"help": "Digest of the adapted parameters."})
+    checksum: str | None = field(init=False, default=None, metadata={"help": "Checksum of the file with θ and λ."})
+    subspace_digest: str | None = field(init=False, default=None, metadata={"help": "Digest of the subspace file."})
+    num_labels: int | None = field(init=False, default=None, metadata={"help": "Labels of the base model's head."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import nn
 
 import peft_intrinsic
 from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.projection import PROJECTIONS
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,33 @@ def test_replace_keeps_what_was_asked_for():
     other = dataclasses.replace(config, seed=1)
     assert get_peft_model(build("bert"), other).get_nb_trainable_parameters()[0] == 20
     assert other.to_dict()["modules_to_save"] is None
+
+
+def test_every_projection_is_a_value_of_the_option():
+    assert get_args(get_type_hints(IntrinsicConfig)["projection"]) == tuple(PROJECTIONS)
+
+
+def test_fields_that_an_attachment_sets_are_not_options_but_saved_and_loaded(tmp_path):
+    internal = {field.name for field in dataclasses.fields(IntrinsicConfig) if not field.init}
+    assert internal == {"algorithm_version", "requires", "manifest", "checksum", "subspace_digest", "num_labels"}
+    with pytest.raises(TypeError, match="manifest"):
+        IntrinsicConfig(manifest="a")
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=20, task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert loaded.checksum is not None
+    for name in internal - {"checksum"}:
+        assert getattr(loaded, name) == getattr(model.peft_config["default"], name), name
+
+
+def test_a_file_with_an_option_of_a_later_version_keeps_its_manifest(tmp_path):
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=20))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "later": 1}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['later'\]"):
+        loaded = PeftConfig.from_pretrained(tmp_path)
+    assert loaded.manifest == model.peft_config["default"].manifest
 
 
 @pytest.mark.parametrize("names", [None, "query", ["query", "key", "query"]])
