@@ -16,7 +16,7 @@ from torch import nn
 
 from .labels import with_stored_labels
 
-FRESH = "_intrinsic_fresh"
+NEW = "_intrinsic_fresh"
 """Attribute of a loaded model: a sample of every parameter that its checkpoint did not bring, by name."""
 
 LOADED = "_intrinsic_loaded"
@@ -80,11 +80,11 @@ def _note(model: nn.Module, info: Mapping[str, Any]) -> None:
     if hasattr(model, "peft_config"):  # the report is of the adapter that was loaded too
         return
     missing = {*absent, *(key[0] for key in info["mismatched_keys"])}
-    model.__dict__.setdefault(FRESH, {name: sample(p) for name, p in model.named_parameters() if name in missing})
-    mark(model.named_modules())
+    model.__dict__.setdefault(NEW, {name: sample(p) for name, p in model.named_parameters() if name in missing})
+    note_heads(model.named_modules())
 
 
-def mark(modules: Iterable[tuple[str, nn.Module]]) -> None:
+def note_heads(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Note the shapes of the task head's parameters, by which a head that is put there later is recognized."""
     for name, module in modules:
         if name.partition(".")[0] in HEADS:

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 
 from ..tuner import IntrinsicConfig
 from ..tuner.base_model import base_digest, base_places
-from ..tuner.labels import other_labels
+from ..tuner.head import explain_labels
 from ..tuner.layer import attached
 from .packed import MAX_D, MAX_NAME, OPTIONS, PROJECTIONS, TASKS, PackedAdapter
 from .quantize import MAX_LEVELS, check_levels, quantize
@@ -160,7 +160,7 @@ def load_packed(
     root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     names = list(base_places(root))
     config = _make_config(packed, names)
-    labels = other_labels(config.num_labels, root, config.task_type)
+    labels = explain_labels(config.num_labels, root, config.task_type)
     if labels and (check_base or config.head == "subspace"):
         raise ValueError(labels)
     if check_base and base_digest(root, config.reinitialized or []) != packed.base_digest:

@@ -8,11 +8,12 @@ from typing import Any
 
 from peft import PeftModel
 
+from peft_intrinsic_autoload.labels import LABELS
+
 from ..bounds.texts import TUNING, PackedTexts
 from ..codec import PackedAdapter, adapter_to_string, compress, load_packed, qr_code, quantization_aware, read_packed
 from ..codec.text import check_ending
 from ..trials.store import write_whole
-from ..tuner.labels import LABELS
 from .inputs import adapter_config, base_name, load_base, output_file
 
 

@@ -49,7 +49,7 @@ def attach(model: nn.Module, adapter: str, targeting: Targeting, config: Intrins
         _warn_of_running_statistics(model, config)
     if not hasattr(model, HOLDER):
         _add_holder(model)
-        _name_the_rest(model, targeting.targets, config)
+        _report_unadapted(model, targeting.targets, config)
     holder: Any = model.get_submodule(HOLDER)
     layers = _layers(model, holder, [module for target in targeting.targets.values() for module, _ in target.users])
     holder.choices.forget()
@@ -77,15 +77,15 @@ def random_theta(seed: int, length: int) -> np.ndarray:
     return normals(words(seed, "theta", "", length)) / 5
 
 
-def _name_the_rest(model: nn.Module, targets: Container[str], config: IntrinsicConfig) -> None:
-    """Say once which parameters stay still although every parameter was asked for."""
+def _report_unadapted(model: nn.Module, targets: Container[str], config: IntrinsicConfig) -> None:
+    """Report once which parameters `target_modules="all"` leaves unchanged."""
     if config.target_modules != "all":
         return
     sizes = {canonical(name, model): p.numel() for name, p in model.named_parameters()}
     rest = [canonical(name, model) for name, p in model.named_parameters() if not p.is_floating_point()]
     if rest := [name for name in rest if name not in targets]:
         share = sum(sizes[name] for name in rest) / sum(sizes.values())
-        logger.warning("Not moved, as they hold no real numbers: %s (%.2g of all parameters).", ", ".join(rest), share)
+        logger.info("Not adapted (not floating point): %s (%.2g of all parameters).", ", ".join(rest), share)
 
 
 def _warn_of_running_statistics(model: nn.Module, config: IntrinsicConfig) -> None:

@@ -6,9 +6,10 @@ import re
 from numbers import Integral
 from typing import Any
 
+from peft_intrinsic_autoload.labels import LABELS
+
 from ..projection import ALGORITHM_VERSION, PROJECTIONS
 from ..version import __version__, pip_install
-from .labels import LABELS
 from .names import KEYWORDS
 
 

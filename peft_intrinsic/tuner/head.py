@@ -1,8 +1,8 @@
-"""The task head: what the checkpoint did not bring, its fixed start, and what is checked when an adapter is loaded.
+"""The task head: its re-initialization from a fixed seed, its labels, and their checks when an adapter is loaded.
 
-A parameter is fresh if transformers reported it as missing from the checkpoint and nothing has changed it since. Only
-fresh parameters are drawn again, from a stream that is the same for every adapter and in every process. Which they were
-for an adapter stands in `IntrinsicConfig.reinitialized`.
+A parameter is newly initialized if transformers reported it as missing from the checkpoint and nothing has changed it
+since. Only such parameters are re-initialized, from a seed that is the same for every adapter and in every process.
+`IntrinsicConfig.reinitialized` stores their names.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import logging
 from collections.abc import Mapping
 
 import torch
+from peft.utils import TaskType
 from torch import nn
 
+from peft_intrinsic_autoload.labels import LABELS
 from peft_intrinsic_autoload.loading import LOADING as _LOADING
 from peft_intrinsic_autoload.loading import sample as _sample
 
@@ -20,18 +22,18 @@ from ..projection.randomness import normals, words
 from .base_model import base_places
 from .config import IntrinsicConfig
 from .layer import IntrinsicLayer
-from .loading import Note, Place, fresh_parameters, parameter_at, replaced_heads, unmarked_parameters
+from .loading import Note, Place, new_parameters, parameter_at, replaced_heads, unmarked_parameters
 from .names import inside
 from .targets import HEAD_NAMES
 
 logger = logging.getLogger(__name__)
 
-Drawn = tuple[Place, torch.Tensor, Note, str]
-"""A parameter that was drawn again, its value before, the note of it and its name in that note."""
+Replaced = tuple[Place, torch.Tensor, Note, str]
+"""A re-initialized parameter, its value before, the note on it and its name in that note."""
 
 
-class Head:
-    """The parameters of one adapter that start from a fixed seed.
+class Reinitialization:
+    """The parameters that start from a fixed seed under one adapter.
 
     Args:
         model: the base model, with or without adapters.
@@ -39,12 +41,13 @@ class Head:
         attached: the configurations of the adapters that the model has already.
 
     Attributes:
-        reinitialized: names of all parameters that start from the fixed seed under this adapter, for its configuration.
-        start: those of them that do not have these values yet.
+        names: of all these parameters, for the configuration.
+        pending: the names of those that do not have their start values yet.
 
     Raises:
-        ValueError: it is not known what the checkpoint brought; the base model does not start where a loaded adapter,
-            or one that is already attached, starts; or a module to save in full is already moved.
+        ValueError: it is unknown which parameters the checkpoint contains; the base model differs at the start from
+            that of a loaded adapter, or of an attached one; a parameter to re-initialize is offloaded; or another
+            adapter adapts a module of `modules_to_save`.
     """
 
     def __init__(self, model: nn.Module, config: IntrinsicConfig, attached: Mapping[str, IntrinsicConfig]) -> None:
@@ -60,104 +63,113 @@ class Head:
         self._places = places = base_places(model)
         replaced = replaced_heads(model, places, HEAD_NAMES.get(config.task_type or "", ()))
         unknown = unmarked_parameters(model, places) | replaced
-        started = {name: replaced[name] for name in config.reinitialized or () if name in replaced}
-        self._fresh = unknown if _LOADING.get() else fresh_parameters(model, places) | started
-        drawn = {name for known in attached.values() for name in known.reinitialized or []}
-        fresh = [name for name in places if name in self._fresh and name not in drawn and not inside(whole, name)]
+        chosen = {name: replaced[name] for name in config.reinitialized or () if name in replaced}
+        self._new = unknown if _LOADING.get() else new_parameters(model, places) | chosen
+        done = {name for other in attached.values() for name in other.reinitialized or []}
+        new = [name for name in places if name in self._new and name not in done and not inside(whole, name)]
         if config.reinitialized is not None and config.manifest is not None:
-            self._check_loaded(config, fresh, drawn)
-            self.reinitialized, self.start = (
-                config.reinitialized,
-                [name for name in config.reinitialized if name in fresh],
-            )
+            self._check_loaded(config, new, done)
+            self.names = config.reinitialized
+            self.pending = [name for name in self.names if name in new]
         elif config.reinitialized is not None:
             if absent := sorted(set(config.reinitialized) - set(places)):
                 raise ValueError(f"reinitialized={absent} are no parameters of the model.")
-            self.reinitialized, self.start = (
-                config.reinitialized,
-                [name for name in config.reinitialized if name not in drawn],
-            )
+            self.names = config.reinitialized
+            self.pending = [name for name in self.names if name not in done]
         elif config.head == "keep":
-            self.reinitialized, self.start = [], []
+            self.names, self.pending = [], []
         else:
-            unsure = [name for name in unknown if name not in drawn and not inside(whole, name)]
+            unsure = [name for name in unknown if name not in done and not inside(whole, name)]
             if unsure and not _LOADING.get():
                 raise ValueError(
-                    f"It is not known whether these were loaded, trained or drawn at random: {', '.join(unsure)}. "
-                    "Import peft_intrinsic before the model is loaded, with the head that it keeps. Or decide: "
-                    "reinitialized=[names] starts them from the fixed stream, reinitialized=[] leaves all as they are."
+                    f"It is unknown whether the checkpoint contains these parameters: {', '.join(unsure)}. Import "
+                    "peft_intrinsic before you load the model with its head, or pass reinitialized=[names] to start "
+                    "them from a fixed seed, reinitialized=[] to keep their values."
                 )
-            self.reinitialized = [name for name in places if name in {*fresh, *drawn} and not inside(whole, name)]
-            self.start = fresh
-            if fresh:
-                logger.warning(
-                    "Not from the checkpoint, so drawn again from a fixed stream (head='keep' leaves it as it is): %s",
-                    ", ".join(fresh),
+            self.names = [name for name in places if name in {*new, *done} and not inside(whole, name)]
+            self.pending = new
+            if new:
+                logger.info(
+                    "Re-initialized from a fixed seed because the checkpoint does not contain them: %s. Pass "
+                    "head='keep' to keep the current values.",
+                    ", ".join(new),
                 )
-        for adapter, known in attached.items():
-            if self.start and not known.full_modules:
+        for adapter, other in attached.items():
+            if self.pending and not other.full_modules:
                 raise ValueError(
-                    f"{', '.join(self.start)} would be drawn again under adapter {adapter!r}, which was attached with "
-                    f"head={known.head!r} and relies on the present values. Pass head={known.head!r} here too."
+                    f"{', '.join(self.pending)} would be re-initialized, but adapter {adapter!r} was attached with "
+                    f"head={other.head!r} and uses the current values. Pass head={other.head!r} here too."
+                )
+        for name in self.pending:
+            module, own = places[name]
+            if parameter_at((module, own)).is_meta and hasattr(module, "_hf_hook"):
+                raise ValueError(
+                    f"{name} is offloaded and missing from the checkpoint, so it cannot be re-initialized. Keep its "
+                    "module in memory (device_map), or pass head='keep'."
                 )
 
-    def _check_loaded(self, config: IntrinsicConfig, fresh: list[str], drawn: set[str]) -> None:
-        """Whether the base starts where the adapter's did."""
-        reinitialized = config.reinitialized or []
-        absent = [name for name in reinitialized if name not in self._places]
-        known = {*fresh, *drawn, *absent}
-        trained = [name for name in reinitialized if name not in known and not self._as_drawn(name)]
-        if absent or trained:
+    def _check_loaded(self, config: IntrinsicConfig, new: list[str], done: set[str]) -> None:
+        """Check that the base model starts from the same values as the one of the adapter."""
+        names = config.reinitialized or []
+        absent = [name for name in names if name not in self._places]
+        known = {*new, *done, *absent}
+        changed = [name for name in names if name not in known and not self._has_start(name)]
+        if absent or changed:
             raise ValueError(
-                f"The adapter starts {', '.join(absent + trained)} from the fixed stream, but this base model "
-                + ("lacks it." if absent else "has values of its own there, loaded or trained.")
+                f"The adapter starts {', '.join(absent + changed)} from a fixed seed, but this base model "
+                + ("lacks it." if absent else "has loaded or trained values there.")
                 + " Load the checkpoint that the adapter was trained on, after importing peft_intrinsic."
             )
-        lacking = [name for name in fresh if name not in reinitialized]
+        lacking = [name for name in new if name not in names]
         if lacking and config.head == "subspace":
             raise ValueError(
-                f"{', '.join(lacking)} was drawn at random when this base model was loaded, but the adapter was "
-                "trained on a base model that had it. Load that checkpoint, head included."
+                f"{', '.join(lacking)} is missing from the checkpoint of this base model, but the adapter was trained "
+                "on a base model that had it. Load that checkpoint, head included."
             )
         if lacking:
-            logger.warning("Drawn at random, and not part of the adapter (head='keep'): %s", ", ".join(lacking))
+            logger.warning("Random values, not stored with the adapter (head='keep'): %s", ", ".join(lacking))
 
-    def _stream(self, name: str) -> torch.Tensor:
-        """The fixed start of a parameter. The adapter's seed is left out: adapters of all seeds share one base."""
+    def _start(self, name: str) -> torch.Tensor:
+        """The start values of a parameter. They do not depend on the adapter's seed: all adapters share one base."""
         parameter = parameter_at(self._places[name])
         std = getattr(getattr(self._model, "config", None), "initializer_range", None) or 0.02  # BERT's and GPT-2's
         values = normals(words(0, "head", name, parameter.numel())) * std
         return torch.from_numpy(values).view(parameter.shape).to(parameter.dtype)
 
-    def _as_drawn(self, name: str) -> bool:
+    def _has_start(self, name: str) -> bool:
         parameter = parameter_at(self._places[name])
-        return not parameter.is_meta and torch.equal(_sample(parameter), _sample(self._stream(name)))
-
-    def check_reachable(self) -> None:
-        """Raises ValueError where a parameter that must start anew is offloaded."""
-        for name in self.start:
-            module, own = self._places[name]
-            if parameter_at((module, own)).is_meta and hasattr(module, "_hf_hook"):
-                raise ValueError(
-                    f"{name} is offloaded and was not in the checkpoint, so it must be drawn again. Keep its module in "
-                    "memory (device_map), or pass head='keep'."
-                )
+        return not parameter.is_meta and torch.equal(_sample(parameter), _sample(self._start(name)))
 
     @torch.no_grad()
-    def draw(self, drawn: list[Drawn]) -> None:
-        """Put the parameters at their fixed start. `drawn` gets what `restore` needs."""
-        for name in self.start:
+    def apply(self, replaced: list[Replaced]) -> None:
+        """Set the pending parameters to their start values. `replaced` gets what `restore_values` needs."""
+        for name in self.pending:
             place = self._places[name]
             if not (parameter := parameter_at(place)).is_meta:
-                note, key = self._fresh.get(name, ({}, name))
-                drawn.append((place, parameter.detach().clone(), note, key))
-                parameter.copy_(self._stream(name))
+                note, key = self._new.get(name, ({}, name))
+                replaced.append((place, parameter.detach().clone(), note, key))
+                parameter.copy_(self._start(name))
                 note[key] = _sample(parameter)
 
 
 @torch.no_grad()
-def restore(drawn: list[Drawn]) -> None:
-    """Put back what `Head.draw` replaced."""
-    for place, value, note, key in drawn:
+def restore_values(replaced: list[Replaced]) -> None:
+    """Undo `Reinitialization.apply`."""
+    for place, value, note, key in replaced:
         parameter_at(place).copy_(value)
         note[key] = _sample(value)
+
+
+def count_labels(model: nn.Module, task: str | None) -> int | None:
+    """The labels of a model with a head for classes; None for other models, and where there are more than `LABELS`."""
+    classifies = task in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS) or "Classification" in type(model).__name__
+    labels = getattr(getattr(model, "config", None), "num_labels", None) if classifies else None
+    return labels if labels is not None and 0 < labels <= LABELS else None
+
+
+def explain_labels(stored: int | None, model: nn.Module, task: str | None) -> str | None:
+    """An error message if the head has another number of labels than the adapter, otherwise None."""
+    here = count_labels(model, task)
+    if None in (stored, here) or stored == here:
+        return None
+    return f"The adapter has {stored} labels, this model {here}. Load the base model with num_labels={stored}."

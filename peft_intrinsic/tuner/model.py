@@ -22,10 +22,9 @@ from .base import CheckedTuner
 from .batch_first import number_of_samples
 from .checks import check
 from .files import check_adapter_names, vectors_to_load, vectors_to_save
-from .head import Head, restore
-from .labels import number_of_labels, other_labels
+from .head import Reinitialization, count_labels, explain_labels, restore_values
 from .layer import IntrinsicLayer
-from .loading import settle
+from .loading import clear_notes
 from .manifest import manifest
 from .merging import places
 from .names import HOLDER, KEYWORDS, canonical, foreign
@@ -89,7 +88,7 @@ class IntrinsicModel(CheckedTuner):
         check(config)  # again: options can be set after the configuration was made
         options = self.peft_config[adapter_name] = config.as_requested()  # resolved for this model, also by PEFT
         try:
-            head = self._resolve(model, adapter_name)
+            start = self._resolve(model, adapter_name)
             # PEFT does not visit the root.
             self._matched_modules = {model} if options.target_modules in KEYWORDS else set()
             self._matched_names = []
@@ -111,34 +110,34 @@ class IntrinsicModel(CheckedTuner):
             self.peft_config[adapter_name] = config
             for parameter, trained in trainable.items():
                 parameter.requires_grad_(trained)
-            if labels := other_labels(options.num_labels, model, config.task_type):
+            if labels := explain_labels(options.num_labels, model, config.task_type):
                 raise ValueError(labels) from error
             raise
         finally:
             self._matched_modules, self._matched_names = set(), []
         options.manifest, options.block_size = manifest(targeting.shapes), targeting.spec.block_size
-        options.num_labels = number_of_labels(model, config.task_type)
+        options.num_labels = count_labels(model, config.task_type)
         self.peft_config[adapter_name] = config.resolve(options)
-        head.draw(self.vector.drawn)
+        start.apply(self.vector.replaced)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         if not first:  # other adapters stay trainable or frozen as they were
             for parameter, trained in trainable.items():
                 parameter.requires_grad_(trained)
 
-    def _resolve(self, model: nn.Module, adapter_name: str) -> Head:
+    def _resolve(self, model: nn.Module, adapter_name: str) -> Reinitialization:
         """Resolve the options of a new adapter for the model, which is not changed."""
         config = self.peft_config[adapter_name]
         attached = list(self.vector.intrinsic_theta) if hasattr(model, HOLDER) else []
         configs = {name: self.peft_config.get(name, config) for name in attached}
         config.modules_to_save = outermost_modules(model, config)
         check_adapter_names(model, {**configs, adapter_name: config})
-        head = Head(model, config, configs)
-        config.reinitialized = head.reinitialized
+        start = Reinitialization(model, config, configs)
+        config.reinitialized = start.names
         if config.projection == "trajectory":
             config.subspace_digest, config.target_parameters = read_subspace(model, config)
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = default_targets(model, config)
-        return head
+        return start
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         name = canonical(key, self.model)
@@ -230,9 +229,9 @@ class IntrinsicModel(CheckedTuner):
         for flag in flags:
             setattr(self.model.config, flag, True)
         if any(layer.merged for layer in self.tuner_layers()):
-            settle(self.model)
+            clear_notes(self.model)
         else:
-            restore(self.vector.drawn)
+            restore_values(self.vector.replaced)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged|Already following adapters were merged")
             super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)

@@ -89,9 +89,9 @@ def read_subspace(model: nn.Module, config: Any) -> tuple[str, list[str]]:
     if not names:
         raise ValueError(f"modules_to_save={config.full_modules} trains all that the subspace moves. Leave some out.")
     if again := [name for name in config.reinitialized or () if name in names]:
-        logger.warning(
-            "In the subspace, but drawn again from a fixed stream: %s. Their directions belong to another start unless "
-            "the recording began with that stream, as that of `peft-intrinsic trajectory record` does.",
+        logger.info(
+            "The subspace adapts parameters that are re-initialized from a fixed seed: %s. Their directions fit only a "
+            "recording that started from the same values, as `peft-intrinsic trajectory record` does.",
             ", ".join(again),
         )
     return subspace.digest, names

@@ -42,7 +42,7 @@ class IntrinsicVector(nn.Module):
         self.intrinsic_lambda = nn.ModuleDict()
         self.in_place = nn.ModuleList()  # tuner layers of parameters that stay in their own modules
         self.choices = Choices()
-        self.drawn: list[Any] = []  # what the head replaced in the base model
+        self.replaced: list[Any] = []  # base parameters before they were re-initialized
         self.split: dict[str, str] = {}  # of adapters: a parameter that is only a part on this device
         self.quantization = get_quantization_kwargs(root)
         watched = [root]

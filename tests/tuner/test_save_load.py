@@ -196,7 +196,7 @@ def test_a_head_that_others_rely_on_is_not_drawn_again(tmp_path):
         headless(tmp_path / "a"), IntrinsicConfig(d=40, task_type="SEQ_CLS", head="keep", target_modules="all")
     )
     with pytest.raises(
-        ValueError, match=r"classifier.weight would be drawn again under adapter 'default'.*head='keep'"
+        ValueError, match=r"classifier.weight would be re-initialized, but adapter 'default'.*head='keep'"
     ):
         model.add_adapter("second", IntrinsicConfig(d=40, task_type="SEQ_CLS", target_modules="all"))
     model = get_peft_model(
