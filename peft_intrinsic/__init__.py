@@ -1,4 +1,4 @@
-"""Fine-tune a model through a handful of numbers. Importing this package registers the tuner with PEFT."""
+"""Fine-tune a pretrained model by training only d parameters. Importing the package registers it with PEFT."""
 
 from .supermask import SupermaskConfig as SupermaskConfig
 from .supermask import SupermaskModel as SupermaskModel

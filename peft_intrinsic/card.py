@@ -1,4 +1,4 @@
-"""The section of a model card that says how to load an adapter of this package."""
+"""The section of a model card on how to load an adapter of this package."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from peft_intrinsic_autoload import METHODS
-
 from .version import REPOSITORY, pip_install
 
 HEADING = "## How to get started with this adapter"
 
-EXTRAS = {"SUPERMASK": "[codec]"}
-"""Extras that a method needs to load an adapter."""
+EXTRAS = {"INTRINSIC": "", "SUPERMASK": "[codec]"}
+"""The methods of this package, and the extras that each needs to load an adapter."""
 
 _TOP = re.compile(r"(?:---\n.*?^---\n)?.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
-"""What stands above the section: metadata, the title and what follows it up to the first heading."""
+"""The text above the section: metadata, the title and everything up to the first heading."""
 
 _WRITERS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
     ("transformers.trainer", "Trainer", "create_model_card", lambda trainer: trainer.args.output_dir),
@@ -34,7 +32,7 @@ _WRITERS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
         lambda model: model.model_card_data.save_dir,
     ),
 )
-"""Methods that write a card over the present one: module, class, name, and the folder of the card."""
+"""Functions that replace the card: module, class and name, and how to get the folder of the card."""
 
 
 def _section(method: str) -> str:
@@ -44,7 +42,7 @@ def _section(method: str) -> str:
 This adapter needs the package [peft_intrinsic]({REPOSITORY}) beside PEFT:
 
 ```bash
-{pip_install(EXTRAS.get(method, ""))}
+{pip_install(EXTRAS[method])}
 ```
 
 It then loads like any other adapter:
@@ -55,8 +53,8 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
 ```
 
-`KeyError: '{method}'` means that the package is not installed, or that its registration is switched off: then `import
-peft_intrinsic` before loading.
+`KeyError: '{method}'` means that the package is not installed, or that its registration is switched off. In the second
+case, `import peft_intrinsic` before loading.
 """
 
 
@@ -67,7 +65,7 @@ def add_section(folder: Path) -> None:
         return
     for path in (folder / CONFIG_NAME, *sorted(folder.glob(f"*/{CONFIG_NAME}"))):
         method = json.loads(path.read_text(encoding="utf-8")).get("peft_type") if path.is_file() else None
-        if method in METHODS:
+        if method in EXTRAS:
             top = _TOP.match(text).end()  # type: ignore[union-attr]
             card.write_text(f"{text[:top].rstrip()}\n{_section(method)}\n{text[top:]}", encoding="utf-8")
             return
@@ -83,7 +81,7 @@ def add_sections(folder: Path) -> None:
         _extend(*writer)
     add_section(folder)
     above = folder.parent / "README.md"
-    text = above.read_text(encoding="utf-8", errors="replace") if above.is_file() else ""  # it can be any project's
+    text = above.read_text(encoding="utf-8", errors="replace") if above.is_file() else ""  # of any project
     if re.match(r"---\n.*?^library_name: peft$.*?^---$", text, re.MULTILINE | re.DOTALL):
         add_section(folder.parent)
 

@@ -1,9 +1,15 @@
+"""The version of the package and where it is installed from."""
+
 __version__ = "0.1.0"
 
 REPOSITORY = "https://github.com/peft-intrinsic/peft_intrinsic"
-"""Where the package is installed from until there is a release: its name on the package index is not ours yet."""
+"""The repository, from which the package is installed until its first release."""
 
 
 def pip_install(extras: str = "") -> str:
-    """The command that installs this package, with `extras` such as `"[codec]"`."""
+    """The command that installs this package.
+
+    Args:
+        extras: optional dependencies, such as `"[codec]"`.
+    """
     return f'pip install -U "peft_intrinsic{extras} @ git+{REPOSITORY}"'

@@ -1,8 +1,8 @@
 """Registers `peft_intrinsic` with PEFT in programs that never import it.
 
-torch calls `start` at `import torch` (entry point `torch.backends`). It imports nothing. It waits for two modules:
-`peft.mapping`, whose tables then resolve our methods on their first use, and
-`transformers.modeling_utils`, whose models then note which parameters their checkpoint lacked.
+torch calls `start` at `import torch` (entry point `torch.backends`), which imports nothing. It extends two modules as
+soon as they have been imported: the tables of `peft.mapping` then resolve the methods of this package on their first
+use, and the models of `transformers.modeling_utils` note which parameters are missing from their checkpoint.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Table(dict):
         return super().__contains__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """As of any dictionary."""
+        """The value of a method, or the default."""
         return super().get(key, default) if key in self else default
 
 
@@ -67,13 +67,17 @@ def _watch_loading(modeling: ModuleType) -> None:
 
 
 class Finder:
-    """Calls a function with each of some modules as soon as it has been imported."""
+    """Calls functions with modules as soon as these have been imported.
+
+    Args:
+        actions: the functions by the names of the modules.
+    """
 
     def __init__(self, actions: dict[str, Callable[[Any], None]]) -> None:
         self._actions = actions
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """As import calls it. It also sees to modules whose import had begun when `start` ran and has ended since."""
+        """Find a module for `import`. Also act on modules whose import had started before `start` and has ended."""
         for waiting in list(self._actions):
             module = sys.modules.get(waiting)
             if module is not None and not getattr(module.__spec__, "_initializing", False):
@@ -118,7 +122,10 @@ def _report(error: Exception) -> None:
 
 
 def start() -> None:
-    """Wait for PEFT and transformers. `PEFT_INTRINSIC_AUTOLOAD=0` leaves it out; again is harmless."""
+    """Extend PEFT and transformers when they are imported. `PEFT_INTRINSIC_AUTOLOAD=0` switches this off.
+
+    Calling it again changes nothing.
+    """
     try:
         if os.environ.get("PEFT_INTRINSIC_AUTOLOAD") == "0" or any(isinstance(each, Finder) for each in sys.meta_path):
             return

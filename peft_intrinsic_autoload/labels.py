@@ -1,6 +1,6 @@
-"""The labels that a saved adapter stores, for transformers, which would make a head of two.
+"""The number of labels that an adapter stores, for transformers, which would otherwise make a head for two.
 
-It imports neither PEFT nor `peft_intrinsic`, as `loading`.
+Like `loading`, it imports neither PEFT nor `peft_intrinsic`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 LABELS = 100_000
-"""The most labels that are stored, and that a head is made for: an adapter's file is untrusted input."""
+"""Limit of the labels that an adapter stores and a head is made for: an adapter's file is untrusted input."""
 
 
-def with_stored_labels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Options of `PreTrainedModel.from_pretrained`, whose head gets the labels of the adapter that is loaded with it.
+def add_stored_labels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Add the number of labels of an adapter to the options of `PreTrainedModel.from_pretrained`.
 
-    An adapter's configuration names a base model, whose own configuration knows nothing of the adapter's head.
+    An adapter's configuration names a base model, whose own configuration does not describe the adapter's head.
 
     Args:
         args: of the call; the first is a name or folder, of an adapter or of a base model.
@@ -33,15 +33,15 @@ def with_stored_labels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
         return kwargs
     if not hasattr(config, "num_labels"):
         return {"num_labels": stored, **kwargs}
-    if config.num_labels != _labels_of(base):  # the caller's
+    if config.num_labels != _base_labels(base):  # the caller's
         return kwargs
     config = copy.deepcopy(config)
     config.num_labels = stored
     return {**kwargs, "config": config}
 
 
-def _labels_of(base: Any) -> int | None:
-    """The labels that the configuration of a base model has, if it can be read."""
+def _base_labels(base: Any) -> int | None:
+    """The number of labels of a base model, if its configuration can be read."""
     from transformers import AutoConfig
 
     try:
@@ -51,7 +51,7 @@ def _labels_of(base: Any) -> int | None:
 
 
 def _stored(folder: Any, options: Mapping[str, Any]) -> tuple[int | None, Any]:
-    """The labels in an adapter's configuration and the name of its base model; None where there is no such adapter."""
+    """The labels in an adapter's configuration and the name of its base model; None without such an adapter."""
     if not isinstance(folder, str | os.PathLike):
         return None, None
     if not (options.get("_adapter_model_path") or Path(folder, "adapter_config.json").exists()):
@@ -63,6 +63,6 @@ def _stored(folder: Any, options: Mapping[str, Any]) -> tuple[int | None, Any]:
         written = json.loads(Path(str(find_adapter_config_file(str(folder), **download))).read_text(encoding="utf-8"))
         stored = written.get("num_labels") if written.get("peft_type") == "INTRINSIC" else None
     except (OSError, ValueError, AttributeError):
-        return None, None  # loading the adapter says what is wrong
+        return None, None  # loading the adapter raises the error
     known = type(stored) is int and 0 < stored <= LABELS
     return (stored if known else None), written.get("base_model_name_or_path")

@@ -1,4 +1,4 @@
-"""What `PreTrainedModel.from_pretrained` reports as missing from a checkpoint, noted on the model.
+"""Notes on a model of what `PreTrainedModel.from_pretrained` reports as missing from the checkpoint.
 
 It imports neither PEFT nor `peft_intrinsic`: the base model of an adapter is often loaded before either is needed.
 """
@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from .labels import with_stored_labels
+from .labels import add_stored_labels
 
 NEW = "_intrinsic_fresh"
-"""Attribute of a loaded model: a sample of every parameter that its checkpoint did not bring, by name."""
+"""Attribute of a loaded model: a sample of every newly initialized parameter, by name."""
 
 LOADED = "_intrinsic_loaded"
 """Attribute of the head's modules in a loaded model: the shapes of their parameters."""
 
 _MISSING = "_intrinsic_missing"
-"""Attribute of a model that is being loaded: names of what its checkpoint files lack."""
+"""Attribute of a model that is being loaded: names of the parameters that its checkpoint files lack."""
 
 LOADING: ContextVar[bool] = ContextVar("loading", default=False)
 
 HEADS = ("classifier", "score", "qa_outputs")
-"""What task heads are called in transformers models."""
+"""Names of task heads in transformers models."""
 
 _SAMPLE = 2**16
 
@@ -36,9 +36,12 @@ _SAMPLE = 2**16
 def watch(models: Any) -> None:
     """Let `from_pretrained` of transformers' `PreTrainedModel` note on the model what it reports as missing.
 
-    The report is a return value (`output_loading_info=True`) that few callers ask for, and it cannot be had later. It
+    The report is a return value (`output_loading_info=True`) that few callers request, and is not available later. It
     leaves out what is on the model's ignore list, where TRL puts new heads, so the list before that step is noted too.
-    Again is harmless.
+    Calling it again changes nothing.
+
+    Args:
+        models: the class `PreTrainedModel`.
     """
     original = models.from_pretrained.__func__
     if getattr(original, "watched", False):
@@ -48,7 +51,7 @@ def watch(models: Any) -> None:
     def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         token = LOADING.set(True)
         try:
-            result = original(cls, *args, output_loading_info=True, **with_stored_labels(args, kwargs))
+            result = original(cls, *args, output_loading_info=True, **add_stored_labels(args, kwargs))
         finally:
             LOADING.reset(token)
         if not isinstance(result, tuple):  # of a library that has replaced transformers' method
@@ -56,14 +59,14 @@ def watch(models: Any) -> None:
         model, info = result
         try:
             _note(model, info)
-        except Exception as error:  # the program may never use an adapter of ours
-            logging.getLogger(__name__).warning("What the checkpoint of %s lacks is not known: %r", cls.__name__, error)
+        except Exception as error:  # the program may never use an adapter of this package
+            logging.getLogger(__name__).warning("Unknown what the checkpoint of %s lacks: %r", cls.__name__, error)
         return (model, info) if output_loading_info else model
 
     from_pretrained.watched = True  # type: ignore[attr-defined]
     models.from_pretrained = classmethod(from_pretrained)
     if (shorten := getattr(models, "_adjust_missing_and_unexpected_keys", None)) is None:
-        return  # transformers may rename it; then the report has to do
+        return  # transformers may rename it; then only the report is used
 
     @functools.wraps(shorten)
     def note_missing(model: Any, loading_info: Any) -> None:
@@ -77,7 +80,7 @@ def watch(models: Any) -> None:
 def _note(model: nn.Module, info: Mapping[str, Any]) -> None:
     reported = info["missing_keys"]
     absent = model.__dict__.pop(_MISSING, reported)
-    if hasattr(model, "peft_config"):  # the report is of the adapter that was loaded too
+    if hasattr(model, "peft_config"):  # the report includes the adapter that was loaded too
         return
     missing = {*absent, *(key[0] for key in info["mismatched_keys"])}
     model.__dict__.setdefault(NEW, {name: sample(p) for name, p in model.named_parameters() if name in missing})
@@ -85,14 +88,14 @@ def _note(model: nn.Module, info: Mapping[str, Any]) -> None:
 
 
 def note_heads(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Note the shapes of the task head's parameters, by which a head that is put there later is recognized."""
+    """Note the shapes of the task head's parameters, so that a head that replaces it later is recognized."""
     for name, module in modules:
         if name.partition(".")[0] in HEADS:
             module.__dict__[LOADED] = {own: p.shape for own, p in module._parameters.items() if p is not None}
 
 
 def sample(parameter: torch.Tensor) -> torch.Tensor:
-    """Enough of a parameter to tell whether it was changed. A copy, on the CPU; empty where it has no values yet."""
+    """Copy enough entries of a parameter to the CPU to notice a change; none where it has no values yet."""
     if parameter.is_meta:
         return torch.empty(0)
     flat = parameter.detach().reshape(-1)

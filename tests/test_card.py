@@ -1,4 +1,4 @@
-"""The section of model cards that says how to load an adapter."""
+"""The section of model cards on how to load an adapter."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_intrinsic import IntrinsicConfig, SupermaskConfig
-from peft_intrinsic.card import HEADING
+from peft_intrinsic.card import EXTRAS, HEADING
 from peft_intrinsic.version import REPOSITORY
+from peft_intrinsic_autoload import METHODS
 
 
 def headings(folder: Path) -> list[str]:
@@ -30,6 +31,10 @@ def test_section_is_the_first_of_the_card_and_points_to_the_repository(tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f'pip install -U "peft_intrinsic @ git+{REPOSITORY}"' in card
     assert "pip install peft_intrinsic" not in card  # the name is free on the package index
+
+
+def test_every_method_that_autoload_registers_has_a_section():
+    assert set(EXTRAS) == set(METHODS)
 
 
 def test_section_names_what_a_supermask_needs(tmp_path):
@@ -79,7 +84,7 @@ def test_cards_that_trainer_writes_have_the_section(native, tmp_path):
 
 
 def test_cards_that_sentence_transformers_writes_have_the_section(tmp_path, monkeypatch):
-    """A stand-in with its order of calls; `tests/programs.py` runs the library itself."""
+    """A stub with its order of calls; `tests/programs.py` runs the library itself."""
 
     class BaseModel:
         model_card_data = SimpleNamespace(save_dir=None)

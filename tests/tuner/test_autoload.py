@@ -1,4 +1,4 @@
-"""Programs that never import this package load its adapters all the same."""
+"""Programs that never import this package can load its adapters."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def work(way):
     from peft import PeftModel, PeftType
 
     assert PeftType("INTRINSIC") == "INTRINSIC"
-    logits(PeftModel.from_pretrained(load(), adapter))  # only a worker that can load its adapter comes back
+    logits(PeftModel.from_pretrained(load(), adapter))  # a worker returns only if it can load its adapter
     return way
 
 
 if __name__ == "__main__":
-    before = load()  # its head is not in the checkpoint, and nothing has asked for an adapter yet
+    before = load()  # its head is missing from the checkpoint, and no adapter has been loaded yet
     from peft import AutoPeftModelForSequenceClassification, PeftConfig, PeftModel
 
     assert "peft_intrinsic" not in sys.modules
@@ -87,8 +87,8 @@ except Exception as error:
 """
 
 
-def ran(code: str, *arguments: object, **environment: str) -> str:
-    """What a fresh process prints."""
+def run_script(code: str, *arguments: object, **environment: str) -> str:
+    """The output of a new process."""
     there = {key: value for key, value in os.environ.items() if key not in SWITCHES}
     there["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.pop("first", ""), there.get("PYTHONPATH")]))
     command = [sys.executable, "-W", "ignore", code, *map(str, arguments)]
@@ -106,7 +106,7 @@ def error_script(tmp_path_factory) -> str:
 
 @pytest.fixture
 def adapter(tmp_path) -> Path:
-    """A classifier whose head is not in the base checkpoint."""
+    """An adapter of a classifier whose head is missing from the base checkpoint."""
     build("bert").bert.save_pretrained(tmp_path / "base")
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "film"]))
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "base")
@@ -126,7 +126,7 @@ def adapter(tmp_path) -> Path:
 def test_every_way_of_loading_gives_the_saved_logits_without_an_import(adapter):
     folder = adapter.parent
     (folder / "loads.py").write_text(LOADS)
-    ran(str(folder / "loads.py"), folder / "base", adapter, folder / "mask", folder / "found.pt")
+    run_script(str(folder / "loads.py"), folder / "base", adapter, folder / "mask", folder / "found.pt")
     found = torch.load(folder / "found.pt")
     torch.testing.assert_close(found.pop("supermask"), torch.load(folder / "mask.pt"))
     expected = torch.load(folder / "adapter.pt")
@@ -137,13 +137,13 @@ def test_every_way_of_loading_gives_the_saved_logits_without_an_import(adapter):
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_either_variable_switches_autoload_off(switch, adapter, error_script):
-    assert ran(error_script, adapter, **{switch: "0"}) == "imported\nKeyError('INTRINSIC')\n"
+    assert run_script(error_script, adapter, **{switch: "0"}) == "imported\nKeyError('INTRINSIC')\n"
 
 
-def test_a_broken_installation_breaks_only_the_load_and_says_why(adapter, error_script, tmp_path):
+def test_a_broken_installation_breaks_only_the_load_and_the_error_names_the_cause(adapter, error_script, tmp_path):
     (tmp_path / "broken/peft_intrinsic").mkdir(parents=True)
     (tmp_path / "broken/peft_intrinsic/__init__.py").write_text("raise OSError('a library of scipy is missing')")
-    out = ran(error_script, adapter, first=str(tmp_path / "broken"))
+    out = run_script(error_script, adapter, first=str(tmp_path / "broken"))
     assert out.startswith("imported\nImportError(\"peft_type='INTRINSIC' is a method of peft_intrinsic")
     assert "a library of scipy is missing" in out
 
@@ -153,7 +153,7 @@ def test_a_broken_hook_is_reported_and_torch_peft_and_transformers_work(adapter,
     broken.mkdir(parents=True)
     code = (ROOT / "peft_intrinsic_autoload/__init__.py").read_text()
     (broken / "__init__.py").write_text(code.replace("PEFT_TYPE_TO_{table}", "MOVED_{table}"))
-    assert ran(error_script, adapter, first=str(tmp_path / "broken")) == "imported\nKeyError('INTRINSIC')\n"
+    assert run_script(error_script, adapter, first=str(tmp_path / "broken")) == "imported\nKeyError('INTRINSIC')\n"
 
 
 def test_start_reports_what_it_cannot_do_and_never_raises(monkeypatch, caplog):
@@ -162,7 +162,7 @@ def test_start_reports_what_it_cannot_do_and_never_raises(monkeypatch, caplog):
     assert "did not register itself with PEFT" in caplog.text
 
 
-def test_unknown_methods_are_unknown_as_before():
+def test_unknown_methods_raise_as_without_autoload():
     assert type(PEFT_TYPE_TO_CONFIG_MAPPING) is peft_intrinsic_autoload.Table
     assert "NOTHING" not in PEFT_TYPE_TO_CONFIG_MAPPING
     assert PEFT_TYPE_TO_CONFIG_MAPPING.get("NOTHING", "default") == "default"
@@ -189,23 +189,23 @@ def test_loading_is_watched_once():
 )
 def test_the_first_lookup_of_a_method_registers_it_and_no_other_does(look_up, monkeypatch):
     table = peft_intrinsic_autoload.Table(LORA="lora")
-    asked = []
+    registered = []
 
     def register(method: str) -> None:
-        asked.append(method)
+        registered.append(method)
         table[method] = "intrinsic"
 
     monkeypatch.setattr(peft_intrinsic_autoload, "_register", register)
     assert table["LORA"] == table.get("LORA") == "lora"
-    assert asked == []
+    assert registered == []
     assert look_up(table)
     assert look_up(table)
-    assert asked == ["INTRINSIC"]
+    assert registered == ["INTRINSIC"]
 
 
-def test_models_load_where_what_a_checkpoint_lacks_cannot_be_noted(caplog):
+def test_models_load_where_missing_parameters_cannot_be_noted(caplog):
     class Replaced:
-        """As of a library that replaces transformers' method and ignores an option."""
+        """A library replaced transformers' method by one that ignores an option."""
 
         @classmethod
         def from_pretrained(cls, name, **options):
@@ -219,17 +219,17 @@ def test_models_load_where_what_a_checkpoint_lacks_cannot_be_noted(caplog):
     for models in (Replaced, Changed):
         watch(models)
         assert models.from_pretrained("model") == "model"
-    assert "What the checkpoint of Changed lacks is not known: KeyError('missing_keys')" in caplog.text
+    assert "Unknown what the checkpoint of Changed lacks: KeyError('missing_keys')" in caplog.text
 
 
 @pytest.fixture
 def acted(monkeypatch, tmp_path) -> list[str]:
-    """What a finder has seen of the module `awaited`, which exists from now on."""
+    """The actions of a finder that waits for the module `awaited`, which exists from now on."""
     (tmp_path / "modules").mkdir()
-    (tmp_path / "modules/awaited.py").write_text("import begun\nready = True")
-    (tmp_path / "modules/begun.py").write_text("")
+    (tmp_path / "modules/awaited.py").write_text("import started\nready = True")
+    (tmp_path / "modules/started.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path / "modules")
-    for name in ("awaited", "begun"):
+    for name in ("awaited", "started"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     seen: list[str] = []
     finder = peft_intrinsic_autoload.Finder({"awaited": lambda module: seen.append(module.ready)})
@@ -240,17 +240,17 @@ def acted(monkeypatch, tmp_path) -> list[str]:
 def test_a_finder_acts_once_when_the_module_is_complete(acted):
     module = import_module("awaited")
     assert acted == [True]
-    import_module("begun")
+    import_module("started")
     del sys.modules["awaited"]
     assert import_module("awaited") is not module
     assert acted == [True]
 
 
-def test_a_finder_sees_to_a_module_whose_import_had_begun(acted, monkeypatch):
-    """As where transformers' modules import torch themselves: the finder comes while `awaited` is being imported."""
+def test_a_finder_acts_on_a_module_whose_import_had_started(acted, monkeypatch):
+    """Transformers' modules import torch themselves: the finder is added while `awaited` is being imported."""
     finder, *others = sys.meta_path
     monkeypatch.setattr(sys, "meta_path", others)
-    (Path(sys.path[0]) / "begun.py").write_text("start()")
+    (Path(sys.path[0]) / "started.py").write_text("start()")
     monkeypatch.setattr("builtins.start", lambda: others.insert(0, finder), raising=False)
     import_module("awaited")
     assert acted == []
