@@ -54,7 +54,7 @@ def measure_intrinsic_dimension(
     Args:
         fit: `fit(d, seed) -> score`, higher is better; `fit(None, seed)` is full fine-tuning. With `learning_rates` it
             gets the rate as a third argument. The seed sets P and the order of the data. It may return a mapping with
-            a `score`; of a share of right answers, `right` tells which they are (`[examples]` of bools), and the
+            a `score`; of a share of correct predictions, `correct` says which they are (`[examples]` of bools), and the
             interval includes the sampling of the examples. What else it holds is kept with the trial.
         dims: the grid, ascending; by default `grid()`, that of Table 1 of Aghajanyan et al.
         target: the share to reach.

@@ -160,7 +160,7 @@ class TextFit:
             if trained:
                 trainer.train()
             found: dict[str, Any] = {"score": self.score(trainer.evaluate(self.data["eval"]))}
-            found |= {} if self.right is None else {"right": self.right.tolist()}
+            found |= {} if self.right is None else {"correct": self.right.tolist()}
             if self.train_score:
                 found["train_score"] = self.score(trainer.evaluate(self.data["train"]))
             if self.logs and trainer.is_world_process_zero():

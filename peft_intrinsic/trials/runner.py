@@ -17,10 +17,10 @@ from .store import TRIAL, Store
 
 Fit = Callable[..., float | Mapping[str, Any]]
 """`fit(d, seed)`, or `fit(d, seed, learning_rate)`: trains once, returns the score, or a mapping with a `score` that is
-kept whole. `d=None` is full fine-tuning. Where the score is a share of right answers, `right` in the mapping tells
-which they are, `[examples]` of bools: the interval then includes what other examples would change."""
+stored whole. `d=None` is full fine-tuning. Where the score is a share of correct predictions, `correct` in the mapping
+says which they are, `[examples]` of bools: the interval then includes what other examples would change."""
 
-OWN = {"key", "sum", *TRIAL, "examples", "seconds", "process", "versions"}
+OWN = {"key", "sum", *TRIAL, "examples", "right", "seconds", "process", "versions"}
 """What each row has beside what the fit returned."""
 
 
@@ -75,7 +75,7 @@ def _row(found: Any, configuration: Mapping[str, Any]) -> dict[str, Any]:
     row = dict(found) if isinstance(found, Mapping) else {"score": found}
     if taken := sorted(OWN & row.keys()):
         raise ValueError(f"fit returned {', '.join(taken)} for {trial}, which every row has of its own. Rename it.")
-    right = row.pop("right", None)
+    right = row.pop("correct", None)
     row = {name: _plain(value) for name, value in row.items()}
     score = row.get("score")
     row["score"] = float(score) if isinstance(score, int) else score
@@ -100,7 +100,7 @@ def _packed(right: np.ndarray, score: float, trial: str) -> dict[str, Any]:
     """Which examples a run has right: a bit for each."""
     if right.ndim != 1 or not np.isin(right, (0, 1)).all() or not len(right) * abs(right.mean() - score) < 0.5:
         raise ValueError(
-            f"fit returned right={right} for {trial}, with the score {score}: it must hold a bool for each held-out "
+            f"fit returned correct={right} for {trial}, with the score {score}: it must hold a bool for each held-out "
             "example, and the score be the share that is right. Leave it out for other scores."
         )
     return {"examples": len(right), "right": base64.b64encode(np.packbits(right.astype(bool)).tobytes()).decode()}

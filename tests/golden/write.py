@@ -90,9 +90,9 @@ def write_runs() -> None:
     from peft_intrinsic.measure import write_report
 
     for name, options in {"score": {"of": "score"}, "gain": {"of": "gain", "center": "mean"}}.items():
-        whole = measure([], out=OUT / "trials" / name, **options)
+        whole = measure([], "right", out=OUT / "trials" / name, **options)
         with suppress(KeyboardInterrupt):
-            measure([], out=OUT / "trials" / f"{name}_stopped", stop=9, **options)
+            measure([], "right", out=OUT / "trials" / f"{name}_stopped", stop=9, **options)
         write_report(whole, OUT / "trials" / name)
     frozen_sweep(lambda some, seed: 0.5 + len(some) / 8, ["a", "b", "c"], OUT / "trials" / "frozen", seeds=1)
 

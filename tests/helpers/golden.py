@@ -56,18 +56,20 @@ def logits(model: nn.Module) -> torch.Tensor:
 def fit(d: int | None, seed: int, rate: float) -> dict[str, Any]:
     """A trial that trains nothing: d = 40 reaches 0.9 of the baseline."""
     score = (90 if d is None else min(20 + 10 * d.bit_length(), 88)) + seed % 3 - round(20 * abs(rate - 0.2))
-    return {"score": score / 100, "right": [i < score for i in range(100)], "note": "kept"}
+    return {"score": score / 100, "correct": [i < score for i in range(100)], "note": "kept"}
 
 
-def measure(calls: list[Any], **options: Any) -> Any:
-    """A measurement by `fit`, which notes its calls; names of options are the caller's."""
+def measure(calls: list[Any], correct: str = "correct", **options: Any) -> Any:
+    """A measurement by `fit`, which notes its calls; names of options, and of `correct`, are the caller's."""
     from peft_intrinsic.measure import grid, measure_intrinsic_dimension
 
     def noted(*trial: Any) -> dict[str, Any]:
         calls.append(trial)
         if len(calls) > options.get("stop", 10**6):
             raise KeyboardInterrupt
-        return fit(*trial)
+        found = fit(*trial)
+        found[correct] = found.pop("correct")
+        return found
 
     asked = {name: value for name, value in options.items() if name != "stop"}
     return measure_intrinsic_dimension(noted, grid(4, 512, 12), trials=28, majority=0.25, learning_rates=RATES, **asked)

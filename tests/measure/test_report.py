@@ -17,7 +17,7 @@ def test_report_of_one_seed_claims_no_interval(tmp_path):
 
     def scored(d, seed):
         score = round(100 * step(d, seed)) / 100
-        return {"score": score, "right": [i < 100 * score for i in range(100)]}
+        return {"score": score, "correct": [i < 100 * score for i in range(100)]}
 
     report = markdown(measure_intrinsic_dimension(scored, DIMS, seeds=1))
     assert "interval unknown with one seed; the bracket spans at most two steps of the grid" in report

@@ -263,8 +263,8 @@ def test_what_is_right_is_kept(data, tmp_path):
     task = files(data["train"], data["eval"], ["text"])
     fit = TextFit(tiny("bert", tmp_path / "base"), task, arguments={**QUICK, "max_steps": 3}, logs=str(tmp_path))
     row = fit(20, 1, 2e-4)
-    assert len(row["right"]) == 24
-    assert 0 < np.mean(row["right"]) == row["score"] < 1
+    assert len(row["correct"]) == 24
+    assert 0 < np.mean(row["correct"]) == row["score"] < 1
     answers = fit.trainer(fit.base, str(tmp_path / "out"), {}).predict(fit.data["eval"])  # untrained: another model
     assert (fit.right == (answers.predictions.argmax(1) == answers.label_ids)).all()
     assert "train_loss" in (tmp_path / "d=20,seed=1,lr=0.0002.jsonl").read_text()

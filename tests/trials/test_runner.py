@@ -56,11 +56,12 @@ def test_what_is_no_score_is_not_kept(bad, tmp_path):
         ({"seed": 3}, "returned seed for d=None, seed=0.* Rename it"),
         ({"key": "x", "d": 1}, "returned d, key for"),
         ({"examples": 10}, "returned examples for"),
+        ({"right": [True]}, "returned right for"),
         ({"place": Path("x")}, "returned place=.* for d=None, seed=0"),
         ({"many": np.ones(2)}, "returned many="),
-        ({"right": 8}, "returned right=8 .* a bool for each"),
-        ({"right": [True, False]}, r"with the score 0\.8: .* the share"),
-        ({"right": [0.8, 0.8]}, "a bool for each"),
+        ({"correct": 8}, "returned correct=8 .* a bool for each"),
+        ({"correct": [True, False]}, r"with the score 0\.8: .* the share"),
+        ({"correct": [0.8, 0.8]}, "a bool for each"),
     ],
 )
 def test_what_cannot_be_noted(noted, told, tmp_path):
@@ -74,14 +75,14 @@ def test_a_fit_of_ones_own_tells_which_examples_are_right():
 
     def fit(d, seed):
         right = np.arange(10) < (10 if d is None else 10 * min(d, 130) // 130)
-        return {"score": torch.tensor(right.mean(), dtype=torch.float32), "right": right}
+        return {"score": torch.tensor(right.mean(), dtype=torch.float32), "correct": right}
 
     known = measure_intrinsic_dimension(fit, DIMS, sweep=True)
     alone = measure_intrinsic_dimension(lambda d, seed: fit(d, seed)["score"], DIMS, sweep=True)
     assert (known.examples, alone.examples) == (10, None)
     assert known.interval[0] < alone.interval[0] == alone.d == known.d
     lost = measure_intrinsic_dimension(
-        lambda d, seed: {"score": math.nan, "right": [True]} if (d, seed) == (1000, 1) else fit(d, seed),
+        lambda d, seed: {"score": math.nan, "correct": [True]} if (d, seed) == (1000, 1) else fit(d, seed),
         DIMS,
         sweep=True,
     )
