@@ -29,7 +29,7 @@ class CriticalLayers:
         parts: names of the parts, the most critical first.
         scores: of the fine-tuned model with each part put back to the base.
         weights: parameters of each part.
-        together: scores with the least critical parts put back, one more at a time, from the end of `parts`.
+        cumulative_scores: scores with the least critical parts restored, one more at a time, from the end of `parts`.
         tolerance: share of the score that may be lost.
     """
 
@@ -37,15 +37,15 @@ class CriticalLayers:
     parts: list[str]
     scores: list[float]
     weights: list[int]
-    together: list[float]
+    cumulative_scores: list[float]
     tolerance: float
 
     @property
-    def spared(self) -> list[str]:
+    def restorable(self) -> list[str]:
         """The parts that can stay at the base together, within the tolerance."""
         least = self.score - self.tolerance * abs(self.score)
         count = 0
-        for score in self.together:
+        for score in self.cumulative_scores:
             if score < least:
                 break
             count += 1
@@ -55,7 +55,7 @@ class CriticalLayers:
     def share(self) -> float:
         """Which share of the compared parameters these hold."""
         size = dict(zip(self.parts, self.weights, strict=True))
-        return sum(size[part] for part in self.spared) / sum(self.weights)
+        return sum(size[part] for part in self.restorable) / sum(self.weights)
 
     @property
     def layers_to_transform(self) -> list[int]:
@@ -65,7 +65,7 @@ class CriticalLayers:
             ValueError: the parts are no blocks, no block has to move (an empty list would mean all of them), or the
                 blocks are of several stacks.
         """
-        moved = [part for part in self.parts if part not in self.spared and part.rpartition(".")[2].isdigit()]
+        moved = [part for part in self.parts if part not in self.restorable and part.rpartition(".")[2].isdigit()]
         stacks = {part.rpartition(".")[0] for part in moved}
         if len(stacks) != 1:
             told = ", ".join(moved) or "none"
@@ -77,7 +77,7 @@ class CriticalLayers:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, as JSON has them."""
-        return {**asdict(self), "spared": self.spared, "share": self.share}
+        return {**asdict(self), "restorable": self.restorable, "share": self.share}
 
     def plot(self, path: str | os.PathLike) -> None:
         """What the score loses with each part put back to the base, the most critical part on top."""
@@ -97,12 +97,12 @@ class CriticalLayers:
             f"| nothing | | {self.score:.4f} | | |",
         ]
         for i, part in enumerate(self.parts):
-            lost, below = self.score - self.scores[i], self.together[len(self.parts) - 1 - i]
+            lost, below = self.score - self.scores[i], self.cumulative_scores[len(self.parts) - 1 - i]
             lines.append(f"| {part} | {self.weights[i]} | {self.scores[i]:.4f} | {lost:.4f} | {below:.4f} |")
-        spared = (
+        summary = (
             f"{self.share:.1%} of these parameters can stay at the base for at most {self.tolerance:.0%} of the score"
         )
-        return "\n".join([*lines, "", f"{spared}: {', '.join(self.spared) or 'none'}."])
+        return "\n".join([*lines, "", f"{summary}: {', '.join(self.restorable) or 'none'}."])
 
 
 @torch.no_grad()

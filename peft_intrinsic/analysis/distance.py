@@ -107,13 +107,13 @@ class Distances:
         tensors: of each parameter.
         random: of each matrix, between two normal draws with BERT's deviation of 0.02.
         threshold: above which an entry counts as changed.
-        left_out: parameters that only one side has.
+        ignored: parameters that only one side has.
     """
 
     threshold: float
     tensors: dict[str, Sums] = field(default_factory=dict)
     random: dict[str, Sums] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> Sums:
@@ -163,8 +163,8 @@ class Distances:
                 )
                 lines.append(f"| {name} | {sums.entries} | {' | '.join(cells)} |")
             lines.append("")
-        if self.left_out:
-            lines += [f"Left out, as only one side has them: {', '.join(self.left_out)}.", ""]
+        if self.ignored:
+            lines += [f"Left out, as only one side has them: {', '.join(self.ignored)}.", ""]
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike, measure: str = "angular") -> None:
@@ -214,7 +214,7 @@ def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, ign
     if lost := sorted(set(moved) - set(after.shapes)):
         raise ValueError(f"{lost[0]} is moved by the adapter, but its base has none. Compare the merged model.")
     generator = torch.Generator().manual_seed(0)
-    result = Distances(threshold, left_out=left)
+    result = Distances(threshold, ignored=left)
     for own, name in names.items():
         if name not in after.shapes:
             continue

@@ -40,9 +40,9 @@ def test_the_layer_that_matters_comes_first():
     assert found.parts == ["bert.encoder.layer.0", "bert.encoder.layer.1", "classifier"]
     assert found.score == pytest.approx(1.254, abs=1e-5)
     assert found.scores == pytest.approx([0.254, 1.004, 1.25], abs=1e-5)
-    assert found.together == pytest.approx([1.25, 1.0, 0.0], abs=1e-5)
+    assert found.cumulative_scores == pytest.approx([1.25, 1.0, 0.0], abs=1e-5)
     assert found.weights == [24, 24, 3]
-    assert found.spared == ["classifier"]  # .004 of 1.254 is below 1 %
+    assert found.restorable == ["classifier"]  # .004 of 1.254 is below 1 %
     assert found.share == pytest.approx(3 / 51)
     assert found.layers_to_transform == [0, 1]
     assert torch.equal(evaluate(model, "bert"), before)  # as it was
@@ -53,7 +53,7 @@ def test_the_layer_that_matters_comes_first():
 
 def test_more_tolerance_spares_more():
     found = critical_layers(dict(build("bert").named_parameters()), tuned(SIZES), moved, tolerance=0.21)
-    assert found.spared == ["bert.encoder.layer.1", "classifier"]
+    assert found.restorable == ["bert.encoder.layer.1", "classifier"]
     assert found.layers_to_transform == [0]
 
 
@@ -133,8 +133,8 @@ def test_sweep_of_frozen_layers(tmp_path):
         frozen_sweep(fit, order, tmp_path, seeds=0)
 
 
-def test_nothing_spared():
+def test_no_part_is_restorable():
     found = CriticalLayers(1.0, ["layer.0"], [0.5], [10], [0.5], 0.01)
-    assert found.spared == []
+    assert found.restorable == []
     assert found.share == 0
     assert "for at most 1% of the score: none." in found.report()

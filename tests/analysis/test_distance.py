@@ -162,7 +162,7 @@ def test_what_is_common(tmp_path):
     wanted = parameter_distance(build("bert").bert, tuned.bert)
     assert found.total.entries == wanted.total.entries
     assert found.total.l1 == pytest.approx(wanted.total.l1)
-    assert found.left_out == ["classifier.bias", "classifier.weight"]
+    assert found.ignored == ["classifier.bias", "classifier.weight"]
     assert "Left out, as only one side has them: classifier.bias, classifier.weight." in found.report()
     turned = parameter_distance(tuned, tmp_path / "base", ignore_missing=True)
     assert turned.total.l1 == pytest.approx(wanted.total.l1)
