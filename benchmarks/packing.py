@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from carriers import minilm
 from peft import get_peft_model
 
-from peft_intrinsic.bounds.texts import PackedTexts
+from peft_intrinsic.bounds.texts import pack_rounded
 from peft_intrinsic.codec import adapter_to_string, load_packed
+from peft_intrinsic.text.labeled import LabeledTexts
 
 RESULTS = Path(__file__).parent / "results" / "packing.jsonl"
 SEEDS, LEVELS = range(3), (3, 4, 6, 8)
@@ -37,18 +38,18 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def accuracy(texts: PackedTexts, model: Any) -> float:
+def accuracy(texts: LabeledTexts, model: Any) -> float:
     """On the validation set."""
-    return round(1 - texts.errors(model, "eval") / len(texts.data["eval"]), 4)
+    return round(1 - texts.count_errors(model, "eval") / len(texts.data["eval"]), 4)
 
 
-def run(texts: PackedTexts, seed: int) -> None:
+def run(texts: LabeledTexts, seed: int) -> None:
     """One adapter, packed in every way."""
-    model: Any = get_peft_model(texts.base, texts.adapter(200, seed))
+    model: Any = get_peft_model(texts.base, texts.build_config(200, seed))
     texts.train(model, STEPS, RATE, seed)
     before = accuracy(texts, model)
     ways = [(levels, tuned) for levels in LEVELS for tuned in (False, True)]
-    found = [(*way, texts.packed(model, way[0], TUNING_STEPS * way[1], RATE, seed)) for way in ways]
+    found = [(*way, pack_rounded(texts, model, way[0], TUNING_STEPS * way[1], RATE, seed)) for way in ways]
     model.unload()
     for levels, tuned, data in found:
         loaded: Any = load_packed(texts.base, data)
@@ -84,7 +85,7 @@ def main() -> None:
     if args.action == "table":
         return table()
     files = (str(args.data / "sst2" / f"{part}.jsonl") for part in ("train", "validation"))
-    texts = PackedTexts(args.model or minilm(), *files, ["sentence"], "label")
+    texts = LabeledTexts(args.model or minilm(), *files, ["sentence"], "label")
     for seed in SEEDS:
         if not any(row["seed"] == seed for row in rows()):
             run(texts, seed)

@@ -99,7 +99,7 @@ def main() -> None:
     set_seed(0)
     path = args.model or minilm()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, **task.head())
+    model = AutoModelForSequenceClassification.from_pretrained(path, **task.head_options())
     model = get_peft_model(model, IntrinsicConfig(d=args.d, task_type="SEQ_CLS"))
     model.print_trainable_parameters()
     data = tokenised(task, tokenizer, model.config.label2id)

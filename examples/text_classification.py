@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.text.tasks import Task, files
+from peft_intrinsic.text.tasks import Task, load_files
 
 LEARNING_RATE = 2e-4  # docs/defaults.md
 LABELS = "labels.json"
@@ -58,7 +58,7 @@ def load(train: str, eval: str, text: list[str], label: str, dataset: str | None
         SystemExit: the data cannot be used.
     """
     try:
-        return files(train, eval, text, label, dataset=dataset)
+        return load_files(train, eval, text, label, dataset=dataset)
     except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from None
 
@@ -71,7 +71,7 @@ def tokenised(task: Task, tokenizer: Any, label2id: dict[str, int]) -> DatasetDi
     """
 
     def inputs(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        names = [task.name(value) for value in rows[str(task.label)]]
+        names = [task.name_class(value) for value in rows[str(task.label)]]
         if unknown := sorted({*names} - {*label2id}):
             raise SystemExit(f"labels {unknown} are none of the model's, {list(label2id)}.")
         texts = [rows[column] for column in task.columns]
@@ -83,7 +83,7 @@ def tokenised(task: Task, tokenizer: Any, label2id: dict[str, int]) -> DatasetDi
 def from_files(args: argparse.Namespace, tokenizer: Any) -> tuple[DatasetDict, dict[str, Any]]:
     """Model inputs of `--train` and `--eval`, and the arguments of `from_pretrained` that name the labels."""
     task = load(args.train, args.eval, args.text, args.label)
-    return tokenised(task, tokenizer, task.head()["label2id"]), task.head()
+    return tokenised(task, tokenizer, task.head_options()["label2id"]), task.head_options()
 
 
 def trainer(model: Any, tokenizer: Any, data: DatasetDict, **arguments: Any) -> Trainer:
@@ -133,7 +133,7 @@ def evaluate(folder: str, task: Task) -> float:
         names = json.loads(saved.read_text(encoding="utf-8"))
         head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     else:  # another program saved the adapter
-        head = task.head()
+        head = task.head_options()
     model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **head)
     tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
     return trainer(model, tokenizer, tokenised(task, tokenizer, head["label2id"])).evaluate()["eval_accuracy"]
@@ -166,7 +166,7 @@ def main() -> None:
         return
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, **task.head())
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, **task.head_options())
     model = get_peft_model(model, IntrinsicConfig(d=args.d, said=args.said, task_type="SEQ_CLS"))
     model.print_trainable_parameters()
     print(f"labels: {', '.join(model.config.label2id)}")

@@ -251,11 +251,13 @@ def _tell(result: Any, out: str, model: str | None = None) -> None:
     from rich.table import Table
 
     from peft_intrinsic.measure.report import advice, score_and_target, summary
-    from peft_intrinsic.text.training import bare
+    from peft_intrinsic.text.training import load_without_weights
 
     print(summary(result))
     print(score_and_target(result))
-    if told := advice(result, bare(model, result.settings["task_type"]).num_parameters() if model else None):
+    if told := advice(
+        result, load_without_weights(model, result.settings["task_type"]).num_parameters() if model else None
+    ):
         print(told)
     table = Table("d", "monotone fit", "scores by seed")
     for point in result.points:

@@ -12,10 +12,11 @@ from peft import PeftModel
 
 from ..codec import load_packed, read_packed
 from ..codec.adapter import check_trained
+from ..text.labeled import LabeledTexts
 from ..trials.store import write_whole
 from ..version import __version__
 from .certificate import Certificate
-from .texts import PackedTexts
+from .texts import pack_rounded
 
 SLACK = 0.001
 """Tolerance for a bound from another machine, where another order of summation changes a few predictions."""
@@ -41,7 +42,7 @@ def count_message_bits(data: bytes) -> int:
     return 8 * (len(data) - 4 - len(read_packed(data).encode_head()))
 
 
-def count_errors(data: bytes, texts: PackedTexts, splits: Sequence[Literal["train", "eval"]]) -> list[int]:
+def count_errors(data: bytes, texts: LabeledTexts, splits: Sequence[Literal["train", "eval"]]) -> list[int]:
     """Count the wrong predictions of a packed adapter on each split.
 
     Raises:
@@ -49,12 +50,12 @@ def count_errors(data: bytes, texts: PackedTexts, splits: Sequence[Literal["trai
     """
     model = load_packed(texts.base, data)
     try:
-        return [texts.errors(model, split) for split in splits]
+        return [texts.count_errors(model, split) for split in splits]
     finally:
         model.unload()
 
 
-def make_certificate(data: bytes, texts: PackedTexts, num_tried: int, delta: float, eval: bool) -> Certificate:
+def make_certificate(data: bytes, texts: LabeledTexts, num_tried: int, delta: float, eval: bool) -> Certificate:
     """Make the certificate of a packed adapter, whose errors are counted as it is deployed.
 
     Args:
@@ -70,11 +71,11 @@ def make_certificate(data: bytes, texts: PackedTexts, num_tried: int, delta: flo
     errors = count_errors(data, texts, ["train", "eval"] if eval else ["train"])
     test = (errors[1], len(texts.data["eval"])) if eval else (None, None)
     n, bits = len(texts.data["train"]), count_message_bits(data)
-    return Certificate(n, errors[0], bits, num_tried, delta, texts.majority(), *test)
+    return Certificate(n, errors[0], bits, num_tried, delta, texts.count_majority_errors(), *test)
 
 
 def pack_adapter(
-    texts: PackedTexts, folder: str, levels: Sequence[int], steps: int = 0, learning_rate: float = 2e-4
+    texts: LabeledTexts, folder: str, levels: Sequence[int], steps: int = 0, learning_rate: float = 2e-4
 ) -> list[bytes]:
     """Pack the saved adapter in a folder with each number of levels.
 
@@ -82,7 +83,7 @@ def pack_adapter(
         texts: training data and base model of the adapter.
         folder: folder of the adapter.
         levels: numbers of values that θ is rounded to.
-        steps, learning_rate: quantization-aware training, see `PackedTexts.packed`.
+        steps, learning_rate: quantization-aware training, see `pack_rounded`.
 
     Raises:
         ValueError: the adapter trains modules outside the d parameters, which the message does not hold.
@@ -90,7 +91,7 @@ def pack_adapter(
     model: Any = PeftModel.from_pretrained(texts.base, folder, is_trainable=True)
     try:
         check_trained(model.peft_config["default"])  # before training
-        return [texts.packed(model, count, steps, learning_rate, 0) for count in levels]
+        return [pack_rounded(texts, model, count, steps, learning_rate, 0) for count in levels]
     finally:
         model.unload()
 
@@ -103,18 +104,18 @@ def compute_digest(rows: Any) -> str:
     return digest.hexdigest()
 
 
-def _describe(data: bytes, certificate: Certificate, texts: PackedTexts) -> dict[str, Any]:
+def _describe(data: bytes, certificate: Certificate, texts: LabeledTexts) -> dict[str, Any]:
     """The content of a certificate's file."""
     return {
         "certificate": certificate.to_dict(),
         "adapter": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
         "training_data": {"rows": certificate.n, "sha256": compute_digest(texts.task.data["train"])},
-        "max_length": texts.max_length,
+        "max_length": texts.training.max_length,
         "peft_intrinsic": __version__,
     }
 
 
-def write_certified(path: Path, data: bytes, certificate: Certificate, texts: PackedTexts) -> Path:
+def write_certified(path: Path, data: bytes, certificate: Certificate, texts: LabeledTexts) -> Path:
     """Write a packed adapter and, next to it, its certificate as JSON, whose path is returned."""
     target = get_certificate_path(path)
     write_whole(path, data)
@@ -122,7 +123,7 @@ def write_certified(path: Path, data: bytes, certificate: Certificate, texts: Pa
     return target
 
 
-def verify_certificate(path: Path, texts: PackedTexts) -> tuple[Certificate, Certificate, list[str]]:
+def verify_certificate(path: Path, texts: LabeledTexts) -> tuple[Certificate, Certificate, list[str]]:
     """Compute the certificate of a packed adapter's file again, and compare it with the stored one.
 
     Returns:

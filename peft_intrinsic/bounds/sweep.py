@@ -12,15 +12,16 @@ from peft import get_peft_model
 
 from ..codec import PRIORS, adapter_from_string, adapter_to_string, read_packed
 from ..codec.quantize import check_levels
+from ..text.labeled import LabeledTexts
 from ..trials.store import Store, write_whole
 from ..tuner.base_model import base_digest
 from .certificate import Certificate
 from .certify import compute_digest, count_errors, count_message_bits, make_certificate, write_certified
-from .texts import PackedTexts
+from .texts import pack_rounded
 
 
 def sweep(
-    texts: PackedTexts,
+    texts: LabeledTexts,
     dims: Sequence[int],
     levels: Sequence[int],
     out: str | os.PathLike,
@@ -63,15 +64,15 @@ def sweep(
         check_levels(count)
     reinitialized: list[str] = []
     for d in dims:
-        model: Any = get_peft_model(texts.base, texts.adapter(d, seed))  # raises before training
+        model: Any = get_peft_model(texts.base, texts.build_config(d, seed))  # raises before training
         reinitialized = model.peft_config[model.active_adapter].reinitialized or []
         model.unload()
     settings = {
         "base_model": base_digest(texts.base, reinitialized).hex(),
         "training_data": compute_digest(texts.task.data["train"]),
-        "max_length": texts.max_length,
+        "max_length": texts.training.max_length,
         **{"steps": steps, "tuning_steps": tuning_steps, "learning_rate": learning_rate, "seed": seed},
-        "arguments": {name: texts.arguments[name] for name in ("per_device_train_batch_size",)},
+        "arguments": {name: texts.training.arguments[name] for name in ("per_device_train_batch_size",)},
     }
     test_data = compute_digest(texts.task.data["eval"]) if eval else None
     with Store(out, settings) as store:
@@ -96,19 +97,19 @@ def sweep(
 
 
 def train_and_pack(
-    texts: PackedTexts, d: int, levels: Sequence[int], steps: int, tuning_steps: int, learning_rate: float, seed: int
+    texts: LabeledTexts, d: int, levels: Sequence[int], steps: int, tuning_steps: int, learning_rate: float, seed: int
 ) -> dict[int, bytes]:
     """Train an adapter, and pack it with each number of levels."""
-    model: Any = get_peft_model(texts.base, texts.adapter(d, seed))
+    model: Any = get_peft_model(texts.base, texts.build_config(d, seed))
     try:
         texts.train(model, steps, learning_rate, seed)
-        return {count: texts.packed(model, count, tuning_steps, learning_rate, seed) for count in levels}
+        return {count: pack_rounded(texts, model, count, tuning_steps, learning_rate, seed) for count in levels}
     finally:
         model.unload()
 
 
 def _certify_row(
-    row: dict[str, Any], texts: PackedTexts, num_tried: int, delta: float, test_data: str | None
+    row: dict[str, Any], texts: LabeledTexts, num_tried: int, delta: float, test_data: str | None
 ) -> dict[str, Any]:
     data = adapter_from_string(row["adapter"])
     packed = read_packed(data)
@@ -116,7 +117,7 @@ def _certify_row(
     if test_data is not None:
         is_scored = row.get("test_data") == test_data  # rows of earlier versions lack it
         test = row["test_errors"] if is_scored else count_errors(data, texts, ["eval"])[0], len(texts.data["eval"])
-    counts = (row["errors"], count_message_bits(data), num_tried, delta, texts.majority(), *test)
+    counts = (row["errors"], count_message_bits(data), num_tried, delta, texts.count_majority_errors(), *test)
     return {
         **{"d": row["d"], "levels": row["levels"], "bytes": len(data)},
         **{

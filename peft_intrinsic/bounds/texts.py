@@ -1,35 +1,38 @@
-"""Labelled texts, and adapters of them packed."""
+"""Quantization-aware training on labeled texts, and packing."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..codec import compress, quantization_aware
-from ..text.labelled import LabelledTexts
+from ..text.labeled import LabeledTexts
 
 TUNING = 0.1
-"""The rate of training as rounded, as a share of that of the training before (docs/packing.md)."""
+"""Learning rate of quantization-aware training, relative to that of the training before it (docs/packing.md)."""
 
 
-class PackedTexts(LabelledTexts):
-    """A task of classes whose adapters are packed."""
+def train_rounded(texts: LabeledTexts, model: Any, levels: int, steps: int, learning_rate: float, seed: int) -> None:
+    """Train an adapter as rounded, for `steps` steps at `TUNING` of the learning rate."""
+    if steps:
+        with quantization_aware(model, levels):
+            texts.train(model, steps, TUNING * learning_rate, seed)
 
-    def packed(self, model: Any, levels: int, steps: int, learning_rate: float, seed: int) -> bytes:
-        """The adapter with so many levels, after some steps of training as rounded. The model stays as it is.
 
-        Args:
-            model: with the adapter.
-            levels: values that its numbers may have.
-            steps: of training as rounded, at `TUNING` of the rate; 0 rounds only.
-            learning_rate: of the training before.
-            seed: of the order of the data.
-        """
-        before = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
-        try:
-            if steps:
-                with quantization_aware(model, levels):
-                    self.train(model, steps, TUNING * learning_rate, seed)
-            return compress(model, levels)
-        finally:
-            for parameter, values in before.items():
-                parameter.data.copy_(values)
+def pack_rounded(texts: LabeledTexts, model: Any, levels: int, steps: int, learning_rate: float, seed: int) -> bytes:
+    """Pack an adapter after training it as rounded. The model itself is unchanged.
+
+    Args:
+        texts: Training data.
+        model: Model with the adapter.
+        levels: Number of values that its parameters may have.
+        steps: Steps of training; 0 rounds only.
+        learning_rate: Learning rate of the training before.
+        seed: Seed of the order of the data.
+    """
+    before = {p: p.detach().clone() for p in model.parameters() if p.requires_grad}
+    try:
+        train_rounded(texts, model, levels, steps, learning_rate, seed)
+        return compress(model, levels)
+    finally:
+        for parameter, values in before.items():
+            parameter.data.copy_(values)

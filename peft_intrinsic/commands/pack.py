@@ -10,9 +10,10 @@ from peft import PeftModel
 
 from peft_intrinsic_autoload.labels import LABELS
 
-from ..bounds.texts import TUNING, PackedTexts
-from ..codec import PackedAdapter, adapter_to_string, compress, load_packed, qr_code, quantization_aware, read_packed
+from ..bounds.texts import train_rounded
+from ..codec import PackedAdapter, adapter_to_string, compress, load_packed, qr_code, read_packed
 from ..codec.text import check_ending
+from ..text.labeled import LabeledTexts
 from ..trials.store import write_whole
 from .inputs import adapter_config, base_name, load_base, output_file
 
@@ -30,8 +31,8 @@ def stored_labels(file: str | Path, packed: PackedAdapter) -> int | None:
 
 def packed_texts(
     args: argparse.Namespace, own: str | None, train: str, eval: str | None, labels: int | None = None
-) -> PackedTexts:
-    return PackedTexts(base_name(args, own), train, eval, args.text, args.label, args.batch, labels)
+) -> LabeledTexts:
+    return LabeledTexts(base_name(args, own), train, eval, args.text, args.label, args.batch, labels)
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -54,8 +55,7 @@ def pack(args: argparse.Namespace) -> None:
         raise ValueError(f"{error} For another number of labels: --labels.") from None
     before = _accuracy(texts, model, args.eval)
     if texts and args.finetune:
-        with quantization_aware(model, args.levels):
-            texts.train(model, args.finetune, TUNING * args.lr, 0)
+        train_rounded(texts, model, args.levels, args.finetune, args.lr, 0)
     data = compress(model, args.levels, max_bytes=args.max_bytes, max_error=args.max_error)
     write_whole(out, data)
     found = read_packed(data)
@@ -70,7 +70,7 @@ def pack(args: argparse.Namespace) -> None:
         qr_code(data, args.qr)
 
 
-def _accuracy(texts: PackedTexts | None, model: Any, held_out: str | None) -> float | None:
+def _accuracy(texts: LabeledTexts | None, model: Any, held_out: str | None) -> float | None:
     return None if texts is None or held_out is None else texts.accuracy(model)
 
 

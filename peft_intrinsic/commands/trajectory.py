@@ -17,8 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..aliases import as_stored
 from ..analysis.outliers import disable_outliers, find_outliers
 from ..projection.subspace import Subspace
-from ..text.labelled import LabelledTexts
-from ..text.options import named
+from ..text.labeled import LabeledTexts
+from ..text.options import name_with_digest
 from ..trajectory.fit import fit_subspace
 from ..trajectory.record import TrajectoryCallback, snapshots
 from ..trials.store import SETTINGS, Store, write_whole
@@ -33,8 +33,8 @@ CAVEAT = (
 )
 
 
-def _texts(args: argparse.Namespace) -> LabelledTexts:
-    return LabelledTexts(args.model, args.train, getattr(args, "eval", None), args.text, args.label, args.batch)
+def _texts(args: argparse.Namespace) -> LabeledTexts:
+    return LabeledTexts(args.model, args.train, getattr(args, "eval", None), args.text, args.label, args.batch)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     def content(place: Any) -> Any:
         if isinstance(place, list):
             return [content(one) for one in place]
-        return named(Path(place)) if place and Path(place).exists() else place
+        return name_with_digest(Path(place)) if place and Path(place).exists() else place
 
     found = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
     return as_stored(found | {name: content(found[name]) for name in PLACES if name in found})
@@ -66,8 +66,8 @@ def record(args: argparse.Namespace) -> None:
                     path.unlink()
             texts = _texts(args)
             when = {"save_strategy": "steps" if args.every else "epoch", "save_steps": 8 * (args.every or 1)}
-            trainer = texts.prepared(
-                texts.whole(), str(folder), args.steps, args.lr, args.seed, save_total_limit=1, **when
+            trainer = texts.build_trainer(
+                texts.copy_base(), str(folder), args.steps, args.lr, args.seed, save_total_limit=1, **when
             )
             trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=begun)
@@ -113,7 +113,7 @@ def tune(args: argparse.Namespace) -> None:
         print(f"accuracy {before:.4f} before, {texts.accuracy(model):.4f} tuned")
 
 
-def _scores(args: argparse.Namespace, texts: LabelledTexts, runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+def _scores(args: argparse.Namespace, texts: LabeledTexts, runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """Accuracy of each run, by name: trained unless its row is there. A run returns its model, trained."""
     with Store(args.out, _settings(args)) as store:
         for name, run in runs.items():
@@ -138,7 +138,7 @@ def outliers(args: argparse.Namespace) -> None:
     if args.eval:
 
         def without(some: Any) -> Any:
-            base = texts.whole()
+            base = texts.copy_base()
             if some is not None:
                 disable_outliers(base, some)
             texts.train(base, args.steps, args.lr, args.seed)
@@ -173,7 +173,7 @@ def transfer(args: argparse.Namespace) -> None:
     def tuned(name: str, files: list[Path]) -> Any:
         path = Path(args.out, name.replace("/", "_") + ".safetensors")
         subspace = fit_subspace(files, min(args.dim, len(files)), out=path)
-        model = get_peft_model(texts.whole(), _config(subspace, args.modules_to_save))
+        model = get_peft_model(texts.copy_base(), _config(subspace, args.modules_to_save))
         texts.train(model, args.steps, args.lr, args.seed)
         path.unlink()
         return model

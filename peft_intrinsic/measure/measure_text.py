@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..text.launch import LaunchedFit, LoadedFit
-from ..text.options import TextOptions, settings
+from ..text.options import TextOptions
 from ..text.tasks import Task, load_task
-from ..text.training import check
+from ..text.training import select_dims
 from ..trials.engine import Engine
 from ..trials.store import check_folder
 from .analysis import Result
@@ -30,7 +30,7 @@ class Prepared:
 
     def settings(self, launcher: str | None) -> dict[str, Any]:
         """What the trials depend on."""
-        found = settings(self.options)
+        found = self.options.to_settings()
         if self.task.best not in (None, 1):
             found["best"] = self.task.best
         if launcher:
@@ -68,8 +68,8 @@ def prepare(options: Mapping[str, Any], question: Mapping[str, Any]) -> Prepared
         raise ValueError(
             f"relative_to='score': a share of a loss or an error ({task.metric}) means nothing. Use relative_to='gain'."
         )
-    question["dims"] = check(chosen, question["dims"])
-    return Prepared(chosen, task, Plan(**question, majority=task.majority()))
+    question["dims"] = select_dims(chosen, question["dims"])
+    return Prepared(chosen, task, Plan(**question, majority=task.score_majority()))
 
 
 def measure_text(

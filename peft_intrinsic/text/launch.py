@@ -1,4 +1,4 @@
-"""Trials on text: in the process that asks for them, or each in one `accelerate launch` (or torchrun, or python)."""
+"""Trials on text: in the calling process, or each in one `accelerate launch` (or torchrun, or python)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from ..trials.store import write_whole
-from .options import TextOptions, places
+from .options import TextOptions
 
 
 class LoadedFit:
-    """`fit(d, seed, learning_rate)`: loads model and tokenised data with the first trial, once in each process.
+    """`fit(d, seed, learning_rate)` that loads model and data with the first trial, once per process.
 
     Args:
-        options: of `text_fit`.
-        folder: for the tokenised data and logs.
-        task: where it is loaded; not sent to other processes.
+        options: See `text_fit`.
+        folder: Folder for tokenized data and logs.
+        task: The task if it is loaded. Other processes load their own.
     """
 
     def __init__(self, options: TextOptions, folder: str | os.PathLike, task: Any = None) -> None:
@@ -43,34 +43,30 @@ class LoadedFit:
 
 
 class LaunchedFit:
-    """`fit(d, seed, learning_rate)`: runs a trial on text through a launcher that understands `-m MODULE`.
+    """`fit(d, seed, learning_rate)` that runs a trial through a launcher, which must understand `-m MODULE`.
 
     Args:
-        options: of `text_fit`.
-        launcher: `"accelerate launch --num_processes 2 --main_process_port 0"`, for instance. Port 0 is any free one:
-            trials may run side by side.
-        folder: for the tokenised data.
+        options: See `text_fit`.
+        launcher: Command such as `"accelerate launch --num_processes 2 --main_process_port 0"`. Port 0 is any free
+            one, so that trials can run side by side.
+        folder: Folder for tokenized data and logs.
 
     Raises:
-        RuntimeError: the launched process failed; the message ends with what it said last.
+        RuntimeError: The launched process failed; the message ends with the end of its standard error.
     """
 
     def __init__(self, options: TextOptions, launcher: str, folder: str | os.PathLike) -> None:
-        # A worker of a cluster may run it in another folder.
-        found: dict[str, Any] = {name: str(Path(getattr(options, name)).resolve()) for name in places(options)}
-        self.options, self.launcher, self.folder = replace(options, **found), launcher, str(Path(folder).resolve())
+        # A cluster may run a trial in another folder.
+        files: dict[str, Any] = {name: str(Path(getattr(options, name)).resolve()) for name in options.local_files}
+        self.options, self.launcher, self.folder = replace(options, **files), launcher, str(Path(folder).resolve())
 
     def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> Any:
         with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder, "found.json")
-            trial: dict[str, Any] = {
-                "options": self.options.to_dict(),
-                "folder": self.folder,
-                "trial": [d, seed, learning_rate],
-            }
-            trial |= {"out": str(out), "parent": os.getpid()}
+            out = Path(folder, "result.json")
+            trial: dict[str, Any] = {"options": self.options.to_dict(), "folder": self.folder, "out": str(out)}
+            trial |= {"trial": [d, seed, learning_rate], "parent": os.getpid()}
             command = [*shlex.split(self.launcher), "-m", "peft_intrinsic.text.launch", json.dumps(trial)]
-            # The launcher of this environment, also where the environment is not activated.
+            # The launcher of this environment, even if the environment is not activated.
             path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
             ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
             if ended.returncode or not out.exists():
@@ -79,14 +75,14 @@ class LaunchedFit:
 
 
 def _end_with(run: int) -> None:
-    """End this process when the run that asked for it, or its launcher, is no more: nobody waits for the result."""
+    """End this process when the run that needs its result, or its launcher, has ended."""
     launcher = os.getppid()
-    while os.getppid() == launcher and _lives(run):
+    while os.getppid() == launcher and _is_running(run):
         time.sleep(1)
     os._exit(1)
 
 
-def _lives(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -101,10 +97,10 @@ def _main(trial: Mapping[str, Any]) -> None:
     options = {**trial["options"], "columns": tuple(trial["options"]["columns"])}
     fit = text_fit(TextOptions(**options), folder=trial["folder"])
     out = Path(trial["out"])
-    fit.arguments["output_dir"] = str(out.parent)  # one for all processes, which load the best checkpoint from it
-    found = fit(*trial["trial"])
+    fit.training.arguments["output_dir"] = str(out.parent)  # shared: all processes load the best checkpoint from it
+    result = fit(*trial["trial"])
     if os.environ.get("RANK", "0") == "0":
-        write_whole(out, json.dumps(found))
+        write_whole(out, json.dumps(result))
 
 
 if __name__ == "__main__":

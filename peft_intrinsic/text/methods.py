@@ -1,4 +1,4 @@
-"""What can be measured: random subspaces of all weights, and PEFT's methods on the same axis of trained numbers."""
+"""Methods that can be measured: random subspaces of all weights, and PEFT's methods with as many parameters."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ PAPER: dict[str, Any] = {"target_modules": "all", "projection": "global"}
 
 METHODS: dict[str, str] = {
     "did": "θ spread over all weights",
-    "said": "likewise, with a learned scale per layer counted inside d",
-    "default": "this package's default subspace",
-    "lora": "LoRA of queries and values, of the greatest rank that d numbers allow",
+    "said": "θ spread over all weights, with a learned scale per layer, which d includes",
+    "default": "the default subspace of this package",
+    "lora": "LoRA of queries and values, with the greatest rank that d allows",
     "unilora": "UniLoRA of queries and values, rank 4",
-    "tinylora": "TinyLoRA of queries and values, as many numbers for each as d allows",
+    "tinylora": "TinyLoRA of queries and values, with as many parameters for each as d allows",
 }
-"""Methods by name. The head stays as it was drawn, unless the method moves it."""
+"""Descriptions of the methods by name. The head stays frozen unless the method adapts it."""
 
 
-def adapter(method: str, d: int, seed: int, base: Any, task_type: str, head: Any = "keep") -> PeftConfig:
-    """The configuration of a method with d numbers; those that come in steps take the most that d allows.
+def build_config(method: str, d: int, seed: int, base: Any, task_type: str, head: Any = "keep") -> PeftConfig:
+    """Build the configuration of a method with at most d trainable parameters.
 
     Args:
-        method: a key of `METHODS`.
-        d: how many numbers.
-        seed: of the projection.
-        base: the model, or one of its shapes.
-        task_type: of PEFT.
-        head: see `IntrinsicConfig`.
+        method: A key of `METHODS`.
+        d: Number of trainable parameters.
+        seed: Seed of the projection.
+        base: Base model; the meta device suffices.
+        task_type: PEFT's name of the task type.
+        head: See `IntrinsicConfig`.
 
     Raises:
         ValueError: d is too small for the method.
@@ -43,16 +43,16 @@ def adapter(method: str, d: int, seed: int, base: Any, task_type: str, head: Any
         return IntrinsicConfig(d=d, seed=seed, said=method == "said", head=head, task_type=task_type, **where)
     if method == "unilora":
         return UniLoraConfig(r=4, theta_d_length=d, proj_seed=seed)
-    least = step(method, base)
-    if d < least:
-        raise ValueError(f"{method} has {least} numbers at least for this model, got d={d}.")
+    step = get_step(method, base)
+    if d < step:
+        raise ValueError(f"d={d} is below the {step} parameters that {method} needs for this model. Use d ≥ {step}.")
     if method == "lora":
-        return LoraConfig(r=d // least, lora_alpha=2 * (d // least))
-    return TinyLoraConfig(r=math.ceil(math.sqrt(d // least)), u=d // least, projection_seed=seed)
+        return LoraConfig(r=d // step, lora_alpha=2 * (d // step))
+    return TinyLoraConfig(r=math.ceil(math.sqrt(d // step)), u=d // step, projection_seed=seed)
 
 
-def step(method: str, base: Any) -> int:
-    """In what steps a method's numbers come for this model; the least that it can have."""
+def get_step(method: str, base: Any) -> int:
+    """Get the number of which d must be a multiple for this method and model."""
     if method not in ("lora", "tinylora"):
         return 1
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Tasks on text: where the data are, what is to be learnt of them, and the score."""
+"""Tasks on text: data, what is predicted, and the score."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
 
-from .metrics import METRICS, load_metric, parts, script
-from .options import TextOptions
-from .problems import Checks
-from .rows import LINES, Row, Source, file_rows
+from .checks import TEXT_FILES, Checks, Row, Source, read_rows
+from .metrics import METRICS, find_script, load_metric, split_name
+from .options import TaskType, TextOptions
 
 GLUE: dict[str, tuple[tuple[str, ...], str]] = {
     "cola": (("sentence",), "matthews"),
@@ -30,66 +29,71 @@ GLUE: dict[str, tuple[tuple[str, ...], str]] = {
     "rte": (("sentence1", "sentence2"), "accuracy"),
     "wnli": (("sentence1", "sentence2"), "accuracy"),
 }
-"""Text columns and metric of each task. MRPC and QQP by accuracy, as Aghajanyan et al. report them."""
+"""Text columns and metric of each task. MRPC and QQP by accuracy, as Aghajanyan et al. (2020) report them."""
 
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
-TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM")
-"""As PEFT names them: classify or rate texts; classify each word; predict the next token."""
-
 IGNORED = -100
-"""The label of a token that is not scored, as torch's cross entropy has it."""
+"""Label of a token that is not scored, as in torch's cross-entropy."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Data, columns, metric.
+    """Data of a task and the metric of its predictions.
 
     Args:
-        data: splits `train` and `eval`.
-        columns: of the one or two texts; of lists of words for TOKEN_CLS.
-        label: its column; None for CAUSAL_LM.
-        metric: the name of one (`load_metric`), or `loss`. One of numbers makes it a regression.
-        task_type: one of `TASK_TYPES`.
+        data: Splits `train` and `eval`.
+        columns: Columns of the one or two texts; of lists of words for TOKEN_CLS.
+        label: Column of the label; None for CAUSAL_LM.
+        metric: Name for `load_metric`, or `loss`. A metric of numbers makes the task a regression.
+        task_type: PEFT's name of the task type.
     """
 
     data: DatasetDict
     columns: tuple[str, ...]
     label: str | None
     metric: str
-    task_type: str = "SEQ_CLS"
+    task_type: TaskType = "SEQ_CLS"
 
     @property
     def regression(self) -> bool:
-        """Whether a number is to be predicted."""
+        """Whether the model predicts a number."""
         return self.metric != "loss" and load_metric(self.metric).numbers
 
     def labels(self, split: str) -> list[Any]:
-        """All labels of a split, word by word for TOKEN_CLS."""
-        found = self.data[split][self.label]
-        return list(chain.from_iterable(found)) if self.task_type == "TOKEN_CLS" else list(found)
+        """All labels of a split; for TOKEN_CLS word by word."""
+        labels = self.data[split][self.label]
+        return list(chain.from_iterable(labels)) if self.task_type == "TOKEN_CLS" else list(labels)
 
     @cached_property
     def classes(self) -> list[Any]:
-        """The labels that occur in training, sorted; empty for a regression and for CAUSAL_LM."""
+        """Sorted labels of the training split; empty for a regression and for CAUSAL_LM."""
         return [] if self.regression or self.label is None else sorted(set(self.labels("train")))
 
-    def name(self, label: Any) -> str:
-        """What a class is called: its name in a dataset that has names for its numbers, or the label itself."""
+    def name_class(self, label: Any) -> str:
+        """Name a class as the dataset does, or else by its label."""
         feature = next(iter(self.data.values())).features[str(self.label)]
-        feature = getattr(feature, "feature", feature)  # of words in lists
+        feature = getattr(feature, "feature", feature)  # lists of words
         return feature.int2str(label) if isinstance(feature, ClassLabel) else str(label)
 
-    def head(self, labels: int | None = None) -> dict[str, Any]:
-        """Arguments of `from_pretrained` for a head of the task's classes by name, or of more labels than those."""
+    def head_options(self, labels: int | None = None) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for a head with the task's classes by name.
+
+        Args:
+            labels: Number of labels of the head if the task has only the first of them.
+        """
         if self.label is None or self.regression:
             return {} if self.label is None else {"num_labels": 1}
-        names = [self.name(label) for label in self.classes]
+        names = [self.name_class(label) for label in self.classes]
         names += [f"LABEL_{i}" for i in range(len(names), labels or 0)]
         return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
-    def numbers(self, split: str) -> np.ndarray:
-        """The labels of a split as the Trainer has them: numbers, or indexes into `classes`; of words, in rows."""
+    def encode_labels(self, split: str) -> np.ndarray:
+        """Encode the labels of a split as the Trainer does.
+
+        Returns:
+            Numbers, or indexes of `classes`: `[rows]`, and `[rows, words]` for TOKEN_CLS, padded with `IGNORED`.
+        """
         if self.regression:
             return np.array(self.labels(split), dtype=float)
         index = {label: i for i, label in enumerate(self.classes)}
@@ -101,154 +105,162 @@ class Task:
 
     @cached_property
     def sign(self) -> int:
-        """-1 where less is better, as of a loss or an error, else 1: right answers are better than wrong ones.
+        """-1 if less is better, as for a loss or an error, else 1: correct predictions are better than wrong ones.
 
         Raises:
-            ValueError: the metric scores them alike, or does not fit the data.
+            ValueError: The metric scores both alike, or does not fit the data.
         """
         if self.metric in METRICS:
             return 1
         if self.metric == "loss":
             return -1
-        labels = self.numbers("eval")
+        labels = self.encode_labels("eval")
         wrong = labels.min() + labels.max() - labels if self.regression else (labels + 1) % len(self.classes)
-        right, worse = self._value(labels, labels), self._value(labels, np.where(labels == IGNORED, labels, wrong))
-        if not (right < worse or right > worse):
+        best, worse = self._compute(labels, labels), self._compute(labels, np.where(labels == IGNORED, labels, wrong))
+        if not (best < worse or best > worse):
             raise ValueError(
-                f"metric={self.metric!r} (--metric) gives right answers {right:g} and wrong ones {worse:g}: it does "
-                "not tell them apart on the held-out data."
+                f"metric={self.metric!r} (--metric) scores correct predictions {best:g} and wrong ones {worse:g}. It "
+                "must distinguish them on the held-out data."
             )
-        return 1 if right > worse else -1
+        return 1 if best > worse else -1
 
     @cached_property
     def best(self) -> float | None:
-        """The score of right answers: 1 by a built-in metric, whatever the data; None for a loss."""
+        """Score of correct predictions: 1 for a built-in metric, None for a loss."""
         if self.label is None:
             return None
         if self.metric in METRICS:
             return 1.0
-        labels = self.numbers("eval")
-        return round(self.score(labels, labels), 6)  # its last digits are not the same on every machine
+        labels = self.encode_labels("eval")
+        return round(self.score(labels, labels), 6)  # the last digits differ between machines
 
-    def score(self, labels: np.ndarray, answers: np.ndarray) -> float:
-        """The metric, or minus it where less is better, of numbers or of indexes into `classes`.
+    def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
+        """Score predictions; higher is better.
 
-        Of more than two classes it is the mean over them where the metric is one of a single class.
+        A metric of a single class is averaged over the classes where there are more than two.
+
+        Args:
+            labels: Numbers, or indexes of `classes`, as of `encode_labels`.
+            predictions: Likewise, in the same shape.
         """
-        return self.sign * self._value(labels, answers)
+        return self.sign * self._compute(labels, predictions)
 
-    def _value(self, labels: np.ndarray, answers: np.ndarray) -> float:
-        found = load_metric(self.metric)
-        kept = labels != IGNORED if labels.ndim > 1 else np.full(len(labels), True)
-        if not found.rows:
-            return float(found.compute(labels[kept], answers[kept], self.classes))
-        right, given = ([row[here] for row, here in zip(rows, kept, strict=True)] for rows in (labels, answers))
-        return float(found.compute(right, given, self.classes))
+    def _compute(self, labels: np.ndarray, predictions: np.ndarray) -> float:
+        metric = load_metric(self.metric)
+        scored = labels != IGNORED if labels.ndim > 1 else np.full(len(labels), True)
+        if not metric.rows:
+            return float(metric.compute(labels[scored], predictions[scored], self.classes))
+        right, given = ([row[mask] for row, mask in zip(rows, scored, strict=True)] for rows in (labels, predictions))
+        return float(metric.compute(right, given, self.classes))
 
-    def majority(self) -> float | None:
-        """The score of one answer to everything, the most frequent class or the mean of the training split.
+    def score_majority(self) -> float | None:
+        """Score the majority-class baseline, or the mean of the training labels for a regression.
 
-        None for CAUSAL_LM, and where the metric gives a constant no finite score.
+        Returns:
+            The score; None for CAUSAL_LM, and if the metric of a constant is not finite.
         """
         if self.label is None:
             return None
-        train, labels = self.numbers("train"), self.numbers("eval")
-        one = train.mean() if self.regression else np.bincount(train[train != IGNORED]).argmax()
-        score = self.score(labels, np.full(labels.shape, one))
+        train, labels = self.encode_labels("train"), self.encode_labels("eval")
+        constant = train.mean() if self.regression else np.bincount(train[train != IGNORED]).argmax()
+        score = self.score(labels, np.full(labels.shape, constant))
         return score if math.isfinite(score) else None
 
 
 def load_task(options: TextOptions) -> Task:
-    """The task that the options name: of GLUE, the files `train` and `eval`, or splits of a dataset of the Hub.
+    """Load the task of the options: a GLUE task, the files `train` and `eval`, or splits of a dataset on the Hub.
 
     Raises:
-        ValueError: an option does not fit the data; the message names it.
-        ImportError: the metric is one of `evaluate`, which is missing.
+        ValueError: An option does not fit the data; the message names it.
+        ImportError: The metric needs `evaluate`, which is not installed.
     """
     if options.task is None:
         shared = (options.columns, options.label, options.metric, options.task_type, options.dataset)
-        return files(str(options.train), str(options.eval), *shared)
+        return load_files(str(options.train), str(options.eval), *shared)
     if options.task_type != "SEQ_CLS":
-        raise ValueError(f"task_type={options.task_type!r}: the tasks of GLUE are SEQ_CLS. Name files for others.")
-    return glue(options.task, options.metric)
+        raise ValueError(f"task_type={options.task_type!r}: GLUE tasks are SEQ_CLS. Name files for others.")
+    return load_glue(options.task, options.metric)
 
 
-def glue(task: str, metric: str | None = None) -> Task:
-    """A task of GLUE from the Hub, by its own metric unless another is given.
+def load_glue(task: str, metric: str | None = None) -> Task:
+    """Load a GLUE task from the Hub, by default with its own metric.
 
     Raises:
-        ValueError: no such task or metric.
+        ValueError: There is no such task or metric.
     """
     name = task.removeprefix("glue/")
     if name not in GLUE:
         raise ValueError(f"task={task!r} is unknown. Known are {', '.join(f'glue/{known}' for known in GLUE)}.")
     columns, own = GLUE[name]
-    metric = _check_metric(metric or own, "SEQ_CLS")
+    metric = _resolve_metric(metric or own, "SEQ_CLS")
     data = load_dataset("nyu-mll/glue", name)
-    held_out = data["validation_matched" if name == "mnli" else "validation"]
-    splits = {"train": data["train"], "eval": held_out}
+    splits = {"train": data["train"], "eval": data["validation_matched" if name == "mnli" else "validation"]}
     checks = Checks(columns, "label", "SEQ_CLS", metric if load_metric(metric).numbers else None)
-    checks.run([_rows(f"{name}'s {split} split", part, [*columns, "label"], "label") for split, part in splits.items()])
+    checks.run([_read(f"{name}'s {split} split", part, [*columns, "label"], "label") for split, part in splits.items()])
     return Task(DatasetDict(splits), columns, "label", metric)
 
 
-def files(
+def load_files(
     train: str,
     eval: str,
     columns: Sequence[str],
     label: str | None = "label",
     metric: str | None = None,
-    task_type: str = "SEQ_CLS",
+    task_type: TaskType = "SEQ_CLS",
     dataset: str | None = None,
 ) -> Task:
-    """A task from local files (CSV, TSV, JSON lines, Parquet), by accuracy, or loss for CAUSAL_LM, unless told.
+    """Load a task from local files, or from splits of a dataset on the Hub.
 
-    With `dataset`, a name on the Hub, or `NAME:CONFIGURATION`, `train` and `eval` name its splits.
+    Args:
+        train, eval: CSV, TSV, JSON lines or Parquet files; with `dataset` names of its splits.
+        columns, label, task_type: See `Task`.
+        metric: Name for `load_metric`; None for accuracy, or the loss for CAUSAL_LM.
+        dataset: `NAME` or `NAME:CONFIGURATION` on the Hub.
 
     Raises:
-        ValueError: the metric is unknown, or the data cannot be used; the message names up to ten errors, with the
-            lines of the file, or rows where it has none.
+        ValueError: The metric is unknown, or the data cannot be used. The message names up to ten errors, with the
+            lines of the file, or rows where it has no lines.
     """
     if task_type == "CAUSAL_LM":
         label, metric = None, metric or "loss"
         if metric != "loss":
             raise ValueError(f"metric={metric!r}: a causal language model is measured by its loss.")
     else:
-        metric = _check_metric(metric or "accuracy", task_type)
+        metric = _resolve_metric(metric or "accuracy", task_type)
     if len(columns) not in ((1, 2) if task_type == "SEQ_CLS" else (1,)):
         raise ValueError(f"text={list(columns)}: name one column, or two for pairs of sentences (SEQ_CLS).")
     if label in columns:
         raise ValueError(f"label={label!r} (--label) is a column of the text too.")
     if unknown := [path for path in (train, eval) if not dataset and Path(path).suffix not in READERS]:
-        raise ValueError(f"{', '.join(unknown)}: the ending must be one of {', '.join(READERS)}.")
-    loaded = {path: _load(path, dataset) for path in (train, eval) if dataset or Path(path).suffix not in LINES}
+        raise ValueError(f"{', '.join(unknown)}: the suffix must be one of {', '.join(READERS)}.")
+    loaded = {path: _load(path, dataset) for path in (train, eval) if dataset or Path(path).suffix not in TEXT_FILES}
     checks = Checks(columns, label, task_type, metric if label and load_metric(metric).numbers else None)
-    kept = [*columns, *([label] if label else [])]
+    names = [*columns, *([label] if label else [])]
     checks.run(
-        [_rows(path, loaded[path], kept, label) if path in loaded else file_rows(path) for path in (train, eval)]
+        [_read(path, loaded[path], names, label) if path in loaded else read_rows(path) for path in (train, eval)]
     )
     splits = {}
     for split, path in (("train", train), ("eval", eval)):
         data = loaded[path] if path in loaded else _load(path, None)
-        if label and isinstance(data.features[label], ClassLabel):  # -1 stands for none, as in SNLI
+        if label and isinstance(data.features[label], ClassLabel):  # -1 is no class, as in SNLI
             data = data.filter(lambda value: value >= 0, input_columns=label)
-        splits[split] = data.select_columns(kept)
+        splits[split] = data.select_columns(names)
     return Task(DatasetDict(splits), tuple(columns), label, metric, task_type)
 
 
-def _rows(path: str, data: Dataset, kept: Sequence[str], label: str | None) -> Source:
-    """The rows of a split, but for those without a class."""
-    some = data.select_columns([column for column in kept if column in data.column_names])
-    classes = label in some.features and isinstance(some.features[label], ClassLabel)
+def _read(path: str, data: Dataset, names: Sequence[str], label: str | None) -> Source:
+    """Read the rows of a split, except those without a class."""
+    selected = data.select_columns([column for column in names if column in data.column_names])
+    classes = label in selected.features and isinstance(selected.features[label], ClassLabel)
 
     def rows() -> Iterator[Row]:
-        batches = (zip(*batch.values(), strict=True) for batch in some.iter(1000))
+        batches = (zip(*batch.values(), strict=True) for batch in selected.iter(1000))
         for i, values in enumerate(chain.from_iterable(batches), 1):
-            row = dict(zip(some.column_names, values, strict=True))
+            row = dict(zip(selected.column_names, values, strict=True))
             if not (classes and row[label] == -1):
                 yield i, row
 
-    return Source(path, rows(), data.column_names, unit="row")
+    return Source(path, rows(), data.column_names, position="row")
 
 
 def _load(path: str, dataset: str | None) -> Dataset:
@@ -268,24 +280,21 @@ def _load(path: str, dataset: str | None) -> Dataset:
     except FileNotFoundError:
         raise
     except Exception as error:  # each reader has its own
+        cause: BaseException = error
+        while context := cause.__cause__ or cause.__context__:  # `datasets` says only that generating failed
+            cause = context
         raise ValueError(
-            f"{path} cannot be read: {_cause(error)}. Is it {Path(path).suffix[1:].upper()} in UTF-8, with as many "
-            "cells in each row as its head has?"
+            f"{path} cannot be read: {type(cause).__name__}: {cause}. Is it {Path(path).suffix[1:].upper()} in UTF-8, "
+            "with as many cells in each row as in the header?"
         ) from error
 
 
-def _cause(error: BaseException) -> str:
-    """What a chain of errors began with: `datasets` says only that generating failed."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return f"{type(error).__name__}: {error}"
-
-
-def _check_metric(metric: str, task_type: str) -> str:
-    found = load_metric(metric)
-    if found.numbers and task_type != "SEQ_CLS":
+def _resolve_metric(metric: str, task_type: TaskType) -> str:
+    """Check whether a metric fits the task type. The path of a script becomes absolute, for other processes."""
+    loaded = load_metric(metric)
+    if loaded.numbers and task_type != "SEQ_CLS":
         raise ValueError(f"metric={metric!r} is for texts (SEQ_CLS), not for {task_type}.")
-    if found.rows and task_type != "TOKEN_CLS":
+    if loaded.rows and task_type != "TOKEN_CLS":
         raise ValueError(f"metric={metric!r} is for lists of words (TOKEN_CLS), not for {task_type}.")
-    path, key = script(metric), parts(metric)[1]
-    return f"{path}:{key}".rstrip(":") if path else metric  # absolute: other processes may run elsewhere
+    path, key = find_script(metric), split_name(metric)[1]
+    return f"{path}:{key}".rstrip(":") if path else metric

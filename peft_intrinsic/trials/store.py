@@ -20,8 +20,8 @@ LOST = "so it is not known what its trials mean"
 REPORTS = "report.json", "report.md", "curve.csv", "curve.png", "curve.svg", "curve.pdf"
 
 
-def key(configuration: Mapping[str, Any]) -> str:
-    """A name for a configuration: its hash."""
+def hash_configuration(configuration: Mapping[str, Any]) -> str:
+    """Hash a configuration to 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -72,7 +72,7 @@ def check_folder(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None
 
 def _sum(row: Mapping[str, Any]) -> str:
     """A checksum of a row."""
-    return key({name: value for name, value in row.items() if name != "sum"})[:8]
+    return hash_configuration({name: value for name, value in row.items() if name != "sum"})[:8]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -188,7 +188,7 @@ class Store:
 
     def key(self, configuration: Mapping[str, Any]) -> str:
         """Of all that a trial depends on, the run's settings included: a row copied from another run does not count."""
-        return key({**self.settings, **configuration})
+        return hash_configuration({**self.settings, **configuration})
 
     def close(self) -> None:
         """Let other runs use the folder."""

@@ -14,8 +14,8 @@ from transformers import AutoModelForSequenceClassification
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.bounds import Certificate
 from peft_intrinsic.bounds.certify import count_message_bits
-from peft_intrinsic.bounds.texts import PackedTexts
 from peft_intrinsic.codec import read_packed
+from peft_intrinsic.text.labeled import LabeledTexts
 from peft_intrinsic.version import pip_install
 from peft_intrinsic_command import main
 
@@ -150,7 +150,7 @@ def test_finetune_trains_the_rounded_theta(folder, monkeypatch):
         trained.append((len(vector().unique()), *options))
         vector.weight.data.neg_()
 
-    monkeypatch.setattr(PackedTexts, "train", train)
+    monkeypatch.setattr(LabeledTexts, "train", train)
     for steps in ("0", "30"):
         certify("--adapter", "adapter", "--levels", "3", "--finetune", steps, "--lr", "5e-3", "-o", f"{steps}.pia")
     assert trained == [(3, 30, pytest.approx(5e-4), 0)]
@@ -175,7 +175,7 @@ def test_finetune_trains_the_rounded_theta(folder, monkeypatch):
     ],
 )
 def test_bad_options_raise_before_training(folder, capsys, monkeypatch, more, message):
-    monkeypatch.setattr(PackedTexts, "train", None)
+    monkeypatch.setattr(LabeledTexts, "train", None)
     with pytest.raises(SystemExit, match="2"):
         certify(*more)
     assert message in capsys.readouterr().err

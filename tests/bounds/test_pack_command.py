@@ -132,7 +132,7 @@ def test_refused_before_anything_is_loaded(folder, capsys, monkeypatch, words, m
     get_peft_model(base, LoraConfig(target_modules=["query"])).save_pretrained("lora")
     Path("broken").mkdir()
     Path("broken/adapter_config.json").write_text("{")
-    for name in ("load_base", "PackedTexts"):
+    for name in ("load_base", "LabeledTexts"):
         monkeypatch.setattr(command, name, None)
     with pytest.raises(SystemExit, match="2"):
         main(words)

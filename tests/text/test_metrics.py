@@ -1,4 +1,4 @@
-"""Metrics: those built in, and those of `evaluate`, against scikit-learn."""
+"""Built-in metrics and those of `evaluate`, compared with scikit-learn."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from test_documents import tiny
 from peft_intrinsic.measure.analysis import Point
 from peft_intrinsic.measure.study import _gap
 from peft_intrinsic.text.metrics import METRICS, load_metric
-from peft_intrinsic.text.options import TextOptions, settings
-from peft_intrinsic.text.tasks import IGNORED, Task, files
-from peft_intrinsic.text.training import TextFit, TokenFit
+from peft_intrinsic.text.options import TextOptions
+from peft_intrinsic.text.tasks import IGNORED, Task, load_files
+from peft_intrinsic.text.training import TextFit
 from peft_intrinsic.version import pip_install
 from peft_intrinsic_command import main
 
@@ -52,7 +52,7 @@ RIGHT = "sum(a == b for a, b in zip(predictions, references)) / len(references)"
 
 @pytest.fixture(autouse=True, scope="module")
 def cache(tmp_path_factory):
-    """`evaluate` copies scripts into a cache: not the user's."""
+    """`evaluate` copies scripts into a cache, which must not be the user's."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("HF_MODULES_CACHE", "DOWNLOADED_EVALUATE_PATH", "HF_METRICS_CACHE"):
             patch.setattr(evaluate.config, name, str(tmp_path_factory.mktemp("cache")))
@@ -70,18 +70,18 @@ def script(folder: Path, name: str, result: str, kind: str = "int32", form: str 
 
 def task(folder: Path, labels: list, metric: str) -> Task:
     rows = [{"text": GOOD, "label": label} for label in labels]
-    return files(*[write(folder, "rows.jsonl", rows)] * 2, ["text"], metric=metric)
+    return load_files(*[write(folder, "rows.jsonl", rows)] * 2, ["text"], metric=metric)
 
 
-def test_built_in_by_hand():
-    labels, answers = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
-    found = {name: METRICS[name].compute(labels, answers, ["no", "yes"]) for name in ("accuracy", "f1", "matthews")}
+def test_built_in_metrics_equal_hand_computed_values():
+    labels, predictions = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
+    found = {name: METRICS[name].compute(labels, predictions, ["no", "yes"]) for name in ("accuracy", "f1", "matthews")}
     assert found == pytest.approx({"accuracy": 0.75, "f1": 0.8, "matthews": 2 / np.sqrt(12)})
     assert METRICS["spearman"].compute(np.array([1, 2, 3]), np.array([10, 20, 15]), []) == pytest.approx(0.5)
     assert METRICS["spearman"].compute(np.array([1, 2, 3]), np.array([7, 7, 7]), []) == 0
 
 
-def test_f1_of_three_classes_does_not_depend_on_what_is_answered(tmp_path):
+def test_f1_of_three_classes_averages_over_all_classes(tmp_path):
     found = task(tmp_path, [0, 1, 2], "f1")
     labels = np.array([0, 1, 1])
     assert found.score(labels, np.array([0, 1, 0])) == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
@@ -89,42 +89,41 @@ def test_f1_of_three_classes_does_not_depend_on_what_is_answered(tmp_path):
 
 
 @pytest.mark.parametrize("classes", [["no", "yes"], ["a", "b", "c", "d"]])
-def test_a_metric_of_classes(classes, tmp_path):
-    """Of two, the second is the positive one; of more it is the mean over all, also over those that do not occur."""
+def test_metric_of_evaluate_equals_scikit_learn(classes, tmp_path):
+    """The second of two classes is positive. Of more, the score is the mean, absent classes included."""
     found = task(tmp_path, classes * 3, script(tmp_path / "recall", "recall", RECALL[1], options=RECALL[0]))
-    labels, answers = np.random.default_rng(0).integers(0, len(classes) - (len(classes) > 2), (2, 50))
+    labels, predictions = np.random.default_rng(0).integers(0, len(classes) - (len(classes) > 2), (2, 50))
     expected = {"labels": range(len(classes)), "average": "macro", "zero_division": 0} if len(classes) > 2 else {}
-    assert found.score(labels, answers) == pytest.approx(recall_score(labels, answers, **expected))
+    assert found.score(labels, predictions) == pytest.approx(recall_score(labels, predictions, **expected))
     assert (found.sign, found.best) == (1, 1)
-    assert found.majority() == pytest.approx(1 / len(classes) if len(classes) > 2 else 0)
+    assert found.score_majority() == pytest.approx(1 / len(classes) if len(classes) > 2 else 0)
 
 
-def test_a_metric_of_numbers_where_less_is_better(tmp_path):
-    """It makes the task a regression, and the score is minus the error."""
+def test_error_metric_makes_a_regression_whose_score_is_minus_the_error(tmp_path):
     rows = [{"text": GOOD if i % 2 else BAD, "label": 0.5 * (i % 2) + i / 100} for i in range(24)]
     path = write(tmp_path, "rows.jsonl", rows)
-    found = files(path, path, ["text"], metric=script(tmp_path, "mse", ERROR, kind="float32"))
+    found = load_files(path, path, ["text"], metric=script(tmp_path, "mse", ERROR, kind="float32"))
     values = np.array([row["label"] for row in rows])
     assert found.regression
     assert found.best == 0
-    assert found.majority() == pytest.approx(-values.var(), rel=1e-5)
-    answers = np.sin(values)
-    assert found.score(values, answers) == pytest.approx(-mean_squared_error(values, answers), rel=1e-5)
+    assert found.score_majority() == pytest.approx(-values.var(), rel=1e-5)
+    predictions = np.sin(values)
+    assert found.score(values, predictions) == pytest.approx(-mean_squared_error(values, predictions), rel=1e-5)
     fit = TextFit(tiny("bert", tmp_path / "base"), found, arguments={**QUICK, "max_steps": 60})
-    assert found.majority() < fit(None, 0, 1e-2)["score"] < 0
+    assert found.score_majority() < fit(None, 0, 1e-2)["score"] < 0
 
 
-def test_a_metric_that_gives_a_constant_no_score(tmp_path):
+def test_metric_without_a_score_for_constants_has_no_majority_score(tmp_path):
     r = "float('nan') if len(set(predictions)) == 1 else 1e-9 + numpy.corrcoef(predictions, references)[0, 1]"
     found = task(tmp_path, [0.1, 0.2, 0.4], script(tmp_path, "r", f'{{"r": {r}}}', kind="float32"))
-    assert found.majority() is None
+    assert found.score_majority() is None
     assert found.best == 1  # without its last digits, which are not the same everywhere
-    values, answers = np.random.default_rng(0).random((2, 9))
-    assert found.score(values, answers) == pytest.approx(pearsonr(values, answers).statistic, rel=1e-5)
+    values, predictions = np.random.default_rng(0).random((2, 9))
+    assert found.score(values, predictions) == pytest.approx(pearsonr(values, predictions).statistic, rel=1e-5)
 
 
-def test_names_instead_of_indexes(tmp_path):
-    """And an option that the metric has for other ends than an average is left alone."""
+def test_metric_of_strings_receives_class_names(tmp_path):
+    """An option that the metric has without an average keeps its own default."""
     nos = '{"nos": sum(a == b == "no" for a, b in zip(predictions, references)) / references.count("no")}'
     options = ', zero_division="own"'
     path = script(tmp_path, "nos", f"{nos} if zero_division == 'own' else None", kind="string", options=options)
@@ -132,72 +131,71 @@ def test_names_instead_of_indexes(tmp_path):
     assert found.score(np.array([1, 1, 1, 2]), np.array([2, 1, 2, 1])) == pytest.approx(1 / 3)
 
 
-def test_rows_of_words(tmp_path):
-    """The words of a text together, by name and without padding, as for whole entities."""
+def test_metric_of_lists_receives_the_words_of_each_row(tmp_path):
+    """By name and without padding, so that a metric can score whole entities."""
     rows = [{"words": ["a", word, "film"][:n], "tags": ["O", "B", "O"][:n]} for word in ("good", "bad") for n in (2, 3)]
     path = write(tmp_path, "tags.jsonl", rows)
     whole = script(tmp_path, "whole", f'{{"whole": {RIGHT}}}', "string", "datasets.Sequence(one)")
-    found = files(path, path, ["words"], "tags", whole, "TOKEN_CLS")
-    assert found.majority() == 0
+    found = load_files(path, path, ["words"], "tags", whole, "TOKEN_CLS")
+    assert found.score_majority() == 0
 
     class prediction:
         label_ids = np.array([[1, 0, IGNORED], [1, 0, 1], [1, 0, 1]])
         predictions = np.eye(2)[np.array([[1, 0, 0], [1, 0, 1], [1, 1, 1]])]
 
-    fit = TokenFit(tiny("bert", tmp_path / "base"), found)
-    assert fit.scored(prediction)["score"] == pytest.approx(2 / 3)
+    fit = TextFit(tiny("bert", tmp_path / "base"), found)
+    assert fit.training.compute_metrics(prediction)["score"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match=r"whole.py' is for lists of words \(TOKEN_CLS\)"):
         task(tmp_path, [0, 1], whole)
 
 
-def test_one_of_several_numbers(tmp_path):
+def test_key_selects_one_of_several_scores(tmp_path):
     path = script(tmp_path, "both", f'{{"right": {RIGHT}, "wrong": 1 - {RIGHT}, "all": [0, 1]}}')
-    with pytest.raises(ValueError, match=r"gives right, wrong. Choose one, such as '.*both.py:right'"):
-        task(tmp_path, [0, 1], path).majority()
+    with pytest.raises(ValueError, match=r"returns right, wrong. Choose one, such as '.*both.py:right'"):
+        task(tmp_path, [0, 1], path).score_majority()
     right, wrong = (task(tmp_path, [0, 1], f"{path}:{key}") for key in ("right", "wrong"))
-    labels, answers = np.array([0, 1, 1, 0]), np.array([0, 1, 1, 1])
-    assert right.score(labels, answers) == accuracy_score(labels, answers)
-    assert wrong.score(labels, answers) == accuracy_score(labels, answers) - 1
+    labels, predictions = np.array([0, 1, 1, 0]), np.array([0, 1, 1, 1])
+    assert right.score(labels, predictions) == accuracy_score(labels, predictions)
+    assert wrong.score(labels, predictions) == accuracy_score(labels, predictions) - 1
     for key in ("all", "none"):
-        with pytest.raises(ValueError, match=f"no number '{key}' in what it gives"):
-            task(tmp_path, [0, 1], f"{path}:{key}").majority()
+        with pytest.raises(ValueError, match=f"returns no number '{key}'"):
+            task(tmp_path, [0, 1], f"{path}:{key}").score_majority()
 
 
 @pytest.mark.parametrize(
     ("result", "form", "message"),
     [
-        ("{'same': 1.0}", "one", "gives right answers 1 and wrong ones 1: it does not tell them apart"),
-        ("{'none': float('nan')}", "one", "gives right answers nan and wrong ones nan"),
+        ("{'same': 1.0}", "one", "scores correct predictions 1 and wrong ones 1. It must distinguish them"),
+        ("{'none': float('nan')}", "one", "scores correct predictions nan and wrong ones nan"),
         ("1 / 0", "one", r"cannot score these data: ZeroDivisionError"),
-        ("0.5", "one", "no number '' in what it gives, 0.5"),
-        ("None", "one", "no number '' in what it gives, None"),
+        ("0.5", "one", "returns no number '', but 0.5"),
+        ("None", "one", "returns no number '', but None"),
         ("{'x': 1.0}", "{'a': one}", "compares .*, not numbers, classes, or lists of classes"),
         ("{'x': 1.0}", "datasets.Sequence(datasets.Value('float32'))", "compares .*, not numbers, classes, or lists"),
         ("{'x': 1.0}", "no_form", "cannot be loaded: NameError"),
     ],
 )
-def test_metrics_that_cannot_be_used(result, form, message, tmp_path):
+def test_unusable_metrics_raise(result, form, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        task(tmp_path, [0, 1], script(tmp_path, "own", result, form=form)).majority()
+        task(tmp_path, [0, 1], script(tmp_path, "own", result, form=form)).score_majority()
 
 
-def test_a_name_that_nobody_knows(data, tmp_path, capsys, monkeypatch):
-    """The message says whether the Hub was asked."""
-    for name, told in (("no_metric", "and the Hub could not be reached"), ("absent/own.py", "Couldn't find a metric")):
+def test_error_of_an_unknown_metric_says_whether_the_hub_was_reached(data, tmp_path, capsys, monkeypatch):
+    for name, cause in (("no_metric", "and the Hub could not be reached"), ("absent/own.py", "Couldn't find a metric")):
         with pytest.raises(SystemExit) as ended:
             main(command(data, "no-model", tmp_path / "run", "--metric", name))
         error = capsys.readouterr().err
         assert ended.value.code == 2
         assert f"metric={name!r} (--metric) is unknown. Built in are accuracy, f1, matthews, spearman" in error
-        assert told in error
+        assert cause in error
     monkeypatch.setitem(sys.modules, "evaluate", None)
     with pytest.raises(SystemExit):
         main(command(data, "no-model", tmp_path / "run", "--metric", "neither"))
     assert f"None in sys.modules: {pip_install('[measure]')}" in capsys.readouterr().err
 
 
-def test_a_name_on_the_hub(tmp_path, monkeypatch):
-    """Against a stand-in on this machine, which like the Hub answers 401 where it has nothing."""
+def test_metric_is_loaded_from_the_hub(tmp_path, monkeypatch):
+    """A mock Hub on this machine, which predictions 401 for absent repositories as the Hub does."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -222,8 +220,8 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.config, "HUB_EVALUATE_URL", address + "/{path}/{revision}/{name}")
     try:
         found = task(tmp_path, [0, 1], "own_recall")
-        labels, answers = np.array([0, 1, 1, 1]), np.array([0, 1, 1, 0])
-        assert found.score(labels, answers) == pytest.approx(recall_score(labels, answers))
+        labels, predictions = np.array([0, 1, 1, 1]), np.array([0, 1, 1, 0])
+        assert found.score(labels, predictions) == pytest.approx(recall_score(labels, predictions))
         with pytest.raises(ValueError, match="'no_recall' doesn't exist on the Hugging Face Hub"):
             load_metric("no_recall")
     finally:
@@ -231,42 +229,42 @@ def test_a_name_on_the_hub(tmp_path, monkeypatch):
         server.server_close()
 
 
-def test_a_script_counts_by_its_content(tmp_path, monkeypatch):
-    """Elsewhere under the same name it is the same; its place holds in any process."""
+def test_settings_describe_a_metric_script_by_its_contents(tmp_path, monkeypatch):
+    """The path of the script does not matter to the settings. In a task it is absolute, for other processes."""
     monkeypatch.chdir(tmp_path)
     script(tmp_path / "own", "own", f'{{"right": {RIGHT}}}')
     found = task(tmp_path, [0, 1], "own:right")
     assert found.metric == f"{tmp_path}/own/own.py:right"
     options = TextOptions("none", task="glue/mrpc")
-    before = settings(replace(options, metric="own:right"))["metric"]
+    before = replace(options, metric="own:right").to_settings()["metric"]
     assert before.startswith("own.py, sha256 ")
     assert before.endswith(":right")
-    assert settings(replace(options, metric=found.metric))["metric"] == before
+    assert replace(options, metric=found.metric).to_settings()["metric"] == before
     script(tmp_path / "own", "own", f'{{"right": 2 * {RIGHT}}}')
-    assert settings(replace(options, metric=found.metric))["metric"] != before
+    assert replace(options, metric=found.metric).to_settings()["metric"] != before
     script(tmp_path / "f1", "f1", "1 / 0")
-    assert settings(replace(options, metric="f1"))["metric"] == task(tmp_path, [0, 1], "f1").metric == "f1"
+    assert replace(options, metric="f1").to_settings()["metric"] == task(tmp_path, [0, 1], "f1").metric == "f1"
 
 
-def test_a_launched_trial_is_told_where_the_script_is(data, tmp_path, monkeypatch):
+def test_launched_trial_gets_the_absolute_path_of_a_metric_script(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = []
+    metrics = []
 
     def launched(options, *_):
-        told.append(options.metric)
+        metrics.append(options.metric)
         return lambda d, seed, rate: 1.0
 
     monkeypatch.setattr("peft_intrinsic.measure.measure_text.LaunchedFit", launched)
     script(tmp_path, "own", f'{{"right": {RIGHT}}}')
     options = ["--metric", "own.py", "--launch", "python"]
     main(command(data, tiny("bert", tmp_path / "base"), tmp_path / "run", *options))
-    assert told == [f"{tmp_path}/own.py"]
+    assert metrics == [f"{tmp_path}/own.py"]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["settings"]["metric"].startswith("own.py, sha256 ")
 
 
-def test_the_command_with_an_error(data, tmp_path, capsys):
-    """Of an error the target is a share of the gain over one answer to all."""
+def test_command_measures_gain_for_an_error_metric(data, tmp_path, capsys):
+    """The target is a fraction of the gain over the majority-class baseline."""
     base = tiny("bert", tmp_path / "base")
     (tmp_path / "more.yaml").write_text("max_steps: 60\nuse_cpu: true\ndataloader_pin_memory: false\n")
     wrong = script(tmp_path, "wrong", f'{{"wrong": 100 - 100 * {RIGHT}}}')
@@ -283,7 +281,7 @@ def test_the_command_with_an_error(data, tmp_path, capsys):
     assert "relative_to='score': a share of a loss or an error" in capsys.readouterr().err
 
 
-def test_the_gap_to_the_best_score():
+def test_generalization_gap_is_relative_to_the_best_score():
     class result:
         d, least = 8, -2.0
         settings, points = {"metric": "mse", "best": 0.0}, [Point(8, -0.4, [-0.4], 1, 0, 0.1)]

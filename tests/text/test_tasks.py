@@ -1,4 +1,4 @@
-"""Tasks: metrics, files, and what is refused."""
+"""Tasks on text: files, datasets, and errors of options."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from test_documents import tiny
 from transformers import MPNetConfig, RobertaConfig
 
 from peft_intrinsic.text.launch import LaunchedFit
-from peft_intrinsic.text.options import TextOptions, settings
-from peft_intrinsic.text.tasks import files, load_task
-from peft_intrinsic.text.training import check
+from peft_intrinsic.text.options import TextOptions
+from peft_intrinsic.text.tasks import load_files, load_task
+from peft_intrinsic.text.training import select_dims
 from peft_intrinsic.version import pip_install
 from peft_intrinsic_command import main
 
@@ -26,8 +26,8 @@ from peft_intrinsic_command import main
     [
         ({"--text": "sentence"}, "has no column 'sentence' (--text, --label), only ['text', 'label']"),
         ({"--label": "class"}, "has no column 'class'"),
-        ({"--train": "train.txt"}, "train.txt: the ending must be one of"),
-        ({"--task": "glue/mrpc"}, "name either a task of GLUE (--task), or both"),
+        ({"--train": "train.txt"}, "train.txt: the suffix must be one of"),
+        ({"--task": "glue/mrpc"}, "name either a GLUE task (--task), or both"),
         ({"--config": "absent.yaml"}, "absent.yaml"),
         ({"--dims": "9,5,3"}, "dims (--dims): A grid needs 1 <= low < high"),
         ({"--dims": "many"}, "argument --dims: 'many'"),
@@ -50,10 +50,10 @@ from peft_intrinsic_command import main
         ({"--target": "90"}, "target must lie in (0, 1], got 90.0"),
         ({"--seeds": "0"}, "seeds must be at least 1, got 0"),
         ({"--learning-rates": "fast"}, "argument --learning-rates: 'fast' is neither 'auto' nor rates such as 5e-5"),
-        ({"--task": "glue/mrpc", "--dataset": "imdb"}, "a task of GLUE (--task, got glue/mrpc) or a dataset"),
+        ({"--task": "glue/mrpc", "--dataset": "imdb"}, "a GLUE task (--task, got glue/mrpc) or a dataset"),
     ],
 )
-def test_bad_input(change, message, data, tmp_path, capsys, monkeypatch):
+def test_command_rejects_invalid_options_and_data(change, message, data, tmp_path, capsys, monkeypatch):
     write(tmp_path, "tags.jsonl", [{"text": GOOD, "label": ["O", "B"]}])
     write(tmp_path, "one.jsonl", [{"text": GOOD, "label": "yes"}] * 2)
     write(tmp_path, "mixed.jsonl", [{"text": GOOD, "label": True}, {"text": BAD, "label": 2}])
@@ -82,7 +82,7 @@ def test_bad_input(change, message, data, tmp_path, capsys, monkeypatch):
         ("report_to: [wandbb]", "wandbb is not supported"),
     ],
 )
-def test_bad_arguments(yaml, message, data, tmp_path, capsys):
+def test_command_rejects_invalid_training_arguments(yaml, message, data, tmp_path, capsys):
     (tmp_path / "more.yaml").write_text(yaml)
     with pytest.raises(SystemExit):
         main(command(data, tiny("bert", tmp_path / "base"), tmp_path / "run", "--config", str(tmp_path / "more.yaml")))
@@ -93,7 +93,7 @@ def test_bad_arguments(yaml, message, data, tmp_path, capsys):
     ("options", "message"),
     [
         (["--method", "said", "--dims", "2,512,3"], "(--method) for base (bert): d=2 must exceed the number of λ"),
-        (["--method", "lora", "--dims", "8,300,3"], "it has multiples of 192 numbers, of which the grid must hold two"),
+        (["--method", "lora", "--dims", "8,300,3"], "d must be a multiple of 192, and the grid must hold two"),
         (["--epochs", "-1"], "num_train_epochs (--epochs) must be above 0, got -1"),
         (["--batch", "0"], "per_device_train_batch_size (--batch) must be at least 1, got 0"),
         (["--method", "bitfit"], "method='bitfit' (--method) is unknown. Known are did, said"),
@@ -102,7 +102,7 @@ def test_bad_arguments(yaml, message, data, tmp_path, capsys):
         (["--engine", "ray"], pip_install("[ray]")),
     ],
 )
-def test_bad_options(options, message, data, tmp_path, capsys, monkeypatch):
+def test_command_rejects_options_that_do_not_fit_the_model(options, message, data, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "ray", None)
     tiny("bert", tmp_path / "base")
@@ -112,8 +112,8 @@ def test_bad_options(options, message, data, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run" / "trials.jsonl").exists()
 
 
-def test_splits_of_a_dataset(tmp_path, monkeypatch):
-    """In a folder that has others of their names; a label of -1 is none."""
+def test_splits_of_a_dataset_are_loaded_without_unlabeled_rows(tmp_path, monkeypatch):
+    """The current folder has folders with their names. A label of -1 is no label."""
     names = ClassLabel(names=["no", "yes"])
     rows = {"text": [GOOD, BAD, GOOD], "label": [1, 0, -1]}
     for split in ("train", "test"):
@@ -127,73 +127,73 @@ def test_splits_of_a_dataset(tmp_path, monkeypatch):
     assert (task.classes, {split: len(task.data[split]) for split in task.data}) == ([0, 1], {"train": 2, "eval": 2})
     nothing = Dataset.from_dict({"text": [GOOD], "label": [-1]}, features=Features(text=Value("string"), label=names))
     nothing.to_parquet(tmp_path / "hub" / "validation.parquet")
-    with pytest.raises(ValueError, match="validation: it has no labelled rows"):
+    with pytest.raises(ValueError, match="validation: it has no labeled rows"):
         load_task(replace(options, eval="validation"))
-    assert (settings(options)["train"], LaunchedFit(options, "python", tmp_path).options.eval) == ("train", "test")
+    assert (options.to_settings()["train"], LaunchedFit(options, "python", tmp_path).options.eval) == ("train", "test")
 
 
-def test_what_depends_on_the_device_is_left_to_it(tmp_path):
-    """A cluster's workers may have what this machine has not."""
+def test_device_options_are_checked_on_the_device_only(tmp_path):
+    """Workers of a cluster may have what this machine lacks."""
     arguments = {"bf16": True, "tf32": True, "deepspeed": "absent.json"}
-    check(TextOptions(tiny("bert", tmp_path / "base"), task="glue/rte", arguments=arguments), (10, 20))
+    select_dims(TextOptions(tiny("bert", tmp_path / "base"), task="glue/rte", arguments=arguments), (10, 20))
 
 
 @pytest.mark.parametrize(("method", "kept"), [("lora", (192, 384)), ("did", (100, 200, 300, 400))])
-def test_methods_that_come_in_steps(method, kept, tmp_path):
-    """Between two ranks of LoRA there is nothing to measure."""
+def test_dims_of_lora_are_multiples_of_its_smallest(method, kept, tmp_path):
+    """LoRA has no d between two of its ranks."""
     options = TextOptions(tiny("bert", tmp_path / "base"), task="glue/rte", method=method)
-    assert check(options, (100, 200, 300, 400)) == kept
+    assert select_dims(options, (100, 200, 300, 400)) == kept
 
 
 @pytest.mark.parametrize("pad", [0, 1])
-def test_positions_that_begin_after_the_padding(pad, tmp_path):
+def test_positions_that_begin_after_the_padding_are_counted(pad, tmp_path):
     sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = RobertaConfig(**sizes, pad_token_id=pad)
     config.save_pretrained(tmp_path)
     most = config.max_position_embeddings - config.pad_token_id - 1
-    check(TextOptions(str(tmp_path), task="glue/rte", max_length=most), (10, 20))
+    select_dims(TextOptions(str(tmp_path), task="glue/rte", max_length=most), (10, 20))
     with pytest.raises(ValueError, match=rf"--max-length\) = {most + 1}: .* has {most} positions"):
-        check(TextOptions(str(tmp_path), task="glue/rte", max_length=most + 1), (10, 20))
+        select_dims(TextOptions(str(tmp_path), task="glue/rte", max_length=most + 1), (10, 20))
 
 
-def test_a_model_that_a_method_does_not_know(tmp_path):
+def test_method_that_does_not_support_a_model_raises(tmp_path):
     MPNetConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
     for method in ("lora", "unilora"):
         with pytest.raises(ValueError, match=rf"'{method}' \(--method\) for .*\(mpnet\): Please specify"):
-            check(TextOptions(str(tmp_path), task="glue/rte", method=method), (10, 20))
+            select_dims(TextOptions(str(tmp_path), task="glue/rte", method=method), (10, 20))
 
 
-def test_classes_named_as_if_they_were_missing(tmp_path):
+def test_none_and_na_are_classes_not_missing_values(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text,label\nn/a,None\na film,NA\nnull,null\n")
-    task = files(str(path), str(path), ["text"])
+    task = load_files(str(path), str(path), ["text"])
     assert list(task.data["eval"]["text"]) == ["n/a", "a film", "null"]
     assert task.classes == ["NA", "None", "null"]
 
 
-def test_rows_with_holes(tmp_path):
+def test_missing_text_raises_with_its_line(tmp_path):
     path = write(tmp_path, "holes.jsonl", [{"text": GOOD, "label": 0}, {"text": None, "label": 1}])
     with pytest.raises(ValueError, match=r"holes.jsonl, line 2: no value in column 'text'"):
-        files(path, path, ["text"])
+        load_files(path, path, ["text"])
 
 
-def test_labels_that_do_not_fit(tmp_path):
+def test_labels_absent_from_training_raise(tmp_path):
     train = write(tmp_path, "train.jsonl", [{"text": GOOD, "label": 0}, {"text": BAD, "label": 1}])
     held_out = write(tmp_path, "eval.jsonl", [{"text": GOOD, "label": 2}])
     with pytest.raises(ValueError, match=r"eval.jsonl, line 1: label 2 does not occur in .*train.jsonl"):
-        files(train, held_out, ["text"], "label", "accuracy")
+        load_files(train, held_out, ["text"], "label", "accuracy")
     one = write(tmp_path, "one.jsonl", [{"text": GOOD, "label": 0}])
     with pytest.raises(ValueError, match="every row has the same label, 0"):
-        files(one, one, ["text"], "label", "accuracy")
+        load_files(one, one, ["text"], "label", "accuracy")
 
 
-def test_a_task_that_is_not_in_glue(capsys, tmp_path):
+def test_unknown_glue_task_raises(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["measure", "--model", "x", "--task", "glue/none", "--out", str(tmp_path)])
     assert "task='glue/none' is unknown. Known are glue/cola" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["measure", "--model", "x", "--task", "glue/sst2", "--task-type", "CAUSAL_LM", "--out", str(tmp_path)])
-    assert "task_type='CAUSAL_LM': the tasks of GLUE are SEQ_CLS" in capsys.readouterr().err
+    assert "task_type='CAUSAL_LM': GLUE tasks are SEQ_CLS" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -206,14 +206,14 @@ def test_a_task_that_is_not_in_glue(capsys, tmp_path):
         ({"words": [], "tags": ["O"]}, "line 2: 'words' and 'tags' are not lists"),
     ],
 )
-def test_words_and_tags_that_do_not_fit(row, message, tmp_path):
+def test_words_and_tags_of_unequal_length_raise(row, message, tmp_path):
     path = write(tmp_path, "tags.jsonl", [{"words": ["a", "film"], "tags": ["O", "B"]}, row])
     with pytest.raises(ValueError, match=message):
-        files(path, path, ["words"], "tags", task_type="TOKEN_CLS")
+        load_files(path, path, ["words"], "tags", task_type="TOKEN_CLS")
 
 
-def test_files_count_by_their_content(data, tmp_path, capsys):
-    """Elsewhere under the same name they go on; with other rows they are refused."""
+def test_run_continues_with_moved_files_and_rejects_changed_ones(data, tmp_path, capsys):
+    """Files count by name and contents, not by path."""
     base, out = tiny("bert", tmp_path / "base"), tmp_path / "run"
     (tmp_path / "more.yaml").write_text("max_steps: 60\nuse_cpu: true\ndataloader_pin_memory: false\n")
     options = ["--config", str(tmp_path / "more.yaml"), "--trials", "4"]
@@ -231,12 +231,12 @@ def test_files_count_by_their_content(data, tmp_path, capsys):
     assert "train: 'train.jsonl, sha256 " in capsys.readouterr().err
 
 
-def test_quotes_and_further_columns(tmp_path):
-    """GLUE's TSV files are not quoted; the two files need not have the same further columns."""
+def test_tsv_has_no_quotes_and_may_have_further_columns(tmp_path):
+    """As in GLUE. The two files need not have the same further columns."""
     train, held_out = tmp_path / "train.tsv", tmp_path / "dev.tsv"
     train.write_text('text\tlabel\tidx\n"a good film\t1\t0\na bad film\t0\t1\n"very bad\t0\t2\n')
     held_out.write_text("text\tlabel\na film\t1\nbad\t0\n")
-    task = files(str(train), str(held_out), ["text"])
+    task = load_files(str(train), str(held_out), ["text"])
     assert list(task.data["train"]["text"]) == ['"a good film', "a bad film", '"very bad']
     assert task.data["train"].column_names == task.data["eval"].column_names == ["text", "label"]
 
@@ -244,7 +244,7 @@ def test_quotes_and_further_columns(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.jsonl", "", "empty.jsonl: it has no labelled rows"),
+        ("empty.jsonl", "", "empty.jsonl: it has no labeled rows"),
         (
             "ragged.csv",
             'text,label\n"a,1\nb',
@@ -254,18 +254,18 @@ def test_quotes_and_further_columns(tmp_path):
         ("numbers.csv", "text,label\n1,0\n2,1\n", "column 'text' holds numbers, not text"),
     ],
 )
-def test_files_that_cannot_be_used(name, content, message, tmp_path):
+def test_files_without_usable_rows_raise(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        files(str(tmp_path / name), str(tmp_path / name), ["text"])
+        load_files(str(tmp_path / name), str(tmp_path / name), ["text"])
 
 
-def test_a_model_counts_by_its_content(tmp_path):
+def test_settings_describe_a_model_by_its_contents(tmp_path):
     base = Path(tiny("bert", tmp_path / "base"))
     options = TextOptions(str(base), task="glue/mrpc")
-    before = settings(options)["model"]
+    before = options.to_settings()["model"]
     assert before.startswith("base, sha256 ")
-    assert settings(replace(options, model="bert-base-uncased"))["model"] == "bert-base-uncased"
+    assert replace(options, model="bert-base-uncased").to_settings()["model"] == "bert-base-uncased"
     with open(base / "tokenizer.json", "a") as file:
         file.write(" ")
-    assert settings(options)["model"] != before
+    assert options.to_settings()["model"] != before

@@ -14,7 +14,7 @@ from peft import PeftModel
 from test_documents import tiny
 from transformers import BertForSequenceClassification
 
-from peft_intrinsic.text.labelled import LabelledTexts
+from peft_intrinsic.text.labeled import LabeledTexts
 from peft_intrinsic.trajectory import Subspace, fit_subspace, snapshots
 from peft_intrinsic_command import main
 
@@ -107,7 +107,7 @@ def test_a_finished_run_is_not_trained_again(files, capsys, monkeypatch):
     words = ["transfer", "a", "b", "--model", "base", "--train", "train.jsonl", "--eval", "eval.jsonl", "--steps", "2"]
     run(*words, "-o", "table")
     first = capsys.readouterr().out.splitlines()
-    monkeypatch.setattr(LabelledTexts, "train", None)
+    monkeypatch.setattr(LabeledTexts, "train", None)
     run(*words, "-o", "table")
     with pytest.raises(SystemExit, match="2"):
         run(*words, "--dim", "1", "-o", "table")

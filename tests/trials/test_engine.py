@@ -17,7 +17,7 @@ from helpers.texts import command, write
 from test_documents import tiny
 
 from peft_intrinsic.measure import RayEngine, grid, measure_intrinsic_dimension
-from peft_intrinsic.text.launch import LaunchedFit, _lives
+from peft_intrinsic.text.launch import LaunchedFit, _is_running
 from peft_intrinsic.text.options import TextOptions
 from peft_intrinsic.trials.engine import _Worker
 from peft_intrinsic_command import main
@@ -154,7 +154,7 @@ def test_each_trial_an_accelerate_launch_in_ray(engine, tmp_path):
 
 def test_launched_processes_end_with_their_run(tmp_path):
     code = f"""
-    from peft_intrinsic.text.launch import LaunchedFit, _lives
+    from peft_intrinsic.text.launch import LaunchedFit, _is_running
     from peft_intrinsic.text.options import TextOptions
     options = TextOptions("none", task="glue/mrpc")
     LaunchedFit(options, "{sys.executable} {tmp_path}/slow.py", {str(tmp_path)!r})(8, 0)
@@ -174,7 +174,7 @@ def test_launched_processes_end_with_their_run(tmp_path):
     wait(lambda: pid.exists() and pid.read_text())
     run.kill()
     run.wait()
-    wait(lambda: not _lives(int(pid.read_text())))
+    wait(lambda: not _is_running(int(pid.read_text())))
 
 
 def wait(for_what, seconds=120):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from peft_intrinsic.trials.store import DAMAGED, Store, key
+from peft_intrinsic.trials.store import DAMAGED, Store, hash_configuration
 
 
 def filled(folder) -> list[bytes]:
@@ -89,4 +89,4 @@ def test_damaged_settings(tmp_path, text):
         Store(tmp_path, {"model": "x"})
     with Store(tmp_path, {"model": "x"}, overwrite=True) as store:
         assert store.rows == {}
-    assert key({"b": 1, "a": 2}) == key({"a": 2, "b": 1})
+    assert hash_configuration({"b": 1, "a": 2}) == hash_configuration({"a": 2, "b": 1})

@@ -1,0 +1,308 @@
+"""Checks of labelled data: the rows of a file with their lines, and up to ten errors in one message."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+TEXT_FILES = (*SEPARATORS, ".json", ".jsonl")
+"""Suffixes of files whose lines an editor shows."""
+
+SHOWN = 10
+"""Number of errors in a message, and of lines for each."""
+
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+ENCODING = "not UTF-8: save the file in UTF-8"
+
+Label = tuple[str, Any]
+"""Type (text, number, bool) and value."""
+
+Labels = dict[Label, list[int]]
+"""Lines of each label."""
+
+
+class Unreadable(str):
+    """Replaces a row, and says why it cannot be read."""
+
+
+Row = tuple[int, "dict[str, Any] | Unreadable"]
+"""Line on which a row begins, or its index from 1 where there are no lines; and its columns."""
+
+
+@dataclass
+class Source:
+    """Rows of one file, or of one split of a dataset.
+
+    Args:
+        path: Name of the file or split.
+        rows: Rows in order.
+        names: Names of the columns; complete when the rows have been read.
+        position: What the number of a row counts.
+        separator: Character between cells. The values of cells are text.
+    """
+
+    path: str
+    rows: Iterable[Row]
+    names: list[str] = field(default_factory=list)
+    position: str = "line"
+    separator: str | None = None
+
+
+def read_rows(path: str) -> Source:
+    """Read the rows of a file that has one of the suffixes `TEXT_FILES`."""
+    names: list[str] = []
+    if separator := SEPARATORS.get(Path(path).suffix):
+        return Source(path, _read_cells(path, separator, names), names, separator=separator)
+    return Source(path, _read_objects(path, names), names)
+
+
+def _read_cells(path: str, separator: str, names: list[str]) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default is shorter than some texts
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        tabs = separator == "\t"  # TSV has no quotation marks
+        reader = csv.reader(file, delimiter=separator, quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+        end = 0
+        for cells in reader:
+            start, end = end + 1, reader.line_num
+            if len(cells) == 1 < len(names) and not cells[0].strip():
+                continue  # a blank line
+            if not names:
+                names += cells
+            elif cells and not _is_unicode("".join(cells)):
+                yield start, Unreadable(ENCODING)
+            elif cells and len(cells) != len(names):
+                count = f"{len(cells)} cell{'s' * (len(cells) > 1)}"
+                why = f"{count} separated by {separator!r}, but the header has {len(names)}"
+                if end > start:
+                    why += f"; the row ends on line {end}: close its quotation mark"
+                elif len(cells) > len(names) and separator == ",":
+                    why += ": put a cell with a comma in quotation marks"
+                yield start, Unreadable(why)
+            elif cells:
+                yield start, {name: cell or None for name, cell in zip(names, cells, strict=True)}
+
+
+def _read_objects(path: str, names: list[str]) -> Iterator[Row]:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        first = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        for line, value in _read_array(file.read()) if first.lstrip().startswith("[") else _read_lines(file):
+            if isinstance(value, dict):
+                names += [name for name in value if name not in names]
+            elif not isinstance(value, Unreadable):
+                value = Unreadable('no JSON object such as {"text": "a film", "label": "good"}')
+            yield line, value
+
+
+def _read_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
+    for line, text in enumerate(map(str.strip, file), 1):
+        if not _is_unicode(text):
+            yield line, Unreadable(ENCODING)
+        elif text:
+            value, end = _decode(text, 0)
+            yield line, value if end >= len(text) else Unreadable("not valid JSON (more than one value)")
+
+
+def _read_array(text: str) -> Iterator[tuple[int, Any]]:
+    """Elements of one array that fills the file."""
+    between = re.compile(r"[\s,]*")
+    line, counted, start = 1, 0, text.index("[") + 1
+    while (start := between.match(text, start).end()) < len(text) and text[start] != "]":  # type: ignore[union-attr]
+        line, counted = line + text.count("\n", counted, start), start
+        value, start = _decode(text, start)
+        yield line, value
+
+
+def _decode(text: str, start: int) -> tuple[Any, int]:
+    """The JSON value that begins at an index, and where it ends: after an error, at the end of the text."""
+    try:
+        return json.JSONDecoder().raw_decode(text, start)
+    except ValueError as error:
+        return Unreadable(f"not valid JSON ({getattr(error, 'msg', error)})"), len(text)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass
+class Checks:
+    """Checks of a task's data, whose errors are collected.
+
+    Args:
+        columns: Columns of the text, see `Task`.
+        label: Column of the label, or None.
+        task_type: See `Task`.
+        numbers: Name of the metric if it needs numbers as labels.
+    """
+
+    columns: Sequence[str]
+    label: str | None
+    task_type: str
+    numbers: str | None
+    errors: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    examples: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def run(self, sources: Sequence[Source]) -> None:
+        """Check the training and the evaluation data, which may be the same.
+
+        Raises:
+            ValueError: The data have errors; the message names up to ten.
+        """
+        read = {source.path: (source, self._check_rows(source)) for source in {s.path: s for s in sources}.values()}
+        if self.label and not self.numbers:
+            train, evaluation = (read[source.path] for source in sources)
+            self._check_labels(*train, *evaluation)
+        messages = [self._format(*key) for key in self.errors]
+        if len(messages) > SHOWN:
+            messages[SHOWN:] = [f"and {len(messages) - SHOWN} errors of other kinds"]
+        if messages:
+            several = "\n  ".join(["the data have several errors:", *messages])
+            raise ValueError(several if len(messages) > 1 else messages[0])
+
+    def _add(self, source: Source | str, what: str, lines: Sequence[int] = (), example: Any = None) -> None:
+        """Note an error on some lines of a file, with the first wrong value."""
+        where = source if isinstance(source, str) else f"{source.path}, {source.position}" if lines else source.path
+        self.errors.setdefault((where, what), []).extend(lines)
+        if example is not None:
+            self.examples.setdefault((where, what), example)
+
+    def _format(self, where: str, what: str) -> str:
+        lines = self.errors[where, what]
+        more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        numbers = f"{'s' * (len(lines) > 1)} {', '.join(map(str, lines[:SHOWN]))}{more}" if lines else ""
+        example = f" ({self.examples[where, what]!r:.60})" if (where, what) in self.examples else ""
+        return f"{where}{numbers}: {what}{example}."
+
+    def _check_rows(self, source: Source) -> Labels:
+        """Check every row of a source. Returns its labels; none where they are numbers to predict."""
+        columns = [*self.columns, *([self.label] if self.label else [])]
+        missing: dict[str, list[int]] = {column: [] for column in columns}
+        numeric: dict[str, bool] = {}  # whether each cell of a text column holds a number
+        labels: Labels = {}
+        empty = True
+        for line, row in source.rows:
+            empty = False
+            if isinstance(row, Unreadable):
+                self._add(source, row, [line])
+                continue
+            for column in columns:
+                if row.get(column) is None:
+                    missing[column].append(line)
+                elif column == self.label:
+                    self._check_label(source, line, row, labels)
+                else:
+                    self._check_text(source, line, column, row[column], numeric)
+        absent = [column for column in columns if column not in source.names]
+        if absent and source.names:
+            self._add(source, _explain_absent(source, columns, absent))
+        elif empty:
+            self._add(source, "it has no rows" if self.label is None else "it has no labeled rows")
+        for column in columns:
+            if column not in absent and missing[column]:
+                self._add(source, f"no value in column {column!r}", missing[column])
+            if numeric.get(column):
+                self._add(source, f"column {column!r} holds numbers, not text. Name the column of the text (--text)")
+        return _convert(labels) if source.separator else labels
+
+    def _check_text(self, source: Source, line: int, column: str, value: Any, numeric: dict[str, bool]) -> None:
+        words = self.task_type == "TOKEN_CLS"
+        if not isinstance(value, list if words else str):
+            what = f"column {column!r} does not hold {'lists of words' if words else 'text'}"
+            self._add(source, what, [line], value)
+        elif isinstance(value, str) and source.separator:
+            numeric[column] = numeric.get(column, True) and _is_number(value)
+
+    def _check_label(self, source: Source, line: int, row: Mapping[str, Any], labels: Labels) -> None:
+        value, words, wrong = row[str(self.label)], row.get(self.columns[0]), ""
+        if self.task_type == "TOKEN_CLS":
+            if not isinstance(value, list) or not isinstance(words, list) or len(value) != len(words):
+                wrong = f"{self.columns[0]!r} and {self.label!r} are not lists of equal length, for TOKEN_CLS"
+        elif isinstance(value, list | dict):
+            wrong = f"column {self.label!r} does not hold one label per row. For one per word: --task-type TOKEN_CLS"
+        elif self.numbers and not (_is_number(value) if source.separator else _type(value) == "number"):
+            wrong = f"column {self.label!r} does not hold a number, which metric={self.numbers!r} (--metric) needs"
+        if wrong:
+            self._add(source, wrong, [line], value)
+        elif not self.numbers:
+            for one in value if isinstance(value, list) else [value]:
+                labels.setdefault((_type(one), one), []).append(line)
+
+    def _check_labels(self, train: Source, train_labels: Labels, evaluation: Source, labels: Labels) -> None:
+        """Check that both sources have the same labels, each in one spelling."""
+        first: dict[Label, str] = {}
+        for source, lines_of in ((evaluation, labels), (train, train_labels)):
+            first |= {label: f"{source.path}, {source.position} {lines[0]}" for label, lines in lines_of.items()}
+        groups: dict[str, list[Label]] = {}
+        for label in sorted(first, key=str):
+            groups.setdefault(_show(label).strip("'\" ").casefold(), []).append(label)
+        alike = [group for group in groups.values() if len(group) > 1]
+        column = f"column {self.label!r}"
+        for group in alike:
+            spellings = {str(value).strip() for _, value in group}
+            how = "type" if len({kind for kind, _ in group}) > 1 else "case" if len(spellings) > 1 else "spaces"
+            names = " and ".join(f"{_show(label)} ({first[label]})" for label in group)
+            self._add(column, f"labels {names} differ in {how} only. Write them alike")
+        types = {label[0]: label for label in sorted(first, key=str)}
+        if len(types) > 1 and not alike:
+            names = ", ".join(f"{kind} ({_show(label)}; {first[label]})" for kind, label in types.items())
+            self._add(column, f"it holds labels of several types: {names}. Write them alike")
+        explained = {label for group in alike for label in group}
+        for label, lines in labels.items():
+            if train_labels and label not in train_labels and label not in explained:
+                what = f"label {_show(label)} does not occur in {train.path}. Remove the rows"
+                self._add(evaluation, what, lines)
+        for source, lines_of in {train.path: (train, train_labels), evaluation.path: (evaluation, labels)}.values():
+            if len(lines_of) == 1:
+                name = _show(next(iter(lines_of)))
+                self._add(source, f"every row has the same label, {name}. Two labels or more are needed")
+
+
+def _explain_absent(source: Source, columns: Sequence[str], absent: Sequence[str]) -> str:
+    names = ", ".join(map(repr, absent))
+    for other in ",;\t|" if source.separator else "":
+        header = (source.separator or "").join(source.names).split(other)
+        if set(columns) <= {name.strip() for name in header}:
+            suffix = next((suffix for suffix, separator in SEPARATORS.items() if separator == other), None)
+            remedy = f"Rename the file to {suffix}" if suffix else f"Save it with {source.separator!r}"
+            why = f"its cells are separated by {other!r}, not {source.separator!r}"
+            return f"it has no column {names}, since {why}. {remedy}"
+    return f"it has no column {names} (--text, --label), only {source.names}"
+
+
+def _is_number(text: str) -> bool:
+    return NUMBER.fullmatch(text) is not None
+
+
+def _type(value: Any) -> str:
+    return "text" if isinstance(value, str) else "bool" if isinstance(value, bool) else "number"
+
+
+def _convert(labels: Labels) -> Labels:
+    """Convert the text of cells as their reader does: to numbers or bools where all cells hold such."""
+    texts = [text for _, text in labels]
+    converted: Labels = {}
+    for (kind, text), lines in labels.items():
+        value = text
+        if all(map(_is_number, texts)):
+            kind, value = "number", float(text)
+        elif set(map(str.lower, texts)) <= {"true", "false"}:
+            kind, value = "bool", text.lower() == "true"
+        converted.setdefault((kind, value), []).extend(lines)
+    return converted
+
+
+def _show(label: Label) -> str:
+    _, value = label
+    return repr(int(value) if isinstance(value, float) and value.is_integer() else value)

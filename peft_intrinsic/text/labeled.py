@@ -1,0 +1,96 @@
+"""Classification of labeled texts: adapters are trained as users train them, and their errors counted."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import transformers
+
+from ..tuner import IntrinsicConfig
+from .tasks import load_files
+from .training import TextTraining
+
+
+class LabeledTexts:
+    """Labeled texts, and the base model of a classifier of them. Each adapter initializes the new head itself.
+
+    Args:
+        model: Name or folder of the base model.
+        train, eval: CSV, TSV, JSON lines or Parquet files; without `eval` the training data take its place.
+        columns: Columns of the one or two texts.
+        label: Column of the class. Class i of the model is the i-th of the sorted labels of the training data.
+        batch: Examples in a batch.
+        labels: Number of labels of the head if the training data have only the first of them.
+
+    Raises:
+        ValueError: The files do not hold such data, or have more labels.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        train: str,
+        eval: str | None,
+        columns: Sequence[str],
+        label: str,
+        batch: int = 32,
+        labels: int | None = None,
+    ) -> None:
+        task = load_files(train, eval or train, columns, label, "accuracy")
+        if labels is not None and labels < len(task.classes):
+            raise ValueError(
+                f"The model has {labels} labels, {train} {len(task.classes)}: {', '.join(map(str, task.classes))}. "
+                "Correct the data, or use a model with as many."
+            )
+        sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 4 * batch}
+        arguments = {**sizes, "train_sampling_strategy": "group_by_length"}
+        self.training, self.task = TextTraining(model, task, arguments=arguments), task
+        self.data, self.base = self.training.data, self.training.load_base(labels)
+
+    def copy_base(self) -> Any:
+        """Copy the base model for full fine-tuning. Its new head starts where adapters start it."""
+        return self.training.initialize_head(copy.deepcopy(self.base)).requires_grad_(True)
+
+    def build_config(self, d: int, seed: int) -> IntrinsicConfig:
+        """Build the default configuration of an adapter."""
+        return IntrinsicConfig(d=d, seed=seed, task_type="SEQ_CLS")
+
+    def train(self, model: Any, steps: int, learning_rate: float, seed: int) -> None:
+        """Train with AdamW. The learning rate falls linearly to zero.
+
+        Args:
+            model: Model or adapter; its trainable parameters change.
+            steps: Number of batches.
+            learning_rate: Learning rate of the first step.
+            seed: Seed of the order of the data.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.build_trainer(model, folder, steps, learning_rate, seed).train()
+
+    def build_trainer(
+        self, model: Any, folder: str, steps: int, learning_rate: float, seed: int, **more: Any
+    ) -> transformers.Trainer:
+        """Build the Trainer of `train`, with checkpoints in `folder` and further `TrainingArguments`."""
+        arguments = {"max_steps": steps, "learning_rate": learning_rate, "seed": seed, "weight_decay": 0.0}
+        return self.training.build_trainer(model, folder, {**arguments, **more})
+
+    def count_errors(self, model: Any, split: str) -> int:
+        """Count the wrong predictions for a split, `train` or `eval`."""
+        data = self.data[split]
+        order = np.argsort([len(ids) for ids in data["input_ids"]], kind="stable")  # to pad less
+        with tempfile.TemporaryDirectory() as folder:
+            score = self.training.build_trainer(model, folder, {}).evaluate(data.select(order))["eval_score"]
+        return len(data) if np.isnan(score) else round((1 - score) * len(data))
+
+    def accuracy(self, model: Any) -> float:
+        """Compute the accuracy on the evaluation data."""
+        return 1 - self.count_errors(model, "eval") / len(self.data["eval"])
+
+    def count_majority_errors(self) -> int:
+        """Count the training examples that do not have the most frequent class."""
+        counts = np.bincount(self.task.encode_labels("train"))
+        return int(counts.sum() - counts.max())
