@@ -86,7 +86,6 @@ def write_adapters(folder: Path) -> None:
 
 def write_runs() -> None:
     from peft_intrinsic.closeness import frozen_sweep
-
     from peft_intrinsic.measure import write_report
 
     for name, options in {"score": {"of": "score"}, "gain": {"of": "gain", "center": "mean"}}.items():
