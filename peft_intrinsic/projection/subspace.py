@@ -126,7 +126,7 @@ class Subspace:
 
     def directions(self, name: str, count: int) -> torch.Tensor:
         """The part of a parameter in the first directions of its group: `float32[count, *shape]`."""
-        with safe_open(self.path, "pt") as file:
+        with torch.device("cpu"), safe_open(self.path, "pt") as file:  # slices lie on torch's default device
             return file.get_slice(name)[:count].float()
 
 
