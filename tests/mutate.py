@@ -28,14 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "peft_intrinsic"
 
 TESTS = {
-    "projection/base.py": "projection/test_dense projection/test_fastfood",
-    "projection/allocation.py": "projection/test_fastfood_structure projection/test_fastfood",
-    "projection/dense.py": "projection/test_dense",
-    "projection/fastfood.py": "projection/test_fastfood_structure projection/test_fastfood",
-    "projection/hadamard.py": "projection/test_hadamard projection/test_fastfood",
+    "projection/base.py": "projection/test_contract",
+    "projection/allocation.py": "projection/test_fastfood projection/test_contract",
+    "projection/dense.py": "projection/test_dense projection/test_contract",
+    "projection/fastfood.py": "projection/test_fastfood projection/test_contract",
+    "projection/hadamard.py": "projection/test_hadamard projection/test_contract",
     "projection/randomness.py": "projection/test_randomness",
     "projection/subspace.py": "trajectory/test_fit_subspace",
-    "projection/trajectory.py": "trajectory/test_tuning",
+    "projection/trajectory.py": "projection/test_contract trajectory/test_tuning",
     "trajectory/fit.py": "trajectory/test_fit_subspace",
     "analysis/outliers.py": "analysis/test_outliers",
     "trajectory/record.py": "trajectory/test_recording",

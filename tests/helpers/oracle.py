@@ -1,5 +1,6 @@
 """Independent definitions of the random stream (integers) and of P (dense, float64), written for clarity alone."""
 
+import json
 from fractions import Fraction
 from functools import lru_cache
 from hashlib import sha256
@@ -9,8 +10,9 @@ from statistics import NormalDist
 import numpy as np
 import scipy.linalg
 import torch
+from safetensors import safe_open
 
-from peft_intrinsic.projection import Shape
+from peft_intrinsic.projection import Shape, TensorProjection
 
 TOLERANCE = {
     torch.float32: 1e-5,
@@ -18,6 +20,15 @@ TOLERANCE = {
     torch.float16: 2e-3,
 }  # relative RMS error by dtype
 MASK = 2**64 - 1
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def columns(projection: TensorProjection, d: int) -> torch.Tensor:
+    """P, the offsets of all unit vectors: `[d, rows, cols]`."""
+    return torch.cat([projection.materialise(units) for units in torch.eye(d).split(64)])
 
 
 def error(actual: torch.Tensor, expected: np.ndarray) -> float:
@@ -79,7 +90,7 @@ def natural(shape: Shape) -> float:
     return factor / sqrt(shape.rows if shape.kind in ("norm", "bias") else shape.cols)
 
 
-def dealt(d: int, shapes: dict[str, Shape]) -> dict[str, tuple[int, int]]:
+def allocate(d: int, shapes: dict[str, Shape]) -> dict[str, tuple[int, int]]:
     """First coordinate of every tensor, and how many it has."""
     names = sorted(shapes)
     amount: dict[str, Fraction] = {}
@@ -102,11 +113,11 @@ def fastfood(
     d: int, seed: int, n: int, scale: str, shapes: dict[str, Shape], limit: int = 16384, whole: bool = False
 ) -> dict[str, np.ndarray]:
     """P, column by column: `float64[d, rows, cols]` for each name. `limit` is the height of a row chunk."""
-    deal = dealt(d, shapes)
+    allocated = allocate(d, shapes)
     slots, starts = [], {}
     for name in sorted(shapes):
         rows, cols = shapes[name][:2]
-        first, count = deal[name]
+        first, count = allocated[name]
         height = min(limit, rows, n * rows * cols // count)
         depth = min(n, ceil(Fraction(count * height, rows * n * max(1, cols // n))))
         tops = range(0, rows, height)
@@ -145,9 +156,8 @@ def fastfood(
         top, bottom, right = starts[name][chunk], part[0].stop - part[0].start, part[1].stop - part[1].start
         for i in range(high - low):
             u = h[:, i][order] * after * (signs[i] / sqrt(n))
-            banded = np.zeros((n, n))
-            banded[np.arange(n), (np.arange(n) + j) % n] = u
-            result[name][low + i][part] += s * g[top : top + bottom] @ (banded @ h[:, :right])
+            banded = u[:, None] * np.roll(h[:, :right], -j, axis=0)  # U H: row i is u[i] times row i + j of H
+            result[name][low + i][part] += s * g[top : top + bottom] @ banded
     return result
 
 
@@ -158,4 +168,26 @@ def dense(d: int, seed: int, scale: str, shapes: dict[str, Shape]) -> dict[str, 
     for name, shape in shapes.items():
         p = normal_rows(seed, "dense", name, shape.size, d).T.reshape(d, shape.rows, shape.cols)
         result[name] = p * (1 / sqrt(total) if scale == "isometric" else 512 / sqrt(sqrt(d)) * natural(shape) / sqrt(d))
+    return result
+
+
+def trajectory(d: int, scale: str, shapes: dict[str, Shape], path: str) -> dict[str, np.ndarray]:
+    """P of a subspace file: `float64[d, rows, cols]` for each name."""
+    with safe_open(path, "np") as file:
+        about = file.metadata()
+        directions = {name: file.get_tensor(name).astype(float) for name in shapes}
+    groups = json.loads(about["groups"])
+    room = [len(group["singular_values"]) for group in groups]
+    counts, i = [0] * len(groups), 0
+    while sum(counts) < d:  # one coordinate for each group in turn
+        counts[i] += counts[i] < room[i]
+        i = (i + 1) % len(groups)
+    result = {}
+    for group, count, end in zip(groups, counts, np.cumsum(counts), strict=True):
+        length = 1 if scale == "isometric" else 64 * group["singular_values"][0] / sqrt(int(about["snapshots"]))
+        for name in group["parameters"]:
+            rows, cols, _, transposed = shapes[name]
+            part = directions[name][:count]
+            result[name] = np.zeros((d, rows, cols))
+            result[name][end - count : end] = length * (part.swapaxes(1, 2) if transposed else part)
     return result
