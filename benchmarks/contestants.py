@@ -32,12 +32,12 @@ class OneHot(TensorProjection):
 def one_hot(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
     """Each tensor has coordinates of its own, dealt to its weights at random."""
     result: dict[str, TensorProjection] = {}
-    for name, (start, count) in allocation.shares(spec.d, shapes).items():
+    for name, (start, count) in allocation.allocate(spec.d, shapes).items():
         shape = shapes[name]
         raw = words(spec.seed, "one-hot", name, shape.size)
         signs = 1 - 2 * (raw & np.uint64(1)).astype(np.int64)
         order = np.argsort(raw, kind="stable") * count // shape.size
-        result[name] = OneHot(shape.rows, shape.cols, start + order, spec.unit * shape.natural * signs)
+        result[name] = OneHot(shape.rows, shape.cols, start + order, spec.theta_scale * shape.entry_scale * signs)
     return result
 
 

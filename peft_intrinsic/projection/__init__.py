@@ -1,4 +1,4 @@
-"""Fixed projections of θ onto the weights of a model. Knows torch and numpy, nothing of PEFT."""
+"""Fixed projections P from θ to the weights of a model. This package imports torch and numpy, but not PEFT."""
 
 from collections.abc import Callable
 
@@ -20,3 +20,4 @@ PROJECTIONS: dict[str, Callable[[Spec, Shapes], dict[str, TensorProjection]]] = 
     "dense": build_dense,
     "trajectory": build_trajectory,
 }
+"""Builders by the value of `IntrinsicConfig.projection`. Each returns the projection of every tensor, by its name."""

@@ -1,4 +1,4 @@
-"""What every projection offers for one targeted tensor, seen as a matrix `[rows, cols]`."""
+"""The interface of all projections. Each adapted parameter is a matrix `[rows, cols]`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ import torch
 Scale = Literal["fan_in", "isometric"]
 Kind = Literal["matrix", "embedding", "norm", "bias", "head"]
 
-UNIT = 2**9
-"""What θ is counted in under `fan_in`, divided by the fourth root of d, so that one rate serves every d."""
+THETA_SCALE = 2**9
+"""Scale of θ under `fan_in`. Divided by the fourth root of d, it makes one learning rate work for every d."""
 
 FACTORS: dict[str, int] = {"matrix": 1, "embedding": 1, "norm": 8, "bias": 8, "head": 8}
-"""How much further than its natural size a tensor of each kind moves. UNIT, FACTORS and PARTS: docs/defaults.md."""
+"""Size of offsets relative to 1/√fan-in, by kind. docs/defaults.md compares THETA_SCALE, FACTORS and PARTS."""
 
 PARTS: dict[str, int] = {"matrix": 1, "embedding": 1, "norm": 1, "bias": 1, "head": 16}
-"""How many parts of θ a tensor of each kind gets."""
+"""Parts of θ that a tensor gets, by kind."""
 
 
 class Shape(NamedTuple):
-    """A targeted tensor as a matrix, and its kind. A bias or norm is a column: `cols` is 1.
+    """Matrix view of an adapted parameter.
 
-    `transposed`: the matrix is the tensor's transpose (Conv1D of GPT-2).
+    Args:
+        rows, cols: shape of the matrix. A bias or norm is a column: `cols` is 1.
+        kind: role of the parameter, which sets its scale and its allocation of θ.
+        transposed: the parameter stores the transpose, as `Conv1D` of GPT-2 does.
     """
 
     rows: int
@@ -40,8 +43,8 @@ class Shape(NamedTuple):
         return self.rows * self.cols
 
     @property
-    def natural(self) -> float:
-        """c: the size of an entry, `factor / √fan-in`. A bias or norm counts its own length as the fan-in."""
+    def entry_scale(self) -> float:
+        """f · c: scale of an entry of the offset, `factor / √fan-in`. The fan-in of a bias or norm is its length."""
         return FACTORS[self.kind] / math.sqrt(self.rows if self.kind in ("norm", "bias") else self.cols)
 
 
@@ -50,15 +53,15 @@ Shapes = Mapping[str, Shape]
 
 @dataclass(frozen=True)
 class Spec:
-    """What fixes a projection besides the tensors that it covers.
+    """Everything that determines a projection, except the tensors.
 
     Args:
-        d: number of coordinates of θ.
-        seed: of the random stream.
+        d: length of θ.
+        seed: seed of the random numbers.
         block_size: order n of the Fastfood blocks, a power of two.
-        scale: `"fan_in"` or `"isometric"` (see the README beside this file).
-        factor: of all of P: the unit of λ.
-        subspace: file with the directions of a learnt P.
+        scale: `"fan_in"` or `"isometric"`, defined in this folder's README.md.
+        factor: factor of P that makes up for a stored λ that is smaller by it.
+        subspace: path of the file with the directions of `"trajectory"`.
     """
 
     d: int
@@ -69,22 +72,23 @@ class Spec:
     subspace: str | None = None
 
     @property
-    def unit(self) -> float:
-        """What every row of P is multiplied by under `fan_in`."""
-        return UNIT * self.factor / math.sqrt(math.sqrt(self.d))
+    def theta_scale(self) -> float:
+        """Factor of every row of P under `fan_in`."""
+        return THETA_SCALE * self.factor / math.sqrt(math.sqrt(self.d))
 
 
-def samples(theta: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What precedes `index` when each sample has its own θ: the number of the sample, shaped to broadcast."""
+def index_samples(theta: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Index of the batch axis that precedes `index` if each sample has its own θ, shaped to broadcast; else empty."""
     if theta.dim() == 1:
         return ()
     return (torch.arange(len(theta), device=index.device).view(-1, *[1] * (index.dim() - 1)),)
 
 
 class TensorProjection(ABC):
-    """The rows of P that belong to one tensor. Immutable, shared by copies of a model, nothing of it is saved.
+    """The rows of P that belong to one parameter. Immutable, shared by copies of a model, never saved.
 
-    θ is one vector `[d]`, or one for each sample of a batch, `[batch, d]`.
+    A subclass implements `slab` and may override `linear` and `gather` with faster ones. θ is one vector `[d]`, or one
+    for each sample of a batch, `[batch, d]`. Offsets are float32 for θ of any dtype.
     """
 
     rows: int
@@ -92,22 +96,22 @@ class TensorProjection(ABC):
 
     @abstractmethod
     def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of the offset: `[d] -> [stop − start, cols]`; with `[batch, d]`, batch first."""
+        """Compute rows `start` to `stop` of the offset: `[d] -> [rows, cols]`. `[batch, d]` adds a batch axis."""
 
-    def materialise(self, theta: torch.Tensor) -> torch.Tensor:
-        """The offset itself: `[d] -> [rows, cols]`, or `[batch, d] -> [batch, rows, cols]`."""
+    def materialize(self, theta: torch.Tensor) -> torch.Tensor:
+        """Compute the whole offset: `[d] -> [rows, cols]`, or `[batch, d] -> [batch, rows, cols]`."""
         return self.slab(theta, 0, self.rows)
 
     def linear(self, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-        """x times the transposed offset: `[..., cols], [d] -> [..., rows]`. With `[batch, d]`, x is batch first."""
+        """Multiply by the transposed offset: `[..., cols], [d] -> [..., rows]`. With `[batch, d]`, x is batch first."""
         return torch.einsum(
-            "b...c,brc->b...r" if theta.dim() > 1 else "...c,rc->...r", x, self.materialise(theta).to(x)
+            "b...c,brc->b...r" if theta.dim() > 1 else "...c,rc->...r", x, self.materialize(theta).to(x)
         )
 
     def gather(self, index: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-        """Rows of the offset: `int[...], [d] -> [..., cols]`. With `[batch, d]`, the index is batch first."""
-        place = (*samples(theta, index), index)
-        return self.materialise(theta)[place]
+        """Compute rows of the offset: `int[...], [d] -> [..., cols]`. With `[batch, d]`, the index is batch first."""
+        rows = (*index_samples(theta, index), index)
+        return self.materialize(theta)[rows]
 
     def __deepcopy__(self, memo: dict) -> TensorProjection:
         return self

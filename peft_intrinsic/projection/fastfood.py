@@ -1,4 +1,4 @@
-"""Fastfood, tile by tile, in a form that is low rank by construction: ΔW = G · A(θ)."""
+"""Fastfood as a low-rank product, tile by tile: ΔW = G · A(θ)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .allocation import Tiling, Window, global_windows, own_windows, shares, tiling
-from .base import Shapes, Spec, TensorProjection, samples
+from .allocation import Slice, Tiling, allocate, make_tiling, slice_model, slice_tensor
+from .base import Shapes, Spec, TensorProjection, index_samples
 from .dense import DenseTensor
 from .hadamard import fwht, hadamard
 from .randomness import normal_rows, signs_and_permutations, words
@@ -18,47 +18,44 @@ from .randomness import normal_rows, signs_and_permutations, words
 BLOCK_SIZE = 64
 
 OFFSETS = 4096
-"""At how many rows a window into G may begin: fewer for large blocks, so that G has at most 2^18 numbers for it."""
+"""Number of rows of G at which a chunk may start. It is smaller for large blocks: at most 2^18 entries of G."""
 
 STORED = 16
-"""Coordinates up to which a norm or bias keeps its rows of P: one small product takes the place of ten operations."""
+"""Most coordinates of a norm or bias whose rows of P are stored: one small product replaces ten operations."""
 
 
 class Gaussian:
-    """G, `float32[rows, n]`: one for all tensors of a projection, with one copy for each device."""
+    """G, `float32[rows, n]`, of all tensors of a projection, with a copy for each device."""
 
     def __init__(self, seed: int, n: int, rows: int) -> None:
         matrix = torch.from_numpy(normal_rows(seed, "gaussian", "", rows, n))
         self._copies = {matrix.device: matrix}
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """G on `device`."""
+        """Return G on `device`."""
         if device not in self._copies:
             with torch.inference_mode(False):
                 self._copies[device] = next(iter(self._copies.values())).to(device)
         return self._copies[device]
 
 
-_ALIVE: WeakValueDictionary[tuple[int, int, int], Gaussian] = WeakValueDictionary()
-"""G of the adapters that exist, by (seed, n, rows): adapters of one seed share it."""
+_ALIVE: WeakValueDictionary[tuple[int, ...], Gaussian] = WeakValueDictionary()
+"""G of the existing adapters, by (seed, n, rows). Adapters with the same seed share it."""
 
 
-def _gaussian(seed: int, n: int, rows: int) -> Gaussian:
-    found = _ALIVE.get((seed, n, rows))
-    if found is None:
-        found = _ALIVE[seed, n, rows] = Gaussian(seed, n, rows)
-    return found
+def _share_gaussian(*key: int) -> Gaussian:
+    return _ALIVE.get(key) or _ALIVE.setdefault(key, Gaussian(*key))
 
 
 class FastfoodTensor(TensorProjection):
-    """The tiles of one tensor: row chunk r, column block b, and in each tile the slots 0 to depth − 1.
+    """The tiles of one parameter: row chunk r, column block b, and in each tile the slots 0 to depth − 1.
 
     Args:
-        rows, cols: of the tensor.
-        cut: how it is cut into tiles and slots.
+        rows, cols: shape of the parameter's matrix view.
+        tiling: its tiles and slots.
         gaussian: G, shared by all tensors.
         starts: first row of G of every chunk.
-        windows: of θ, for every slot.
+        slices: slice of θ of every slot.
         before: B, `int8[slots, n]`.
         permutation: Π, `int64[slots, n]`.
         after: B' times the slot's scale, `float32[slots, n]`.
@@ -68,73 +65,73 @@ class FastfoodTensor(TensorProjection):
         self,
         rows: int,
         cols: int,
-        cut: Tiling,
+        tiling: Tiling,
         gaussian: Gaussian,
         starts: Sequence[int],
-        windows: Sequence[Window],
+        slices: Sequence[Slice],
         before: np.ndarray,
         permutation: np.ndarray,
         after: np.ndarray,
     ) -> None:
-        self.rows, self.cols, self.cut, self.gaussian, self.starts = rows, cols, cut, gaussian, starts
+        self.rows, self.cols, self.tiling, self.gaussian, self.starts = rows, cols, tiling, gaussian, starts
         self.n = before.shape[1]
-        first, counts = np.array(windows).T
+        first, counts = np.array(slices).T
         column = np.arange(counts.max())
         inside = column < counts[:, None]
-        # Beyond the end of a window B is zero, and any coordinate will do.
+        # Beyond the end of a slice B is zero, so any coordinate will do.
         index = first[:, None] + np.where(inside, column, 0)
         before = np.where(inside, before[:, : len(column)], 0).astype(np.float32)
-        self._only = slice(*(index[0, [0, -1]] + [0, 1]).tolist()) if len(set(windows)) == 1 else None
+        self._only = slice(*(index[0, [0, -1]] + [0, 1]).tolist()) if len(set(slices)) == 1 else None
         state = (index, before, permutation, after.astype(np.float32), np.array(starts))
         self._state = {torch.device("cpu"): tuple(torch.from_numpy(array) for array in state)}
 
     def state(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Coordinates, B, Π and scaled B' of the slots, and the first rows of G, on `device`."""
+        """Return coordinates, B, Π and scaled B' of the slots, and the first rows of G, on `device`."""
         if device not in self._state:
             with torch.inference_mode(False):
                 self._state[device] = tuple(t.to(device) for t in self._state[torch.device("cpu")])
         return self._state[device]
 
-    def mixed(self, theta: torch.Tensor) -> torch.Tensor:
-        """u = scale · B' Π (1/√n) H B θ of every slot: `[..., d] -> [..., chunks, blocks, depth, n]`."""
+    def mix(self, theta: torch.Tensor) -> torch.Tensor:
+        """Compute u = scale · B' Π (1/√n) H B θ of every slot: `[..., d] -> [..., chunks, blocks, depth, n]`."""
         index, before, permutation, after, _ = self.state(theta.device)
         with torch.autocast(theta.device.type, enabled=False):
             theta = theta.float()
             theta = theta[..., index] if self._only is None else theta[..., self._only].unsqueeze(-2)
             u = fwht(theta * before, self.n)  # [..., slots, n]
             u = u.gather(-1, permutation.expand_as(u)) * after
-        return u.unflatten(-2, (self.cut.chunks, self.cut.blocks, self.cut.depth))
+        return u.unflatten(-2, (self.tiling.chunks, self.tiling.blocks, self.tiling.depth))
 
-    def banded(self, theta: torch.Tensor) -> torch.Tensor:
-        """U of every tile, slot j on its j-th cyclic diagonal: `[..., d] -> [..., chunks, blocks, n, n]`."""
-        u = self.mixed(theta).mT  # [..., n, depth]
-        row, slot = torch.arange(self.n, device=u.device), torch.arange(self.cut.depth, device=u.device)
+    def band(self, theta: torch.Tensor) -> torch.Tensor:
+        """Compute U of every tile, slot j on its j-th cyclic diagonal: `[..., d] -> [..., chunks, blocks, n, n]`."""
+        u = self.mix(theta).mT  # [..., n, depth]
+        row, slot = torch.arange(self.n, device=u.device), torch.arange(self.tiling.depth, device=u.device)
         column = ((row[:, None] + slot) % self.n).expand_as(u)
         return u.new_zeros(*u.shape[:-1], self.n).scatter(-1, column, u)
 
     def factor(self, theta: torch.Tensor) -> torch.Tensor:
-        """A(θ) = U H, the low-rank factor of every row chunk: `[..., d] -> [..., chunks, n, cols]`."""
-        if self.cut.depth == 1:
-            u = self.mixed(theta).squeeze(-2)
+        """Compute A(θ) = U H, the low-rank factor of every row chunk: `[..., d] -> [..., chunks, n, cols]`."""
+        if self.tiling.depth == 1:
+            u = self.mix(theta).squeeze(-2)
             h = hadamard(self.n, min(self.n, self.cols), u)  # [n, ≤ n]
             a = u.transpose(-1, -2).unsqueeze(-1) * h.unsqueeze(1)  # [..., chunks, n, blocks, ≤ n]
         else:
-            u = self.banded(theta)
+            u = self.band(theta)
             a = (u @ hadamard(self.n, min(self.n, self.cols), u)).transpose(-3, -2)
         return a.flatten(-2)[..., : self.cols]
 
     def basis(self, theta: torch.Tensor, chunk: int) -> torch.Tensor:
-        """The rows of G that a row chunk uses: `[height, n]`."""
-        start = self.starts[chunk]
-        return self.gaussian.on(theta.device)[start : start + min(self.cut.height, self.rows - chunk * self.cut.height)]
+        """Return the rows of G that a row chunk uses: `[height, n]`."""
+        start, height = self.starts[chunk], self.tiling.height
+        return self.gaussian.on(theta.device)[start : start + min(height, self.rows - chunk * height)]
 
     def factors(self, theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The offset as a product, `[d] -> [rows, k], [k, cols]` with k = chunks · n."""
-        left = torch.block_diag(*(self.basis(theta, r) for r in range(self.cut.chunks)))
+        """Compute the offset as a product, `[d] -> [rows, k], [k, cols]` with k = chunks · n."""
+        left = torch.block_diag(*(self.basis(theta, r) for r in range(self.tiling.chunks)))
         return left, self.factor(theta).flatten(0, 1)
 
     def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        height = self.cut.height
+        height = self.tiling.height
         with torch.autocast(theta.device.type, enabled=False):
             a = self.factor(theta)
             parts = []
@@ -144,59 +141,60 @@ class FastfoodTensor(TensorProjection):
             return torch.cat(parts, -2)
 
     def linear(self, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-        each = theta.dim() > 1
-        if each:  # sums with the signs of H cancel, so they want more than half precision; there is no backward pass
+        if theta.dim() > 1:  # sums with the signs of H cancel, which half precision rounds too much
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        z = self._products(x, theta) if each else [F.linear(x, a) for a in self.factor(theta).to(x.dtype)]
+            z = self._multiply_samples(x, theta)
+        else:
+            z = [F.linear(x, a) for a in self.factor(theta).to(x.dtype)]
         return torch.cat([F.linear(part, self.basis(theta, r).to(x.dtype)) for r, part in enumerate(z)], -1)
 
-    def _products(self, x: torch.Tensor, theta: torch.Tensor) -> list[torch.Tensor]:
-        """x A(θ)ᵀ of every row chunk, `[batch, ..., n]`, each sample with its own θ, without any A(θ).
+    def _multiply_samples(self, x: torch.Tensor, theta: torch.Tensor) -> list[torch.Tensor]:
+        """Compute x A(θ)ᵀ of every row chunk, `[batch, ..., n]`, each sample with its own θ, without any A(θ).
 
-        A is U times H, and only U depends on θ: x H serves all samples.
+        A is U times H, and only U depends on θ, so all samples use the same x H.
         """
-        h = F.pad(x, (0, self.cut.blocks * self.n - self.cols)).reshape(len(x), -1, self.cut.blocks, self.n)
+        h = F.pad(x, (0, self.tiling.blocks * self.n - self.cols)).reshape(len(x), -1, self.tiling.blocks, self.n)
         h = fwht(h)  # [batch, tokens, blocks, n]
-        if self.cut.depth == 1:
-            u = self.mixed(theta).to(x.dtype).squeeze(-2)  # [batch, chunks, blocks, n]
-            z = [(h * u[:, r, None]).sum(-2) for r in range(self.cut.chunks)]
+        if self.tiling.depth == 1:
+            u = self.mix(theta).to(x.dtype).squeeze(-2)  # [batch, chunks, blocks, n]
+            z = [(h * u[:, r, None]).sum(-2) for r in range(self.tiling.chunks)]
         else:
-            u = self.banded(theta).to(x.dtype)  # [batch, chunks, blocks, n, n]
-            z = [torch.einsum("stbi,sboi->sto", h, u[:, r]) for r in range(self.cut.chunks)]
+            u = self.band(theta).to(x.dtype)  # [batch, chunks, blocks, n, n]
+            z = [torch.einsum("stbi,sboi->sto", h, u[:, r]) for r in range(self.tiling.chunks)]
         return [part.view(*x.shape[:-1], self.n) for part in z]
 
     def gather(self, index: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         *_, starts = self.state(theta.device)
-        chunk = index // self.cut.height
+        chunk = index // self.tiling.height
         with torch.autocast(theta.device.type, enabled=False):
-            place = (*samples(theta, index), chunk)
-            g = F.embedding(index % self.cut.height + starts[chunk], self.gaussian.on(theta.device))
-            if self.cut.depth == 1:
-                u = g.unsqueeze(-2) * self.mixed(theta).squeeze(-2)[place]  # [..., blocks, n]
-            elif theta.dim() == 1 and self.cut.chunks < self.n:  # less than a copy of U for every index
-                u = torch.einsum("...i,cbij->...cbj", g, self.banded(theta))
+            g = F.embedding(index % self.tiling.height + starts[chunk], self.gaussian.on(theta.device))
+            of_chunk = (*index_samples(theta, index), chunk)
+            if self.tiling.depth == 1:
+                u = g.unsqueeze(-2) * self.mix(theta).squeeze(-2)[of_chunk]  # [..., blocks, n]
+            elif theta.dim() == 1 and self.tiling.chunks < self.n:  # smaller than a copy of U for every index
+                u = torch.einsum("...i,cbij->...cbj", g, self.band(theta))
                 u = u.take_along_dim(chunk[..., None, None, None], -3).squeeze(-3)
             else:
-                u = torch.einsum("...i,...bij->...bj", g, self.banded(theta)[place])
+                u = torch.einsum("...i,...bij->...bj", g, self.band(theta)[of_chunk])
             return fwht(u).flatten(-2)[..., : self.cols]
 
 
 def build_fastfood(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
-    """Fastfood projections for the tensors named in `shapes`, each of which mixes coordinates of its own.
+    """Build a Fastfood projection for each parameter in `shapes`, each with its own coordinates of θ.
 
     Raises:
-        ValueError: there are fewer weights than coordinates, so that some would move nothing.
+        ValueError: d exceeds the number of weights.
     """
     return _build(spec, shapes, False)
 
 
 def build_global(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
-    """Fastfood projections that cut θ once for the whole model; with n ≥ d, every tensor mixes all of it.
+    """Build Fastfood projections that cut θ once for the whole model (Aghajanyan et al. 2020, section 3.1).
 
-    The paper's (Aghajanyan et al. 2020, section 3.1).
+    With n ≥ d, every parameter mixes all of θ.
 
     Raises:
-        ValueError: see `build_fastfood`.
+        ValueError: d exceeds the number of weights.
     """
     return _build(spec, shapes, True)
 
@@ -204,39 +202,39 @@ def build_global(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
 @torch.inference_mode(False)
 def _build(spec: Spec, shapes: Shapes, whole: bool) -> dict[str, TensorProjection]:
     n = spec.block_size
-    share = shares(spec.d, shapes)
-    cuts = {name: tiling(shape, share[name][1], n) for name, shape in shapes.items()}
-    weights = {name: cuts[name].weights(shape, n) for name, shape in shapes.items()}
+    coordinates = allocate(spec.d, shapes)
+    tilings = {name: make_tiling(shape, coordinates[name][1], n) for name, shape in shapes.items()}
+    weights = {name: tilings[name].weights(shape, n) for name, shape in shapes.items()}
     if whole:
-        windows = global_windows(spec.d, weights, n)
+        slices = slice_model(spec.d, weights, n)
     else:
-        windows = {name: own_windows(share[name], weights[name], n) for name in shapes}
-    moved = np.zeros(spec.d)  # weights that each coordinate moves
+        slices = {name: slice_tensor(coordinates[name], weights[name], n) for name in shapes}
+    affected = np.zeros(spec.d)  # weights that each coordinate affects
     for name in shapes:
-        for (start, count), weight in zip(windows[name], weights[name], strict=True):
-            moved[start : start + count] += weight
+        for (start, count), weight in zip(slices[name], weights[name], strict=True):
+            affected[start : start + count] += weight
 
-    places = min(OFFSETS, max(1, 2**18 // n))
-    starts = {name: [int(w % places) for w in words(spec.seed, "window", name, cuts[name].chunks)] for name in shapes}
-    height = max(max(starts[name]) + cuts[name].height for name in shapes)
-    gaussian = _gaussian(spec.seed, n, height)
+    offsets = min(OFFSETS, max(1, 2**18 // n))
+    streams = {name: words(spec.seed, "window", name, tilings[name].chunks) for name in shapes}
+    starts = {name: [int(word % offsets) for word in stream] for name, stream in streams.items()}
+    gaussian = _share_gaussian(spec.seed, n, max(max(starts[name]) + tilings[name].height for name in shapes))
     result: dict[str, TensorProjection] = {}
     for name, shape in shapes.items():
-        signs, permutation = signs_and_permutations(spec.seed, name, len(windows[name]), n)
+        signs, permutation = signs_and_permutations(spec.seed, name, len(slices[name]), n)
         if spec.scale == "isometric":
-            scale = np.array([1 / np.sqrt(moved[start : start + count].mean()) for start, count in windows[name]])
+            scale = np.array([1 / np.sqrt(affected[start : start + count].mean()) for start, count in slices[name]])
         else:
-            mixed = np.array(windows[name])[:, 1].reshape(-1, cuts[name].depth).sum(1)  # coordinates in each tile
-            scale = spec.unit * shape.natural / np.sqrt(mixed).repeat(cuts[name].depth)
+            mixed = np.array(slices[name])[:, 1].reshape(-1, tilings[name].depth).sum(1)  # coordinates in each tile
+            scale = spec.theta_scale * shape.entry_scale / np.sqrt(mixed).repeat(tilings[name].depth)
         after = signs[:, 1] * (scale / np.sqrt(n))[:, None]
-        (first, count), *more = windows[name]
+        (first, count), *more = slices[name]
         stored = shape.cols == 1 and count <= STORED and not more
-        used = [(0, count)] if stored else windows[name]
+        used = [(0, count)] if stored else slices[name]
         projection: TensorProjection = FastfoodTensor(
-            shape.rows, shape.cols, cuts[name], gaussian, starts[name], used, signs[:, 0], permutation, after
+            shape.rows, shape.cols, tilings[name], gaussian, starts[name], used, signs[:, 0], permutation, after
         )
         if stored:
-            columns = projection.materialise(torch.eye(count, device="cpu")).squeeze(-1)
+            columns = projection.materialize(torch.eye(count, device="cpu")).squeeze(-1)
             projection = DenseTensor(shape.rows, shape.cols, columns.T, first)
         result[name] = projection
     return result

@@ -1,7 +1,7 @@
-"""The random stream behind every projection: counter-based, keyed by name, the same on every platform.
+"""Counter-based random numbers of all projections, keyed by name, the same on every platform.
 
-Only the raw output of numpy's Philox bit generator is used (its stream is guaranteed, NEP 19), so neither a torch
-version nor a device can change an adapter. The exact definition is in the README beside this file.
+Only the raw output of numpy's Philox bit generator is used, which NEP 19 guarantees. So no version of torch and no
+device changes an adapter. This folder's README.md has the exact definition.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ import numpy as np
 from scipy.special import ndtri
 
 ALGORITHM_VERSION = 1
-"""Changes whenever the same configuration would give another projection."""
+"""Version of P. It changes whenever the same configuration would give another P."""
 
 GRID = 2.0**-16
-"""Normals are put on the odd multiples of half of this, far coarser than what mathematics libraries differ by."""
+"""Normals are rounded to odd multiples of half of this, far coarser than the differences of mathematics libraries."""
 
 
 def words(seed: int, purpose: str, name: str, count: int) -> np.ndarray:
-    """The first `count` 64-bit words of the stream that belongs to (seed, purpose, name).
+    """Return the first `count` 64-bit words of the stream of (seed, purpose, name).
 
     Returns:
         `uint64[count]`: raw output of Philox4x64-10 under a key of 128 bits taken from SHA-256.
     """
-    label = f"peft-intrinsic/1/{seed}/{purpose}/{name}"  # 1 whatever ALGORITHM_VERSION is: old adapters keep theirs
+    label = f"peft-intrinsic/1/{seed}/{purpose}/{name}"  # 1 for every ALGORITHM_VERSION, for old adapters
     key = np.frombuffer(hashlib.sha256(label.encode()).digest()[:16], dtype="<u8")
     return np.random.Philox(key=key.astype(np.uint64)).random_raw(count)
 
 
 def _half_steps(raw: np.ndarray) -> np.ndarray:
-    """Normals as odd integers, in units of half of `GRID`: never zero, never infinite."""
+    """Convert words to normals as odd multiples of half of `GRID`: never zero, never infinite."""
     uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return 2 * np.floor(ndtri(uniform) / GRID).astype(np.int64) + 1
 
 
 def normals(raw: np.ndarray) -> np.ndarray:
-    """Standard normal numbers from raw words, by the inverse distribution function, on the grid.
+    """Convert raw words to standard normals on the grid, by the inverse distribution function.
 
     Args:
         raw: `uint64[...]`.
@@ -48,9 +48,9 @@ def normals(raw: np.ndarray) -> np.ndarray:
 
 
 def normal_rows(seed: int, purpose: str, name: str, rows: int, width: int) -> np.ndarray:
-    """Normal rows, each scaled to the length √width, so that every weight gets a row of P of the same norm.
+    """Return normal rows scaled to length √width, so that all rows of P have the same norm.
 
-    Row k depends on (seed, purpose, name, width, k) alone: asking for more rows changes none of the first.
+    Row k depends on (seed, purpose, name, width, k) alone, not on the number of rows.
 
     Returns:
         `float32[rows, width]`.
@@ -61,10 +61,10 @@ def normal_rows(seed: int, purpose: str, name: str, rows: int, width: int) -> np
 
 
 def signs_and_permutations(seed: int, name: str, count: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """The signs B and B' and the permutation Π of `count` blocks of order n, from one tensor's stream.
+    """Return the signs B and B' and the permutation Π of `count` blocks of order n, from one tensor's stream.
 
-    Block t takes n + ⌈2n/64⌉ words: n sort keys (Π is their stable argsort), then sign bits, lowest first (1 means −1):
-    n for B, n for B'.
+    Block t uses n + ⌈2n/64⌉ words. The first n are sort keys, whose stable argsort is Π. The others hold sign bits,
+    lowest first, 1 for −1: n for B, then n for B'.
 
     Returns:
         `int8[count, 2, n]` of ±1 and `int64[count, n]`.

@@ -1,4 +1,4 @@
-"""A learnt subspace on disk: one safetensors file, in which each parameter has its part of every direction."""
+"""Files of learned subspaces: safetensors, with the part of every direction that belongs to each parameter."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ DIGEST = 16
 
 
 def contents_digest(path: Path) -> str:
-    """SHA-256 of a subspace file, cut to 16 digits, its own digest read as zeros."""
-    digest, nothing = hashlib.sha256(), b"0" * DIGEST
+    """Compute the first 16 digits of the SHA-256 of a subspace file, whose own digest is read as zeros."""
+    digest, zeros = hashlib.sha256(), b"0" * DIGEST
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        digest.update(re.sub(rb'("digest": ")[0-9a-f]+"', rb"\g<1>" + nothing + b'"', file.read(length)))
+        digest.update(re.sub(rb'("digest": ")[0-9a-f]+"', rb"\g<1>" + zeros + b'"', file.read(length)))
         while piece := file.read(2**22):
             digest.update(piece)
     return digest.hexdigest()[:DIGEST]
@@ -35,13 +35,13 @@ def contents_digest(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share one θ.
+    """Parameters with common directions.
 
     Args:
-        name: a transformer block, or `"model"`.
-        parameters: in the order of the model.
-        singular_values: of the snapshots (rows) along each direction, largest first: `dim` of them.
-        explained: share of the snapshots' squared length, centred if they were, along each direction.
+        name: prefix of a numbered block, `"rest"`, or `"model"`.
+        parameters: names in the order of the model.
+        singular_values: singular values of the matrix of snapshots, largest first, one for each direction.
+        explained: fraction of the snapshots' squared length (their variance, if centered) along each direction.
     """
 
     name: str
@@ -53,18 +53,24 @@ class Group:
 class Subspace:
     """Directions in the space of a model's parameters, orthonormal within each group.
 
+    Opening reads the header alone; `directions` reads one parameter.
+
     Args:
-        path: of the file that `fit_subspace` wrote.
+        path: path of a file that `fit_subspace` wrote.
 
     Attributes:
-        groups: which parameters move together.
-        base: digest of the base model's parameters that are moved; empty where no base was named.
-        digest: of the contents.
-        snapshots: how many it was learnt from.
-        shapes: of the parameters.
+        groups: groups of parameters with common directions.
+        base: digest of the base model's values of these parameters; empty if no base was given.
+        digest: digest of the contents.
+        snapshots: number of snapshots that were fitted.
+        shapes: shape of each parameter, by name.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        ValueError: the file is absent, or is no subspace file.
+
+    Example:
+        >>> Subspace("sst2.safetensors").dim  # doctest: +SKIP
+        96
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -76,8 +82,8 @@ class Subspace:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in keys}
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"subspace={str(path)!r} cannot be read ({error}). Name the file that fit_subspace wrote, or put it "
-                "back beside the adapter."
+                f"subspace={str(path)!r} cannot be read ({error}). Pass the path of a file that fit_subspace wrote, or "
+                "restore it beside the adapter."
             ) from None
         try:
             if meta["format"] != FORMAT:
@@ -87,60 +93,68 @@ class Subspace:
             self.shapes = {name: shapes[name][1:] for group in self.groups for name in group.parameters}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"subspace={str(path)!r} is no subspace file of this version ({error}). Make one with fit_subspace."
+                f"subspace={str(path)!r} is no subspace file of this version ({error}). Create one with fit_subspace."
             ) from None
 
     def verify(self) -> None:
-        """Raises ValueError where the contents are not what was written. Reads the whole file."""
+        """Compare the digest with the contents, for which the whole file is read.
+
+        Raises:
+            ValueError: they differ.
+        """
         if contents_digest(self.path) != self.digest:
             raise ValueError(
-                f"subspace={str(self.path)!r} is damaged: its digest is not that of its contents. Fit it again."
+                f"subspace={str(self.path)!r} is damaged: its digest differs from that of its contents. Fit it again."
             )
 
     @property
     def dim(self) -> int:
-        """Directions of all groups together: the most numbers that can be trained."""
+        """Number of directions of all groups, which is the largest d."""
         return sum(len(group.singular_values) for group in self.groups)
 
-    def windows(self, d: int, names: Container[str]) -> list[tuple[Group, int, int]]:
-        """The groups that hold some of `names`, the first coordinate of θ of each and how many.
+    def allocate(self, d: int, names: Container[str]) -> list[tuple[Group, int, int]]:
+        """Allocate θ in equal parts to the groups that hold some of `names`. The first groups get the remainder.
 
-        Equal parts, each the group's leading directions; what is over goes to the first groups.
+        Args:
+            d: length of θ.
+            names: names of the adapted parameters.
+
+        Returns:
+            Groups with the first coordinate of each and its number of coordinates, which weight its leading directions.
 
         Raises:
-            ValueError: some group would get none, or they have fewer than d.
+            ValueError: d is less than the number of groups, or exceeds their directions.
         """
         groups = [group for group in self.groups if any(name in names for name in group.parameters)]
         room = [len(group.singular_values) for group in groups]
         if not len(groups) <= d <= sum(room):
             raise ValueError(
-                f"A θ of {d} numbers (d less the λ) does not fit the subspace {self.path}, whose {len(groups)} groups "
-                f"take from {len(groups)} to {sum(room)}. Choose d accordingly, or fit another subspace."
+                f"θ has {d} entries (d minus the number of λ), but the {len(groups)} groups of {self.path} allow from "
+                f"{len(groups)} to {sum(room)}. Change d, or fit another subspace."
             )
         counts = [0] * len(room)
         while rest := d - sum(counts):
-            wanting = [i for i, count in enumerate(counts) if count < room[i]]
-            for i in wanting[:rest]:
+            for i in [i for i, count in enumerate(counts) if count < room[i]][:rest]:
                 counts[i] += 1
         return [(group, sum(counts[:i]), counts[i]) for i, group in enumerate(groups)]
 
     def directions(self, name: str, count: int) -> torch.Tensor:
-        """The part of a parameter in the first directions of its group: `float32[count, *shape]`."""
+        """Read the part of a parameter in the first directions of its group: `float32[count, *shape]`."""
         with torch.device("cpu"), safe_open(self.path, "pt") as file:  # slices lie on torch's default device
             return file.get_slice(name)[:count].float()
 
 
 class SubspaceWriter:
-    """Writes a subspace piece by piece: no tensor of the file is ever whole in memory.
+    """Writer of a subspace file in pieces, so that no tensor of it is whole in memory.
 
-    The file appears under its name when all is written; an error leaves an older one as it is.
+    The file gets its name when it is complete; an error leaves an older file unchanged.
 
     Args:
-        path: of the file.
-        shapes: of the parameters.
-        groups: see `Subspace`.
+        path: path of the file.
+        shapes: shape of each parameter, by name.
+        groups: groups of parameters, see `Subspace`.
         dtype: float32 or bfloat16.
-        about: base and number of snapshots.
+        about: further metadata, `base` and `snapshots` among them.
     """
 
     def __init__(
@@ -153,16 +167,15 @@ class SubspaceWriter:
     ) -> None:
         self.path, self.dtype = Path(path), dtype
         self._new = self.path.with_name(self.path.name + ".new")
-        self._start, self._size, place = {}, {}, 0
+        self._start, self._size, end = {}, {}, 0
         table: dict[str, Any] = {}
         for group in groups:
             for name in group.parameters:
                 shape = [len(group.singular_values), *shapes[name]]
-                end = place + math.prod(shape) * dtype.itemsize
-                table[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": [place, end]}
-                self._start[name], self._size[name] = place, math.prod(shapes[name])
-                place = end
-        self._length = place
+                start, end = end, end + math.prod(shape) * dtype.itemsize
+                table[name] = {"dtype": TYPES[dtype], "shape": shape, "data_offsets": [start, end]}
+                self._start[name], self._size[name] = start, math.prod(shapes[name])
+        self._length = end
         meta = {"format": FORMAT, **about, "groups": json.dumps([vars(group) for group in groups])}
         self._table = {"__metadata__": {**meta, "digest": "0" * DIGEST}, **table}
 
@@ -180,7 +193,7 @@ class SubspaceWriter:
         return struct.pack("<Q", len(text)) + text
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
-        """Weights `start` and on of a parameter, in all directions: `[dim, weights]`."""
+        """Write consecutive weights of a parameter, the first at index `start`, in all directions: `[dim, weights]`."""
         raw = values.to(self.dtype).contiguous().view(torch.uint8).numpy()
         for k, row in enumerate(raw):
             self._file.seek(self._data + self._start[name] + (k * self._size[name] + start) * self.dtype.itemsize)

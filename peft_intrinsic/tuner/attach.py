@@ -63,7 +63,7 @@ def attach(model: nn.Module, adapter: str, targeting: Targeting, config: Intrins
             offset = Offset(name, projections[name], target.shape, target.matrix.transposed, target.group, merges)
             layers[id(module)].offsets.setdefault(adapter, {})[own] = offset
     spec = targeting.spec
-    unit = spec.unit / spec.factor if config.scale == "fan_in" else 1
+    unit = spec.theta_scale / spec.factor if config.scale == "fan_in" else 1
     draws = config.ensemble or int(not config.init_weights)
     drawn = [random_theta(int(torch.randint(2**62, ())), spec.d) / unit for _ in range(draws)]
     theta = np.mean(drawn, axis=0) if drawn else np.zeros(spec.d)

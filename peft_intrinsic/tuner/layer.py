@@ -37,9 +37,9 @@ class Offset:
     group: int | None
     merges: bool
 
-    def materialise(self, theta: torch.Tensor) -> torch.Tensor:
+    def materialize(self, theta: torch.Tensor) -> torch.Tensor:
         """`[d] -> shape`, or `[batch, d] -> [batch, *shape]`."""
-        matrix = self.projection.materialise(theta)
+        matrix = self.projection.materialize(theta)
         return matrix.mT if self.transposed else matrix.view((*theta.shape[:-1], *self.shape))
 
 
@@ -149,7 +149,7 @@ class IntrinsicLayer(BaseTunerLayer):
                         f"{offset.name} is read by another module than its own, so the samples of a batch cannot have "
                         f"different adapters there. Leave it out: exclude_modules=['{offset.name.rpartition('.')[0]}']."
                     )
-                result = result + offset.materialise(theta.to(base.device)).to(base.dtype)
+                result = result + offset.materialize(theta.to(base.device)).to(base.dtype)
             return result
 
         thetas = [theta for _, theta in applied]
@@ -169,7 +169,7 @@ class IntrinsicLayer(BaseTunerLayer):
         """
         offset = self.offsets[adapter][parameter]
         theta = self.vector.scaled(adapter, offset.group)
-        return offset.materialise(theta.float()).to(theta.dtype)
+        return offset.materialize(theta.float()).to(theta.dtype)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -62,7 +62,7 @@ class IntrinsicLinear(IntrinsicModule):
         for name, offset, each in self.applied():
             theta, rows = self.vector.choices.match(offset.name, each, x)
             added = (
-                offset.projection.linear(rows, theta) if name == "weight" else spread(offset.materialise(theta), rows)
+                offset.projection.linear(rows, theta) if name == "weight" else spread(offset.materialize(theta), rows)
             )
             result = result + added.to(result.dtype)
         return result

@@ -75,7 +75,7 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
         values = {name: self.base_parameter(name) for name in self.base_layer._parameters}
         for name, offset, each in applied:
             theta, rows = self.vector.choices.match(offset.name, each, x)
-            values[name] = values[name] + spread(offset.materialise(theta), rows).to(x.dtype)
+            values[name] = values[name] + spread(offset.materialize(theta), rows).to(x.dtype)
         self._values.mixed = values
         try:
             yield rows, values

@@ -28,7 +28,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def columns(projection: TensorProjection, d: int) -> torch.Tensor:
     """P, the offsets of all unit vectors: `[d, rows, cols]`."""
-    return torch.cat([projection.materialise(units) for units in torch.eye(d).split(64)])
+    return torch.cat([projection.materialize(units) for units in torch.eye(d).split(64)])
 
 
 def error(actual: torch.Tensor, expected: np.ndarray) -> float:

@@ -130,7 +130,7 @@ def test_offset_is_p_times_theta_and_its_gradient_the_adjoint(case):
     parameter = leaf(theta)
     for name, p in projections.items():
         g = draw(p.rows, p.cols, seed=1)
-        y = p.materialise(parameter)
+        y = p.materialize(parameter)
         assert error(y, offset(theta, matrices[name])) < TOLERANCE[torch.float32]
         (y * g).sum().backward()
         total += adjoint(g, matrices[name])
@@ -168,7 +168,7 @@ def test_gather_returns_rows_of_the_offset_and_has_their_gradients(case):
         parameter, g = leaf(theta), draw(2, 3, p.cols, seed=1)
         y = p.gather(index, parameter)
         assert error(y, offset(theta, matrices[name])[index]) < TOLERANCE[torch.float32]
-        assert error(y, p.materialise(theta)[index].double().numpy()) < TOLERANCE[torch.float32]
+        assert error(y, p.materialize(theta)[index].double().numpy()) < TOLERANCE[torch.float32]
         (y * g).sum().backward()
         dense = torch.zeros(p.rows, p.cols).index_add_(0, index.flatten(), g.flatten(0, 1))
         assert error(parameter.grad, adjoint(dense, matrices[name])) < TOLERANCE[torch.float32]
@@ -179,7 +179,7 @@ def test_each_sample_of_a_batch_uses_its_own_theta(case):
     theta = draw(3, len(theta), seed=3)
     for name, p in projections.items():
         w = offset(theta, matrices[name])
-        assert error(p.materialise(theta), w) < TOLERANCE[torch.float32]
+        assert error(p.materialize(theta), w) < TOLERANCE[torch.float32]
         assert error(p.slab(theta, 0, p.rows // 2 + 1), w[:, : p.rows // 2 + 1]) < TOLERANCE[torch.float32]
         for between in ((), (2,), (2, 2)):
             x = draw(3, *between, p.cols, seed=4)
@@ -194,10 +194,10 @@ def test_offset_is_linear_in_theta(case):
     projections, _, theta = case
     other = draw(len(theta), seed=4)
     for p in projections.values():
-        y = p.materialise(2 * theta - 3 * other)
-        expected = 2 * p.materialise(theta).double() - 3 * p.materialise(other).double()
+        y = p.materialize(2 * theta - 3 * other)
+        expected = 2 * p.materialize(theta).double() - 3 * p.materialize(other).double()
         assert error(y, expected.numpy()) < TOLERANCE[torch.float32]
-        assert not p.materialise(0 * theta).any()
+        assert not p.materialize(0 * theta).any()
 
 
 @pytest.mark.parametrize("shape", [(0,), (), (1,), (2, 0, 3)])
@@ -214,7 +214,7 @@ def test_linear_returns_the_dtype_of_its_input(small, dtype):
     x = draw(5, p.cols).to(dtype)
     y = p.linear(x, theta)
     assert y.dtype == dtype
-    assert error(y, x.double().numpy() @ p.materialise(theta).double().numpy().T) < TOLERANCE[dtype]
+    assert error(y, x.double().numpy() @ p.materialize(theta).double().numpy().T) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -222,11 +222,11 @@ def test_offsets_are_float32_for_theta_of_any_dtype(small, dtype):
     p, theta = small
     theta = theta.to(dtype)
     index = torch.tensor([3, 23])
-    assert p.materialise(theta).dtype == torch.float32
-    assert torch.equal(p.materialise(theta), p.materialise(theta.float()))
+    assert p.materialize(theta).dtype == torch.float32
+    assert torch.equal(p.materialize(theta), p.materialize(theta.float()))
     assert torch.equal(p.gather(index, theta), p.gather(index, theta.float()))
     parameter = leaf(theta)
-    p.materialise(parameter).sum().backward()
+    p.materialize(parameter).sum().backward()
     assert parameter.grad.dtype == dtype
 
 
@@ -234,9 +234,9 @@ def test_offsets_are_float32_for_theta_of_any_dtype(small, dtype):
 def test_autocast_does_not_change_offsets(small, dtype):
     p, theta = small
     index = torch.tensor([3, 23])
-    expected = p.materialise(theta), p.gather(index, theta)
+    expected = p.materialize(theta), p.gather(index, theta)
     with torch.autocast("cpu", dtype=dtype):
-        actual = p.materialise(theta), p.gather(index, theta)
+        actual = p.materialize(theta), p.gather(index, theta)
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)
@@ -247,11 +247,11 @@ def test_projections_built_and_used_in_inference_mode_still_train(tmp_path, proj
     spec, build = make_spec(tmp_path, projection, 20, SHAPES, 32, seed=1234), PROJECTIONS[projection]
     with torch.inference_mode():
         first = build(spec, SHAPES)["a"]
-        first.materialise(draw(20))
+        first.materialize(draw(20))
     second = build(spec, SHAPES)["a"]  # G may come from a cache
     for p in (second, first):
         theta, x = leaf(draw(20)), leaf(draw(2, 41))
-        (p.materialise(theta).sum() + p.linear(x, theta).sum() + p.gather(torch.tensor([1]), theta).sum()).backward()
+        (p.materialize(theta).sum() + p.linear(x, theta).sum() + p.gather(torch.tensor([1]), theta).sum()).backward()
         assert theta.grad.all()
         assert x.grad.all()
 
@@ -264,14 +264,14 @@ def test_neither_default_device_nor_order_of_tensors_changes_offsets(tmp_path, p
         again = build(spec, SEVERAL)
     for projections in (again, build(spec, dict(reversed(SEVERAL.items())))):
         for name, p in projections.items():
-            assert torch.equal(p.materialise(theta), expected[name].materialise(theta))
+            assert torch.equal(p.materialize(theta), expected[name].materialize(theta))
 
 
 @pytest.mark.parametrize("projection", RANDOM)
 def test_seed_and_name_change_offsets(projection):
     shapes = {"a": Shape(20, 70), "b": Shape(20, 70)}
     first, second = (PROJECTIONS[projection](Spec(30, seed, 32, "fan_in"), shapes) for seed in (0, 1))
-    a, b, other = (p.materialise(draw(30)) for p in (first["a"], first["b"], second["a"]))
+    a, b, other = (p.materialize(draw(30)) for p in (first["a"], first["b"], second["a"]))
     assert error(a, b.double().numpy()) > 0.5
     assert error(a, other.double().numpy()) > 0.5
 
@@ -282,7 +282,7 @@ def test_golden_offsets(projection, scale):
     shapes = {"w": Shape(3, 5), "b": Shape(2, 1, "matrix" if projection == "dense" else "bias")}
     projections = PROJECTIONS[projection](Spec(5, 1, 4, scale), shapes)
     for name, expected in GOLDEN[projection, scale].items():
-        actual = projections[name].materialise(theta)[: len(expected)]
+        actual = projections[name].materialize(theta)[: len(expected)]
         np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-6, atol=2e-7)
 
 
@@ -324,7 +324,7 @@ def test_factor_multiplies_offsets_bitwise(tmp_path, projection):
     spec, build = make_spec(tmp_path, projection, 50, SEVERAL), PROJECTIONS[projection]
     scaled = build(replace(spec, factor=256), SEVERAL)
     for name, p in build(spec, SEVERAL).items():
-        assert torch.equal(scaled[name].materialise(draw(50)), 256 * p.materialise(draw(50)))
+        assert torch.equal(scaled[name].materialize(draw(50)), 256 * p.materialize(draw(50)))
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -334,8 +334,8 @@ def test_number_of_threads_does_not_change_a_bit(tmp_path, projection):
     theta, threads = draw(d), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = p.materialise(theta)
+        one = p.materialize(theta)
         torch.set_num_threads(4)
-        assert torch.equal(p.materialise(theta), one)
+        assert torch.equal(p.materialize(theta), one)
     finally:
         torch.set_num_threads(threads)

@@ -13,13 +13,13 @@ def test_tensors_do_not_depend_on_each_other():
     together = build_dense(Spec(7, 0, 1, "fan_in"), shapes)
     for name, shape in shapes.items():
         alone = build_dense(Spec(7, 0, 1, "fan_in"), {name: shape})[name]
-        assert torch.equal(alone.materialise(draw(7)), together[name].materialise(draw(7)))
+        assert torch.equal(alone.materialize(draw(7)), together[name].materialize(draw(7)))
 
 
 def test_more_entries_than_the_limit_raise_an_error_that_names_fastfood(monkeypatch):
-    with pytest.raises(ValueError, match=r"1099511627776 x 2 numbers.* Use projection='fastfood'"):
+    with pytest.raises(ValueError, match=r"1099511627776 x 2 entries.* Use projection='fastfood'"):
         build_dense(Spec(2, 0, 1, "fan_in"), {"a": Shape(2**20, 2**20)})
     monkeypatch.setattr(dense, "LIMIT", 60)
     build_dense(Spec(3, 0, 1, "fan_in"), {"a": Shape(3, 5), "b": Shape(5, 1)})  # 60 entries
-    with pytest.raises(ValueError, match="21 x 3 numbers, more than 60"):
+    with pytest.raises(ValueError, match="21 x 3 entries, more than 60"):
         build_dense(Spec(3, 0, 1, "fan_in"), {"a": Shape(3, 5), "b": Shape(6, 1)})

@@ -24,7 +24,7 @@ def test_tensors_with_more_rows_than_the_limit_are_cut_into_chunks(monkeypatch):
     for rows, chunks in [(1, 1), (7, 1), (8, 1), (9, 2), (16, 2), (17, 3)]:
         p = build_fastfood(Spec(3, 0, 4, "fan_in"), {"a": Shape(rows, 6)})["a"]
         assert p.factor(draw(3)).shape == (chunks, 4, 6)
-        assert p.materialise(draw(3)).shape == (rows, 6)
+        assert p.materialize(draw(3)).shape == (rows, 6)
 
 
 def test_offset_is_the_basis_times_the_factor(monkeypatch):
@@ -32,7 +32,7 @@ def test_offset_is_the_basis_times_the_factor(monkeypatch):
     p = build_fastfood(Spec(3, 0, 4, "fan_in"), {"a": Shape(21, 7)})["a"]
     theta = draw(3)
     product = torch.cat([p.basis(theta, r) @ p.factor(theta)[r] for r in range(3)])
-    assert torch.equal(product, p.materialise(theta))
+    assert torch.equal(product, p.materialize(theta))
 
 
 @SEARCH
@@ -53,8 +53,8 @@ def test_every_coordinate_has_an_effect_on_some_weight(share, n, shapes, limit, 
         patch.setattr(allocation, "ROWS", limit)
         theta = torch.zeros(d, requires_grad=True)
         for i, p in enumerate(build(Spec(d, 0, n, "fan_in"), shapes).values()):
-            (p.materialise(theta) * draw(p.rows, p.cols, seed=i)).sum().backward()
-        with pytest.raises(ValueError, match=f"d={total + 1} is more than the {total} weights"):
+            (p.materialize(theta) * draw(p.rows, p.cols, seed=i)).sum().backward()
+        with pytest.raises(ValueError, match=f"d={total + 1} exceeds the {total} weights"):
             build(Spec(total + 1, 0, n, "fan_in"), shapes)
     assert theta.grad.all()  # Pᵀg of a random g is 0 only where a column of P is
 
@@ -80,7 +80,7 @@ def test_lengths_of_the_columns_differ_by_a_small_factor(d):
 
 def test_each_tensor_has_its_own_output_space():
     shapes = {f"w{i}": Shape(384, 384) for i in range(12)}
-    offsets = [p.materialise(draw(1000)) for p in build_fastfood(Spec(1000, 0, 64, "fan_in"), shapes).values()]
+    offsets = [p.materialize(draw(1000)) for p in build_fastfood(Spec(1000, 0, 64, "fan_in"), shapes).values()]
     assert torch.linalg.matrix_rank(offsets[0]) == 64
     assert torch.linalg.matrix_rank(torch.cat(offsets, 1)) == 384
 

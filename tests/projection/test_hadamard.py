@@ -22,7 +22,7 @@ def butterfly(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_fwht_is_the_matrix_product(n):
+def test_fwht_equals_the_matrix_product(n):
     x = draw(2, 3, n)
     expected = x.numpy() @ scipy.linalg.hadamard(n)
     np.testing.assert_allclose(fwht(x).numpy(), expected, rtol=0, atol=1e-13 * n)
@@ -31,13 +31,13 @@ def test_fwht_is_the_matrix_product(n):
 
 
 @pytest.mark.parametrize("n", [2048, 16384, 32768])  # two and three factors
-def test_fwht_of_long_vectors(n):
+def test_fwht_of_long_vectors_equals_the_butterfly(n):
     x = draw(2, n)
     np.testing.assert_allclose(fwht(x).numpy(), butterfly(x.numpy()), rtol=0, atol=1e-12 * n**0.5)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (0, 256), (1, 1), (256,)])
-def test_fwht_keeps_the_shape(shape):
+def test_fwht_preserves_the_shape(shape):
     assert fwht(draw(*shape)).shape == shape
 
 
@@ -51,7 +51,7 @@ def test_hadamard_is_a_slice_of_the_matrix(n, dtype):
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 256])  # 256: two factors
-def test_fwht_gradient(n):
+def test_fwht_has_the_numerical_gradient(n):
     assert torch.autograd.gradcheck(fwht, draw(2, n).requires_grad_(), fast_mode=n > 16)
 
 
@@ -65,9 +65,9 @@ def test_cached_matrix_survives_inference_mode():
     np.testing.assert_allclose(x.grad.numpy(), 512 * np.eye(512)[1:2], rtol=0, atol=1e-9)
 
 
-def test_small_matrices_are_kept_and_large_ones_are_not():
-    for n, kept in ((64, 1), (1024, 1), (2048, 0)):
+def test_only_small_matrices_are_cached():
+    for n, count in ((64, 1), (1024, 1), (2048, 0)):
         _cached.cache_clear()
         for _ in range(3):
             hadamard(n, n, draw(1))
-        assert (_cached.cache_info().currsize, _cached.cache_info().hits) == (kept, 2 * kept)
+        assert (_cached.cache_info().currsize, _cached.cache_info().hits) == (count, 2 * count)

@@ -1,4 +1,4 @@
-"""The random stream: known answers, an independent implementation, and what the numbers look like."""
+"""The random stream: known answers, an independent implementation, and the distribution of the values."""
 
 import numpy as np
 import pytest
@@ -19,23 +19,23 @@ def uint64(values: list[int]) -> np.ndarray:
     return np.array(values, dtype=np.uint64)
 
 
-def test_version_of_the_golden_values():
-    assert ALGORITHM_VERSION == 1  # another algorithm needs another version, not other golden values
+def test_golden_values_belong_to_version_1():
+    assert ALGORITHM_VERSION == 1  # another algorithm needs a new version, not new golden values
 
 
-def test_philox_known_answer():
+def test_philox_of_the_oracle_gives_the_published_answer():
     # published with Random123: counter and key all zero
     assert oracle.philox(0, (0, 0)) == [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
 
 
-def test_words_golden():
+def test_words_have_their_golden_values():
     expected = [0x92301D0C401521B7, 0x910DEFA4397EC289, 0xE9787EF5DAFA34A5, 0x7E34F46266D64694, 0x307D6A38DA2A2347]
     assert words(0, "block", "model.weight/64", 5).tolist() == expected
     assert words(42, "gaussian", "/16", 2).tolist() == [0xC7B64B052415C23E, 0x848C18F18605D3AD]
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_words_equal_plain_integers(stream):
+def test_words_equal_those_of_plain_integer_arithmetic(stream):
     actual = words(*stream)
     assert actual.dtype == np.uint64
     assert actual.tolist() == oracle.words(*stream)
@@ -54,13 +54,13 @@ def test_words_differ_between_streams(other):
     assert not np.isin(words(*other, 1000), words(1, "block", "a", 1000)).any()
 
 
-def test_normals_golden():
+def test_normals_have_their_golden_values():
     raw = uint64([0x92301D0C401521B7, 0x910DEFA4397EC289, 0xE9787EF5DAFA34A5, 0x7E34F46266D64694, 0, 2**63])
     grid = [23467, 21991, 177359, -2301, -1076041, 1]
     assert normals(raw).tolist() == [value / 2**17 for value in grid]
 
 
-def test_normals_equal_another_inverse():
+def test_normals_equal_those_of_another_inverse_distribution_function():
     raw = oracle.words(7, "gaussian", "other", 20_000)
     assert normals(uint64(raw)).tolist() == [oracle.normal(word) for word in raw]
 
@@ -74,11 +74,11 @@ def test_normals_of_extreme_words_are_finite():
 def test_normals_are_normal():
     drawn = normals(words(3, "gaussian", "sample", 100_000))
     assert kstest(drawn, "norm").pvalue > 1e-3
-    for shift in (1, 2, 4):  # neighbours, and equal lanes of neighbouring blocks
+    for shift in (1, 2, 4):  # adjacent values, and equal lanes of adjacent blocks
         assert abs(np.corrcoef(drawn[:-shift], drawn[shift:])[0, 1]) < 0.015
 
 
-def test_normal_rows_golden():
+def test_normal_rows_have_their_golden_values():
     expected = [
         ["-0x1.254f7c0000000p+0", "-0x1.6c50140000000p+0", "0x1.e979820000000p-2", "0x1.5122a20000000p-1"],
         ["-0x1.30d05c0000000p-2", "-0x1.88953a0000000p-1", "-0x1.cb135c0000000p+0", "-0x1.50019e0000000p-2"],
@@ -101,7 +101,7 @@ def test_normal_rows_are_never_undefined():
     np.testing.assert_array_equal(np.abs(normal_rows(0, "dense", "x", 500_000, 1)), 1)
 
 
-def test_signs_and_permutations_golden():
+def test_signs_and_permutations_have_their_golden_values():
     signs, permutation = signs_and_permutations(5, "layer.0.weight", 2, 8)
     assert signs.tolist() == [
         [[-1, 1, -1, 1, 1, -1, 1, -1], [-1, -1, 1, 1, -1, -1, 1, 1]],
@@ -112,7 +112,7 @@ def test_signs_and_permutations_golden():
 
 
 @pytest.mark.parametrize(("count", "n"), [(0, 4), (3, 1), (7, 2), (5, 16), (4, 64), (2, 128), (2, 1024)])
-def test_signs_and_permutations_equal_plain_integers(count, n):
+def test_signs_and_permutations_equal_those_of_plain_integer_arithmetic(count, n):
     signs, permutation = signs_and_permutations(9, "w", count, n)
     expected = oracle.blocks(9, "w", count, n)
     assert (signs.shape, permutation.shape) == ((count, 2, n), (count, n))
@@ -123,7 +123,7 @@ def test_signs_and_permutations_equal_plain_integers(count, n):
     np.testing.assert_array_equal(np.sort(permutation, axis=1), np.broadcast_to(np.arange(n), (count, n)))
 
 
-def test_signs_and_places_are_balanced():
+def test_signs_and_permutations_are_balanced():
     signs, permutation = signs_and_permutations(0, "w", 4000, 16)
     # sums over 4000 blocks, within 4.5 standard deviations
     assert np.abs(signs.sum(axis=0, dtype=int)).max() < 4.5 * 4000**0.5

@@ -100,15 +100,15 @@ def test_file_is_plain_safetensors(tmp_path):
 def test_numbers_are_dealt_over_the_groups(tmp_path):
     subspace = fit_subspace(rows(4), 3, out=tmp_path / "s.safetensors")
     assert subspace.dim == 9
-    assert [(g.name, start, count) for g, start, count in subspace.windows(7, SHAPES)] == [
+    assert [(g.name, start, count) for g, start, count in subspace.allocate(7, SHAPES)] == [
         ("h.0", 0, 3),
         ("h.1", 3, 2),
         ("rest", 5, 2),
     ]
-    assert [count for _, _, count in subspace.windows(4, LAYERS["h.0"] + LAYERS["h.1"])] == [2, 2]
+    assert [count for _, _, count in subspace.allocate(4, LAYERS["h.0"] + LAYERS["h.1"])] == [2, 2]
     for d in (2, 10):
-        with pytest.raises(ValueError, match=f"A θ of {d} numbers .* from 3 to 9"):
-            subspace.windows(d, SHAPES)
+        with pytest.raises(ValueError, match=f"θ has {d} entries .* from 3 to 9"):
+            subspace.allocate(d, SHAPES)
 
 
 def test_checkpoints_less_their_base(tmp_path):

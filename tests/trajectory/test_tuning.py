@@ -22,7 +22,7 @@ FAMILIES = ["bert", "gpt2", "llama", "t5", "moe", "whisper"]
 def dense(subspace: Subspace, d: int, numbers: torch.Tensor, scale: str, names=None) -> dict[str, torch.Tensor]:
     """The offsets, from the definition: V θ of each group, in the leading directions, float64."""
     result = {}
-    for group, start, count in subspace.windows(d, names or subspace.shapes):
+    for group, start, count in subspace.allocate(d, names or subspace.shapes):
         size = 1.0 if scale == "isometric" else 64 * group.singular_values[0] / subspace.snapshots**0.5
         for name in group.parameters:
             v = subspace.directions(name, count).double()
@@ -57,7 +57,7 @@ def test_theta_by_least_squares_reproduces_every_snapshot(tmp_path, family):
     for path in snapshots(tmp_path / "run"):
         offsets = load_file(path)
         model = tuned(family, subspace, scale="isometric")
-        for group, first, count in subspace.windows(subspace.dim, subspace.shapes):
+        for group, first, count in subspace.allocate(subspace.dim, subspace.shapes):
             v = torch.cat([subspace.directions(name, count).reshape(count, -1) for name in group.parameters], 1)
             offset = torch.cat([offsets[name].reshape(-1) for name in group.parameters])
             theta(model).data[first : first + count] = v @ offset
@@ -86,7 +86,7 @@ def test_gradient_is_the_projected_one(tmp_path):
     model(**inputs).loss.backward()
     plain = build("bert")
     plain(**inputs).loss.backward()
-    for group, first, count in subspace.windows(subspace.dim, subspace.shapes):
+    for group, first, count in subspace.allocate(subspace.dim, subspace.shapes):
         wanted = sum(
             torch.einsum("k...,...->k", subspace.directions(name, count), plain.get_parameter(name).grad)
             for name in group.parameters

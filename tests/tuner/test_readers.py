@@ -268,7 +268,7 @@ def test_a_type_is_told_without_making_the_weight(monkeypatch):
     assert isinstance(layer, IntrinsicLinear)
     expected = layer.base_layer.weight + layer.get_delta_weight("default")
     made = []
-    monkeypatch.setattr(Offset, "materialise", lambda self, theta: made.append(self.name))
+    monkeypatch.setattr(Offset, "materialize", lambda self, theta: made.append(self.name))
     weight = layer.weight
     assert (weight.dtype, weight.device, weight.shape) == (torch.float32, torch.device("cpu"), expected.shape)
     assert isinstance(weight, nn.Parameter)

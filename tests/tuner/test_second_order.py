@@ -68,7 +68,7 @@ def losses(options):
             scale = 1
             if offset.group is not None:
                 scale = model.base_model.vector.intrinsic_lambda["default"].weight[offset.group].detach()
-            columns[offset.name] = offset.materialise(torch.eye(len(theta))).double() * scale
+            columns[offset.name] = offset.materialize(torch.eye(len(theta))).double() * scale
 
     def loss(theta, x=X, y=Y):
         return nn.functional.cross_entropy(functional_call(model, {name: theta}, (x,)), y)
