@@ -67,10 +67,6 @@ class Subspace:
 
     Raises:
         ValueError: the file is absent, or is no subspace file.
-
-    Example:
-        >>> Subspace("sst2.safetensors").dim  # doctest: +SKIP
-        96
     """
 
     def __init__(self, path: str | os.PathLike) -> None:

@@ -1,4 +1,4 @@
-"""Subspaces learnt from the trajectory of a fine-tuning (Zhang, Liu, Shao 2023, arXiv 2305.17446)."""
+"""Subspaces learned from a training trajectory (Zhang, Liu, Shao 2023, arXiv 2305.17446)."""
 
 from ..projection.subspace import Subspace as Subspace
 from .fit import fit_subspace as fit_subspace

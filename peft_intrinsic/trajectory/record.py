@@ -1,4 +1,4 @@
-"""Snapshots of a fine-tuning: how far the parameters have moved from where they began."""
+"""Recordings of a fine-tuning run: snapshots of the change of its parameters since the start."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ SNAPSHOT = "snapshot-{:08d}.safetensors"
 
 
 def snapshots(folder: str | os.PathLike) -> list[Path]:
-    """The snapshot files of a recording, in the order of their steps."""
+    """List the snapshot files in the folder of a recording, in the order of their steps."""
     return sorted(Path(folder).glob("snapshot-*.safetensors"))
 
 
-def step_of(path: Path) -> int:
-    """The training step of a snapshot file."""
+def get_step(path: Path) -> int:
+    """Read the training step from the name of a snapshot file."""
     return int(path.stem.removeprefix("snapshot-"))
 
 
 def parameters_of(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Parameter]:
-    """Names and parameters that a recording takes, tied ones once, under their first name.
+    """Select the parameters of a recording by name. Tied parameters appear once, under their first name.
 
     Args:
-        model: plain, or with adapters.
-        pattern: regular expression for whole names; None takes numbered blocks, the encoder layers of the paper.
+        model: model with or without adapters.
+        pattern: regular expression for whole names. None selects numbered blocks, the encoder layers of the paper.
 
     Raises:
-        ValueError: none match, or their values are not at hand.
+        ValueError: none match, or one is offloaded or sharded.
     """
     model = getattr(model, "get_base_model", lambda: model)()
     first: dict[int, tuple[str, Any]] = {}
@@ -48,20 +48,20 @@ def parameters_of(model: nn.Module, pattern: str | None = None) -> dict[str, nn.
         first.setdefault(id(parameter), (name, parameter))
         if block_of(name) if pattern is None else fits("parameters", pattern, name):
             wanted.add(id(parameter))
-    found = {key: place for key, place in first.items() if key in wanted}
-    if not found:
+    selected = dict(first[key] for key in first if key in wanted)
+    if not selected:
         raise ValueError(
-            f"parameters={pattern!r} matches none of the model's parameters (None takes those of numbered blocks). "
+            f"parameters={pattern!r} matches none of the model's parameters (None selects those of numbered blocks). "
             'Pass a regular expression for whole names, such as ".*".'
         )
-    for name, parameter in found.values():
+    for name, parameter in selected.items():
         if parameter.is_meta or hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
             raise ValueError(f"{name} is offloaded or sharded, so it cannot be recorded. Record on one device.")
-    return dict(found.values())
+    return selected
 
 
 def _write(tensors: dict[str, torch.Tensor], path: Path, about: dict[str, str]) -> None:
-    """Whole or not at all."""
+    """Write a file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     save_file(tensors, new, about)
@@ -77,48 +77,54 @@ def record(
     dtype: torch.dtype = torch.float16,
     gradients: bool = False,
 ) -> None:
-    """Write a snapshot. The first call, before training and with step 0, keeps where the parameters begin.
+    """Write a snapshot, or with step 0 the start of a recording.
+
+    Call it with step 0 before training. A snapshot holds the change of the parameters since the start.
 
     Args:
-        model: as it is now; full fine-tuning moves its own parameters.
-        folder: of the recording.
-        step: of training. A snapshot of the same step is replaced.
-        parameters: regular expression for whole names; None takes those of numbered blocks. Read at the first call.
-        dtype: of the snapshot on disk. What is stored is the way from the start, of which float16 keeps about three
-            digits down to 6e-5, and steps of 6e-8 below.
+        model: model in full fine-tuning.
+        folder: folder of the recording.
+        step: training step. An older snapshot of the same step is replaced.
+        parameters: regular expression for whole names, used at step 0. None selects the parameters of numbered blocks.
+        dtype: dtype of the snapshot's tensors. float16 has about three digits of changes down to 6e-5, and a
+            resolution of 6e-8 below.
         gradients: store the parameters' gradients instead.
 
     Raises:
-        ValueError: the recording began with other parameters, has not begun, or with step 0 holds snapshots of a run
-            already; or a value is not finite.
+        ValueError: the recording has no start, its start is of another model, step 0 finds snapshots of another run, or
+            a value is not finite.
     """
     folder = Path(folder)
     if not step:
-        _check_empty(folder)
-        found = parameters_of(model, parameters)
-        values = {name: p.detach().cpu().contiguous() for name, p in found.items()}
-        return _write(values, folder / START, {"base": values_digest(model, found)})
+        if files := snapshots(folder):
+            raise ValueError(
+                f"{folder} holds {len(files)} snapshots of a run, up to step {get_step(files[-1])}. Resume it from "
+                "its checkpoint, or use another folder."
+            )
+        selected = parameters_of(model, parameters)
+        values = {name: p.detach().cpu().contiguous() for name, p in selected.items()}
+        return _write(values, folder / START, {"base": values_digest(model, selected)})
     if not (folder / START).exists():
         raise ValueError(f"{folder} has no start. Call record with step=0 before the first step of training.")
     with safe_open(folder / START, "pt") as start:
         shapes = {name: tuple(start.get_slice(name).get_shape()) for name in start.keys()}  # noqa: SIM118
-        found = {name: p for name, p in parameters_of(model, ".*").items() if name in shapes}
-        unlike = [name for name, shape in shapes.items() if name not in found or tuple(found[name].shape) != shape]
+        selected = {name: p for name, p in parameters_of(model, ".*").items() if name in shapes}
+        unlike = [n for n, shape in shapes.items() if n not in selected or tuple(selected[n].shape) != shape]
         if unlike:
             raise ValueError(
-                f"{folder} was begun with another model: {', '.join(unlike[:3])} are not there in that shape. Use "
-                "another folder."
+                f"{folder} was started with another model: this one lacks {', '.join(unlike[:3])} in the recorded "
+                "shape. Use another folder."
             )
         values = {}
-        for name, parameter in found.items():
+        for name, parameter in selected.items():
             value = parameter.grad if gradients else parameter.detach().cpu().float() - start.get_tensor(name).float()
             if value is None:
-                raise ValueError(f"{name} has no gradient: it is frozen, or backward() was not called.")
+                raise ValueError(f"{name} has no gradient. Let it require one, and call backward() before.")
             values[name] = value.cpu().to(dtype).contiguous()
             if not torch.isfinite(values[name]).all():
                 raise ValueError(
-                    f"{name} is not finite at step {step}. Lower the learning rate, or if the values are only too "
-                    f"large for {dtype}, pass dtype=torch.float32."
+                    f"{name} is not finite at step {step}. Lower the learning rate. If the values only exceed the "
+                    f"range of {dtype}, pass dtype=torch.float32."
                 )
         _write(values, folder / SNAPSHOT.format(step), {"base": start.metadata()["base"], "step": str(step)})
 
@@ -130,47 +136,43 @@ def record_gradients(
     loss: Callable[[nn.Module, Any], torch.Tensor],
     parameters: str | None = None,
 ) -> None:
-    """Write the gradients of a few batches at the pretrained weights as snapshots: no fine-tuning at all.
+    """Record the gradients of a few batches at the pretrained weights, without fine-tuning.
 
     Args:
-        model: whose parameters require gradients. It is not changed, and has no gradients afterwards.
-        folder: of the recording, new or empty.
-        batches: whatever `loss` takes, one snapshot each.
-        loss: of the model on a batch, a scalar.
-        parameters: see `record`.
+        model: model whose parameters require gradients. It is unchanged, and has no gradients afterwards.
+        folder: folder of the recording, without snapshots.
+        batches: inputs of `loss`. Each gives a snapshot.
+        loss: function from the model and a batch to a scalar.
+        parameters: regular expression for whole names, see `record`.
 
     Raises:
-        ValueError: see `record`; or the folder holds snapshots.
+        ValueError: the folder holds snapshots, a parameter has no gradient, or a value is not finite.
     """
     record(model, folder, 0, parameters)
     for i, batch in enumerate(batches, 1):
         model.zero_grad(set_to_none=True)
         loss(model, batch).backward()
-        record(model, folder, i, dtype=torch.bfloat16, gradients=True)  # their sizes span many decades
+        record(model, folder, i, dtype=torch.bfloat16, gradients=True)  # their sizes span many orders of magnitude
     model.zero_grad(set_to_none=True)
 
 
-def _check_empty(folder: Path) -> None:
-    if found := snapshots(folder):
-        raise ValueError(
-            f"{folder} holds {len(found)} snapshots of a run, up to step {step_of(found[-1])}. Resume that run from "
-            "its checkpoint, or use another folder."
-        )
-
-
 class TrajectoryCallback(TrainerCallback):
-    """Records a full fine-tuning by `Trainer`: every epoch, or every so many steps, and at its end.
+    """Callback of `Trainer` that records a full fine-tuning: every epoch or every few steps, and the last step.
 
-    A run that Trainer resumes from a checkpoint goes on recording; snapshots after that checkpoint are taken again.
+    If Trainer resumes from a checkpoint, so does the recording, and later snapshots are replaced.
 
     Args:
-        folder: of the recording.
-        every: steps between snapshots; None is an epoch.
-        parameters, dtype: see `record`.
+        folder: folder of the recording.
+        every: steps between snapshots. None records every epoch.
+        parameters: regular expression for whole names, see `record`.
+        dtype: dtype of the snapshots' tensors, see `record`.
 
     Raises:
-        ValueError: `every` is no positive number; `parameters` is no regular expression; the folder holds the recording
-            of another run; see `record`.
+        ValueError: `every` is no positive integer, or `parameters` no regular expression. During training: the folder
+            holds the recording of another run, or a value is not finite.
+
+    Example:
+        Trainer(model, args, callbacks=[TrajectoryCallback("runs/sst2", every=32)]).train()
     """
 
     def __init__(
@@ -181,23 +183,24 @@ class TrajectoryCallback(TrainerCallback):
         dtype: torch.dtype = torch.float16,
     ) -> None:
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ValueError(f"every must be a number of steps, at least 1, or None for epochs, got {every!r}.")
+            raise ValueError(f"every={every!r} is no positive integer. Use a number of steps, or None for epochs.")
         if parameters is not None:
-            fits("parameters", parameters, "")  # raises where it is no expression
+            fits("parameters", parameters, "")  # raises an error if it is no regular expression
         self.folder, self.every, self.parameters, self.dtype = Path(folder), every, parameters, dtype
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Keep the start, or drop what lies after the checkpoint that is resumed."""
+        """Record the start, or delete the snapshots after the checkpoint from which Trainer resumes."""
         if not state.is_world_process_zero:
             return
         if not state.global_step:
             return record(model, self.folder, 0, self.parameters)
         if not (self.folder / START).exists():
             raise ValueError(
-                f"{self.folder} has no start, but the run resumes at step {state.global_step}. Record from step 0 on."
+                f"{self.folder} has no start, but the run resumes at step {state.global_step}. Record a run from its "
+                "step 0."
             )
         for path in snapshots(self.folder):
-            if step_of(path) > state.global_step:
+            if get_step(path) > state.global_step:
                 path.unlink()
         return None
 
@@ -206,12 +209,12 @@ class TrajectoryCallback(TrainerCallback):
             record(model, self.folder, state.global_step, self.parameters, self.dtype)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Every so many steps, and the last one: at the end Trainer may have put the best model in its place."""
+        """Record every few steps, and the last step, after which Trainer may load the best model instead."""
         last = control.should_training_stop or state.global_step >= state.max_steps
         if last or (self.every and state.global_step % self.every == 0):
             self._record(state, model)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Every epoch."""
+        """Record every epoch."""
         if not self.every:
             self._record(state, model)

@@ -12,8 +12,8 @@ from peft_intrinsic.trajectory import Subspace, fit_subspace, record
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
 
-def learnt(family: str, folder, dim: int = 3, seed: int = 0, **options) -> Subspace:
-    """The subspace of a walk from `build(family)`."""
+def make_subspace(family: str, folder, dim: int = 3, seed: int = 0, **options) -> Subspace:
+    """Fit a subspace to a random walk of `build(family)`."""
     model = build(family)
     generator = torch.Generator().manual_seed(seed)
     record(model, folder / "run", 0, parameters=options.pop("parameters", None))
@@ -25,7 +25,8 @@ def learnt(family: str, folder, dim: int = 3, seed: int = 0, **options) -> Subsp
     return fit_subspace(folder / "run", dim, out=folder / "subspace.safetensors", **options)
 
 
-def tuned(family: str, subspace: Subspace, **options) -> PeftModel:
+def attach(family: str, subspace: Subspace, **options) -> PeftModel:
+    """An adapter on `build(family)` that trains in the subspace."""
     options = {"d": subspace.dim, "projection": "trajectory", "subspace": str(subspace.path), **options}
     return get_peft_model(build(family), IntrinsicConfig(**options)).eval()
 

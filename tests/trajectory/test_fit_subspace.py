@@ -1,4 +1,4 @@
-"""`fit_subspace` against a dense singular value decomposition, and what it refuses."""
+"""`fit_subspace` against a dense singular value decomposition, and its errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = {"h.0": ["h.0.weight", "h.0.bias"], "h.1": ["h.1.weight", "h.1.scale"],
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Snapshots as a training gives them: a walk whose steps grow shorter, about 1e-3 long."""
+    """Snapshots like those of training: a random walk with shrinking steps of about 1e-3."""
     generator = torch.Generator().manual_seed(seed)
     walk, result = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}, []
     for i in range(count):
@@ -41,10 +41,10 @@ def vectors(subspace: Subspace, names: list[str], dim: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (50,), (3, 4), (20, 7), (2, 5, 30), (2, 3, 4, 5)])
-def test_pieces_follow_each_other_and_are_small(monkeypatch, shape):
+def test_pieces_are_consecutive_small_and_complete(monkeypatch, shape):
     monkeypatch.setattr(fit, "CHUNK", 12)
     whole, parts = torch.arange(math.prod(shape)).reshape(shape), []
-    for index, start in fit._pieces(shape):
+    for index, start in fit._cut(shape):
         part = whole[index].reshape(-1)
         assert start == part[0]
         assert len(part) <= max(12, shape[-1] if shape else 1)
@@ -64,7 +64,7 @@ def test_directions_are_the_right_singular_vectors(tmp_path, monkeypatch, per, c
         assert sorted(group.parameters) == sorted(groups[group.name])
         singular, right = dense(snapshots, group.parameters, center)
         found = vectors(subspace, group.parameters, 4)
-        for k in range(1, 5):  # the leading ones one by one: they are in the right order
+        for k in range(1, 5):  # each leading subspace, which checks the order
             assert subspace_angles(found[:k].T.numpy(), right[:k].T.numpy()).max() < ANGLE
         assert torch.allclose(found @ found.T, torch.eye(4).double(), atol=1e-6)
         assert torch.allclose(torch.tensor(group.singular_values).double(), singular[:4], rtol=1e-6)
@@ -72,7 +72,7 @@ def test_directions_are_the_right_singular_vectors(tmp_path, monkeypatch, per, c
         assert torch.allclose(torch.tensor(group.explained).double(), explained, rtol=1e-6)
 
 
-def test_as_many_directions_as_snapshots_reproduce_each(tmp_path):
+def test_as_many_directions_as_snapshots_reproduce_every_snapshot(tmp_path):
     snapshots = rows(5)
     subspace = fit_subspace(snapshots, 5, out=tmp_path / "s.safetensors")
     for group in subspace.groups:
@@ -83,7 +83,7 @@ def test_as_many_directions_as_snapshots_reproduce_each(tmp_path):
             assert torch.linalg.norm(theta @ v - offset) < 1e-6 * torch.linalg.norm(offset)
 
 
-def test_file_is_plain_safetensors(tmp_path):
+def test_the_file_is_safetensors_and_its_digest_depends_on_the_contents(tmp_path):
     subspace = fit_subspace(rows(3), 2, out=tmp_path / "s.safetensors", dtype=torch.bfloat16)
     with safe_open(tmp_path / "s.safetensors", "pt") as file:
         assert set(file.keys()) == set(SHAPES)
@@ -97,7 +97,7 @@ def test_file_is_plain_safetensors(tmp_path):
     assert fit_subspace(rows(3, seed=1), 2, out=tmp_path / "other.safetensors").digest != subspace.digest
 
 
-def test_numbers_are_dealt_over_the_groups(tmp_path):
+def test_theta_is_allocated_in_equal_parts_to_the_groups(tmp_path):
     subspace = fit_subspace(rows(4), 3, out=tmp_path / "s.safetensors")
     assert subspace.dim == 9
     assert [(g.name, start, count) for g, start, count in subspace.allocate(7, SHAPES)] == [
@@ -111,8 +111,7 @@ def test_numbers_are_dealt_over_the_groups(tmp_path):
             subspace.allocate(d, SHAPES)
 
 
-def test_checkpoints_less_their_base(tmp_path):
-    """Whole checkpoints, as Trainer writes them, give what a recording gives."""
+def test_checkpoints_and_their_base_give_the_subspace_of_a_recording(tmp_path):
     model = build("bert")
     record(model, tmp_path / "run", 0)
     for step in (1, 2):
@@ -137,7 +136,7 @@ def test_checkpoints_less_their_base(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["fit.SubspaceWriter.write", "subspace.contents_digest"])
-def test_an_error_leaves_the_old_file(tmp_path, monkeypatch, where):
+def test_an_interruption_leaves_the_old_file_unchanged(tmp_path, monkeypatch, where):
     path = tmp_path / "s.safetensors"
     fit_subspace(rows(3), 2, out=path)
     before = path.read_bytes()
@@ -154,29 +153,29 @@ def test_an_error_leaves_the_old_file(tmp_path, monkeypatch, where):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_values_that_are_not_finite(tmp_path, value):
+def test_values_that_are_not_finite_raise_an_error(tmp_path, value):
     bad = rows(3)
     bad[1]["h.1.scale"] = torch.tensor(value)
     with pytest.raises(ValueError, match=r"h\.1\.scale holds NaN or infinite"):
         fit_subspace(bad, 2, out=tmp_path / "s.safetensors")
 
 
-def test_constant_trajectories(tmp_path):
+def test_too_few_independent_snapshots_raise_an_error(tmp_path):
     first, *_ = rows(1)
-    with pytest.raises(ValueError, match=r"snapshots of h\.0 span 1 directions, fewer than dim=2.*Choose dim=1"):
+    with pytest.raises(ValueError, match=r"snapshots of h\.0 span 1 directions, fewer than dim=2.*Use dim=1"):
         fit_subspace([first, first, {n: 2 * w for n, w in first.items()}], 2, out=tmp_path / "s.safetensors")
     for count in (2, 3, 7):  # a third and a seventh are rounded
-        with pytest.raises(ValueError, match=r"h\.0 do not move at all"):
+        with pytest.raises(ValueError, match=r"h\.0 do not change"):
             fit_subspace([first] * count, 1, center=True, out=tmp_path / "s.safetensors")
     still = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    with pytest.raises(ValueError, match="do not move at all"):
+    with pytest.raises(ValueError, match="do not change"):
         fit_subspace([still, still], 1, out=tmp_path / "s.safetensors")
 
 
-def test_what_does_not_belong_together(tmp_path):
+def test_snapshots_of_different_models_or_bases_raise_an_error(tmp_path):
     out = tmp_path / "s.safetensors"
     one, two = rows(2)
-    with pytest.raises(ValueError, match=r"dim=3 is more than the 2 snapshots"):
+    with pytest.raises(ValueError, match=r"dim=3 exceeds the 2 snapshots"):
         fit_subspace([one, two], 3, out=out)
     less = {name: w for name, w in two.items() if name != "h.0.bias"}
     other = {**two, "h.0.bias": torch.zeros(8)}
@@ -195,7 +194,7 @@ def test_what_does_not_belong_together(tmp_path):
             for p in model.parameters():
                 p.add_(0.1)
         record(model, tmp_path / folder, 1)
-    with pytest.raises(ValueError, match="began at different weights"):
+    with pytest.raises(ValueError, match="have different base models"):
         fit_subspace([tmp_path / "a", tmp_path / "b"], 1, out=out)
     for file in ("start", "subspace"):
         name = tmp_path / "a" / f"{file}.safetensors"
@@ -212,18 +211,18 @@ def test_what_does_not_belong_together(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"dim": 0}, "dim must be"),
-        ({"dim": True}, "dim must be"),
-        ({"dim": 1, "per": "tensor"}, "per must be"),
-        ({"dim": 1, "dtype": torch.float16}, "dtype must be"),
+        ({"dim": 0}, "dim=0 is no positive integer"),
+        ({"dim": True}, "dim=True is no positive integer"),
+        ({"dim": 1, "per": "tensor"}, "per='tensor' is not supported"),
+        ({"dim": 1, "dtype": torch.float16}, "dtype=torch.float16 is not supported"),
     ],
 )
-def test_options(tmp_path, options, words):
+def test_invalid_options_raise_errors(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         fit_subspace(rows(2), out=tmp_path / "s.safetensors", **options)
 
 
-def test_other_files_are_no_subspace(tmp_path):
+def test_files_that_are_absent_damaged_or_no_subspace_raise_errors(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="is no subspace file of this version"):
         Subspace(tmp_path / "other.safetensors")

@@ -1,4 +1,4 @@
-"""Snapshots: what they hold, resuming, gradients, and what is refused."""
+"""Recordings: contents of snapshots, resuming, gradients, and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_intrinsic.trajectory import TrajectoryCallback, record, record_gradien
 from peft_intrinsic.trajectory.record import START, parameters_of
 
 
-def move(model, size: float = 1e-3, seed: int = 0) -> None:
+def perturb(model, size: float = 1e-3, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -26,11 +26,11 @@ def blocks(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
-def test_a_snapshot_is_the_way_from_the_start(tmp_path, family):
+def test_a_snapshot_holds_the_change_since_the_start(tmp_path, family):
     model = build(family)
     start = blocks(model)
     record(model, tmp_path, 0)
-    move(model)
+    perturb(model)
     record(model, tmp_path, 5)
     record(model, tmp_path, 70, dtype=torch.float32)
     files = snapshots(tmp_path)
@@ -43,10 +43,10 @@ def test_a_snapshot_is_the_way_from_the_start(tmp_path, family):
             assert torch.allclose(found[name].double(), (end - start[name]).double(), rtol=0, atol=tolerance), name
 
 
-def test_parameters_are_chosen_by_their_names(tmp_path):
+def test_parameters_are_selected_by_a_regular_expression(tmp_path):
     model = build("bert")
     record(model, tmp_path, 0, parameters=r".*(query\.weight|classifier\..*)")
-    move(model)
+    perturb(model)
     record(model, tmp_path, 1)
     names = set(load_file(snapshots(tmp_path)[0]))
     assert names == {n for n in dict(model.named_parameters()) if "query.weight" in n or n.startswith("classifier.")}
@@ -60,15 +60,15 @@ def test_tied_parameters_are_recorded_once():
         assert list(parameters_of(model, pattern)) == ["embed.weight"]
 
 
-def test_a_tied_output_layer_goes_on(tmp_path):
+def test_a_tied_output_layer_is_recorded_at_every_step(tmp_path):
     model = build("llama")
     record(model, tmp_path, 0, parameters=r"(lm_head|model\.layers\.0)\..*")
-    move(model)
+    perturb(model)
     record(model, tmp_path, 1)
     assert "model.embed_tokens.weight" in load_file(snapshots(tmp_path)[0])
 
 
-def test_gradients_are_the_snapshots(tmp_path):
+def test_gradients_are_recorded_as_snapshots_and_the_model_is_unchanged(tmp_path):
     model = build("bert")
     inputs = batch("bert")
     labels = [torch.tensor([0, 1, 2, i]) for i in range(2)]
@@ -82,14 +82,14 @@ def test_gradients_are_the_snapshots(tmp_path):
         record_gradients(model, tmp_path, labels, lambda m, y: m(**inputs, labels=y).loss)
 
 
-def test_what_is_refused(tmp_path):
+def test_a_missing_start_another_model_and_values_that_are_not_finite_raise_errors(tmp_path):
     model = build("bert")
     with pytest.raises(ValueError, match="has no start"):
         record(model, tmp_path, 3)
     record(model, tmp_path, 0)
-    with pytest.raises(ValueError, match="begun with another model"):
+    with pytest.raises(ValueError, match="started with another model"):
         record(build("gpt2"), tmp_path, 1)
-    move(model, 1e6)
+    perturb(model, 1e6)
     with pytest.raises(ValueError, match=r"is not finite at step 1.*float32"):
         record(model, tmp_path, 1)
     assert snapshots(tmp_path) == []
@@ -101,7 +101,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no gradient"):
         record(model, tmp_path, 2, gradients=True)
     for every in (0, -1, 1.5, True):
-        with pytest.raises(ValueError, match="every must be"):
+        with pytest.raises(ValueError, match=f"every={every} is no positive integer"):
             TrajectoryCallback(tmp_path, every=every)
 
 
@@ -110,7 +110,7 @@ class Stop(Exception):
 
 
 def trainer(folder, callback, interrupted: int | None = None, **options) -> Trainer:
-    """Full fine-tuning of a tiny model, which can stop in the middle; a checkpoint every two steps."""
+    """Full fine-tuning of a tiny model with a checkpoint every two steps. `interrupted` raises `Stop` at that step."""
     rows = [{"input_ids": [3 + i % 7, 4, 5], "labels": i % 3} for i in range(24)]
     arguments = TrainingArguments(
         str(folder),
@@ -141,7 +141,7 @@ def trainer(folder, callback, interrupted: int | None = None, **options) -> Trai
     ("options", "every", "steps"),
     [({}, 2, [2, 4, 6]), ({}, 4, [4, 6]), ({"max_steps": -1, "num_train_epochs": 2}, None, [6, 12])],
 )
-def test_trainer(tmp_path, options, every, steps):
+def test_the_callback_records_every_few_steps_or_every_epoch(tmp_path, options, every, steps):
     run = trainer(tmp_path / "run", TrajectoryCallback(tmp_path / "recording", every), **options)
     start = blocks(run.model)
     run.train()
@@ -152,11 +152,11 @@ def test_trainer(tmp_path, options, every, steps):
         assert torch.allclose(last[name].float(), end - start[name], rtol=0, atol=1e-5), name
 
 
-def test_an_interrupted_recording_goes_on(tmp_path):
+def test_an_interrupted_recording_resumes_with_the_run(tmp_path):
     trainer(tmp_path / "whole", TrajectoryCallback(tmp_path / "a", 1)).train()
     with pytest.raises(Stop):
         trainer(tmp_path / "cut", TrajectoryCallback(tmp_path / "b", 1), interrupted=5).train()
-    assert len(snapshots(tmp_path / "b")) == 5  # one after the checkpoint, which is taken again
+    assert len(snapshots(tmp_path / "b")) == 5  # the last one is after the checkpoint
     trainer(tmp_path / "cut", TrajectoryCallback(tmp_path / "b", 1)).train(resume_from_checkpoint=True)
     for one, other in zip(snapshots(tmp_path / "a"), snapshots(tmp_path / "b"), strict=True):
         assert one.name == other.name
@@ -164,7 +164,7 @@ def test_an_interrupted_recording_goes_on(tmp_path):
         assert all(torch.allclose(a[name].float(), b[name].float(), rtol=0, atol=1e-5) for name in a)
 
 
-def test_another_run_in_the_same_folder(tmp_path):
+def test_another_run_in_the_same_folder_raises_an_error(tmp_path):
     trainer(tmp_path / "run", TrajectoryCallback(tmp_path / "a", 2)).train()
     with pytest.raises(ValueError, match="holds 3 snapshots of a run, up to step 6"):
         trainer(tmp_path / "again", TrajectoryCallback(tmp_path / "a", 2)).train()
@@ -175,7 +175,7 @@ def test_another_run_in_the_same_folder(tmp_path):
         record(build("bert"), tmp_path / "a", 0)
 
 
-def test_snapshots_after_the_checkpoint_are_dropped(tmp_path):
+def test_snapshots_after_the_checkpoint_are_deleted_when_the_run_resumes(tmp_path):
     with pytest.raises(Stop):
         trainer(tmp_path / "cut", TrajectoryCallback(tmp_path / "a", 1), interrupted=5).train()
     trainer(tmp_path / "cut", TrajectoryCallback(tmp_path / "a", 3)).train(resume_from_checkpoint=True)
@@ -183,14 +183,14 @@ def test_snapshots_after_the_checkpoint_are_dropped(tmp_path):
 
 
 class Last(TrainerCallback):
-    """The parameters after each step, the last ones."""
+    """The parameters after the last step."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         self.found = blocks(model)
 
 
-def test_the_last_step_is_not_the_best_model(tmp_path):
-    """Trainer puts the best model in place of the last one when training ends."""
+def test_the_last_snapshot_is_of_the_last_step_not_of_the_best_model(tmp_path):
+    """Trainer loads the best model when training ends."""
     best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
     run = trainer(
         tmp_path / "run",
@@ -210,11 +210,11 @@ def test_the_last_step_is_not_the_best_model(tmp_path):
         assert torch.allclose(value.float(), last.found[name] - start[name], rtol=0, atol=1e-5), name
 
 
-def test_start_keeps_precision_and_says_which_base(tmp_path):
+def test_the_start_has_the_dtype_of_the_model_and_a_digest_that_does_not_depend_on_it(tmp_path):
     model = build("bert").to(torch.bfloat16)
     record(model, tmp_path / "a", 0)
     record(build("bert"), tmp_path / "b", 0)
     with safe_open(tmp_path / "a" / START, "pt") as a, safe_open(tmp_path / "b" / START, "pt") as b:
-        assert a.metadata()["base"] == b.metadata()["base"]  # whatever the base was loaded in
+        assert a.metadata()["base"] == b.metadata()["base"]
         assert {a.get_tensor(name).dtype for name in a.keys()} == {torch.bfloat16}  # noqa: SIM118
         assert {b.get_tensor(name).dtype for name in b.keys()} == {torch.float32}  # noqa: SIM118

@@ -228,7 +228,7 @@ def test_no_numbers_at_all_are_refused(files, capsys):
             "--source-task b is none of the recordings",
         ),
         (["transfer", "a", "b", "-o", "a", "--eval", "eval.jsonl"], "a, b: no snapshots there"),
-        (["record", "-o", "a", "--every", "0"], "every must be a number of steps"),
+        (["record", "-o", "a", "--every", "0"], "every=0 is no positive integer"),
         (["record", "-o", "a", "--parameters", "none"], "parameters='none' matches none"),
         (["record", "-o", "a", "--parameters", "("], "parameters='(' is not a regular expression"),
     ],

@@ -1,4 +1,4 @@
-"""Adapters in a learnt subspace on disk: where its file is found, and what does not fit."""
+"""Adapters in a learned subspace on disk: where its file is found, and errors."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import shutil
 import pytest
 import torch
 from conftest import build, evaluate
-from helpers.subspaces import learnt, set_theta, tuned
+from helpers.subspaces import attach, make_subspace, set_theta
 from peft import PeftModel, get_peft_model
 
 from peft_intrinsic import IntrinsicConfig
 
 
-def test_embedded_subspace_travels_with_the_adapter(tmp_path):
-    subspace = learnt("bert", tmp_path)
-    model = tuned("bert", subspace, embed_subspace=True)
+def test_an_embedded_subspace_is_saved_beside_the_adapter(tmp_path):
+    subspace = make_subspace("bert", tmp_path)
+    model = attach("bert", subspace, embed_subspace=True)
     set_theta(model)
     before = evaluate(model, "bert")
     model.save_pretrained(tmp_path / "adapter")
@@ -30,9 +30,9 @@ def test_embedded_subspace_travels_with_the_adapter(tmp_path):
     assert torch.equal(evaluate(again, "bert"), before)
 
 
-def test_a_file_beside_the_adapter_is_found(tmp_path):
-    subspace = learnt("bert", tmp_path)
-    model = tuned("bert", subspace)
+def test_a_file_beside_the_adapter_is_found_and_compared_by_its_digest(tmp_path):
+    subspace = make_subspace("bert", tmp_path)
+    model = attach("bert", subspace)
     model.save_pretrained(tmp_path / "adapter")
     stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert stored["subspace"] == str(subspace.path)
@@ -43,13 +43,13 @@ def test_a_file_beside_the_adapter_is_found(tmp_path):
     moved.unlink()
     with pytest.raises(ValueError, match=r"subspace=.* cannot be read"):
         PeftModel.from_pretrained(build("bert"), tmp_path / "adapter")
-    learnt("bert", tmp_path / "other", seed=1).path.rename(moved)
+    make_subspace("bert", tmp_path / "other", seed=1).path.rename(moved)
     with pytest.raises(ValueError, match=r"has the digest .* and the adapter was trained in"):
         PeftModel.from_pretrained(build("bert"), tmp_path / "adapter")
 
 
-def test_a_subspace_of_another_base(tmp_path):
-    subspace = learnt("bert", tmp_path)
+def test_a_subspace_of_another_base_raises_an_error(tmp_path):
+    subspace = make_subspace("bert", tmp_path)
     options = {"d": 6, "projection": "trajectory", "subspace": str(subspace.path)}
     model = build("bert")
     with torch.no_grad():
@@ -67,9 +67,11 @@ def test_a_subspace_of_another_base(tmp_path):
     get_peft_model(build("bert").to(torch.float16), IntrinsicConfig(**options))
 
 
-def test_embeddings_in_full_are_saved_and_loaded(tmp_path):
-    """PEFT compares ends of names, and `embeddings` ends `word_embeddings` too."""
-    model = tuned("bert", learnt("bert", tmp_path), modules_to_save=["classifier", "embeddings"], task_type="SEQ_CLS")
+def test_fully_trained_embeddings_are_saved_and_loaded(tmp_path):
+    """PEFT compares ends of names, and `word_embeddings` ends in `embeddings` too."""
+    model = attach(
+        "bert", make_subspace("bert", tmp_path), modules_to_save=["classifier", "embeddings"], task_type="SEQ_CLS"
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.01 * p.requires_grad)
@@ -82,11 +84,11 @@ def test_embeddings_in_full_are_saved_and_loaded(tmp_path):
         get_peft_model(encoder, IntrinsicConfig(d=20, modules_to_save=["embeddings"]))
 
 
-def test_refitting_to_the_same_place_is_noticed(tmp_path):
-    subspace = learnt("bert", tmp_path)
-    model = tuned("bert", subspace, embed_subspace=True)
+def test_a_file_that_was_fitted_again_raises_an_error(tmp_path):
+    subspace = make_subspace("bert", tmp_path)
+    model = attach("bert", subspace, embed_subspace=True)
     set_theta(model)
-    shutil.copy(learnt("bert", tmp_path / "other", seed=1).path, subspace.path)
+    shutil.copy(make_subspace("bert", tmp_path / "other", seed=1).path, subspace.path)
     with pytest.raises(ValueError, match="has the digest"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
     with pytest.raises(ValueError, match="is another one now"):
@@ -94,4 +96,4 @@ def test_refitting_to_the_same_place_is_noticed(tmp_path):
     assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     subspace.path.write_bytes(subspace.path.read_bytes()[:-2] + b"xx")
     with pytest.raises(ValueError, match="is damaged"):
-        tuned("bert", subspace)
+        attach("bert", subspace)
