@@ -144,7 +144,7 @@ def test_trajectory(tmp_path):
     assert found, out
     assert float(found[1]) == float(found[2]) == 1.0
     assert int(found[3]) < 5000
-    assert "moved beyond 3 σ" in out
+    assert "changed beyond 3 σ" in out
 
 
 def test_supermask(tmp_path):
@@ -157,7 +157,7 @@ def test_supermask(tmp_path):
     assert float(found[1]) == 1.0
     assert 5 < float(found[2]) < 30
     assert float(re.search(r"angular distance from the base (0\.\d+)", out)[1]) > 0
-    assert "can stay at the base for at most 1% of the score" in out
+    assert "can be restored for at most 1% of the score" in out
 
 
 def test_causal_lm(tmp_path):

@@ -1,5 +1,5 @@
-"""How near a fine-tuned model is to its base, which layers matter (Radiya-Dixit and Wang, arXiv 2004.14129), and which
-dimensions are outliers (Zhang, Liu, Shao 2023, arXiv 2305.17446)."""
+"""Analysis of fine-tuned models: distance from the base and critical layers (Radiya-Dixit and Wang, arXiv 2004.14129),
+outlier dimensions (Zhang, Liu, Shao 2023, arXiv 2305.17446)."""
 
 from .critical import CriticalLayers as CriticalLayers
 from .critical import critical_layers as critical_layers

@@ -1,4 +1,4 @@
-"""Which layers a fine-tuning needs: putting them back to the base, and freezing all others."""
+"""Critical layers of fine-tuning, by restoring layers to the base and by freezing all others."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ..tuner.names import block_of, kind_of
 
 @dataclass(frozen=True)
 class CriticalLayers:
-    """What each part of a fine-tuned model is worth.
+    """Parts of a fine-tuned model, ranked by the loss of score when they are restored to the base.
 
     Args:
-        score: of the fine-tuned model.
+        score: score of the fine-tuned model.
         parts: names of the parts, the most critical first.
-        scores: of the fine-tuned model with each part put back to the base.
-        weights: parameters of each part.
-        cumulative_scores: scores with the least critical parts restored, one more at a time, from the end of `parts`.
-        tolerance: share of the score that may be lost.
+        scores: score with each part restored to the base.
+        weights: number of parameters of each part.
+        cumulative_scores: scores with the last of `parts` restored, the last two, and so on.
+        tolerance: fraction of the score that may be lost.
     """
 
     score: float
@@ -42,7 +42,7 @@ class CriticalLayers:
 
     @property
     def restorable(self) -> list[str]:
-        """The parts that can stay at the base together, within the tolerance."""
+        """Parts that can be restored together within the tolerance, the least critical ones."""
         least = self.score - self.tolerance * abs(self.score)
         count = 0
         for score in self.cumulative_scores:
@@ -53,55 +53,50 @@ class CriticalLayers:
 
     @property
     def share(self) -> float:
-        """Which share of the compared parameters these hold."""
+        """Fraction of the compared parameters in the `restorable` parts."""
         size = dict(zip(self.parts, self.weights, strict=True))
         return sum(size[part] for part in self.restorable) / sum(self.weights)
 
     @property
     def layers_to_transform(self) -> list[int]:
-        """Indexes of the blocks that have to move, for `IntrinsicConfig(layers_to_transform=…)`.
+        """Indices of the blocks that cannot be restored, for `IntrinsicConfig(layers_to_transform=…)`.
 
         Raises:
-            ValueError: the parts are no blocks, no block has to move (an empty list would mean all of them), or the
-                blocks are of several stacks.
+            ValueError: the parts are no blocks, all blocks can be restored, or the others belong to several stacks.
         """
-        moved = [part for part in self.parts if part not in self.restorable and part.rpartition(".")[2].isdigit()]
-        stacks = {part.rpartition(".")[0] for part in moved}
-        if len(stacks) != 1:
-            told = ", ".join(moved) or "none"
+        needed = [part for part in self.parts if part not in self.restorable and part.rpartition(".")[2].isdigit()]
+        if len({part.rpartition(".")[0] for part in needed}) != 1:
             raise ValueError(
-                f"layers_to_transform needs blocks of one stack that have to move; these are {told}. Use "
-                "critical_layers(by='layer'), a smaller tolerance, or target_modules."
+                f"layers_to_transform needs critical blocks of one stack, but they are {', '.join(needed) or 'none'}. "
+                "Use critical_layers(by='layer'), a smaller tolerance, or target_modules."
             )
-        return sorted(int(part.rpartition(".")[2]) for part in moved)
+        return sorted(int(part.rpartition(".")[2]) for part in needed)
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, as JSON has them."""
+        """Return all values for JSON."""
         return {**asdict(self), "restorable": self.restorable, "share": self.share}
 
     def plot(self, path: str | os.PathLike) -> None:
-        """What the score loses with each part put back to the base, the most critical part on top."""
+        """Draw the loss of score for each restored part, the most critical one on top."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 1 + 0.3 * len(self.parts)), layout="constrained")
         axis = figure.subplots()
         axis.barh(self.parts[::-1], [self.score - score for score in self.scores[::-1]], color="black")
-        axis.set(xlabel=f"lost of {self.score:.4f} when put back to the base")
+        axis.set(xlabel=f"loss of score (of {self.score:.4f}) when restored to the base")
         figure.savefig(path, dpi=150)
 
     def report(self) -> str:
-        """Markdown: a row for each part, the most critical first."""
+        """Format a table in Markdown, the most critical part first."""
         lines = [
-            "| put back to the base | weights | score | lost | with all below it |",
+            "| restored to the base | weights | score | loss | score with all below it restored |",
             "|---|---|---|---|---|",
             f"| nothing | | {self.score:.4f} | | |",
         ]
         for i, part in enumerate(self.parts):
             lost, below = self.score - self.scores[i], self.cumulative_scores[len(self.parts) - 1 - i]
             lines.append(f"| {part} | {self.weights[i]} | {self.scores[i]:.4f} | {lost:.4f} | {below:.4f} |")
-        summary = (
-            f"{self.share:.1%} of these parameters can stay at the base for at most {self.tolerance:.0%} of the score"
-        )
+        summary = f"{self.share:.1%} of these parameters can be restored for at most {self.tolerance:.0%} of the score"
         return "\n".join([*lines, "", f"{summary}: {', '.join(self.restorable) or 'none'}."])
 
 
@@ -113,25 +108,30 @@ def critical_layers(
     by: Literal["layer", "kind", "tensor"] = "layer",
     tolerance: float = 0.01,
 ) -> CriticalLayers:
-    """Put parts of a fine-tuned model back to its base, one by one, and see what the score loses.
+    """Rank the parts of a fine-tuned model by the loss of score when each is restored to the base.
 
-    Then the least critical parts go back together, one more at a time. The model is as before afterwards.
+    Then the least critical parts are restored together, one more at a time. The model is unchanged afterwards
+    (Radiya-Dixit and Wang 2020, section 4).
 
     Args:
-        base: the model before fine-tuning, or its parameters by name.
-        tuned: after full fine-tuning, without adapters.
-        evaluate: of a model; a finite number, higher is better.
-        by: parts are numbered blocks (the rest is one part each by its first name), kinds of parameters across blocks,
-            or single parameters.
-        tolerance: share of the score that may be lost.
+        base: model before fine-tuning, or its parameters by name.
+        tuned: model after full fine-tuning, without adapters.
+        evaluate: function from a model to a finite score, higher is better.
+        by: `"layer"` for numbered blocks (other parameters form parts by the first component of their name), `"kind"`
+            for kinds of parameters across blocks, or `"tensor"` for single parameters.
+        tolerance: fraction of the score that may be lost, from 0 to below 1.
 
     Raises:
-        ValueError: the models differ in names or shapes, nothing differs, or a score is not finite.
+        ValueError: the models differ in names or shapes, or are equal; a score is not finite; or an option is invalid.
+
+    Example:
+        critical = critical_layers(base, tuned, evaluate)
+        config = IntrinsicConfig(target_modules="all", layers_to_transform=critical.layers_to_transform)
     """
     if by not in ("layer", "kind", "tensor"):
-        raise ValueError(f"by must be 'layer', 'kind' or 'tensor', got {by!r}.")
+        raise ValueError(f"by={by!r} is not supported. Use 'layer', 'kind' or 'tensor'.")
     if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance must be from 0 to below 1, got {tolerance!r}. Try 0.01.")
+        raise ValueError(f"tolerance={tolerance!r} is not in [0, 1). Use 0.01, for example.")
     if any(isinstance(module, BaseTunerLayer) for module in tuned.modules()):
         raise ValueError("tuned has adapters. Merge them first: critical_layers(base, model.merge_and_unload(), …).")
     places = base_places(tuned)
@@ -143,12 +143,12 @@ def critical_layers(
     parameters: dict[str, Any] = {}
     for name, (module, own) in places.items():
         parameter = module._parameters[own]
-        if not any(parameter is known for known in parameters.values()):  # tied: once
+        if not any(parameter is known for known in parameters.values()):  # tied parameters once
             parameters[name] = parameter
     unlike = [name for name in parameters if name not in before or before[name].shape != parameters[name].shape]
     if unlike:
         raise ValueError(
-            f"base has no {unlike[0]} in the shape {tuple(parameters[unlike[0]].shape)} of the tuned model."
+            f"base has no {unlike[0]} of shape {tuple(parameters[unlike[0]].shape)}, as tuned has. Pass its own base."
         )
     parts: dict[str, list[str]] = {}
     for name, parameter in parameters.items():
@@ -156,31 +156,33 @@ def critical_layers(
             label = block_of(name) or name.partition(".")[0]
             parts.setdefault({"layer": label, "kind": kind_of(name), "tensor": name}[by], []).append(name)
     if not parts:
-        raise ValueError("base and tuned are equal: nothing was fine-tuned. Pass the model before training as base.")
+        raise ValueError("base and tuned are equal. Pass the model before fine-tuning as base.")
 
-    def scored(names: Sequence[str]) -> float:
-        """The score with some parameters put back."""
-        kept = {name: parameters[name].detach().clone() for name in names}
+    def score_restored(names: Sequence[str]) -> float:
+        """Compute the score with some parameters restored to the base."""
+        trained = {name: parameters[name].detach().clone() for name in names}
         try:
             for name in names:
                 parameters[name].copy_(before[name])
             score = float(evaluate(tuned))
         finally:
-            for name, values in kept.items():
+            for name, values in trained.items():
                 parameters[name].copy_(values)
         if not math.isfinite(score):
-            raise ValueError(f"evaluate returned {score} with {len(names)} parameters put back to the base.")
+            raise ValueError(
+                f"evaluate returned {score} with {len(names)} parameters restored. It must return a finite score."
+            )
         return score
 
-    score = scored([])
-    found = {part: scored(names) for part, names in parts.items()}
-    order = sorted(parts, key=lambda part: found[part])
-    together, back = [], []
+    score = score_restored([])
+    scores = {part: score_restored(names) for part, names in parts.items()}
+    order = sorted(parts, key=lambda part: scores[part])
+    together, restored = [], []
     for part in reversed(order):
-        back += parts[part]
-        together.append(scored(back) if len(back) > len(parts[part]) else found[part])
+        restored += parts[part]
+        together.append(score_restored(restored) if len(restored) > len(parts[part]) else scores[part])
     weights = [sum(parameters[name].numel() for name in parts[part]) for part in order]
-    return CriticalLayers(score, order, [found[part] for part in order], weights, together, tolerance)
+    return CriticalLayers(score, order, [scores[part] for part in order], weights, together, tolerance)
 
 
 def frozen_sweep(
@@ -193,27 +195,27 @@ def frozen_sweep(
 ) -> dict[int, list[float]]:
     """Fine-tune with all but the k most critical layers frozen, for several k.
 
-    The trials run, are kept and are resumed by the engine that measures intrinsic dimensions.
+    Trials are rows of `trials.jsonl` in `out`, so an interrupted sweep resumes.
 
     Args:
-        fit: trains the named parts and nothing else, with a seed, and returns the score.
-        order: parts, the most critical first: `CriticalLayers.parts`.
-        out: folder. A finished trial is a row of `trials.jsonl`, so a killed sweep goes on.
-        seeds: runs of each k.
-        counts: which k, from 0; None is all of them.
-        engine: where trials run; None is this process.
+        fit: function from the names of the trained parts and a seed to a score.
+        order: names of the parts, the most critical first: `CriticalLayers.parts`.
+        out: folder of the trials.
+        seeds: number of runs for each k.
+        counts: values of k, from 0. None is all of them.
+        engine: engine that runs the trials. None is this process.
+
+    Returns:
+        Scores for each k, one for each seed.
 
     Raises:
         ValueError: a count is not from 0 to the number of parts, or `out` holds a sweep of other parts.
-
-    Returns:
-        Scores of every k, a list with one for each seed.
     """
     counts = list(range(len(order) + 1)) if counts is None else list(counts)
     if bad := [k for k in counts if not isinstance(k, int) or not 0 <= k <= len(order)]:
-        raise ValueError(f"counts={bad} are not whole numbers from 0 to {len(order)}, the number of parts.")
+        raise ValueError(f"counts={bad} are no integers from 0 to {len(order)}, the number of parts.")
     if seeds < 1:
-        raise ValueError(f"seeds must be at least 1, got {seeds}.")
+        raise ValueError(f"seeds={seeds} is less than 1. Use at least one seed.")
     engine = engine or InProcess()
     trial = _Frozen(fit, list(order))
     try:
@@ -225,7 +227,7 @@ def frozen_sweep(
 
 
 class _Frozen:
-    """A fit whose d is how many layers move. A class, so that workers can be sent it."""
+    """A fit whose d is the number of trained parts. A class, so that it can be pickled for workers."""
 
     def __init__(self, fit: Callable[[list[str], int], float], order: list[str]) -> None:
         self.fit, self.order = fit, order

@@ -1,4 +1,4 @@
-"""Distances between two sets of parameters, tensor by tensor."""
+"""Distance between two sets of parameters, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 
 from ..tuner.names import block_of, kind_of
 from .heat_map import heat_map
-from .reading import Reader, Source, offsets, prefix
+from .reading import Reader, Source, find_prefix, iterate_offsets
 
 CHUNK = 2**20
-"""Weights of both sides that are held in float64 at a time."""
+"""Number of weights of each side that are in float64 at a time."""
 
 STD = 0.02
-"""Of the random initialisations of the baseline: BERT's."""
+"""Standard deviation of the random initializations for comparison, as in BERT."""
 
 
 @dataclass
 class Sums:
-    """What is added up over weights. From these all distances follow, of one tensor or of several.
+    """Sums over the weights u of the base and v of the tuned model, from which all distances follow. They can be added.
 
     Args:
-        entries, units: weights, and output units (rows).
-        changed: entries that differ by more than the threshold.
-        absolute: Σ|Δ|, with Δ = tuned − base.
+        entries, rows: numbers of weights and of output units.
+        changed: number of entries that differ by more than the threshold.
+        l1: Σ|Δ|, with Δ = v − u.
         squared: ΣΔ².
-        base, tuned: Σu² and Σv² of both sides.
+        base, tuned: Σu² and Σv².
         across: ΣΔ(u + v), which is Σv² − Σu² without cancellation.
     """
 
     entries: int = 0
-    units: int = 0
+    rows: int = 0
     changed: int = 0
-    absolute: float = 0.0
+    l1: float = 0.0
     squared: float = 0.0
     base: float = 0.0
     tuned: float = 0.0
@@ -49,25 +49,20 @@ class Sums:
         return Sums(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
-    def l1(self) -> float:
-        """Σ|Δ|."""
-        return self.absolute
-
-    @property
     def l1_per_unit(self) -> float:
-        """Mean Σ|Δ| of an output unit."""
-        return self.absolute / max(self.units, 1)
+        """Mean of Σ|Δ| over output units."""
+        return self.l1 / max(self.rows, 1)
 
     @property
     def l2_relative(self) -> float:
-        """‖Δ‖ / ‖base‖; NaN where the base is zero and the other is not."""
+        """‖Δ‖ / ‖u‖, or NaN if u alone is zero."""
         return math.sqrt(self.squared / self.base) if self.base else math.nan if self.squared else 0.0
 
     @property
     def angular(self) -> float:
-        """arccos(cos) / π: 0 is the same direction, 1 the opposite. NaN where one side alone is zero.
+        """Angle / π: 0 is the same direction, 1 the opposite one, and NaN if one side alone is zero.
 
-        By the chord between the unit vectors, which for near vectors keeps the digits that arccos loses.
+        It is computed from the chord between the unit vectors, which preserves the digits of small angles.
         """
         if not self.base or not self.tuned:
             return math.nan if self.base != self.tuned else 0.0
@@ -77,16 +72,16 @@ class Sums:
 
     @property
     def changed_share(self) -> float:
-        """Share of entries that differ by more than the threshold."""
+        """Fraction of entries that differ by more than the threshold."""
         return self.changed / max(self.entries, 1)
 
 
 MEASURES = ("l1", "l1_per_unit", "l2_relative", "angular", "changed_share")
 
 
-def compared(base: torch.Tensor, tuned: torch.Tensor, threshold: float) -> Sums:
-    """The sums of one tensor, a piece at a time in float64."""
-    total = Sums(units=base.shape[0] if base.dim() > 1 else base.numel())
+def compare(base: torch.Tensor, tuned: torch.Tensor, threshold: float) -> Sums:
+    """Compute the sums of one tensor, a piece at a time in float64."""
+    total = Sums(rows=base.shape[0] if base.dim() > 1 else base.numel())
     for u, v in zip(base.reshape(-1).split(CHUNK), tuned.reshape(-1).split(CHUNK), strict=True):
         u, v = u.detach().cpu().double(), v.detach().cpu().double()
         delta = v - u
@@ -101,13 +96,13 @@ def compared(base: torch.Tensor, tuned: torch.Tensor, threshold: float) -> Sums:
 
 @dataclass
 class Distances:
-    """Distances of every tensor, by name; and of two random initialisations of the same shapes.
+    """Distances of all parameters, beside those of two random initializations of the same shapes.
 
     Args:
-        tensors: of each parameter.
-        random: of each matrix, between two normal draws with BERT's deviation of 0.02.
-        threshold: above which an entry counts as changed.
-        ignored: parameters that only one side has.
+        threshold: difference above which an entry counts as changed.
+        tensors: sums of each parameter, by name.
+        random: sums of two normal initializations of each matrix, standard deviation 0.02, by name.
+        ignored: names of parameters that only one side has.
     """
 
     threshold: float
@@ -117,11 +112,11 @@ class Distances:
 
     @property
     def total(self) -> Sums:
-        """Of all parameters together."""
+        """Sums over all parameters."""
         return sum(self.tensors.values(), Sums())
 
-    def by(self, what: str) -> dict[str, tuple[Sums, Sums]]:
-        """Distances, and those of the random initialisations, for each `"layer"` or each `"kind"` within layers."""
+    def by(self, what: Literal["layer", "kind"]) -> dict[str, tuple[Sums, Sums]]:
+        """Add up the sums, and those of the random initializations, for each layer or each kind of parameter."""
         label = {"layer": lambda name: block_of(name) or "rest", "kind": kind_of}[what]
         result: dict[str, tuple[Sums, Sums]] = {}
         for name, sums in self.tensors.items():
@@ -130,71 +125,70 @@ class Distances:
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, as JSON has them: null for what is not defined."""
+        """Return all values for JSON, with None for undefined ones."""
 
-        def told(sums: Sums) -> dict[str, Any]:
-            found = {name: getattr(sums, name) for name in MEASURES}
-            return {"entries": sums.entries} | {n: None if math.isnan(v) else v for n, v in found.items()}
+        def to_row(sums: Sums) -> dict[str, Any]:
+            values = {name: getattr(sums, name) for name in MEASURES}
+            return {"entries": sums.entries} | {n: None if math.isnan(v) else v for n, v in values.items()}
 
-        parts = {what: {name: told(found) for name, (found, _) in self.by(what).items()} for what in ("layer", "kind")}
-        tensors = {name: told(sums) for name, sums in self.tensors.items()}
-        random = told(sum(self.random.values(), Sums()))
         return {
             "threshold": self.threshold,
-            "total": told(self.total),
-            "random": random,
-            **parts,
-            "tensor": tensors,
+            "total": to_row(self.total),
+            "random": to_row(sum(self.random.values(), Sums())),
+            "layer": {name: to_row(sums) for name, (sums, _) in self.by("layer").items()},
+            "kind": {name: to_row(sums) for name, (sums, _) in self.by("kind").items()},
+            "tensor": {name: to_row(sums) for name, sums in self.tensors.items()},
         }
 
     def report(self) -> str:
-        """Markdown: a table by layer and one by kind, the random initialisations beside."""
-        head = ["weights", "L1", "L1 per unit", "L2 / base", "angular", f"moved > {self.threshold:g}"]
+        """Format tables in Markdown by layer and by kind, with the random initializations for comparison."""
+        head = f"weights | L1 | L1 per unit | L2 / base | angular | changed > {self.threshold:g}"
+        total = {"all": (self.total, sum(self.random.values(), Sums()))}
         lines: list[str] = []
-        for what in ("layer", "kind"):
-            lines += [f"| {what} | {' | '.join(head)} | random: L1 per unit | angular |", "|---" * 9 + "|"]
-            for name, (sums, random) in {
-                **self.by(what),
-                "all": (self.total, sum(self.random.values(), Sums())),
-            }.items():
-                figures = [*(getattr(sums, m) for m in MEASURES), random.l1_per_unit, random.angular]
-                cells = (
-                    [f"{v:.4g}" for v in figures] if random.entries else [*(f"{v:.4g}" for v in figures[:5]), "", ""]
+        for what, parts in {"layer": self.by("layer") | total, "kind": self.by("kind") | total}.items():
+            lines += [f"| {what} | {head} | random: L1 per unit | angular |", "|---" * 9 + "|"]
+            for name, (sums, random) in parts.items():
+                values = [getattr(sums, measure) for measure in MEASURES]
+                cells = [f"{v:.4g}" for v in (*values, random.l1_per_unit, random.angular)]
+                lines.append(
+                    f"| {name} | {sums.entries} | {' | '.join(cells if random.entries else [*cells[:5], '', ''])} |"
                 )
-                lines.append(f"| {name} | {sums.entries} | {' | '.join(cells)} |")
             lines.append("")
         if self.ignored:
-            lines += [f"Left out, as only one side has them: {', '.join(self.ignored)}.", ""]
+            lines += [f"Left out, because only one side has them: {', '.join(self.ignored)}.", ""]
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike, measure: str = "angular") -> None:
-        """A heat map: a row for each layer, a column for each kind of module."""
+        """Draw one of `MEASURES` as a heat map of layers and kinds of parameters."""
         cells: dict[tuple[str, str], Sums] = {}
         for name, sums in self.tensors.items():
-            place = block_of(name) or "rest", kind_of(name)
-            cells[place] = cells.get(place, Sums()) + sums
-        heat_map({place: getattr(sums, measure) for place, sums in cells.items()}, measure.replace("_", " "), path)
+            cell = block_of(name) or "rest", kind_of(name)
+            cells[cell] = cells.get(cell, Sums()) + sums
+        heat_map({cell: getattr(sums, measure) for cell, sums in cells.items()}, measure.replace("_", " "), path)
 
 
 def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, ignore_missing: bool = False) -> Distances:
-    """How far two sets of parameters are apart (Radiya-Dixit and Wang 2020, section 3: L1 and angular distance).
+    """Measure the distance between two sets of parameters (Radiya-Dixit and Wang 2020, section 3).
 
     Args:
-        base, tuned: models, state dicts, safetensors files or folders of them; read tensor by tensor. A `PeftModel` as
-            `tuned` counts with the offsets of its active adapters, `base` being its base model or the same weights.
-        threshold: above which an entry counts as changed.
+        base: model, state dict, or path of a safetensors file or folder, which is read tensor by tensor.
+        tuned: the same after fine-tuning. The active adapters of a `PeftModel` are included; `base` may be its base.
+        threshold: difference above which an entry counts as changed.
         ignore_missing: leave out parameters that only one side has, such as a head's. An encoder's names may lack the
             prefix that they have in the model with a head.
 
     Raises:
-        ValueError: they do not have the same floating-point parameters in the same shapes, a value is not finite, a
-            file cannot be read, the threshold is negative, or an adapter's method does not tell its offset.
+        ValueError: their floating-point parameters differ in names or shapes, a value is not finite, a file cannot be
+            read, the threshold is negative, or an adapter is merged.
+
+    Example:
+        print(parameter_distance("base", "tuned").report())
     """
     if not threshold >= 0:
-        raise ValueError(f"threshold must not be negative, got {threshold!r}.")
+        raise ValueError(f"threshold={threshold!r} is negative. Use 0 or more.")
     before, after = Reader(base), Reader(tuned)
-    into, back = (prefix(before, after), prefix(after, before)) if ignore_missing else ("", "")
-    names = {name: (into + name).removeprefix(back) for name in before.shapes}  # of the base's parameters in the tuned
+    into, back = (find_prefix(before, after), find_prefix(after, before)) if ignore_missing else ("", "")
+    names = {name: (into + name).removeprefix(back) for name in before.shapes}  # names in tuned by those in base
     left = sorted({*names.values()} ^ {*after.shapes})
     unlike = [
         name for name, other in names.items() if after.shapes.get(other, before.shapes[name]) != before.shapes[name]
@@ -203,40 +197,40 @@ def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, ign
         first = (unlike or left)[0]
         shapes = [before.shapes.get(first, "absent"), after.shapes.get(names.get(first, first), "absent")]
         raise ValueError(
-            f"{before.told} and {after.told} differ in {len(unlike) + len(left)} parameters: {first} is {shapes[0]} in "
-            f"the one and {shapes[1]} in the other. Compare models of one class and size, or pass "
+            f"{before.label} and {after.label} differ in {len(unlike) + len(left)} parameters: {first} is {shapes[0]} "
+            f"in the one and {shapes[1]} in the other. Compare models of one class and size, or pass "
             "ignore_missing=True (--ignore-missing)."
         )
-    moved: dict[str, torch.Tensor] = {}
-    for name, offset in offsets(tuned) if isinstance(tuned, PeftModel) else ():
+    offsets: dict[str, torch.Tensor] = {}
+    for name, offset in iterate_offsets(tuned) if isinstance(tuned, PeftModel) else ():
         name = after.first.get(name, name)
-        moved[name] = moved[name] + offset if name in moved else offset
-    if lost := sorted(set(moved) - set(after.shapes)):
-        raise ValueError(f"{lost[0]} is moved by the adapter, but its base has none. Compare the merged model.")
+        offsets[name] = offsets[name] + offset if name in offsets else offset
+    if lost := sorted(set(offsets) - set(after.shapes)):
+        raise ValueError(f"The adapter changes {lost[0]}, which its base lacks. Compare the merged model.")
     generator = torch.Generator().manual_seed(0)
     result = Distances(threshold, ignored=left)
     for own, name in names.items():
         if name not in after.shapes:
             continue
         shape, end = before.shapes[own], after[name]
-        if name in moved:
-            end = end.cpu().double() + moved[name].detach().cpu().double().reshape(shape)
-        result.tensors[name] = found = compared(before[own], end, threshold)
-        if not math.isfinite(found.squared):
-            raise ValueError(f"{name} holds NaN or infinite values in {before.told} or {after.told}.")
+        if name in offsets:
+            end = end.cpu().double() + offsets[name].detach().cpu().double().reshape(shape)
+        result.tensors[name] = sums = compare(before[own], end, threshold)
+        if not math.isfinite(sums.squared):
+            raise ValueError(f"{name} holds NaN or infinite values in {before.label} or {after.label}. Train it again.")
         if len(shape) > 1:
-            result.random[name] = Sums(units=shape[0])
-            for start in range(0, found.entries, CHUNK):
-                size = min(CHUNK, found.entries - start)
+            result.random[name] = Sums(rows=shape[0])
+            for start in range(0, sums.entries, CHUNK):
+                size = min(CHUNK, sums.entries - start)
                 u, v = (STD * torch.randn(1, size, generator=generator) for _ in range(2))
-                result.random[name] += replace(compared(u, v, threshold), units=0)
+                result.random[name] += replace(compare(u, v, threshold), rows=0)
     return result
 
 
-def write_report(found: Distances, folder: str | os.PathLike) -> None:
-    """distance.json, distance.md and distance.png."""
+def write_report(distances: Distances, folder: str | os.PathLike) -> None:
+    """Write distance.json, distance.md and distance.png to a folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "distance.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
-    (folder / "distance.md").write_text(found.report(), encoding="utf-8")
-    found.plot(folder / "distance.png")
+    (folder / "distance.json").write_text(json.dumps(distances.to_dict(), indent=1) + "\n", encoding="utf-8")
+    (folder / "distance.md").write_text(distances.report(), encoding="utf-8")
+    distances.plot(folder / "distance.png")

@@ -1,4 +1,4 @@
-"""Pictures that several reports share."""
+"""Heat maps of several reports."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 
 def heat_map(cells: Mapping[tuple[str, str], float], label: str, path: str | os.PathLike) -> None:
-    """A row for each layer and a column for each kind of parameter; what is absent stays white.
+    """Draw a heat map with a row for each layer and a column for each kind of parameter. Absent cells are white.
 
     Args:
         cells: values by layer and kind.
-        label: of the scale.
-        path: of the picture.
+        label: label of the color scale.
+        path: path of the image to write.
     """
     from matplotlib.figure import Figure
 
-    rows, columns = (list(dict.fromkeys(place[i] for place in cells)) for i in (0, 1))
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
     values = np.full((len(rows), len(columns)), np.nan)
     for (row, column), value in cells.items():
         values[rows.index(row), columns.index(column)] = value

@@ -1,4 +1,4 @@
-"""Parameters of models, state dicts, files and adapters, one tensor at a time."""
+"""Readers of models, state dicts, files and adapters, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -24,33 +24,37 @@ Source = str | os.PathLike | Mapping[str, torch.Tensor] | nn.Module
 
 
 class Reader:
-    """Parameters by name, read one at a time."""
+    """Parameters by name, read one at a time. Tied parameters appear once; `first` has the first name of each.
+
+    Raises:
+        ValueError: the folder holds no weights, or a file cannot be read.
+    """
 
     def __init__(self, source: Source) -> None:
-        self.told = str(source) if isinstance(source, str | os.PathLike) else "the model"
+        self.label = str(source) if isinstance(source, str | os.PathLike) else "the model"
         self._model: dict[str, Any] = {}
         self._files: dict[str, tuple[Path, str]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.first: dict[str, str] = {}  # of tied parameters, the name that is kept
+        self.first: dict[str, str] = {}
         if isinstance(source, Mapping):
             self._model = dict(source)
         elif isinstance(source, nn.Module):
             model = source.get_base_model() if isinstance(source, PeftModel) else source
-            own = _of_adapters(model)
+            added = _adapter_parameters(model)
             places = base_places(model)
-            self._model = {n: m._parameters[p] for n, (m, p) in places.items() if id(m._parameters[p]) not in own}
+            self._model = {n: m._parameters[p] for n, (m, p) in places.items() if id(m._parameters[p]) not in added}
             if isinstance(source, PeftModel):
-                self._model |= _in_full(model)
+                self._model |= _fully_trained(model)
         else:
             path = Path(source)
             for file in _files(path) if path.is_dir() else [path]:
                 self._open(file)
             if not self.shapes:
                 raise ValueError(f"{path} holds no weights in safetensors. Save the model with save_pretrained.")
-        kept: dict[int, str] = {}
-        for name, tensor in list(self._model.items()):  # tied: once
-            place = id(tensor) if isinstance(tensor, nn.Parameter) else tensor.data_ptr()
-            self.first[name] = kept.setdefault(place, name)
+        firsts: dict[int, str] = {}
+        for name, tensor in list(self._model.items()):
+            key = id(tensor) if isinstance(tensor, nn.Parameter) else tensor.data_ptr()
+            self.first[name] = firsts.setdefault(key, name)
             if self.first[name] != name and tensor.numel():
                 del self._model[name]
         self.shapes |= {name: tuple(tensor.shape) for name, tensor in self._model.items()}
@@ -60,7 +64,7 @@ class Reader:
             with safe_open(file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118
                     if opened.get_slice(key).get_dtype().startswith(("F", "BF")):
-                        # BERT's old names, which transformers reads too.
+                        # Old names of BERT, which transformers reads too.
                         name = key.replace("LayerNorm.gamma", "LayerNorm.weight")
                         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
                         self._files[name] = file, key
@@ -76,15 +80,15 @@ class Reader:
             return file.get_tensor(key)
 
 
-def _of_adapters(model: nn.Module) -> set[int]:
-    """Parameters that other methods than ours keep in their layers, by id."""
+def _adapter_parameters(model: nn.Module) -> set[int]:
+    """Find the parameters that other tuners store in their layers, by id."""
     layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, IntrinsicLayer)]
-    own = {id(p) for layer in layers for p in cast(nn.Module, layer).parameters()}
-    return own - {id(p) for layer in layers for p in layer.get_base_layer().parameters()}
+    added = {id(p) for layer in layers for p in cast(nn.Module, layer).parameters()}
+    return added - {id(p) for layer in layers for p in layer.get_base_layer().parameters()}
 
 
-def _in_full(model: nn.Module) -> dict[str, Any]:
-    """What the active adapters trained in full (`modules_to_save`), by its name in the base model."""
+def _fully_trained(model: nn.Module) -> dict[str, Any]:
+    """Find the parameters that the active adapters train fully (`modules_to_save`), by name in the base model."""
     return {
         f"{canonical(key, model)}.{own}": parameter
         for key, module in model.named_modules()
@@ -96,7 +100,7 @@ def _in_full(model: nn.Module) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The weights of a saved model: one file, those of its index, or all that are there."""
+    """List the files of a saved model: one file, those of its index, or all."""
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -106,13 +110,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def offsets(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the active adapters of a PEFT model add to its base, parameter by parameter.
+def iterate_offsets(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield names and offsets of the parameters that the active adapters of a PEFT model change.
 
-    Ours tell their offsets. Layers of other methods are merged and put back to the bit, whatever their method.
+    Offsets of intrinsic adapters are computed. Layers of other tuners are merged and restored bitwise.
 
     Raises:
-        ValueError: an adapter is merged already.
+        ValueError: an adapter is merged.
     """
     base = model.get_base_model()
     for key, layer in base.named_modules():
@@ -126,7 +130,7 @@ def offsets(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                     if offset.merges:
                         yield offset.name, layer.get_delta_weight(adapter, own)
             continue
-        _unmerge(layer)  # a mask for inference leaves its zeros in the weight
+        _unmerge(layer)  # a supermask in inference writes its zeros into the weight
         before = {own: p.detach().clone() for own, p in layer.get_base_layer().named_parameters(recurse=False)}
         layer.merge()
         after = {own: p.detach().clone() for own, p in layer.get_base_layer().named_parameters(recurse=False)}
@@ -139,12 +143,12 @@ def offsets(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _unmerge(layer: Any) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing is merged, or that it is inexact, which is made up for
+        warnings.simplefilter("ignore")  # nothing is merged, or unmerging is inexact, which is corrected
         layer.unmerge()
 
 
-def prefix(before: Reader, after: Reader) -> str:
-    """What precedes all names of `before` in `after`, such as `bert.` where there is a head; empty if nothing does."""
+def find_prefix(before: Reader, after: Reader) -> str:
+    """Find the prefix of the names of `before` in `after`, such as `bert.` in a model with a head, or `""`."""
     first = next(iter(before.shapes))
-    found = [name.removesuffix(first) for name in after.shapes if name.endswith(f".{first}")]
-    return found[0] if first not in after.shapes and len(found) == 1 else ""
+    prefixes = [name.removesuffix(first) for name in after.shapes if name.endswith(f".{first}")]
+    return prefixes[0] if first not in after.shapes and len(prefixes) == 1 else ""

@@ -1,4 +1,4 @@
-"""Critical layers on models whose answer is known."""
+"""Critical layers of models whose critical layers are known."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_intrinsic.analysis import CriticalLayers, critical_layers, frozen_swee
 
 
 def tuned(sizes: dict[str, float]):
-    """A model in which the named parameters have moved so far."""
+    """A model whose named parameters differ from the base by these values."""
     model = build("bert")
     with torch.no_grad():
         for name, size in sizes.items():
@@ -27,50 +27,50 @@ SECOND = "bert.encoder.layer.1.output.dense.bias"
 SIZES = {FIRST: 1.0, SECOND: 0.25, "classifier.bias": 0.004}
 
 
-def moved(model) -> float:
-    """A score that is known: how far these parameters are from the base, of 1.254."""
+def score_change(model) -> float:
+    """A known score: the change of these parameters, at most 1.254."""
     base = build("bert")
     return sum(float((model.get_parameter(n) - base.get_parameter(n)).mean().detach()) for n in SIZES)
 
 
-def test_the_layer_that_matters_comes_first():
+def test_parts_are_ranked_by_the_loss_of_score_and_the_model_is_unchanged():
     model = tuned(SIZES)
     before = evaluate(model, "bert")
-    found = critical_layers(build("bert"), model, moved)
+    found = critical_layers(build("bert"), model, score_change)
     assert found.parts == ["bert.encoder.layer.0", "bert.encoder.layer.1", "classifier"]
     assert found.score == pytest.approx(1.254, abs=1e-5)
     assert found.scores == pytest.approx([0.254, 1.004, 1.25], abs=1e-5)
     assert found.cumulative_scores == pytest.approx([1.25, 1.0, 0.0], abs=1e-5)
     assert found.weights == [24, 24, 3]
-    assert found.restorable == ["classifier"]  # .004 of 1.254 is below 1 %
+    assert found.restorable == ["classifier"]  # 0.004 of 1.254 is below 1 %
     assert found.share == pytest.approx(3 / 51)
     assert found.layers_to_transform == [0, 1]
-    assert torch.equal(evaluate(model, "bert"), before)  # as it was
+    assert torch.equal(evaluate(model, "bert"), before)
     report = found.report()
     assert "| bert.encoder.layer.0 | 24 | 0.2540 | 1.0000 | 0.0000 |" in report
-    assert "5.9% of these parameters can stay at the base for at most 1% of the score: classifier." in report
+    assert "5.9% of these parameters can be restored for at most 1% of the score: classifier." in report
 
 
-def test_more_tolerance_spares_more():
-    found = critical_layers(dict(build("bert").named_parameters()), tuned(SIZES), moved, tolerance=0.21)
+def test_a_larger_tolerance_spares_more_parts():
+    found = critical_layers(dict(build("bert").named_parameters()), tuned(SIZES), score_change, tolerance=0.21)
     assert found.restorable == ["bert.encoder.layer.1", "classifier"]
     assert found.layers_to_transform == [0]
 
 
-def test_layers_that_cannot_be_named():
-    found = critical_layers(build("bert"), tuned(SIZES), moved, by="kind")
-    with pytest.raises(ValueError, match="these are none"):
+def test_parts_without_critical_blocks_of_one_stack_have_no_layers_to_transform():
+    found = critical_layers(build("bert"), tuned(SIZES), score_change, by="kind")
+    with pytest.raises(ValueError, match="they are none"):
         _ = found.layers_to_transform
     stacks = CriticalLayers(1.0, ["encoder.0", "decoder.0"], [0.5, 0.6], [1, 1], [0.6, 0.1], 0.01)
-    with pytest.raises(ValueError, match=r"these are encoder\.0, decoder\.0"):
+    with pytest.raises(ValueError, match=r"they are encoder\.0, decoder\.0"):
         _ = stacks.layers_to_transform
 
 
-def test_report_as_json_and_picture(tmp_path):
-    found = critical_layers(build("bert"), tuned(SIZES), moved)
-    told = json.loads(json.dumps(found.to_dict()))
-    assert told["parts"] == found.parts
-    assert told["share"] == pytest.approx(3 / 51)
+def test_results_are_written_as_json_and_as_an_image(tmp_path):
+    found = critical_layers(build("bert"), tuned(SIZES), score_change)
+    values = json.loads(json.dumps(found.to_dict()))
+    assert values["parts"] == found.parts
+    assert values["share"] == pytest.approx(3 / 51)
     found.plot(tmp_path / "critical.png")
     assert (tmp_path / "critical.png").stat().st_size > 3000
 
@@ -88,29 +88,29 @@ def test_tied_parameters_count_once():
     ("by", "parts"),
     [("kind", ["output.dense.bias", "classifier.bias"]), ("tensor", [FIRST, SECOND, "classifier.bias"])],
 )
-def test_other_parts(by, parts):
-    assert critical_layers(build("bert"), tuned(SIZES), moved, by=by).parts == parts
+def test_parts_are_kinds_or_single_parameters(by, parts):
+    assert critical_layers(build("bert"), tuned(SIZES), score_change, by=by).parts == parts
 
 
-def test_what_is_refused():
+def test_unlike_models_invalid_options_and_scores_that_are_not_finite_raise_errors():
     model = tuned(SIZES)
     with pytest.raises(ValueError, match="base and tuned are equal"):
-        critical_layers(build("bert"), build("bert"), moved)
-    with pytest.raises(ValueError, match=r"base has no .* in the shape"):
-        critical_layers(build("gpt2"), model, moved)
-    with pytest.raises(ValueError, match="tolerance must be"):
-        critical_layers(build("bert"), model, moved, tolerance=math.nan)
+        critical_layers(build("bert"), build("bert"), score_change)
+    with pytest.raises(ValueError, match=r"base has no .* of shape"):
+        critical_layers(build("gpt2"), model, score_change)
+    with pytest.raises(ValueError, match="tolerance=nan is not in"):
+        critical_layers(build("bert"), model, score_change, tolerance=math.nan)
     with pytest.raises(ValueError, match="tuned has adapters"):
-        critical_layers(build("bert"), trained("bert"), moved)
-    with pytest.raises(ValueError, match="by must be"):
-        critical_layers(build("bert"), model, moved, by="module")
+        critical_layers(build("bert"), trained("bert"), score_change)
+    with pytest.raises(ValueError, match="by='module' is not supported"):
+        critical_layers(build("bert"), model, score_change, by="module")
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="evaluate returned nan with 1 parameters"):
-        critical_layers(build("bert"), model, lambda m: math.nan if moved(m) < 1.2 else 1.0)
+        critical_layers(build("bert"), model, lambda m: math.nan if score_change(m) < 1.2 else 1.0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_sweep_of_frozen_layers(tmp_path):
+def test_a_frozen_sweep_trains_the_first_parts_and_resumes_without_repeating_trials(tmp_path):
     order, calls = ["layer.2", "layer.0", "layer.1"], []
 
     def fit(parts: list[str], seed: int) -> float:
@@ -123,17 +123,17 @@ def test_sweep_of_frozen_layers(tmp_path):
     again = frozen_sweep(fit, order, tmp_path, seeds=2)
     assert again[0] == found[0]
     assert again[3] == [3.0, 3.1]
-    assert len(calls) == 8  # none twice
+    assert len(calls) == 8
     with pytest.raises(ValueError, match="written by a run with other settings"):
         frozen_sweep(fit, order[::-1], tmp_path)
     for counts in ([4], [1.5]):
-        with pytest.raises(ValueError, match=r"counts=.* are not whole numbers from 0 to 3"):
+        with pytest.raises(ValueError, match=r"counts=.* are no integers from 0 to 3"):
             frozen_sweep(fit, order, tmp_path, counts=counts)
-    with pytest.raises(ValueError, match="seeds must be at least 1"):
+    with pytest.raises(ValueError, match="seeds=0 is less than 1"):
         frozen_sweep(fit, order, tmp_path, seeds=0)
 
 
-def test_no_part_is_restorable():
+def test_without_restorable_parts_the_share_is_zero():
     found = CriticalLayers(1.0, ["layer.0"], [0.5], [10], [0.5], 0.01)
     assert found.restorable == []
     assert found.share == 0

@@ -27,7 +27,7 @@ def pair(size: float = 1e-3, dtype: torch.dtype = torch.float32) -> tuple[dict, 
 
 
 def oracle(base: dict, tuned: dict, names) -> dict[str, float]:
-    """From the definitions, in numpy's longest floating point."""
+    """The measures from their definitions, in the longest float of numpy."""
     u, v = (
         np.concatenate([side[name].double().numpy().ravel() for name in names]).astype(np.longdouble)
         for side in (base, tuned)
@@ -45,7 +45,7 @@ def oracle(base: dict, tuned: dict, names) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e-2, 1.0])
-def test_against_numpy(monkeypatch, dtype, size):
+def test_sums_of_tensors_and_groups_equal_the_definitions_in_numpy(monkeypatch, dtype, size):
     monkeypatch.setattr(distance, "CHUNK", 10)
     base, tuned = pair(size, dtype)
     found = parameter_distance(base, tuned, THRESHOLD)
@@ -62,7 +62,7 @@ def test_against_numpy(monkeypatch, dtype, size):
             assert getattr(sums, measure) == pytest.approx(float(value), rel=1e-9, abs=1e-9), (names, measure)
 
 
-def test_small_angles_keep_their_digits():
+def test_small_angles_have_full_precision():
     u = torch.zeros(1000).double()
     u[0] = 1.0
     v = u.clone()
@@ -71,7 +71,7 @@ def test_small_angles_keep_their_digits():
     assert found.angular == pytest.approx(1e-9 / math.pi, rel=1e-6)
 
 
-def test_known_values():
+def test_equal_opposite_and_random_tensors_have_known_distances():
     base, _ = pair()
     same = parameter_distance(base, base, 0.0).total
     assert [getattr(same, measure) for measure in distance.MEASURES] == [0, 0, 0, 0, 0]
@@ -82,22 +82,22 @@ def test_known_values():
     one, two = ({"w": torch.randn(2000, 1000, generator=generator)} for _ in range(2))
     found = parameter_distance(one, two)
     assert found.total.angular == pytest.approx(0.5, abs=1e-3)
-    # Two draws of N(0, .02²): |Δ| has the mean 2 · .02 / √π.
+    # Of two samples of N(0, 0.02²), |Δ| has the mean 2 · 0.02 / √π.
     assert found.random["w"].l1_per_unit == pytest.approx(1000 * 2 * 0.02 / math.sqrt(math.pi), rel=1e-2)
     assert found.random["w"].angular == pytest.approx(0.5, abs=1e-3)
 
 
-def test_zeros_have_no_direction():
+def test_distances_from_zero_tensors_are_nan_and_none_in_json():
     found = parameter_distance({"b": torch.zeros(3)}, {"b": torch.ones(3)}).total
     assert math.isnan(found.angular)
     assert math.isnan(found.l2_relative)
     assert parameter_distance({"b": torch.zeros(3)}, {"b": torch.zeros(3)}).total.angular == 0
-    told = parameter_distance({"b": torch.zeros(3)}, {"b": torch.ones(3)}).to_dict()
-    assert told["total"]["angular"] is None
-    json.dumps(told, allow_nan=False)
+    row = parameter_distance({"b": torch.zeros(3)}, {"b": torch.ones(3)}).to_dict()
+    assert row["total"]["angular"] is None
+    json.dumps(row, allow_nan=False)
 
 
-def test_files_folders_and_models_agree(tmp_path):
+def test_files_folders_and_models_have_the_same_distances(tmp_path):
     one, two = build("bert"), build("bert")
     with torch.no_grad():
         for p in two.parameters():
@@ -112,7 +112,7 @@ def test_files_folders_and_models_agree(tmp_path):
     }
 
 
-def test_folders_with_more_than_the_model(tmp_path):
+def test_other_files_in_a_folder_are_ignored_and_old_names_are_read(tmp_path):
     build("bert").save_pretrained(tmp_path)
     save_file({"bert.pooler.dense.bias": torch.ones(24), "other": torch.ones(2)}, tmp_path / "z.safetensors")
     assert parameter_distance(tmp_path, build("bert")).total.l1 == 0
@@ -122,7 +122,7 @@ def test_folders_with_more_than_the_model(tmp_path):
     assert parameter_distance(tmp_path / "old", build("bert")).total.l1 == 0
 
 
-def test_report_and_plot(tmp_path):
+def test_the_report_is_written_as_json_markdown_and_an_image(tmp_path):
     found = parameter_distance(*pair())
     write_report(found, tmp_path)
     assert json.loads((tmp_path / "distance.json").read_text())["layer"]["h.0"]["entries"] == 70
@@ -132,13 +132,13 @@ def test_report_and_plot(tmp_path):
     assert (tmp_path / "distance.png").stat().st_size > 5000
 
 
-def test_what_is_refused(tmp_path):
+def test_unlike_models_invalid_thresholds_and_broken_files_raise_errors(tmp_path):
     base, tuned = pair()
     with pytest.raises(ValueError, match=r"differ in 1 parameters: h\.0\.bias is \(7,\) in the one and absent"):
         parameter_distance(base, {name: w for name, w in tuned.items() if name != "h.0.bias"})
     with pytest.raises(ValueError, match=r"h\.0\.bias is \(7,\) in the one and \(8,\)"):
         parameter_distance(base, {**tuned, "h.0.bias": torch.zeros(8)})
-    with pytest.raises(ValueError, match="threshold must not be negative, got -1"):
+    with pytest.raises(ValueError, match="threshold=-1 is negative"):
         parameter_distance(base, tuned, -1)
     with pytest.raises(ValueError, match=r"h\.0\.bias holds NaN"):
         parameter_distance(base, {**tuned, "h.0.bias": torch.full((7,), math.nan)})
@@ -151,7 +151,7 @@ def test_what_is_refused(tmp_path):
     assert parameter_distance(tmp_path, base).total.l1 == 0
 
 
-def test_what_is_common(tmp_path):
+def test_ignored_missing_parameters_and_prefixes_give_the_distance_of_the_encoder(tmp_path):
     """An encoder without the prefix of the model with a head, in either order."""
     tuned = build("bert")
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_what_is_common(tmp_path):
     assert found.total.entries == wanted.total.entries
     assert found.total.l1 == pytest.approx(wanted.total.l1)
     assert found.ignored == ["classifier.bias", "classifier.weight"]
-    assert "Left out, as only one side has them: classifier.bias, classifier.weight." in found.report()
+    assert "Left out, because only one side has them: classifier.bias, classifier.weight." in found.report()
     turned = parameter_distance(tuned, tmp_path / "base", ignore_missing=True)
     assert turned.total.l1 == pytest.approx(wanted.total.l1)
     with pytest.raises(ValueError, match="or pass ignore_missing=True"):
@@ -172,24 +172,24 @@ def test_what_is_common(tmp_path):
         parameter_distance({"a": torch.zeros(2)}, {"b": torch.zeros(2)}, ignore_missing=True)
 
 
-def test_command(tmp_path, capsys):
+def test_the_command_measures_adapters_and_merged_models_and_reports_a_negative_threshold(tmp_path, capsys):
     build("bert").save_pretrained(tmp_path / "base")
     model = trained("bert", task_type="SEQ_CLS", head="keep")
     model.save_pretrained(tmp_path / "adapter")
     wanted = parameter_distance(build("bert"), model).total
     main(["distance", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "out")])
-    told = json.loads((tmp_path / "out/distance.json").read_text())["total"]
-    assert told["l1"] == pytest.approx(wanted.l1, rel=1e-6)
+    row = json.loads((tmp_path / "out/distance.json").read_text())["total"]
+    assert row["l1"] == pytest.approx(wanted.l1, rel=1e-6)
     assert (tmp_path / "out/distance.md").read_text() in capsys.readouterr().out
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     main(["distance", str(tmp_path / "base"), str(tmp_path / "merged"), "--threshold", "0.5"])
-    assert "moved > 0.5" in capsys.readouterr().out
+    assert "changed > 0.5" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main(["distance", str(tmp_path / "base"), str(tmp_path / "merged"), "--threshold", "-1"])
-    assert "threshold must not be negative" in capsys.readouterr().err
+    assert "threshold=-1.0 is negative" in capsys.readouterr().err
 
 
-def test_the_command_for_a_head_in_full_and_one_of_another_size(tmp_path, capsys):
+def test_the_command_measures_fully_trained_heads_and_names_the_option_for_other_sizes(tmp_path, capsys):
     build("bert").save_pretrained(tmp_path / "base")
     model = get_peft_model(build("bert"), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     with torch.no_grad():
@@ -198,8 +198,8 @@ def test_the_command_for_a_head_in_full_and_one_of_another_size(tmp_path, capsys
     model.save_pretrained(tmp_path / "lora")
     words = ["distance", str(tmp_path / "base"), str(tmp_path / "lora")]
     main([*words, "-o", str(tmp_path / "out")])
-    told = json.loads((tmp_path / "out/distance.json").read_text())["tensor"]["classifier.weight"]
-    assert told["l1"] == pytest.approx(parameter_distance(build("bert"), model).tensors["classifier.weight"].l1)
+    row = json.loads((tmp_path / "out/distance.json").read_text())["tensor"]["classifier.weight"]
+    assert row["l1"] == pytest.approx(parameter_distance(build("bert"), model).tensors["classifier.weight"].l1)
     encoder = build("bert").bert
     encoder.config.num_labels = 2
     encoder.save_pretrained(tmp_path / "base")
@@ -211,7 +211,7 @@ def test_the_command_for_a_head_in_full_and_one_of_another_size(tmp_path, capsys
     assert "| all | " in capsys.readouterr().out
 
 
-def test_a_place_that_does_not_exist(tmp_path, capsys):
+def test_the_command_reports_a_path_that_does_not_exist(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["distance", str(tmp_path / "a/b/c"), str(tmp_path)])
     assert "a/b/c' is neither a file or folder nor a name that the Hub gives" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Distances of models with adapters: what the adapter adds counts, and the weights stay as they were."""
+"""Distances of models with adapters include the offsets and leave the weights unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_intrinsic.analysis import parameter_distance
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "bert_mlm"])
-def test_an_adapter_counts_with_its_offset(family):
+def test_the_distance_of_an_adapter_equals_that_of_the_merged_model(family):
     model = trained(family)
     found = parameter_distance(build(family), model)
     merged = parameter_distance(build(family), model.merge_and_unload())
@@ -36,7 +36,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("config", OTHERS, ids=lambda config: type(config).__name__)
-def test_adapters_of_other_methods_count_too(config):
+def test_adapters_of_other_tuners_are_measured_and_unchanged(config):
     model = get_peft_model(build("bert"), copy.deepcopy(config)).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -50,7 +50,7 @@ def test_adapters_of_other_methods_count_too(config):
         assert sums.l1 == pytest.approx(merged.tensors[name].l1, rel=1e-4, abs=1e-5), name
 
 
-def test_masks_of_two_adapters_are_multiplied(tmp_path):
+def test_two_equal_masks_give_the_distance_of_one(tmp_path):
     model = get_peft_model(build("bert"), SupermaskConfig(target_modules=["query"], initial_sparsity=0.2))
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build("bert"), tmp_path)
@@ -60,8 +60,8 @@ def test_masks_of_two_adapters_are_multiplied(tmp_path):
     assert parameter_distance(build("bert"), loaded).total.l1 == pytest.approx(one.l1) != 0
 
 
-def test_a_mask_in_use_leaves_the_weights_as_they_are(tmp_path):
-    """Its zeros are written into the weight by the first forward pass."""
+def test_a_mask_that_a_forward_pass_applied_is_measured_and_unchanged(tmp_path):
+    """The first forward pass writes its zeros into the weight."""
     model = get_peft_model(build("bert"), SupermaskConfig(target_modules=["query"], initial_sparsity=0.2))
     model.save_pretrained(tmp_path)
     wanted = parameter_distance(build("bert"), model).total
@@ -77,7 +77,7 @@ def test_a_mask_in_use_leaves_the_weights_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     "config", [IntrinsicConfig(d=20, modules_to_save=["classifier"]), OTHERS[0]], ids=lambda config: config.peft_type
 )
-def test_what_was_trained_in_full_has_moved_from_the_base_that_holds_the_adapter(config):
+def test_fully_trained_modules_differ_from_the_base_that_holds_the_adapter(config):
     model = get_peft_model(build("bert"), copy.deepcopy(config))
     with torch.no_grad():
         for p in model.parameters():
@@ -90,7 +90,7 @@ def test_what_was_trained_in_full_has_moved_from_the_base_that_holds_the_adapter
     }
 
 
-def test_merged_adapters_are_refused_and_tied_layers_found():
+def test_merged_adapters_raise_an_error_and_tied_parameters_count_once():
     model = get_peft_model(build("bert"), LoraConfig(target_modules=["query"], init_lora_weights=False))
     model.merge_adapter()
     with pytest.raises(ValueError, match="is merged into the model"):

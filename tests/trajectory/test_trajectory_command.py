@@ -64,7 +64,7 @@ def test_from_recording_to_transfer(files, capsys, monkeypatch):
     run("outliers", "adapter", *tuning, *few, "-o", "far")
     out = capsys.readouterr().out
     assert set(re.findall(r"\| (.+?) \| [\d.]+ \|", out)) >= {"full"}
-    count = int(re.search(r"(\d+) of \d+ weights \([\d.]+%\) moved beyond 3 σ", out)[1])
+    count = int(re.search(r"(\d+) of \d+ weights \([\d.]+%\) changed beyond 3 σ", out)[1])
     assert f"| without {count} outliers | " in out
     assert f"| without {count} at random | " in out
     assert (files / "far/outliers.md").read_text() in out
