@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
-from peft_intrinsic_command import main as command
+from peft_intrinsic_cli import main as command
 
 CONFIG = "dataloader_pin_memory: false\ntrain_sampling_strategy: group_by_length\n"
 METHODS = {"sst2": "did,said,default,unilora,tinylora", "mrpc": "did,said,default"}

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 
 def test_help_needs_no_torch():
     code = """
 import sys
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 for words in (["--help"], ["measure", "--help"], ["trajectory", "fit", "--help"]):
     try:
         main(words)
@@ -34,7 +34,7 @@ def test_bugs_keep_their_traceback(error, short, monkeypatch, capsys):
     def run(args):
         raise error
 
-    monkeypatch.setattr("peft_intrinsic_command._analyze", run)
+    monkeypatch.setattr("peft_intrinsic_cli._analyze", run)
     with pytest.raises(SystemExit if short else ValueError) as ended:
         main(["analyze", "run"])
     if short:
@@ -73,8 +73,8 @@ TRANSFER = ["trajectory", "transfer", "--model", "m", "--train", "t.csv", "--eva
 )
 def test_options_with_several_values_leave_what_follows_to_the_command(words, columns, left, monkeypatch):
     found: list = []
-    monkeypatch.setattr("peft_intrinsic_command.others.import_module", lambda name: Recorder(found))
-    monkeypatch.setattr("peft_intrinsic_command._study", found.append)
+    monkeypatch.setattr("peft_intrinsic_cli.others.import_module", lambda name: Recorder(found))
+    monkeypatch.setattr("peft_intrinsic_cli._study", found.append)
     main(words)
     (args,) = found
     assert args.text == columns

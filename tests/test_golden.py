@@ -22,7 +22,7 @@ from peft_intrinsic.commands import trajectory as command
 from peft_intrinsic.measure import analyze
 from peft_intrinsic.trajectory import fit_subspace
 from peft_intrinsic.trials.store import TRIALS, Store
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 OUTPUTS = load_file(OUT / "outputs.safetensors")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

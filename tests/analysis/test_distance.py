@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from peft_intrinsic.analysis import distance, parameter_distance
 from peft_intrinsic.analysis.distance import write_report
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 THRESHOLD = 1e-3
 SHAPES = {"h.0.weight": (7, 9), "h.0.bias": (7,), "h.1.weight": (5, 4, 3), "h.1.scale": (), "embed.weight": (11, 6)}

@@ -17,7 +17,7 @@ from peft_intrinsic.bounds.certify import count_message_bits
 from peft_intrinsic.codec import read_packed
 from peft_intrinsic.text.labeled import LabeledTexts
 from peft_intrinsic.version import pip_install
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.codec import load_packed, read_packed
 from peft_intrinsic.commands import pack as command
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import peft_intrinsic.bounds.certify as certifying
 import peft_intrinsic.bounds.sweep as sweeping
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 
 @pytest.fixture

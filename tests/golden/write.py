@@ -106,9 +106,9 @@ COMMANDS: dict[str, list[str]] = {
 def write_commands() -> None:
     """Runs of commands whose options are a part of the keys of their rows."""
     from peft_intrinsic.measure.store import Store
+    from peft_intrinsic_command import main
 
     from peft_intrinsic.trajectory import command
-    from peft_intrinsic_command import main
 
     for action, words in COMMANDS.items():
         found: list[Any] = []
@@ -121,9 +121,8 @@ def write_commands() -> None:
 def write_texts(folder: Path) -> None:
     """A measurement on text, a study and a certificate, as the command line writes them."""
     from films import films  # films and texts are of the tests of that commit
-    from texts import examples
-
     from peft_intrinsic_command import main
+    from texts import examples
 
     os.chdir(folder)
     films(folder)

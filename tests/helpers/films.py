@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.codec import load_packed
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 D = 30
 

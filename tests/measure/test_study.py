@@ -12,7 +12,7 @@ from transformers import AutoModel
 from peft_intrinsic.measure.analysis import Point
 from peft_intrinsic.measure.evidence import TUNING
 from peft_intrinsic.measure.study import _gap, _step
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from peft_intrinsic.text.options import TextOptions
 from peft_intrinsic.text.tasks import IGNORED, Task, load_files
 from peft_intrinsic.text.training import TextFit
 from peft_intrinsic.version import pip_install
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 MODULE = """
 import datasets

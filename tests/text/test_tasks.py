@@ -18,7 +18,7 @@ from peft_intrinsic.text.options import TextOptions
 from peft_intrinsic.text.tasks import load_files, load_task
 from peft_intrinsic.text.training import select_dims
 from peft_intrinsic.version import pip_install
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 
 @pytest.mark.parametrize(

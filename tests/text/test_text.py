@@ -22,7 +22,7 @@ from peft_intrinsic.text.methods import build_config
 from peft_intrinsic.text.options import TextOptions
 from peft_intrinsic.text.tasks import Task, load_files
 from peft_intrinsic.text.training import IGNORED, TextFit, TextTraining, text_fit
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 
 def test_command_measures_and_then_resumes_without_a_trial(data, tmp_path, capsys):
@@ -59,7 +59,7 @@ def test_dry_run_measure_and_analyze_as_processes(tmp_path):
     (tmp_path / "more.yaml").write_text("max_steps: 60\nuse_cpu: true\ndataloader_pin_memory: false\n")
 
     def run(*words: str) -> str:
-        command = [sys.executable, "-W", "ignore", "-c", "from peft_intrinsic_command import main; main()", *words]
+        command = [sys.executable, "-W", "ignore", "-c", "from peft_intrinsic_cli import main; main()", *words]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -16,7 +16,7 @@ from transformers import BertForSequenceClassification
 
 from peft_intrinsic.text.labeled import LabeledTexts
 from peft_intrinsic.trajectory import Subspace, fit_subspace, snapshots
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from peft_intrinsic.measure import RayEngine, grid, measure_intrinsic_dimension
 from peft_intrinsic.text.launch import LaunchedFit, _is_running
 from peft_intrinsic.text.options import TextOptions
 from peft_intrinsic.trials.engine import _Worker
-from peft_intrinsic_command import main
+from peft_intrinsic_cli import main
 
 ray = pytest.importorskip("ray")
 
