@@ -2,12 +2,73 @@
 
 from __future__ import annotations
 
+import argparse
+import re
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
-from peft_intrinsic_cli import main
+from peft_intrinsic.text import methods
+from peft_intrinsic_cli import build_parser, main
+from peft_intrinsic_cli.measure import METHODS
+
+
+def subcommands(parser: argparse.ArgumentParser, *words: str) -> dict[tuple[str, ...], argparse.ArgumentParser]:
+    """All parsers below one, actions of subcommands included."""
+    found = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                found |= {(*words, name): below, **subcommands(below, *words, name)}
+    return found
+
+
+COMMANDS = subcommands(build_parser())
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_begins_with_a_sentence_and_ends_with_an_example_that_parses(words, monkeypatch):
+    shown = COMMANDS[words].format_help()
+    description = COMMANDS[words].description.splitlines()[0]
+    assert re.fullmatch(r"[A-Z][^.]+\.", description), description
+    assert description in shown
+    _, _, example = shown.partition("\nexample:\n  peft-intrinsic ")
+    assert example
+    calls: list[argparse.Namespace] = []
+    monkeypatch.setattr("peft_intrinsic_cli._run", calls.append)
+    main(shlex.split(example.replace("\\\n", " ")))
+    module, function = calls[0].run.split(".")
+    assert callable(getattr(import_module(f"peft_intrinsic.commands.{module}"), function))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_option_has_a_help_with_its_default(words):
+    parser = COMMANDS[words]
+    shown = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            continue
+        text = parser._get_formatter()._expand_help(action)
+        assert text, action
+        assert text in shown, action
+        if action.option_strings and not action.required and action.nargs != 0:
+            assert re.search(r" \(default: .+\)$", text), text
+        if action.choices:
+            assert f"{{{','.join(action.choices)}}}" in shown, action
+
+
+def test_the_summary_lists_each_subcommand_with_a_verb_phrase():
+    shown = build_parser().format_help()
+    for words in COMMANDS:
+        if len(words) == 1:
+            assert re.search(rf"^    {words[0]}\s+[A-Z][a-z-]+ ", shown, re.MULTILINE), words
+
+
+def test_methods_in_the_help_are_those_of_the_package():
+    assert tuple(methods.METHODS) == METHODS
 
 
 def test_help_needs_no_torch():
@@ -34,7 +95,7 @@ def test_bugs_keep_their_traceback(error, short, monkeypatch, capsys):
     def run(args):
         raise error
 
-    monkeypatch.setattr("peft_intrinsic_cli._analyze", run)
+    monkeypatch.setattr("peft_intrinsic.commands.measure.analyze", run)
     with pytest.raises(SystemExit if short else ValueError) as ended:
         main(["analyze", "run"])
     if short:
@@ -73,8 +134,7 @@ TRANSFER = ["trajectory", "transfer", "--model", "m", "--train", "t.csv", "--eva
 )
 def test_options_with_several_values_leave_what_follows_to_the_command(words, columns, left, monkeypatch):
     found: list = []
-    monkeypatch.setattr("peft_intrinsic_cli.others.import_module", lambda name: Recorder(found))
-    monkeypatch.setattr("peft_intrinsic_cli._study", found.append)
+    monkeypatch.setattr("peft_intrinsic_cli.import_module", lambda name: Recorder(found))
     main(words)
     (args,) = found
     assert args.text == columns
@@ -102,4 +162,4 @@ def test_unknown_arguments_are_named_with_the_form_of_several_values(words, unkn
     with pytest.raises(SystemExit) as ended:
         main(words.split())
     assert ended.value.code == 2
-    assert f"unrecognized arguments: {unknown}. An option takes one value; several" in capsys.readouterr().err
+    assert f"unrecognized arguments: {unknown}. An option takes one value; join several" in capsys.readouterr().err

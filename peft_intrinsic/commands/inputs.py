@@ -80,3 +80,14 @@ def base_name(args: argparse.Namespace, own: str | None) -> str:
             f"it: --model. (A packed adapter holds only the last part of a folder's path. {error})"
         ) from error
     return own
+
+
+def training_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The `TrainingArguments` that follow from `--epochs` and `--batch`."""
+    return {
+        "num_train_epochs": args.epochs,
+        "per_device_train_batch_size": args.batch,
+        "per_device_eval_batch_size": args.batch,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.1,
+    }

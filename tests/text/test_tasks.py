@@ -49,7 +49,10 @@ from peft_intrinsic_cli import main
         ({"--learning-rates": "nan"}, "(--full-learning-rates, --learning-rates) must be above 0"),
         ({"--target": "90"}, "target must lie in (0, 1], got 90.0"),
         ({"--seeds": "0"}, "seeds must be at least 1, got 0"),
-        ({"--learning-rates": "fast"}, "argument --learning-rates: 'fast' is neither 'auto' nor rates such as 5e-5"),
+        (
+            {"--learning-rates": "fast"},
+            "argument --learning-rates: 'fast' is neither 'auto' nor learning rates such as 5e-5",
+        ),
         ({"--task": "glue/mrpc", "--dataset": "imdb"}, "a GLUE task (--task, got glue/mrpc) or a dataset"),
     ],
 )
@@ -96,7 +99,7 @@ def test_command_rejects_invalid_training_arguments(yaml, message, data, tmp_pat
         (["--method", "lora", "--dims", "8,300,3"], "d must be a multiple of 192, and the grid must hold two"),
         (["--epochs", "-1"], "num_train_epochs (--epochs) must be above 0, got -1"),
         (["--batch", "0"], "per_device_train_batch_size (--batch) must be at least 1, got 0"),
-        (["--method", "bitfit"], "method='bitfit' (--method) is unknown. Known are did, said"),
+        (["--method", "bitfit"], "argument --method: invalid choice: 'bitfit' (choose from "),
         (["--max-length", "4000"], "max_length (--max-length) = 4000: base has "),
         (["--dims", "8,1000000,3"], "weights, fewer than 1000000"),
         (["--engine", "ray"], pip_install("[ray]")),
@@ -110,6 +113,12 @@ def test_command_rejects_options_that_do_not_fit_the_model(options, message, dat
         main(command(data, "base", tmp_path / "run", *options))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "trials.jsonl").exists()
+
+
+def test_unknown_method_raises_value_error(data, tmp_path):
+    options = TextOptions(tiny("bert", tmp_path / "base"), train=data["train"], eval=data["eval"], method="bitfit")
+    with pytest.raises(ValueError, match=r"method='bitfit' .* is unknown. Known are did, said"):
+        select_dims(options, (8, 16))
 
 
 def test_splits_of_a_dataset_are_loaded_without_unlabeled_rows(tmp_path, monkeypatch):

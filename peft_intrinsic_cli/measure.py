@@ -1,0 +1,143 @@
+"""Parsers of measure, study and analyze."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .parsing import (
+    add_batch,
+    add_command,
+    add_data,
+    add_epochs,
+    parse_dims,
+    parse_learning_rates,
+    parse_names,
+)
+
+METHODS = ("did", "said", "default", "lora", "unilora", "tinylora")
+
+
+def add_parsers(commands: Any) -> None:
+    """Add the subcommands to the parser of the command."""
+    parser = add_command(
+        commands,
+        "measure",
+        "measure.measure",
+        "Measure the intrinsic dimension (d90) of a task",
+        "measure --model bert-base-uncased --task glue/mrpc --out runs/mrpc",
+        "d90 is the smallest d at which training in a subspace of d dimensions reaches 90 %\nof the score of full "
+        "fine-tuning. The same command resumes a stopped run.",
+    )
+    parser.add_argument("--model", required=True, help="base model: a name on the Hub, or a folder")
+    parser.add_argument(
+        "--method",
+        default="did",
+        choices=METHODS,
+        help="what is trained: the paper's subspaces of all weights (did, said), the subspace of this package (default)"
+        ", or a method of PEFT (default: did)",
+    )
+    _add_options(parser)
+    parser = add_command(
+        commands,
+        "study",
+        "measure.study",
+        "Measure and compare the d90 of several models or methods",
+        "study methods bert-base-uncased --method did,lora --task glue/mrpc --out runs/study",
+        "methods     d90 of each method on the same models\n"
+        "models      d90 against the number of parameters of the models\n"
+        "checkpoints d90 during pretraining, over the number in the name of each folder\n"
+        "gap         d90 against the generalization gap",
+    )
+    parser.add_argument("kind", choices=["checkpoints", "models", "methods", "gap"], help="comparison to make")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="base models: names on the Hub, or folders")
+    parser.add_argument(
+        "--method",
+        type=parse_names,
+        metavar="METHOD[,METHOD]",
+        help=f"what is trained, of {', '.join(METHODS)} (default: did, and did,said for methods)",
+    )
+    _add_options(parser)
+    parser = add_command(
+        commands,
+        "analyze",
+        "measure.analyze",
+        "Re-analyze the stored trials of a run without training",
+        "analyze runs/mrpc --target 0.95 --out runs/mrpc_95",
+        "Options that are left out stay as they were in the run.",
+    )
+    parser.add_argument("folder", metavar="RUN", help="folder that measure wrote")
+    parser.add_argument("--out", help="folder of the new report (default: RUN)")
+    _add_question(parser.add_argument, stored=True)
+
+
+def _add_question(add: Any, stored: bool = False) -> None:
+    """Add the options that define d90; with `stored`, their defaults are those of the run."""
+
+    def default(value: Any) -> dict[str, Any]:
+        return {} if stored else {"default": value}
+
+    as_stored = " (default: as in the run)" if stored else ""
+    add(
+        "--dims",
+        type=parse_dims,
+        **default("100,1000000,64"),
+        metavar="LOW,HIGH,POINTS",
+        help=f"grid of d: lowest, highest, number of points{as_stored}",
+    )
+    add("--target", type=float, **default(0.9), help=f"fraction of full fine-tuning to reach{as_stored}")
+    add(
+        "--relative-to",
+        choices=["score", "gain"],
+        help="what --target is a fraction of: the score, or its gain over the majority class"
+        + (as_stored or " (default: score; gain for a loss)"),
+    )
+    add(
+        "--center",
+        choices=["median", "mean"],
+        **default("median"),
+        help=f"aggregate over seeds: median of the runs that did not collapse, or mean of all{as_stored}",
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add_data(parser)
+    add = parser.add_argument_group("training").add_argument
+    add(
+        "--full-learning-rates",
+        type=parse_learning_rates,
+        default="auto",
+        metavar="LR[,LR]",
+        help="learning rates to try for full fine-tuning, such as 1e-5,3e-5,1e-4",
+    )
+    add(
+        "--learning-rates",
+        type=parse_learning_rates,
+        default="auto",
+        metavar="LR[,LR]",
+        help="learning rates to try for the method, equally many",
+    )
+    add_epochs(add)
+    add_batch(add)
+    add("--patience", type=int, metavar="EPOCHS", help="epochs without a better score after which a trial stops")
+    add("--config", metavar="FILE", help="YAML file of further TrainingArguments, which override the options above")
+    add = parser.add_argument_group("search").add_argument
+    add("--out", required=True, help="folder of the run; the same command resumes a stopped run")
+    add("--overwrite", action="store_true", help="discard the run that the folder holds")
+    add("--dry-run", action="store_true", help="check all options and print the plan without training")
+    _add_question(add)
+    add("--seeds", type=int, default=3, help="seeds at each d")
+    add("--baseline-seeds", type=int, help="seeds of full fine-tuning (default: 3, and more where they narrow d90)")
+    add("--trials", type=int, help="largest number of trials (default: 60; unlimited with --sweep)")
+    add("--minutes", type=float, help="time budget in minutes, after which no new trial starts (default: unlimited)")
+    add("--sweep", action="store_true", help="measure the whole grid")
+    add = parser.add_argument_group("execution").add_argument
+    add("--engine", default="process", choices=["process", "ray"], help="run trials in this process, or on Ray")
+    add("--ray-address", help="address of a running Ray cluster (default: a new one on this machine)")
+    add("--cpus", type=float, default=1, help="CPUs of a trial on Ray")
+    add("--gpus", type=float, default=0, help="GPUs of a trial on Ray, or a fraction of one")
+    add(
+        "--launch",
+        metavar="COMMAND",
+        help="launcher of each trial, such as 'accelerate launch --num_processes 2 --main_process_port 0'",
+    )

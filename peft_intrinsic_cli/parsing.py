@@ -1,0 +1,127 @@
+"""What the parsers of all subcommands share: the form of the help, types of options, and common options."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+LABELS = "number of labels of the base model's head, for adapters that do not store it"
+MODEL = "base model, for adapters whose own name for it cannot be found"
+FILE = "CSV, TSV, JSON lines or Parquet file"
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Preserves the line breaks of descriptions and examples, and states the default of every option."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if not action.option_strings or action.required or action.nargs == 0 or "(default:" in text:
+            return text
+        return text + (" (default: none)" if action.default is None else " (default: %(default)s)")
+
+
+def add_command(commands: Any, name: str, run: str, summary: str, example: str, more: str = "") -> Any:
+    """Add a subcommand.
+
+    Args:
+        commands: what `add_subparsers` returned.
+        name: of the subcommand.
+        run: the function that carries it out, as `module.function` of `peft_intrinsic.commands`.
+        summary: a verb phrase, without a full stop.
+        example: the words of an example after `peft-intrinsic`, with line breaks where they help.
+        more: further sentences of the description.
+
+    Returns:
+        The parser of the subcommand.
+    """
+    lines = example.replace("\n", " \\\n      ")
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary}.\n{more}".strip(),
+        epilog=f"example:\n  peft-intrinsic {lines}",
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe a task: its data, its metric and its type."""
+    add = parser.add_argument_group("data").add_argument
+    add("--task", help="task of GLUE on the Hub, such as glue/mrpc, instead of --train and --eval")
+    add("--train", help=f"training data: a {FILE}; with --dataset the name of a split")
+    add("--eval", help="held-out data, in the same form")
+    add("--dataset", metavar="NAME[:CONFIGURATION]", help="dataset on the Hub of which --train and --eval name splits")
+    add_columns(add)
+    add(
+        "--metric",
+        help="score: accuracy, f1, matthews, spearman (regression), or a metric of evaluate by name or path; NAME:KEY "
+        "selects one of several values (default: accuracy, or the metric of the GLUE task)",
+    )
+    add(
+        "--task-type",
+        default="SEQ_CLS",
+        choices=["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"],
+        help="what the model predicts: a label per text, a label per word, or the next token",
+    )
+    add("--max-length", type=int, default=128, metavar="TOKENS", help="length at which inputs are truncated")
+
+
+def add_epochs(add: Any) -> None:
+    """Add the option for the number of epochs."""
+    add("--epochs", type=float, default=3, help="epochs of training")
+
+
+def add_columns(add: Any) -> None:
+    """Add the options that name the columns of labeled texts."""
+    add(
+        "--text",
+        type=parse_names,
+        default="text",
+        metavar="COLUMN[,COLUMN]",
+        help="column of the texts, or two columns for pairs of texts",
+    )
+    add("--label", default="label", metavar="COLUMN", help="column of the labels")
+
+
+def add_batch(add: Any) -> None:
+    """Add the option for the batch size."""
+    add("--batch", type=int, default=32, help="batch size")
+
+
+def add_learning_rate(add: Any, default: float, more: str = "") -> None:
+    """Add the option for the learning rate of training."""
+    add("--learning-rate", "--lr", dest="lr", type=float, default=default, help=f"learning rate of training{more}")
+
+
+def parse_names(text: str) -> list[str]:
+    """Split a value at its commas. (An option with several values would swallow the arguments that follow it.)"""
+    return text.split(",")
+
+
+def parse_integers(text: str) -> list[int]:
+    """Parse integers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between them.") from None
+
+
+def parse_learning_rates(text: str) -> Any:
+    """Parse `auto`, or learning rates with commas between them."""
+    try:
+        return text if text == "auto" else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither 'auto' nor learning rates such as 5e-5,2e-4,8e-4."
+        ) from None
+
+
+def parse_dims(text: str) -> list[int]:
+    """Parse the lowest d, the highest d and the number of points of a grid."""
+    try:
+        low, high, points = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not lowest,highest,points.") from None
+    return [low, high, points]
