@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dis
 import io
-import linecache
 import sys
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
 from . import certify, distance, measure, pack, trajectory
 from .parsing import HelpFormatter
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130, f"\npeft-intrinsic: {INTERRUPTED}\n")
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        if args.debug or not _meant(error):
+        if args.debug or not _is_message(error):
             raise
         parser.exit(2, f"peft-intrinsic: {error}\n")
 
@@ -74,15 +74,16 @@ def _run(args: argparse.Namespace) -> None:
     getattr(commands, function)(args)
 
 
-def _meant(error: BaseException) -> bool:
-    """Whether it is a message for the user: of a file or an import, or raised on purpose by this package."""
+def _is_message(error: BaseException) -> bool:
+    """Whether an error is a message for the user: of a file or an import, or by a `raise` statement of this package.
+
+    All others are internal: those of other packages, and those that built-in functions cause in this one.
+    """
     if isinstance(error, (OSError, ImportError)):
         return True
-    place = error.__traceback__
-    while place and place.tb_next:
+    place: Any = error.__traceback__
+    while place.tb_next:
         place = place.tb_next
-    if place is None:
-        return False
-    file = place.tb_frame.f_code.co_filename
-    ours = any(part.startswith("peft_intrinsic") for part in Path(file).parts)
-    return ours and linecache.getline(file, place.tb_lineno).strip().startswith("raise")
+    frame = place.tb_frame
+    raised = frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and frame.f_globals.get("__name__", "").startswith("peft_intrinsic")

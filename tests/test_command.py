@@ -1,4 +1,4 @@
-"""The command itself: its help, its errors."""
+"""The command itself: its help and its errors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import shlex
 import subprocess
 import sys
 from importlib import import_module
+from typing import Any
 
 import pytest
+import torch
 
 from peft_intrinsic.text import methods
 from peft_intrinsic_cli import build_parser, main
@@ -18,7 +20,7 @@ from peft_intrinsic_cli.measure import METHODS
 
 def subcommands(parser: argparse.ArgumentParser, *words: str) -> dict[tuple[str, ...], argparse.ArgumentParser]:
     """All parsers below one, actions of subcommands included."""
-    found = {}
+    found: dict[tuple[str, ...], argparse.ArgumentParser] = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, below in action.choices.items():
@@ -87,20 +89,44 @@ print({"torch", "numpy", "peft", "peft_intrinsic"} & set(sys.modules))
 
 
 @pytest.mark.parametrize(
-    ("error", "short"), [(KeyboardInterrupt(), True), (FileNotFoundError("x.csv"), True), (ValueError("a bug"), False)]
+    ("error", "status"), [(KeyboardInterrupt(), 130), (FileNotFoundError("x.csv"), 2), (ModuleNotFoundError("x"), 2)]
 )
-def test_bugs_keep_their_traceback(error, short, monkeypatch, capsys):
-    """What is raised on purpose is a line; the rest, and all with --debug, is a traceback."""
-
+def test_interrupts_missing_files_and_missing_packages_print_one_line(error, status, monkeypatch, capsys):
     def run(args):
         raise error
 
     monkeypatch.setattr("peft_intrinsic.commands.measure.analyze", run)
-    with pytest.raises(SystemExit if short else ValueError) as ended:
+    with pytest.raises(SystemExit) as ended:
         main(["analyze", "run"])
-    if short:
-        assert ended.value.code == (130 if isinstance(error, KeyboardInterrupt) else 2)
-        assert "peft-intrinsic: " in capsys.readouterr().err
+    assert ended.value.code == status
+    assert capsys.readouterr().err.strip().startswith("peft-intrinsic: ")
+
+
+def raise_value_error(folder):
+    raise ValueError("a bug")
+
+
+INSTALLED: dict[str, Any] = {"__name__": "another.module"}
+"""A module of another package, whose environment is in a clone of this repository."""
+exec(
+    compile("def fail(folder): raise ValueError('a bug')", "peft_intrinsic/.venv/another/module.py", "exec"), INSTALLED
+)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        pytest.param(raise_value_error, id="raised by another package"),
+        pytest.param(INSTALLED["fail"], id="raised by a package in a folder called peft_intrinsic"),
+        pytest.param(int, id="caused by a built-in function in this package"),
+        pytest.param(torch.device, id="raised by compiled code"),
+    ],
+)
+def test_internal_errors_print_a_traceback(bug, monkeypatch):
+    """Invalid input alone, for which this package raises an error, prints one line."""
+    monkeypatch.setattr("peft_intrinsic.commands.measure.analyze_trials", bug)
+    with pytest.raises((ValueError, RuntimeError), match=r"a bug|invalid literal|device"):
+        main(["analyze", "run"])
 
 
 def test_debug_shows_what_else_is_a_line(tmp_path, capsys):
