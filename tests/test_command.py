@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from peft_intrinsic import __version__
 from peft_intrinsic.text import methods
 from peft_intrinsic_cli import build_parser, main
 from peft_intrinsic_cli.measure import METHODS
@@ -86,6 +88,13 @@ print({"torch", "numpy", "peft", "peft_intrinsic"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_python_m_runs_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["-m", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("peft_intrinsic", run_name="__main__")
+    assert capsys.readouterr().out == f"{__version__}\n"
 
 
 @pytest.mark.parametrize(
