@@ -6,30 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 
 from ..analysis.distance import parameter_distance, write_report
-from .inputs import load_base
-
-
-def _place(name: str) -> str:
-    """A file or folder as it is; of a name on the Hub, the folder of its weights.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if Path(name).exists():
-        return name
-    try:
-        return snapshot_download(name, allow_patterns=["*.safetensors", "*.json"])
-    except (OSError, ValueError) as error:  # HFValidationError, RepositoryNotFoundError, no network
-        raise ValueError(f"{name!r} is neither a file or folder nor a name that the Hub gives: {error}") from None
+from .inputs import load_base, local_path
 
 
 def distance(args: argparse.Namespace) -> None:
     """Distances between two models, or between a model and itself with an adapter."""
-    base, tuned = _place(args.base), _place(args.tuned)
+    base, tuned = local_path(args.base), local_path(args.tuned)
     sides: tuple[Any, Any] = base, tuned
     if Path(tuned, "adapter_config.json").exists():
         config = PeftConfig.from_pretrained(tuned)
