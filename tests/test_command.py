@@ -49,7 +49,8 @@ def test_help_begins_with_a_sentence_and_ends_with_an_example_that_parses(words,
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_every_option_has_a_help_with_its_default(words):
+def test_every_option_has_a_help_with_its_default(words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
     parser = COMMANDS[words]
     shown = " ".join(parser.format_help().split())
     for action in parser._actions:

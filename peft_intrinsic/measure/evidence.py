@@ -18,6 +18,9 @@ BELOW = 2
 TOLERATED = 0.1
 """Share of collapsed runs above which a learning rate is chosen only if no other has fewer."""
 
+DOCUMENTED = 2e-4
+"""The documented learning rate: a run at it, or below, that learned nothing was rather too short (docs/tuner.md)."""
+
 TUNING = 10_000
 """The seed on which learning rates are tried: its scores choose, so they do not count."""
 
@@ -25,6 +28,35 @@ TUNING = 10_000
 def collapsed(score: float | None, least: float | None) -> bool:
     """Whether a run is no better than the trivial answer, or diverged."""
     return score is None or not math.isfinite(score) or (least is not None and score <= least + 1e-9)
+
+
+def describe_collapse(
+    score: float,
+    least: float,
+    learning_rate: float,
+    metric: str = "accuracy",
+    baseline: str = "majority class",
+    one_class: bool = False,
+) -> str:
+    """Say that a run collapsed, and what to try.
+
+    Args:
+        score: of the run.
+        least: of the baseline.
+        learning_rate: of the run.
+        metric: name of the score.
+        baseline: what the run is compared with.
+        one_class: whether the model predicts one class for every example.
+    """
+    return (
+        f"Training collapsed: the model {'predicts one class for every example' if one_class else 'learned nothing'}. "
+        f"Its {metric} is {score:.4f}, that of the {baseline} {least:.4f}. "
+        + (
+            f"Try a lower learning rate ({learning_rate / 4:g} instead of {learning_rate:g}), or a longer warm-up."
+            if learning_rate > DOCUMENTED
+            else "Train for more steps first, then try a learning rate of up to 4e-4 with a longer warm-up."
+        )
+    )
 
 
 class Evidence:

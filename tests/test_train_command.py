@@ -1,0 +1,127 @@
+"""The command train, on CSV files and tiny models."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers.texts import BAD, GOOD, write
+from peft import PeftModel
+from test_documents import tiny
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from peft_intrinsic.card import HEADING
+from peft_intrinsic_cli import main
+
+ROWS = [{"text": GOOD if i % 3 else BAD, "label": "yes" if i % 3 else "no"} for i in range(48)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "train.csv", ROWS)
+    write(tmp_path, "eval.csv", ROWS[:24])
+    tiny("bert", tmp_path / "base")
+    return tmp_path
+
+
+def train(*more: str) -> None:
+    options = [] if "--eval" in more else ["--train", "train.csv", "--eval", "eval.csv"]
+    main(["train", "--model", "base", "--out", "adapter", "--batch", "8", "--epochs", "1", *options, *more])
+
+
+def scores() -> dict:
+    return json.loads(Path("adapter/scores.json").read_text())
+
+
+def test_training_reports_scores_beside_baselines_and_saves_an_adapter_that_has_them(folder, capsys):
+    train("--epochs", "20", "--learning-rate", "3e-4", "--target-modules", "all")
+    out = capsys.readouterr().out
+    found = scores()
+    assert found["majority"] == pytest.approx(2 / 3)
+    assert found["logistic_regression"] == found["after"] == 1 > found["before"]
+    assert (found["labels"], found["examples"]) == (["no", "yes"], {"train": 48, "eval": 24})
+    rows = [f"majority +{2 / 3:.4f}", r"logistic regression \(25 weights\) +1\.0000"]
+    rows += [f"before +{found['before']:.4f}", r"after \(d = 200\) +1\.0000"]
+    assert re.search(r"accuracy on 24 held-out examples\n  " + "\n  ".join(rows), out), out
+    size = sum(Path("adapter", name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json"))
+    assert f"adapter: d = 200, {size} bytes" in out
+    assert HEADING in Path("adapter/README.md").read_text()
+    base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+    model, tokenizer = PeftModel.from_pretrained(base, "adapter").eval(), AutoTokenizer.from_pretrained("base")
+    predicted = model(**tokenizer([GOOD, BAD], return_tensors="pt")).logits.argmax(-1)
+    assert predicted.tolist() == [1, 0]
+
+
+def test_a_folder_in_use_is_overwritten_on_request_only(folder, capsys):
+    Path("adapter").mkdir()
+    Path("adapter/adapter.certificate.json").write_text("of a former adapter")
+    Path("adapter/notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        train()
+    assert "--out adapter is in use" in capsys.readouterr().err
+    assert len(list(Path("adapter").iterdir())) == 2
+    train("--overwrite", "--d", "20")
+    assert json.loads(Path("adapter/adapter_config.json").read_text())["d"] == 20
+    assert not Path("adapter/adapter.certificate.json").exists()
+    assert Path("adapter/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--d", "100000000"], "d=100000000"), (["--lr", "1e38"], "NaN or infinite"), (["--batch", "0"], "--batch")],
+)
+def test_a_failed_run_leaves_the_adapter_that_was_there(options, message, folder, capsys):
+    train("--epochs", "0.1")
+    before = {path: path.read_bytes() for path in Path("adapter").iterdir()}
+    with pytest.raises(SystemExit, match="2"):
+        train("--overwrite", *options)
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in Path("adapter").iterdir()} == before
+
+
+def test_a_collapse_is_reported_with_what_to_try(folder, capsys):
+    train("--epochs", "10", "--lr", "1000")
+    out = capsys.readouterr().out
+    assert re.search(r"Training collapsed: .* Its accuracy is [\d.]+, that of the majority class 0\.6667\.", out), out
+    assert "Try a lower learning rate (250 instead of 1000)" in out
+
+
+def test_a_language_model_is_compared_with_itself_before_training(folder, capsys):
+    tiny("llama", folder / "base")
+    write(folder, "corpus.jsonl", [{"text": GOOD}, {"text": BAD}] * 60)
+    files = ["--train", "corpus.jsonl", "--eval", "corpus.jsonl", "--task-type", "CAUSAL_LM", "--max-length", "8"]
+    train(*files, "--epochs", "8", "--lr", "1e-3")
+    found = scores()
+    assert found["after"] < 0.9 * found["before"]
+    assert not {"majority", "logistic_regression"} & set(found)
+    assert "Training collapsed" not in capsys.readouterr().out
+    train(*files, "--overwrite", "--lr", "1e-12")
+    assert re.search(r"Training collapsed: .* Its loss is [\d.]+, that of the untrained model", capsys.readouterr().out)
+
+
+def test_a_regression_has_no_logistic_regression(folder, capsys):
+    rows = [{"text": GOOD if i % 2 else BAD, "label": i % 2 + 0.01 * i} for i in range(24)]
+    write(folder, "numbers.csv", rows)
+    train("--train", "numbers.csv", "--eval", "numbers.csv", "--metric", "spearman")
+    assert set(scores()) >= {"majority", "before", "after"}
+    assert "logistic_regression" not in scores()
+
+
+def test_a_decoder_has_no_logistic_regression(folder, capsys):
+    tiny("llama", folder / "base")
+    train("--epochs", "0.1")
+    assert "logistic_regression" not in scores()
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"), [("query", ["query"]), ("query,value", ["query", "value"]), ("all", "all")]
+)
+def test_target_modules_are_names_or_a_keyword(given, stored, folder):
+    train("--target-modules", given, "--epochs", "0.1", "--said", "--seed", "3", "--d", "100")
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    modules = config["target_modules"]
+    assert (modules if isinstance(modules, str) else sorted(modules)) == stored
+    assert (config["said"], config["seed"], config["d"]) == (True, 3, 100)
