@@ -1,4 +1,4 @@
-"""Putting tuner layers into a model and taking them out."""
+"""Adding tuner layers to a model and removing them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .config import IntrinsicConfig
 from .layer import IntrinsicLayer, Offset
 from .module_types import is_embedding, is_linear
 from .modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicModule
-from .names import HOLDER, canonical, inside
+from .names import VECTOR, canonical, inside
 from .parametrized import IntrinsicParameters
 from .targets import LAMBDA_SCALE, Targeting, identify
 from .vector import IntrinsicVector
@@ -30,16 +30,14 @@ from .vector import IntrinsicVector
 logger = logging.getLogger(__name__)
 
 
-def _is_split(model: nn.Module, module: nn.Module, name: str) -> bool:
-    """Whether a parameter is only a part on this device. FSDP 2 puts those of layers that are wrapped together."""
-    if not hasattr(module._parameters.get(name), "full_tensor"):
-        return False
-    gathered = any(hasattr(each, "reshard") for each in model.modules()) and not getattr(model, "_tp_size", None)
-    return not (gathered and (is_linear(module) or is_embedding(module)))
-
-
 def attach(model: nn.Module, adapter: str, targeting: Targeting, config: IntrinsicConfig) -> None:
-    """Give every user of a parameter its offset, and the holder this adapter's θ and λ.
+    """Add the offsets of an adapter to the modules, and its θ and λ to the model.
+
+    Args:
+        model: the base model, with or without adapters.
+        adapter: name of the new adapter.
+        targeting: the parameters to adapt.
+        config: of the adapter, its options resolved.
 
     Raises:
         ValueError: a dense projection would be out of proportion to the model.
@@ -47,33 +45,43 @@ def attach(model: nn.Module, adapter: str, targeting: Targeting, config: Intrins
     projections = PROJECTIONS[config.projection](targeting.spec, targeting.shapes)
     if not config.inference_mode:
         _warn_of_running_statistics(model, config)
-    if not hasattr(model, HOLDER):
-        _add_holder(model)
+    if not hasattr(model, VECTOR):
+        _add_vector(model)
         _report_unadapted(model, targeting.targets, config)
-    holder: Any = model.get_submodule(HOLDER)
-    layers = _layers(model, holder, [module for target in targeting.targets.values() for module, _ in target.users])
-    holder.choices.forget()
+    vector: Any = model.get_submodule(VECTOR)
+    layers = _make_layers(
+        model, vector, [module for target in targeting.targets.values() for module, _ in target.users]
+    )
+    vector.choices.forget()
     merged: set[Any] = set()
     for name, target in targeting.targets.items():
         for module, own in target.users:
             if _is_split(model, module, own):
-                holder.split[adapter] = name
+                vector.split[adapter] = name
             merges = (identity := identify(module, own)) not in merged
             merged.add(identity)
             offset = Offset(name, projections[name], target.shape, target.matrix.transposed, target.group, merges)
             layers[id(module)].offsets.setdefault(adapter, {})[own] = offset
     spec = targeting.spec
-    unit = spec.theta_scale / spec.factor if config.scale == "fan_in" else 1
-    draws = config.ensemble or int(not config.init_weights)
-    drawn = [random_theta(int(torch.randint(2**62, ())), spec.d) / unit for _ in range(draws)]
-    theta = np.mean(drawn, axis=0) if drawn else np.zeros(spec.d)
+    scale = spec.theta_scale / spec.factor if config.scale == "fan_in" else 1
+    count = config.ensemble or int(not config.init_weights)
+    starts = [random_theta(int(torch.randint(2**62, ())), spec.d) / scale for _ in range(count)]
+    theta = np.mean(starts, axis=0) if starts else np.zeros(spec.d)
     module, own = next(iter(targeting.targets.values())).users[0]
     like = next(p for p in (module._parameters.get(own), *module.parameters(), *module.buffers()) if p is not None)
-    holder.add(adapter, theta, np.ones(targeting.num_lambdas) / LAMBDA_SCALE[config.scale], like)
+    vector.add(adapter, theta, np.ones(targeting.num_lambdas) / LAMBDA_SCALE[config.scale], like)
+
+
+def _is_split(model: nn.Module, module: nn.Module, name: str) -> bool:
+    """Whether this device has only a part of a parameter. FSDP 2 gathers those of layers that are wrapped."""
+    if not hasattr(module._parameters.get(name), "full_tensor"):
+        return False
+    gathered = any(hasattr(each, "reshard") for each in model.modules()) and not getattr(model, "_tp_size", None)
+    return not (gathered and (is_linear(module) or is_embedding(module)))
 
 
 def random_theta(seed: int, length: int) -> np.ndarray:
-    """θ at a random start: normal numbers with a standard deviation of .2, `float64[length]`."""
+    """A random start of θ: normal, with standard deviation 0.2, `float64[length]`."""
     return normals(words(seed, "theta", "", length)) / 5
 
 
@@ -84,12 +92,12 @@ def _report_unadapted(model: nn.Module, targets: Container[str], config: Intrins
     sizes = {canonical(name, model): p.numel() for name, p in model.named_parameters()}
     rest = [canonical(name, model) for name, p in model.named_parameters() if not p.is_floating_point()]
     if rest := [name for name in rest if name not in targets]:
-        share = sum(sizes[name] for name in rest) / sum(sizes.values())
-        logger.info("Not adapted (not floating point): %s (%.2g of all parameters).", ", ".join(rest), share)
+        fraction = sum(sizes[name] for name in rest) / sum(sizes.values())
+        logger.info("Not adapted (not floating point): %s (%.2g of all parameters).", ", ".join(rest), fraction)
 
 
 def _warn_of_running_statistics(model: nn.Module, config: IntrinsicConfig) -> None:
-    """Warn that training changes the base model beside θ: in statistics that no adapter file holds, LoRA's neither."""
+    """Warn that training also changes running statistics of the base model, which adapter files do not contain."""
     names = [
         key
         for key, module in base_modules(model)
@@ -99,15 +107,15 @@ def _warn_of_running_statistics(model: nn.Module, config: IntrinsicConfig) -> No
     if names:
         warnings.warn(
             f"Training updates the running statistics of {len(names)} modules ({', '.join(names[:3])}"
-            f"{', …' if len(names) > 3 else ''}), which are not part of the adapter: a reloaded adapter runs with the "
-            "base model's. Save these modules with the adapter (modules_to_save=[their names]), or keep them in "
+            f"{', …' if len(names) > 3 else ''}), which are not part of the adapter: a reloaded adapter uses those of "
+            "the base model. Save these modules with the adapter (modules_to_save=[their names]), or keep them in "
             "evaluation mode (module.eval() after each model.train()).",
             stacklevel=2,
         )
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Parent and name of every module, by the module's id."""
+def _find_parents(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """All parents of every module and its names in them, by the module's id."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -116,9 +124,9 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
-def check_replaceable(places: Iterable[tuple[nn.Module, str]]) -> None:
-    """Raises ValueError: a layer was compiled by itself, so that what replaces it would not be called."""
-    for parent, name in places:
+def check_replaceable(parents: Iterable[tuple[nn.Module, str]]) -> None:
+    """Raise ValueError if a layer was compiled by itself, so that a wrapper would not be called."""
+    for parent, name in parents:
         if name == "_orig_mod":
             raise ValueError(
                 f"{parent} was compiled by itself, and its compiled code would not call the adapter. Compile the "
@@ -126,42 +134,42 @@ def check_replaceable(places: Iterable[tuple[nn.Module, str]]) -> None:
             )
 
 
-def _layers(model: nn.Module, holder: IntrinsicVector, modules: Iterable[nn.Module]) -> dict[int, IntrinsicLayer]:
-    """The tuner layer of each base module, by the module's id, made where it is missing.
+def _make_layers(model: nn.Module, vector: IntrinsicVector, modules: Iterable[nn.Module]) -> dict[int, IntrinsicLayer]:
+    """Make the missing tuner layers of base modules. Returns those of all adapted modules, by the module's id.
 
-    Linear layers and embeddings are wrapped, under every name that they have. All others keep their place.
+    Linear layers and embeddings are wrapped, under every name that they have. Other modules are not replaced.
     """
     known = [module for module in model.modules() if isinstance(module, IntrinsicLayer)]
     layers: dict[int, Any] = {id(layer.get_base_layer()): layer for layer in known}
-    places = _places(model)
+    parents = _find_parents(model)
     for module in modules:
         if id(module) in layers:
             continue
         kind = IntrinsicLinear if is_linear(module) else IntrinsicEmbedding if is_embedding(module) else None
-        at = places.get(id(module), [])
-        if kind is None or not at:  # the root has no place
-            layers[id(module)] = IntrinsicParameters(module, holder)
+        at = parents.get(id(module), [])
+        if kind is None or not at:  # the root has no parent
+            layers[id(module)] = IntrinsicParameters(module, vector)
             continue
         check_replaceable(at)
-        layers[id(module)] = layer = kind(module, holder)
+        layers[id(module)] = layer = kind(module, vector)
         for parent, name in at:
             setattr(parent, name, layer)
     return layers
 
 
 def unwrap(model: nn.Module, layers: Iterable[Any]) -> None:
-    """Give base modules their places and classes back."""
-    places = _places(model)
+    """Replace tuner layers by their base modules, and restore the classes of these."""
+    parents = _find_parents(model)
     for layer in layers:
         if isinstance(layer, IntrinsicParameters):
             layer.remove()
         elif isinstance(layer, IntrinsicModule):
-            for parent, name in places.get(id(layer), []):
+            for parent, name in parents.get(id(layer), []):
                 setattr(parent, name, layer.base_layer)
 
 
 def detach(model: nn.Module, adapter: str) -> None:
-    """Undo a failed attachment."""
+    """Remove an adapter from the model, after a failed attachment."""
     for module in list(model.modules()):
         for name, child in module._modules.items():  # modules_to_save, trainable_token_indices
             if isinstance(child, AuxiliaryTrainingWrapper) and adapter in child._adapters:
@@ -172,49 +180,49 @@ def detach(model: nn.Module, adapter: str) -> None:
     for layer in layers:
         layer.delete_adapter(adapter)
     unwrap(model, [layer for layer in layers if not layer.offsets])
-    holder: Any = getattr(model, HOLDER, None)
-    if isinstance(holder, IntrinsicVector) and not holder.intrinsic_theta:
-        remove_holder(model)
+    vector: Any = getattr(model, VECTOR, None)
+    if isinstance(vector, IntrinsicVector) and not vector.intrinsic_theta:
+        remove_vector(model)
 
 
 def _tie_weights(model: Any, *args: Any, **kwargs: Any) -> None:
-    """transformers' call, which looks parameters up by the names that they have in the plain model."""
+    """Call transformers' `tie_weights`, which needs the names of the parameters in the plain model."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, IntrinsicLayer)]
-    places = _places(model)
+    parents = _find_parents(model)
     with ExitStack() as stack:
         for layer in layers:
             if isinstance(layer, IntrinsicParameters):
-                stack.enter_context(layer.absent())
-            for parent, name in places[id(layer)] if isinstance(layer, IntrinsicModule) else ():
+                stack.enter_context(layer.as_plain_module())
+            for parent, name in parents[id(layer)] if isinstance(layer, IntrinsicModule) else ():
                 stack.callback(setattr, parent, name, layer)
                 setattr(parent, name, layer.base_layer)
         type(model).tie_weights(model, *args, **kwargs)
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' call, which repeats each sample for its beams and returned sequences."""
+    """Call transformers' `generate`, which repeats each sample for its beams and returned sequences."""
     settings = [kwargs.get("generation_config"), *args[1:2], getattr(model, "generation_config", None)]
     options = ("num_beams", "num_return_sequences")
     given = [kwargs.get(name) or next((v for s in settings if (v := getattr(s, name, None))), 1) for name in options]
-    with getattr(model, HOLDER).choices.repeating(max(given)):
+    with getattr(model, VECTOR).choices.repeating(max(given)):
         return type(model).generate(model, *args, **kwargs)
 
 
-def _add_holder(model: nn.Module) -> None:
-    setattr(model, HOLDER, IntrinsicVector(model))
+def _add_vector(model: nn.Module) -> None:
+    setattr(model, VECTOR, IntrinsicVector(model))
     if hasattr(type(model), "generate") and "generate" not in model.__dict__:
         model.__dict__["generate"] = partial(_generate, model)
     if hasattr(model, "tie_weights"):
         model.__dict__["tie_weights"] = partial(_tie_weights, model)
     if isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         kind: Any = type(model)
-        model.__class__ = _without_holder(kind)
+        model.__class__ = _hide_vector(kind)
 
 
-def remove_holder(model: nn.Module) -> None:
-    """Take θ and λ off the model."""
-    holder: Any = model.get_submodule(HOLDER)
-    holder.detach_from(model)
+def remove_vector(model: nn.Module) -> None:
+    """Remove θ and λ from the model."""
+    vector: Any = model.get_submodule(VECTOR)
+    vector.detach_from(model)
     model.__dict__.pop("tie_weights", None)
     if getattr(model.__dict__.get("generate"), "func", None) is _generate:
         del model.__dict__["generate"]
@@ -223,17 +231,17 @@ def remove_holder(model: nn.Module) -> None:
 
 
 @cache
-def _without_holder(kind: Any) -> Any:
-    """A container that runs or counts its items, without the holder among them."""
+def _hide_vector(kind: Any) -> Any:
+    """A subclass of a container that runs or counts its items, without θ and λ among them."""
 
     def items(module: Any) -> dict[str, nn.Module]:
-        return {name: child for name, child in module._modules.items() if name != HOLDER}
+        return {name: child for name, child in module._modules.items() if name != VECTOR}
 
     members: dict[str, Any] = {
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__len__": lambda module: len(items(module)),
-        "__reduce_ex__": lambda module, protocol: (_container, (kind,), kind.__reduce_ex__(module, 2)[2]),
+        "__reduce_ex__": lambda module, protocol: (_unpickle, (kind,), kind.__reduce_ex__(module, 2)[2]),
     }
     if issubclass(kind, nn.ModuleDict):
         members |= {
@@ -247,6 +255,6 @@ def _without_holder(kind: Any) -> Any:
     return type(kind.__name__, (kind,), members)
 
 
-def _container(kind: Any) -> nn.Module:
-    subclass = _without_holder(kind)
+def _unpickle(kind: Any) -> nn.Module:
+    subclass = _hide_vector(kind)
     return subclass.__new__(subclass)

@@ -1,4 +1,4 @@
-"""Choosing an adapter for every sample of a batch: by name among the attached, or by index from a bank of thousands."""
+"""Adapters for every sample of a batch, by name among the attached ones or by index from a bank of thousands."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch import nn
 from .batch_first import without_samples
 from .batches import Choices, Route
 from .config import IntrinsicConfig
-from .files import check_vectors
+from .files import read_vectors
 from .layer import attached
 
 BASE = "__base__"
-"""PEFT's name for no adapter at all."""
+"""PEFT's name for the base model without an adapter."""
 
 
 def check_mixable(root: nn.Module, layers: Iterable[Any], adapters: set[str]) -> None:
-    """Check that everything that is adapted can differ from sample to sample.
+    """Check that all adapted parameters can differ between samples.
 
     Args:
         root: the base model.
         layers: its tuner layers.
-        adapters: names of those that samples may have.
+        adapters: names of the adapters that samples may use.
 
     Raises:
-        ValueError: an adapter is merged, or adapts modules that have no batched form or whose rows are not the samples.
+        ValueError: an adapter is merged, or adapts modules without a batched form or whose rows are not the samples.
     """
-    stuck: list[str] = []
+    unbatched: list[str] = []
     inputs = without_samples(root)
     others: list[str] = []
     for layer in layers:
@@ -41,13 +41,13 @@ def check_mixable(root: nn.Module, layers: Iterable[Any], adapters: set[str]) ->
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        moved = {offset.name for adapter in adapters for offset in layer.offsets.get(adapter, {}).values()}
+        adapted = {offset.name for adapter in adapters for offset in layer.offsets.get(adapter, {}).values()}
         # Tables of relative positions are looked up once for all samples.
-        stuck += sorted(name for name in moved if not layer.mixable or "relative" in name)
-        others += sorted(moved) if layer.get_base_layer() in inputs else []
-    if stuck:
+        unbatched += sorted(name for name in adapted if not layer.mixable or "relative" in name)
+        others += sorted(adapted) if layer.get_base_layer() in inputs else []
+    if unbatched:
         raise ValueError(
-            f"Samples of one batch cannot have different offsets for: {', '.join(stuck)}. Leave these out with "
+            f"Samples of one batch cannot have different offsets for: {', '.join(unbatched)}. Leave these out with "
             "exclude_modules, or run one batch per adapter."
         )
     if others:
@@ -59,7 +59,7 @@ def check_mixable(root: nn.Module, layers: Iterable[Any], adapters: set[str]) ->
 
 
 def routes_by_name(vector: Any, configs: Mapping[str, IntrinsicConfig], names: Sequence[str]) -> list[Route]:
-    """One route for all adapters of the same projection: their numbers for their samples, zeros for the others."""
+    """One route for all adapters of the same projection: its rows are θ and λ of each sample, or zeros."""
     groups: dict[str, dict[str, torch.Tensor]] = {}
     for adapter in sorted(set(names) - {BASE}):
         like = next((known for known in groups if not configs[known].differences(configs[adapter])), adapter)
@@ -72,11 +72,11 @@ def routes_by_name(vector: Any, configs: Mapping[str, IntrinsicConfig], names: S
 
 
 @contextmanager
-def chosen_by_name(tuner: Any, names: Sequence[str], batch: int) -> Iterator[None]:
-    """PEFT's `adapter_names`: sample i of the batch has the attached adapter `names[i]`.
+def select_by_name(tuner: Any, names: Sequence[str], batch: int) -> Iterator[None]:
+    """Apply PEFT's `adapter_names`: sample i of the batch uses the attached adapter `names[i]`.
 
     Raises:
-        ValueError: the model is in training mode, a name is unknown, or a targeted module cannot be mixed.
+        ValueError: the model is in training mode, a name is unknown, or an adapted module cannot be mixed.
     """
     if tuner.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first.")
@@ -95,7 +95,7 @@ def chosen_by_name(tuner: Any, names: Sequence[str], batch: int) -> Iterator[Non
             if isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save
                 hook = partial(_with_names, names=list(names), choices=tuner.vector.choices)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        stack.enter_context(tuner.vector.choices.made(routes_by_name(tuner.vector, tuner.peft_config, names)))
+        stack.enter_context(tuner.vector.choices.use(routes_by_name(tuner.vector, tuner.peft_config, names)))
         yield
 
 
@@ -104,7 +104,7 @@ def _with_names(module: nn.Module, args: Any, kwargs: Any, names: list[str], cho
 
 
 def _route(vector: Any, adapter: str, vectors: torch.Tensor) -> Route:
-    """Numbers of the samples, `[batch, d]`, as θ and λ."""
+    """Split the trainable parameters of the samples, `[batch, d]`, into θ and λ."""
     length = len(vector.intrinsic_theta[adapter].weight)
     return Route(adapter, vectors[:, :length], vectors[:, length:])
 
@@ -112,25 +112,25 @@ def _route(vector: Any, adapter: str, vectors: torch.Tensor) -> Route:
 def _check_full(config: IntrinsicConfig, what: str) -> None:
     if config.trained_beside:
         raise ValueError(
-            f"{config.trained_beside} of {what}: a bank holds d parameters per adapter, and one base model for all. "
+            f"{config.trained_beside} of {what}: a bank stores d parameters per adapter and one base model for all. "
             "Train without this option, or attach the adapters and pass adapter_names."
         )
 
 
 class AdapterBank:
-    """K adapters of one projection as one tensor, chosen by index for each sample of a batch.
+    """K adapters of one projection as one tensor, selected by index for each sample of a batch.
 
     G and H of the projection do not depend on θ, so a batch with as many adapters as samples costs about as much as
-    one adapter. The model keeps a single attached adapter, which lends its projection.
+    one adapter. The model has a single attached adapter, whose projection all of them use.
 
     Args:
         model: a `PeftModel` with an intrinsic adapter, in evaluation mode.
-        vectors: θ and then λ of each adapter, `[K, d]`. Zeros are the base model.
-        adapter: the attached adapter that lends its projection; by default the active one.
+        vectors: θ and then λ of each adapter, `[K, d]`. A row of zeros is the base model.
+        adapter: name of the attached adapter with the projection; by default the active one.
 
     Raises:
-        ValueError: `vectors` has another width than d, a targeted module cannot be mixed, the adapter has modules that
-            were trained in full, or there is no such adapter.
+        ValueError: `vectors` has another width than d, an adapted module cannot be mixed, the adapter has fully trained
+            modules, or it is not attached.
 
     Example:
         >>> bank = AdapterBank.from_pretrained(model, ["users/ann", "users/bob"])
@@ -154,10 +154,15 @@ class AdapterBank:
 
     @classmethod
     def from_pretrained(cls, model: Any, paths: Sequence[str], adapter: str | None = None) -> AdapterBank:
-        """A bank of saved adapters: folders or names on the Hub. Row k is `paths[k]`.
+        """Load saved adapters into a bank.
+
+        Args:
+            model: a `PeftModel` with an intrinsic adapter, in evaluation mode.
+            paths: folders or names on the Hub. Row k of the bank is `paths[k]`.
+            adapter: name of the attached adapter with the projection; by default the active one.
 
         Raises:
-            ValueError: an adapter has another projection than the attached one; the message names the options.
+            ValueError: an adapter has another projection than the attached one. The error lists the options.
         """
         own = model.peft_config[adapter or model.active_adapter]
         rows = []
@@ -167,24 +172,27 @@ class AdapterBank:
             if unlike := own.differences(config):
                 raise ValueError(f"{path} cannot join the bank: it differs from the attached adapter in {unlike}.")
             weights = load_peft_weights(path, device="cpu")
-            rows.append(torch.cat(check_vectors(config, weights)).float())
+            rows.append(torch.cat(read_vectors(config, weights)).float())
         return cls(model, torch.stack(rows), adapter)
 
     @contextmanager
     def select(self, index: Sequence[int] | torch.Tensor) -> Iterator[None]:
-        """Within this context, sample i of a batch has the adapter `index[i]`; −1 is the base model.
+        """Within this context, sample i of a batch uses the adapter `index[i]`.
 
-        Each coroutine and each thread has a choice of its own. Beam search and several returned sequences repeat
-        samples by themselves.
+        Each coroutine and each thread has its own choice. Beam search and several returned sequences repeat samples
+        automatically.
+
+        Args:
+            index: rows of the bank, `int[batch]`; −1 is the base model.
 
         Raises:
             IndexError: an index is not in the bank.
-            ValueError: the model is in training mode, an adapter is merged, the active one has modules that were
-                trained in full, or the one that lends its projection is no longer attached.
+            ValueError: the model is in training mode, an adapter is merged, the active one has fully trained modules,
+                or the one with the projection is no longer attached.
         """
         if self.model.peft_config.get(self.adapter) is not self._config:
             raise ValueError(
-                f"Adapter {self.adapter!r}, which lends the bank its projection, is gone. Make a new bank."
+                f"Adapter {self.adapter!r} with the projection of the bank is no longer attached. Make a new bank."
             )
         for name in self.model.active_adapters:
             _check_full(self.model.peft_config[name], f"the active adapter {name!r}")
@@ -197,5 +205,5 @@ class AdapterBank:
         if self.model.training:
             raise ValueError("The model is in training mode; mixed batches are for inference. Call model.eval() first.")
         vectors = torch.where(chosen[:, None] < 0, 0, self.vectors[chosen.clamp(min=0)])
-        with self._vector.choices.made([_route(self._vector, self.adapter, vectors)]):
+        with self._vector.choices.use([_route(self._vector, self.adapter, vectors)]):
             yield

@@ -1,4 +1,4 @@
-"""What the tuners of this package share: what PEFT would pass over silently, or break off at, raises."""
+"""The base class of the tuners: errors where PEFT would do nothing or fail midway."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class CheckedTuner(BaseTuner):
     peft_config: Any
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As in PEFT.
+        """Attach an adapter as in PEFT.
 
         Raises:
-            ValueError: the model is scripted or traced; or diffusers' `add_adapter` calls.
+            ValueError: the model is scripted or traced; or the call comes from diffusers' `add_adapter`.
         """
         if isinstance(model, torch.jit.ScriptModule):
             raise ValueError(
@@ -33,39 +33,39 @@ class CheckedTuner(BaseTuner):
                 model.__dict__["_hf_peft_config_loaded"] = False  # set before the call: get_peft_model must still work
             raise ValueError(
                 f"add_adapter({type(self.peft_config[adapter_name]).__name__}(…)): diffusers saves and loads adapters "
-                "as LoRA files, which cannot hold this one. Use get_peft_model(model, config), its save_pretrained, "
-                "and PeftModel.from_pretrained."
+                "as LoRA files, which cannot represent this one. Use get_peft_model(model, config), its "
+                "save_pretrained, and PeftModel.from_pretrained."
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_attached(self, adapter_names: str | Sequence[str] | None) -> None:
-        """Raises ValueError: one of the adapters is not attached. None stands for the active ones."""
+        """Raise ValueError if one of the adapters is not attached. None means the active ones."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names or ():
             attached(self, name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As in PEFT.
+        """Activate adapters as in PEFT.
 
         Raises:
-            ValueError: there is no such adapter.
+            ValueError: an adapter is not attached.
         """
         self._check_attached(adapter_name)
         super().set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """As in PEFT.
+        """Freeze or unfreeze adapters as in PEFT.
 
         Raises:
-            ValueError: there is no such adapter.
+            ValueError: an adapter is not attached.
         """
         self._check_attached(adapter_names)
         super().set_requires_grad(adapter_names, requires_grad)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT.
+        """Merge adapters as in PEFT.
 
         Raises:
-            ValueError: there is no such adapter.
+            ValueError: an adapter is not attached.
         """
         self._check_attached(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)

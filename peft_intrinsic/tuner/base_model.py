@@ -11,21 +11,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .names import HOLDER, block_of, canonical, foreign
+from .names import VECTOR, block_of, canonical, foreign
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the base model and their names in it, whatever adapters are already attached."""
+    """The names and modules of the base model, without those of attached adapters."""
     for name, module in model.named_modules():
-        name = canonical(name, model) if not foreign(name) else HOLDER
-        if name.partition(".")[0] != HOLDER and not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        name = canonical(name, model) if not foreign(name) else VECTOR
+        if name.partition(".")[0] != VECTOR and not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             yield name, module
 
 
 def base_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Where the base model has its floating-point parameters, by name: the module, and the name in it.
+    """The module of each floating-point parameter of the base model, and the parameter's name in it, by full names.
 
-    A parameter that several modules share is there under each of its names.
+    A parameter that several modules share has an entry for each of its names.
     """
     return {
         f"{key}.{own}" if key else own: (module, own)
@@ -36,14 +36,14 @@ def base_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def base_digest(model: nn.Module, without: Container[str] = ()) -> bytes:
-    """What tells a base model from others: SHA-256 of its parameters, cut to 8 bytes.
+    """Digest that identifies a base model: SHA-256 of its parameters, cut to 8 bytes.
 
-    Names in alphabetic order, shapes and values; these rounded to bfloat16, so that a model has the same digest in
-    float32 and in bfloat16. Quantised weights are no floating-point parameters, and left out.
+    It covers names in alphabetic order, shapes and values. Values are rounded to bfloat16, so that a model has the same
+    digest in float32 and in bfloat16. Quantized weights are not floating point and are left out.
 
     Args:
         model: with or without adapters, none of them merged.
-        without: names of parameters to leave out, such as those that start from the fixed stream.
+        without: names of parameters to leave out, such as those that are re-initialized from a fixed seed.
 
     Raises:
         ValueError: weights are on the meta device (offloaded), or an adapter is merged into them.
@@ -56,7 +56,7 @@ def base_digest(model: nn.Module, without: Container[str] = ()) -> bytes:
             continue
         parameter: Any = module._parameters[own]
         if parameter.is_meta:
-            raise ValueError(f"{name} is offloaded, so the base model cannot be told. Load the model into memory.")
+            raise ValueError(f"{name} is offloaded, so the base model has no digest. Load the model into memory.")
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         values = parameter.detach().to(torch.bfloat16).cpu().reshape(-1).contiguous()
         digest.update(values.view(torch.uint8).numpy().tobytes())
@@ -64,9 +64,9 @@ def base_digest(model: nn.Module, without: Container[str] = ()) -> bytes:
 
 
 def values_digest(model: nn.Module, names: Collection[str]) -> str:
-    """Digest of some parameters of a base model: those in numbered blocks, or all where none is.
+    """Digest of some parameters of a base model: of those in numbered blocks, or of all if there are none.
 
-    What lies outside, such as a head, may start anew with every adapter.
+    Parameters outside, such as a head, may start with other values for every adapter.
 
     Args:
         model: with or without adapters.
@@ -78,13 +78,14 @@ def values_digest(model: nn.Module, names: Collection[str]) -> str:
 
 
 def digest_at_hand(model: nn.Module, names: Collection[str]) -> str | None:
-    """`values_digest`, or None where it cannot be known.
+    """`values_digest`, or None where it cannot be compared.
 
-    Of quantised or offloaded parameters, under a merged adapter, and in float16, which rounds elsewhere than bfloat16.
+    That is so for quantized or offloaded parameters, under a merged adapter, and in float16, which rounds unlike
+    bfloat16.
     """
     model = getattr(model, "get_base_model", lambda: model)()
-    there = {name: module._parameters[own] for name, (module, own) in base_places(model).items()}
-    known = [there.get(name) for name in names]
-    absent = any(p is None or p.is_meta or p.dtype == torch.float16 or type(p.data) is not torch.Tensor for p in known)
+    parameters = {name: module._parameters[own] for name, (module, own) in base_places(model).items()}
+    chosen = [parameters.get(name) for name in names]
+    absent = any(p is None or p.is_meta or p.dtype == torch.float16 or type(p.data) is not torch.Tensor for p in chosen)
     merged = any(getattr(module, "merged_adapters", None) for module in model.modules())
     return None if absent or merged else values_digest(model, names)

@@ -1,4 +1,4 @@
-"""Which modules get one row for each sample of a batch, so that samples can have adapters of their own there."""
+"""Modules whose first axis is the batch, so that each sample can have its own adapter there."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from transformers import PreTrainedModel
 from .module_types import LAYER
 
 STATE = ("past_key_values", "cache_params")
-"""Arguments that a forward pass changes."""
+"""Names of arguments that a forward pass changes."""
 
 SIZED = ("mask", "position_ids", "cache_position")
-"""How arguments end whose length can include that of the state."""
+"""Ends of the names of arguments whose length can include that of the state."""
 
 
 def named_arguments(root: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a forward pass by name; those whose name is not known by number."""
+    """The arguments of a forward pass by name, or by number if the name is unknown."""
     try:
         bound = inspect.signature(root.forward).bind(*args, **kwargs)
-    except TypeError:  # the pass itself says what is wrong
+    except TypeError:  # the pass itself raises the error
         return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
     result: dict[str, Any] = {}
     for name, value in bound.arguments.items():
@@ -41,8 +41,8 @@ def named_arguments(root: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     return result
 
 
-def number_of_samples(root: nn.Module, arguments: dict[str, Any]) -> int | None:
-    """How many samples a forward pass has: the length of its main input, or else of the first tensor that has one."""
+def count_samples(root: nn.Module, arguments: dict[str, Any]) -> int | None:
+    """Count the samples of a forward pass: the length of its main input, otherwise of the first tensor with axes."""
     for name in (getattr(root, "main_input_name", None), "input_ids", "inputs_embeds"):
         if isinstance(value := arguments.get(str(name)), torch.Tensor) and value.dim() > 1:
             return len(value)
@@ -52,8 +52,11 @@ def number_of_samples(root: nn.Module, arguments: dict[str, Any]) -> int | None:
 
 
 def _variants(arguments: dict[str, Any], rows: int, size: int) -> Iterator[dict[str, Any]]:
-    """Arguments for a batch of `size` samples, made from those of a batch of `rows`, in the order in which to try them:
-    without tensors of one axis, which may have an entry for each token; with them; without those that fit a state."""
+    """Arguments for a batch of `size` samples, made from those of a batch of `rows`, in the order of the attempts.
+
+    First without tensors of one axis, which may have an entry for each token; then with them; last without those that
+    depend on a state.
+    """
     usable = {}
     for name, value in arguments.items():
         plain = all(isinstance(leaf, torch.Tensor | bool | int | float | str | None) for leaf in tree_leaves(value))
@@ -74,7 +77,7 @@ def _variants(arguments: dict[str, Any], rows: int, size: int) -> Iterator[dict[
 
 @contextmanager
 def _unchanged(root: nn.Module) -> Iterator[None]:
-    """Within this context, passes leave no trace in buffers and random numbers."""
+    """Within this context, forward passes do not change buffers and random states."""
     buffers = [
         (module, name, b, b.clone())
         for module in root.modules()
@@ -92,24 +95,24 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
 
 
 def _is_first(shape: torch.Size, size: int) -> bool | None:
-    """Whether the samples are the first of these axes; None where a row stands for all samples, as positions do."""
+    """Whether the first of these axes is the batch; None where one row serves all samples, as for positions."""
     return None if shape[:1] == (1,) and size not in shape[1:] else len(shape) > 0 and shape[0] == size
 
 
 def batch_first(
     root: nn.Module, rows: int, arguments: dict[str, Any], is_own: Callable[[], bool] = lambda: True
 ) -> dict[str, bool]:
-    """Whether modules get the samples as the first axis of their input in every call, by adapted parameter.
+    """Find out whether the first axis of a module's input is the batch in every call, by adapted parameter.
 
-    Two forward passes over other numbers of samples prove or disprove it: the length of that axis follows, or does not.
-    A pass that fails says nothing of the modules that it has not reached. torch's own attention layers say it
-    themselves (`batch_first=False`).
+    Two forward passes with other batch sizes prove or disprove it, by whether the length of that axis follows. A pass
+    that fails proves nothing for the modules that it has not called. torch's own attention layers have an attribute
+    (`batch_first`).
 
     Args:
-        root: the model, whose adapters are off meanwhile.
+        root: the model, whose adapters are disabled meanwhile.
         rows: number of samples in its batch.
         arguments: of its forward pass, by name.
-        is_own: whether the pass that runs is one of these two, and not another thread's.
+        is_own: whether the running pass is one of these two, and not of another thread.
     """
     found = dict.fromkeys(each for module in root.modules() for each in (module, module.__dict__.get(LAYER)))
     layers: list[Any] = [layer for layer in found if getattr(layer, "mixable", False)]
@@ -138,7 +141,7 @@ def batch_first(
                     try:
                         root.forward(*numbered, **variant)
                         break
-                    except Exception:  # what was reached is known
+                    except Exception:  # modules that were called are known
                         continue
     attention = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
     late = [m for m in root.modules() if isinstance(m, attention) and not m.self_attn.batch_first]
@@ -150,10 +153,10 @@ def batch_first(
 
 
 def without_samples(root: nn.Module) -> set[nn.Module]:
-    """The modules of models for several kinds of input (text and images, say) whose rows need not be the samples.
+    """The modules whose rows need not be the samples, of models for several kinds of input, such as text and images.
 
-    Images and sounds need not come one for each sample. The part that holds the embedding of words sees them as tokens
-    of their samples. Where sound or an image is the sample itself, as in Whisper, encoder and decoder belong to it.
+    A sample can have several images or sounds. The part with the word embeddings gets them as tokens of their samples.
+    If the sound or image is the sample itself, as in Whisper, the rows of encoder and decoder are the samples.
     """
     models = [module for module in root.modules() if isinstance(module, PreTrainedModel)]
     inner = {module for model in models for module in model.modules() if module is not model}
@@ -168,14 +171,14 @@ def _has_several_inputs(model: PreTrainedModel) -> bool:
 
 
 def _text(model: PreTrainedModel) -> set[nn.Module]:
-    """The modules whose rows are the samples; none where it is not known which part reads text."""
+    """The modules whose rows are the samples; none if it is unknown which part reads text."""
     try:
         words = model.get_input_embeddings()
     except NotImplementedError:
         return set()
     parts = [words, model.get_output_embeddings()]
-    holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and words in set(m.modules())]
-    for inner in holders[1:][-1:]:  # the innermost: modules come from the outside in
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel) and words in set(m.modules())]
+    for inner in models[1:][-1:]:  # the innermost: modules come from the outside in
         if {m.main_input_name for m in inner.modules() if isinstance(m, PreTrainedModel)} == {"input_ids"}:
             parts.append(inner)
     if getattr(model.config, "is_encoder_decoder", False) and model.main_input_name != "input_ids":

@@ -1,4 +1,4 @@
-"""Batches in which every sample has an adapter of its own: what the layers need to know."""
+"""Mixed batches, in which every sample has an adapter of its own: the routes for the layers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batch_first import batch_first, named_arguments, number_of_samples
+from .batch_first import batch_first, count_samples, named_arguments
 
 
 @dataclass(frozen=True)
 class Route:
-    """Numbers of its own for every sample of a batch, in the projection of one adapter.
+    """θ and λ for every sample of a batch, in the projection of one adapter.
 
     Args:
-        adapter: whose projection.
+        adapter: name of the adapter with the projection.
         theta: `[batch, d − m]`.
         scales: λ, `[batch, m]`.
     """
@@ -38,10 +38,10 @@ class Route:
 _CHOSEN: contextvars.ContextVar[Mapping[Any, list[Route]]] = contextvars.ContextVar("chosen")
 
 
-class _Here(threading.local):
-    """What holds in this thread: its latest choice, and the forward pass that runs."""
+class _ThreadState(threading.local):
+    """State of a thread: its latest choice and the running forward pass."""
 
-    def __init__(self) -> None:  # not on the class: a compiler looks at the instance
+    def __init__(self) -> None:  # not on the class: a compiler reads the instance
         self.routes: list[Route] | None = None
         self.rows: int | None = None
         self.depth = 0  # of forward passes of the model or its encoder
@@ -51,10 +51,10 @@ class _Here(threading.local):
 
 @torch.library.custom_op("peft_intrinsic::confirmed", mutates_args=())
 def _confirmed(theta: torch.Tensor) -> torch.Tensor:
-    """θ of a compiled forward pass, which knows threads but no contexts.
+    """Check θ in a compiled forward pass, which distinguishes threads but not contexts.
 
     Raises:
-        RuntimeError: the coroutine that runs did not choose it.
+        RuntimeError: the running coroutine did not choose it.
     """
     routes = [route for chosen in _CHOSEN.get({}).values() for route in chosen]
     if not any(route.theta.data_ptr() == theta.data_ptr() for route in routes):
@@ -77,26 +77,26 @@ _ELSEWHERE = (
 
 
 class Choices:
-    """Which adapters each context (coroutine, thread) has chosen for the samples of one model.
+    """The adapters that each context (coroutine, thread) has chosen for the samples of one model.
 
-    A copy of a model, by `deepcopy` or `pickle`, starts without any choice.
+    A copy of a model, by `deepcopy` or `pickle`, has no choice.
     """
 
     def __init__(self) -> None:
         self.open = self.crowded = False  # whether there is a choice, and more than one
         self._threads: Counter[int] = Counter()
         self._lock = threading.Lock()
-        self._here = _Here()
-        self._first: dict[str, bool] = {}  # whether the module of a parameter gets the samples first
-        self._proved: set[Any] = set()  # calls that have shown it: model or encoder, names of arguments
+        self._here = _ThreadState()
+        self._first: dict[str, bool] = {}  # by parameter: whether the first axis of its module's input is the batch
+        self._proved: set[Any] = set()  # calls with this proof: model or encoder, names of arguments
         self._proof = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Choices], tuple[()]]:
         return Choices, ()
 
     @contextmanager
-    def made(self, routes: list[Route]) -> Iterator[None]:
-        """In this context, every sample has its own numbers in place of the active adapters'."""
+    def use(self, routes: list[Route]) -> Iterator[None]:
+        """Within this context, every sample has its own θ and λ instead of those of the active adapters."""
         token = _CHOSEN.set({**_CHOSEN.get({}), self: routes})
         before, self._here.routes = self._here.routes, routes
         self._count(1)
@@ -114,11 +114,11 @@ class Choices:
             self.open, self.crowded = bool(self._threads), self._threads.total() > 1
 
     def routes(self) -> list[Route] | None:
-        """This context's choice, None without one.
+        """The choice of this context, None without one.
 
         Raises:
-            RuntimeError: only another thread has chosen. A thread started inside `select` does not inherit the choice,
-                and would get another adapter without a word.
+            RuntimeError: only another thread has chosen. A thread that is started inside `select` does not inherit the
+                choice and would silently use another adapter.
         """
         if not self.open:
             return None
@@ -135,13 +135,13 @@ class Choices:
 
     @property
     def proving(self) -> bool:
-        """Whether the pass that runs only proves where the samples are, over other numbers of them."""
+        """Whether the running forward pass only proves which axis is the batch, with other batch sizes."""
         return self._here.proving
 
     def enter(self, root: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before a forward pass of the model, or of its encoder alone.
+        """Note the rows of the batch before a forward pass of the model or its encoder.
 
-        It notes how many rows the batch has, and the first time, which modules get them first.
+        The first pass also proves for which modules the first axis is the batch.
         """
         here = self._here
         if not self.open or here.proving:
@@ -150,7 +150,7 @@ class Choices:
         if here.depth > 1:
             return
         arguments = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
-        here.rows = number_of_samples(root, arguments)
+        here.rows = count_samples(root, arguments)
         if torch.compiler.is_compiling():
             return
         call = id(root), frozenset(name for name, value in arguments.items() if value is not None)
@@ -165,19 +165,19 @@ class Choices:
                 self._proved.add(call)
 
     def leave(self) -> None:
-        """After that forward pass."""
+        """Forget them after that forward pass."""
         here = self._here
         if not here.proving:
             here.depth = max(here.depth - 1, 0)
             here.rows = here.rows if here.depth else None
 
     def forget(self) -> None:
-        """Other parameters are adapted now."""
+        """Forget all proofs, after other parameters have been adapted."""
         self._first, self._proved = {}, set()
 
     @contextmanager
     def repeating(self, repeats: int) -> Iterator[None]:
-        """Within this context, each sample may have as many rows, one after the other."""
+        """Within this context, each sample may have this many successive rows."""
         before, self._here.repeats = self._here.repeats, repeats
         try:
             yield
@@ -185,17 +185,17 @@ class Choices:
             self._here.repeats = before
 
     def match(self, name: str, theta: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """θ on x's device. Where every sample has its own, θ and x brought to the same length.
+        """Move θ to the device of x. If every sample has its own, also expand θ and x to the same length.
 
-        Beams and returned sequences repeat each sample; positions and the like come once for all.
+        Beams and returned sequences repeat each sample. Positions and the like have one row for all samples.
 
         Args:
             name: of the parameter, for the message.
             theta: `[d − m]` or `[batch, d − m]`.
-            x: input of its layer, `[batch, …]`.
+            x: input of the layer, `[batch, …]`.
 
         Raises:
-            ValueError: x does not show that its first axis is the batch.
+            ValueError: the first axis of x may not be the batch.
         """
         theta = theta.to(x.device)
         if theta.dim() == 1:
@@ -208,10 +208,10 @@ class Choices:
         repeats = rows // count
         if not (first and repeats in (1, self._here.repeats) and len(x) == rows == repeats * count):
             if first is None:
-                self._proved.clear()  # the next pass may reach it
+                self._proved.clear()  # the next pass may call it
             raise ValueError(
                 f"Adapters were chosen for {count} samples, but the layer of {name} got an input of shape "
-                f"{tuple(x.shape)} in a batch of {rows}, which does not show that its first axis is the batch. Choose "
+                f"{tuple(x.shape)} in a batch of {rows}, whose first axis may not be the batch. Choose "
                 "one adapter for each row, run the whole model uncompiled once, or leave the layer out: "
                 f"exclude_modules=['{name.rpartition('.')[0]}']."
             )
@@ -219,5 +219,5 @@ class Choices:
 
 
 def spread(vectors: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A vector for every sample, `[batch, k]`, shaped to broadcast over x, `[batch, …, k]`. A single one as it is."""
+    """Reshape a vector for each sample, `[batch, k]`, to broadcast over x, `[batch, …, k]`. Keep a single vector."""
     return vectors if vectors.dim() == 1 else vectors.view(len(x), *[1] * (x.dim() - 2), -1)

@@ -1,4 +1,4 @@
-"""What the options of a configuration may be."""
+"""Checks of the options of a configuration."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .names import KEYWORDS
 
 
 def check(config: Any) -> None:
-    """Whether the options of an `IntrinsicConfig` can work.
+    """Check the options of an `IntrinsicConfig`, and convert numpy's integers.
 
     Raises:
-        ValueError, TypeError: one cannot; the message names it and a remedy.
+        ValueError, TypeError: an option cannot work. The error names it and says what to do.
     """
     optional = ("block_size", "ensemble", "num_labels")
     for name, low in (("d", 1), ("seed", 0), ("algorithm_version", 1), *((name, 1) for name in optional)):
@@ -95,20 +95,20 @@ def _check_names(config: Any) -> None:
 
 
 def _check_subspace(config: Any) -> None:
-    learnt = config.projection == "trajectory"
-    if learnt != (config.subspace is not None):
+    learned = config.projection == "trajectory"
+    if learned != (config.subspace is not None):
         raise ValueError(
             f"projection={config.projection!r} and subspace={config.subspace!r}: the projection 'trajectory' needs a "
             "subspace file (peft_intrinsic.trajectory.fit_subspace writes it), and no other takes one."
         )
-    if config.embed_subspace and not learnt:
+    if config.embed_subspace and not learned:
         raise ValueError("embed_subspace=True needs projection='trajectory', which has a subspace file.")
     names = ("target_modules", "exclude_modules", "layers_to_transform", "target_parameters")
     given = [name for name in names if getattr(config, name) is not None]
-    if learnt and config.manifest is None and given:
+    if learned and config.manifest is None and given:
         raise ValueError(
             f"{given[0]}={getattr(config, given[0])!r} does not go with projection='trajectory': the subspace file "
-            "says what is moved. Leave it out, and choose when recording (parameters=)."
+            "lists the adapted parameters. Leave it out, and select them when recording (parameters=)."
         )
-    if learnt and config.add_bias:
+    if learned and config.add_bias:
         raise ValueError("add_bias=True does not go with projection='trajectory', whose file has no such biases.")

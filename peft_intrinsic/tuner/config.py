@@ -1,4 +1,4 @@
-"""`IntrinsicConfig`: every option, documented once."""
+"""`IntrinsicConfig`: the options of the tuner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..card import add_sections
 from ..projection import ALGORITHM_VERSION
 from ..version import __version__
 from .checks import check
-from .subspace_files import EMBEDDED, beside, copy_whole
+from .subspace_files import EMBEDDED, copy_file, find_subspace
 
 SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "scale", "algorithm_version")
 """Options that must agree for θ to mean the same in two adapters."""
@@ -200,7 +200,7 @@ class IntrinsicConfig(PeftConfig):
         self._requested: dict[str, Any] = {}  # the options before they were resolved; never changed
 
     def as_requested(self) -> IntrinsicConfig:
-        """A copy with the options that the user chose, before they were resolved for a model."""
+        """Copy the configuration with the options that the user passed, before they were resolved for a model."""
         config = copy.copy(self)
         config.__dict__.update(self._requested)
         return config
@@ -216,7 +216,7 @@ class IntrinsicConfig(PeftConfig):
         return self
 
     def differences(self, other: IntrinsicConfig) -> list[str]:
-        """What keeps the numbers of two adapters from meaning the same: options and values, none if they agree."""
+        """Options, with their values, for which θ does not mean the same in two adapters; none if they agree."""
         return [
             name + (f" ({getattr(self, name)!r} and {getattr(other, name)!r})" if name in SAME else "")
             for name in (*SAME, "manifest", "reinitialized", "subspace_digest")
@@ -225,12 +225,12 @@ class IntrinsicConfig(PeftConfig):
 
     @property
     def full_modules(self) -> list[str] | None:
-        """`modules_to_save` as the user gave it."""
+        """`modules_to_save` as the user passed it."""
         return None if isinstance(self.modules_to_save, NoModules) else self.modules_to_save
 
     @property
     def trained_beside(self) -> str:
-        """The options by which more is trained than the d parameters, with their values; empty without any."""
+        """The options that train more than the d parameters, with their values; empty without any."""
         options = {"modules_to_save": self.full_modules, "trainable_token_indices": self.trainable_token_indices}
         return ", ".join(f"{name}={value}" for name, value in options.items() if value)
 
@@ -245,20 +245,20 @@ class IntrinsicConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As in PEFT. A subspace file that lies beside the adapter is used before one at its former place."""
+        """Load a configuration as in PEFT. A subspace file in the adapter's folder overrides the stored path."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         if config.subspace is not None:
-            config.subspace = beside(pretrained_model_name_or_path, subfolder, config, kwargs)
+            config.subspace = find_subspace(pretrained_model_name_or_path, subfolder, config, kwargs)
         return config
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and the subspace file if it is embedded; say in a model card how to load."""
-        place = self.subspace
+        """Write `adapter_config.json`, the subspace file if it is embedded, and a section of the model card."""
+        path = self.subspace
         if self.embed_subspace:
-            copy_whole(Path(str(place)), Path(save_directory, EMBEDDED))
+            copy_file(Path(str(path)), Path(save_directory, EMBEDDED))
             self.subspace = EMBEDDED
         try:
             super().save_pretrained(str(save_directory), **kwargs)
         finally:
-            self.subspace = place
+            self.subspace = path
         add_sections(Path(save_directory))

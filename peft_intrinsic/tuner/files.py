@@ -1,4 +1,4 @@
-"""θ and λ on their way to and from an adapter's file, which may be damaged or a stranger's."""
+"""Saving and loading θ and λ. An adapter's file is untrusted input and may be damaged."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch import nn
 from ..projection.subspace import Subspace
 from .base_model import base_modules
 from .config import SAME, IntrinsicConfig
-from .names import HOLDER, TOKENS, named
+from .names import TOKENS, VECTOR, named
 from .tokens import token_rows
 
-KEY_PARTS = ("base_model", "model", HOLDER, "intrinsic_theta", "intrinsic_lambda", "weight")
-"""What the keys of θ and λ consist of, beside the name of the adapter."""
+KEY_PARTS = ("base_model", "model", VECTOR, "intrinsic_theta", "intrinsic_lambda", "weight")
+"""Parts of the keys of θ and λ, beside the name of the adapter."""
 
 REMEDY = "File and configuration do not belong together, or the file is damaged: save the adapter again."
 
 
-def _own(adapter: str = "") -> re.Pattern[str]:
-    """What the keys of θ and λ look like, in a model or (without the adapter's name) in a file."""
-    return re.compile(rf"(?:^|\.){HOLDER}\.(intrinsic_\w+){re.escape(f'.{adapter}' if adapter else '')}\.weight$")
+def _match_keys(adapter: str = "") -> re.Pattern[str]:
+    """The pattern of the keys of θ and λ, in a model or (without the adapter's name) in a file."""
+    return re.compile(rf"(?:^|\.){VECTOR}\.(intrinsic_\w+){re.escape(f'.{adapter}' if adapter else '')}\.weight$")
 
 
-def _checksum(config: IntrinsicConfig, numbers: Mapping[str, torch.Tensor]) -> str | None:
-    """Of θ, λ and all options that say what they mean; None where they are not at hand (sharded, or on meta)."""
+def _checksum(config: IntrinsicConfig, vectors: Mapping[str, torch.Tensor]) -> str | None:
+    """Checksum of θ, λ and all options that define their meaning; None if they are sharded or on the meta device."""
     meaning = [getattr(config, name) for name in (*SAME, "manifest", "reinitialized")]
     meaning += [config.subspace_digest] if config.subspace_digest else []
     digest = hashlib.sha256(json.dumps(meaning).encode())
-    for name, values in sorted(numbers.items()):
+    for name, values in sorted(vectors.items()):
         if type(values) not in (torch.Tensor, nn.Parameter) or values.is_meta:
             return None
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
@@ -44,36 +44,40 @@ def _checksum(config: IntrinsicConfig, numbers: Mapping[str, torch.Tensor]) -> s
 def vectors_to_save(
     config: IntrinsicConfig, adapter: str, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The θ and λ of an adapter in a model's state. Their checksum goes into the next configuration that is written."""
+    """Select θ and λ of an adapter from a model's state dict, and store their checksum for the configuration's file.
+
+    Raises:
+        ValueError: the file could not be loaded, as θ or λ is incomplete or not finite, or the subspace file changed.
+    """
     if config.embed_subspace and Subspace(str(config.subspace)).digest != config.subspace_digest:
         raise ValueError(
-            f"subspace={config.subspace!r} is another one now than the adapter was trained in, so it cannot be "
-            "embedded. Put the old file back, or save with embed_subspace=False."
+            f"subspace={config.subspace!r} has changed since the adapter was trained, so it cannot be embedded. "
+            "Restore the file, or save with embed_subspace=False."
         )
     keys = next(
-        (k for k in (_own(adapter), _own()) if any(map(k.search, state))), _own(adapter)
+        (k for k in (_match_keys(adapter), _match_keys()) if any(map(k.search, state))), _match_keys(adapter)
     )  # or PEFT's own result
     found = {name: (match[1], value) for name, value in state.items() if (match := keys.search(name))}
-    if state:  # processes that do not write have none
+    if state:  # processes that do not write pass an empty one
         _check_saved(config, adapter, dict(found.values()))
     config.checksum_to_save = _checksum(config, dict(found.values())) if found else None
-    config.checksum = None  # one that it was read with is of other numbers
+    config.checksum = None  # that of the file it was loaded from is outdated
     return {name: value for name, (_, value) in found.items()}
 
 
 def _check_saved(config: IntrinsicConfig, adapter: str, vectors: Mapping[str, torch.Tensor]) -> None:
-    """Raise ValueError where loading would refuse the file that is about to be written."""
+    """Raise ValueError if loading would fail on the file that is about to be written."""
     count = sum(values.numel() for values in vectors.values())
     if count != config.d:
         raise ValueError(
-            f"The state dict holds {count} of the d={config.d} parameters of adapter {adapter!r}, so the file could "
+            f"The state dict contains {count} of the d={config.d} parameters of adapter {adapter!r}, so the file could "
             "not be loaded. Pass the state dict of the whole model."
         )
     for name, values in vectors.items():
         if not values.is_meta and not torch.isfinite(values).all():
             raise ValueError(
-                f"{name} of adapter {adapter!r} holds NaN or infinite values, so the file could not be loaded. Nothing "
-                "was written. Lower the learning rate, and go on from an earlier checkpoint."
+                f"{name} of adapter {adapter!r} contains NaN or infinite values, so the file could not be loaded. "
+                "Nothing was written. Lower the learning rate, and continue from an earlier checkpoint."
             )
 
 
@@ -84,7 +88,7 @@ def check_adapter_names(model: nn.Module, configs: Mapping[str, Any], own: Itera
 
     Args:
         model: the base model, with or without adapters.
-        configs: of the attached adapters and the new one, by name.
+        configs: the configurations of the attached adapters and the new one, by name.
         own: parts of the keys of the method's own parameters.
 
     Raises:
@@ -104,22 +108,22 @@ def check_adapter_names(model: nn.Module, configs: Mapping[str, Any], own: Itera
         )
 
 
-def check_vectors(config: IntrinsicConfig, state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """θ, and λ if there is one, from the contents of a file: `[d − m]`, `[m]`.
+def read_vectors(config: IntrinsicConfig, state: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Read θ (`[d − m]`), and λ (`[m]`) if there is one, from the contents of a file.
 
     Raises:
-        ValueError: they are not what was saved with this configuration. Once they have been found right, or there is no
-            checksum, other numbers may be loaded with the same configuration.
+        ValueError: they are not those that were saved with this configuration. After the first check, or without a
+            checksum, others can be loaded with the same configuration.
     """
-    found = {match[1]: value for name, value in state.items() if (match := _own().search(name))}
+    found = {match[1]: value for name, value in state.items() if (match := _match_keys().search(name))}
     for name, values in found.items():
         if not values.is_floating_point():
-            raise ValueError(f"{name}: the file holds {values.dtype}, not floating-point numbers. {REMEDY}")
+            raise ValueError(f"{name}: the file contains {values.dtype}, not floating-point numbers. {REMEDY}")
         if not torch.isfinite(values).all():
-            raise ValueError(f"{name}: the file holds NaN or infinite values. {REMEDY}")
+            raise ValueError(f"{name}: the file contains NaN or infinite values. {REMEDY}")
     if found and config.checksum is not None and config.checksum != _checksum(config, found):
         raise ValueError(
-            f"These are not the numbers and options that were saved (checksum={config.checksum!r} in the file). "
+            f"These are not the parameters and options that were saved (checksum={config.checksum!r} in the file). "
             f"{REMEDY} If you changed them on purpose, remove the checksum from adapter_config.json."
         )
     config.checksum = None
@@ -129,25 +133,25 @@ def check_vectors(config: IntrinsicConfig, state: Mapping[str, torch.Tensor]) ->
 def vectors_to_load(
     model: nn.Module, config: IntrinsicConfig, adapter: str, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The contents of a file under the names that they have in the model.
+    """Rename the contents of a file to the names in the model.
 
     Raises:
-        ValueError: the file does not hold exactly the θ and λ that the configuration asks for.
+        ValueError: the file does not contain exactly the θ and λ of the configuration.
     """
     expected = {
         match[1]: (name, parameter)
         for name, parameter in model.named_parameters()
-        if (match := _own(adapter).search(name))
+        if (match := _match_keys(adapter).search(name))
     }
-    names = {name: match[1] for name in state if (match := _own().search(name))}
+    names = {name: match[1] for name in state if (match := _match_keys().search(name))}
     if extra := sorted(name for name in state if "intrinsic_" in name and names.get(name) not in expected):
-        raise ValueError(f"The file holds {extra}, which this adapter does not have. {REMEDY}")
+        raise ValueError(f"The file contains {extra}, which this adapter does not have. {REMEDY}")
     for own, (name, parameter) in expected.items():
         found = [tuple(state[key].shape) for key in names if names[key] == own]
         if found != [tuple(parameter.shape)]:
             raise ValueError(
-                f"{name}: the file holds {found[0] if found else 'nothing'}, the configuration (d={config.d}, "
-                f"said={config.said}) asks for {tuple(parameter.shape)}. {REMEDY}"
+                f"{name}: the file contains {found[0] if found else 'nothing'}, the configuration (d={config.d}, "
+                f"said={config.said}) requires {tuple(parameter.shape)}. {REMEDY}"
             )
-    check_vectors(config, state)
+    read_vectors(config, state)
     return {expected[names[key]][0] if key in names else key: value for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""What the tuner's layers share: offsets, effective parameters, merging."""
+"""The base class of the tuner's layers: offsets, reading adapted parameters, merging."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import nn
 from torch.autograd.forward_ad import unpack_dual
 
 from ..projection import TensorProjection
-from .lazy_tensor import EffectiveTensor
-from .merging import add_offsets, blank, kept, restore
+from .lazy_tensor import LazyTensor
+from .merging import add_offsets, restore_original, save_original, zero_bias
 from .vector import IntrinsicVector
 
 
 @dataclass(frozen=True)
 class Offset:
-    """One parameter's share of P.
+    """The offset that P adds to one parameter.
 
     Args:
         name: of the parameter, in the plain base model.
-        projection: its rows of P, with the parameter seen as a matrix `[rows, cols]`.
+        projection: its rows of P, for the matrix view `[rows, cols]`.
         shape: of the parameter itself.
-        transposed: the matrix is the parameter's transpose (Conv1D of GPT-2).
+        transposed: whether the matrix view is the parameter's transpose (Conv1D of GPT-2).
         group: index of its λ, or None.
-        merges: whether this module does the merging of a parameter that several share.
+        merges: whether this module merges it, which one of those does that share the parameter.
     """
 
     name: str
@@ -38,16 +38,19 @@ class Offset:
     merges: bool
 
     def materialize(self, theta: torch.Tensor) -> torch.Tensor:
-        """`[d] -> shape`, or `[batch, d] -> [batch, *shape]`."""
+        """Compute the offset: `[d] -> shape`, or `[batch, d] -> [batch, *shape]`."""
         matrix = self.projection.materialize(theta)
         return matrix.mT if self.transposed else matrix.view((*theta.shape[:-1], *self.shape))
 
 
 class IntrinsicLayer(BaseTunerLayer):
-    """What all tuner layers share: which offsets they apply for which adapter, and merging.
+    """A tuner layer: its offsets by adapter, and merging.
 
-    θ and λ belong to the holder. Every layer shows the holder's dictionaries as its own, which is how PEFT freezes,
-    deletes and counts them.
+    θ and λ belong to the `IntrinsicVector`. Every layer has the same dictionaries as attributes, through which PEFT
+    freezes, deletes and counts them.
+
+    Args:
+        vector: the module with θ and λ.
     """
 
     adapter_layer_names: tuple[str, ...] = ("intrinsic_theta", "intrinsic_lambda")
@@ -60,13 +63,16 @@ class IntrinsicLayer(BaseTunerLayer):
     def __init__(self, vector: IntrinsicVector) -> None:
         self.offsets: dict[str, dict[str, Offset]] = {}
         self.merged_adapters: list[str] = []
-        self.rounding: tuple[Any, Any] = (0.0, 0.0)  # squared norms: what merging lost of the offsets, and the offsets
+        self.rounding: tuple[Any, Any] = (
+            0.0,
+            0.0,
+        )  # squared norms of the rounding error of merging, and of the offsets
         self._originals: dict[str, Any] = {}
-        self._vector = (vector,)  # in a tuple: the holder must not become a sub-module of every layer
+        self._vector = (vector,)  # in a tuple, or it would become a sub-module of every layer
 
     @property
     def vector(self) -> IntrinsicVector:
-        """The holder of θ and λ."""
+        """The module with θ and λ."""
         return self._vector[0]
 
     @property
@@ -81,12 +87,12 @@ class IntrinsicLayer(BaseTunerLayer):
 
     @property
     def weight(self) -> Any:
-        """The weight with its offset, for readers that do not call the layer; None where there is none."""
+        """The weight with its offset, for code that does not call the layer; None without a weight."""
         return self.read("weight")
 
     @property
     def bias(self) -> Any:
-        """Likewise."""
+        """The bias with its offset, in the same way."""
         return self.read("bias")
 
     def _get_available_adapters(self) -> set[str]:
@@ -96,13 +102,14 @@ class IntrinsicLayer(BaseTunerLayer):
         self.vector.move_to_base(adapter_name, device)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As in PEFT, but unmerge at once: a tied parameter has one owner, which a forward pass need not visit."""
+        """Enable or disable the adapters. Disabling also unmerges, because a forward pass may not visit the layer that
+        merges a tied parameter."""
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
 
     def applied(self) -> list[tuple[str, Offset, torch.Tensor]]:
-        """Parameter name, offset and λθ of everything that a forward pass adds. λθ of routes is `[batch, d − m]`."""
+        """Parameter name, offset and λθ of each active offset. With routes, λθ is `[batch, d − m]`."""
         if self.disable_adapters or self.merged:
             return []
         vector = self.vector
@@ -120,20 +127,19 @@ class IntrinsicLayer(BaseTunerLayer):
         ]
 
     def base_parameter(self, name: str) -> Any:
-        """A parameter of the base layer, as it is; None where there is none."""
+        """A parameter of the base layer, without its offset; None if the layer lacks it."""
         return getattr(self.get_base_layer(), name, None)
 
     def read(self, name: str) -> Any:
-        """A parameter for readers: with its offset, unless it is quantised or offloaded.
+        """A parameter with its offset, for code that does not call the layer; quantized or offloaded ones without.
 
-        Its values are computed when they are used. A compiler drops unused values by itself, and function transforms
-        must see the computation, so both get the values at once.
-        An offloaded parameter is not there to be read.
+        The values are computed on first use, but immediately under a compiler, which removes unused ones itself, and
+        under function transforms, which must trace the computation.
         """
         applied = [(offset, theta) for own, offset, theta in self.applied() if own == name]
         base = self.base_parameter(name)
         if base is None and applied:
-            base = blank(self, *applied[0])
+            base = zero_bias(self, *applied[0])
         plain = isinstance(base, torch.Tensor) and base.is_floating_point() and base.element_size() > 1
         if not plain or base.is_meta:
             return base
@@ -156,16 +162,16 @@ class IntrinsicLayer(BaseTunerLayer):
         if torch.compiler.is_compiling() or _is_transformed(thetas):
             return value(*thetas)
         if base.dim() > 1:
-            return EffectiveTensor.of(base, thetas, value)
+            return LazyTensor.of(base, thetas, value)
         result: Any = value(*thetas)
-        result._is_param = True  # as an EffectiveTensor, but it costs nothing to make
+        result._is_param = True  # as a LazyTensor, but computed at once, which costs little
         return result
 
     def get_delta_weight(self, adapter: str, parameter: str = "weight") -> torch.Tensor:
-        """The offset of one parameter, λ included, in its own shape and θ's type.
+        """The offset of one parameter, λ included, in its own shape and the dtype of θ.
 
         Raises:
-            KeyError: the adapter does not move that parameter of this layer.
+            KeyError: the adapter does not adapt that parameter of this layer.
         """
         offset = self.offsets[adapter][parameter]
         theta = self.vector.scaled(adapter, offset.group)
@@ -173,11 +179,15 @@ class IntrinsicLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the offsets to the base parameters, in place. The originals are kept, so that `unmerge` is exact.
+        """Add the offsets to the base parameters, in place. The originals are saved, so that `unmerge` is exact.
+
+        Args:
+            safe_merge: raise an error instead of merging values that are not finite.
+            adapter_names: the adapters to merge, by default the active ones.
 
         Raises:
-            ValueError: with `safe_merge`, a merged parameter would not be finite; or the base is quantised in a way
-                that PEFT cannot merge into.
+            ValueError: with `safe_merge`, a merged parameter would not be finite; or PEFT cannot merge into weights
+                that are quantized in this way.
         """
         adapters = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.offsets]
         before = list(self.merged_adapters)
@@ -191,7 +201,7 @@ class IntrinsicLayer(BaseTunerLayer):
         lost, whole = self.rounding
         for name, offsets in parts.items():
             if name not in self._originals:
-                self._originals[name] = kept(self, name, *offsets[0])
+                self._originals[name] = save_original(self, name, *offsets[0])
             finite, gone, norm = add_offsets(self, name, offsets)
             sound, lost, whole = finite & sound, lost + gone, whole + norm
         self.rounding = lost, whole
@@ -205,23 +215,23 @@ class IntrinsicLayer(BaseTunerLayer):
                 "would be NaN or infinite."
             )
 
-    def added(self, adapters: Iterable[str]) -> list[str]:
-        """Names of the biases that the base layer lacks, of some adapters and of the merged ones."""
+    def added_biases(self, adapters: Iterable[str]) -> list[str]:
+        """Names of the biases that the base layer lacks, for some adapters and the merged ones."""
         if self._originals.get("bias", self.base_parameter("bias")) is not None:
             return []
         owners = [self.offsets.get(adapter, {}) for adapter in {*adapters, *self.merged_adapters}]
         return [offsets["bias"].name for offsets in owners if "bias" in offsets]
 
     def unmerge(self) -> None:
-        """Put the original parameters back, to the bit."""
+        """Restore the original parameters, bitwise."""
         for name, original in self._originals.items():
-            restore(self, name, original)
+            restore_original(self, name, original)
         self._originals, self.rounding = {}, (0.0, 0.0)
         self.merged_adapters = []
 
 
 def _is_transformed(thetas: Iterable[torch.Tensor]) -> bool:
-    """Whether `torch.func` (vmap, jvp, hessian) or forward-mode differentiation looks into the computation."""
+    """Whether `torch.func` (vmap, jvp, hessian) or forward-mode differentiation traces the computation."""
     forward_mode = any(unpack_dual(theta).tangent is not None for theta in thetas)
     return forward_mode or torch._C._are_functorch_transforms_active()
 

@@ -1,4 +1,4 @@
-"""The value of a moved parameter for whoever reads it without calling its layer: made when its numbers are used."""
+"""Lazy tensor for an adapted parameter that is read outside its layer; materialized on first use."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_map_only
 Value = Callable[..., torch.Tensor]
 
 
-class EffectiveTensor(torch.Tensor):
-    """Stands for `base + offset`. Has the dtype, device and shape of the base; any operation makes the numbers.
+class LazyTensor(torch.Tensor):
+    """Lazy `base + offset` with the dtype, device and shape of the base. The first operation computes the values.
 
-    It is a node of the autograd graph, so gradients arrive at θ even where a custom `autograd.Function` takes it as it
-    is. `isinstance(…, nn.Parameter)` holds, as for the parameter that it stands for.
+    It is a node of the autograd graph, so gradients reach θ even where a custom `autograd.Function` takes it unchanged.
+    `isinstance(…, nn.Parameter)` is true, as for the base parameter.
     """
 
     materialize: Callable[[], torch.Tensor]  # base + offset
@@ -24,15 +24,21 @@ class EffectiveTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def of(cls, base: torch.Tensor, inputs: Sequence[torch.Tensor], value: Value) -> EffectiveTensor:
-        """The tensor `value(*inputs)`, which has the shape, dtype and device of `base`, unmade."""
-        made: list[torch.Tensor] = []
+    def of(cls, base: torch.Tensor, inputs: Sequence[torch.Tensor], value: Value) -> LazyTensor:
+        """Make a lazy tensor.
+
+        Args:
+            base: the base parameter.
+            inputs: tensors that get gradients.
+            value: function of the inputs that computes the values, in the shape, dtype and device of `base`.
+        """
+        computed: list[torch.Tensor] = []
 
         def materialize() -> torch.Tensor:
-            if not made:
+            if not computed:
                 with torch.no_grad():
-                    made.append(value(*inputs))
-            return made[0]
+                    computed.append(value(*inputs))
+            return computed[0]
 
         lazy = _Promise.apply(base, value, *inputs)
         lazy.materialize, lazy._is_param = materialize, True
@@ -49,10 +55,10 @@ class EffectiveTensor(torch.Tensor):
                 value = given.get(argument.name)
                 if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, cls):
                     raise RuntimeError(
-                        f"{func} writes into a parameter that an adapter moves: it is computed anew from the base "
-                        "parameter at each read. Write before attaching, or into get_base_layer()'s parameter."
+                        f"{func} writes into an adapted parameter, which is computed from the base parameter at each "
+                        "read. Write before attaching the adapter, or into the parameter of get_base_layer()."
                     )
-        args, kwargs = tree_map_only(EffectiveTensor, lambda lazy: lazy.materialize(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(LazyTensor, lambda lazy: lazy.materialize(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -61,7 +67,7 @@ class _Promise(torch.autograd.Function):
     def forward(ctx: Any, base: torch.Tensor, value: Value, *inputs: torch.Tensor) -> torch.Tensor:
         ctx.value = value
         ctx.save_for_backward(*inputs)
-        return torch.Tensor._make_wrapper_subclass(EffectiveTensor, base.shape, dtype=base.dtype, device=base.device)
+        return torch.Tensor._make_wrapper_subclass(LazyTensor, base.shape, dtype=base.dtype, device=base.device)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

@@ -14,20 +14,20 @@ def _marks(shapes: Shapes) -> dict[bytes, str]:
     return {hashlib.sha256(line.encode()).digest()[:3]: line for line in lines}
 
 
-def manifest(shapes: Shapes) -> str:
-    """A digest of the targeted names and matrix shapes, with a mark of three bytes for each: `digest:marks`."""
+def compute_manifest(shapes: Shapes) -> str:
+    """Digest of the adapted names and matrix shapes, with a mark of three bytes for each: `digest:marks`."""
     marks = _marks(shapes)
     digest = hashlib.sha256("\n".join(marks.values()).encode()).hexdigest()[:16]
     return f"{digest}:{base64.b64encode(b''.join(sorted(marks))).decode()}"
 
 
 def check_manifest(saved: str, shapes: Shapes) -> None:
-    """Refuse an adapter that was made for other parameters. A packed adapter has the digest alone.
+    """Check that a model has the parameters that an adapter was trained for. A packed adapter has the digest alone.
 
     Raises:
-        ValueError: names the parameters that the adapter does not know, and counts those that the model lacks.
+        ValueError: it has not. The error lists parameters that the adapter lacks, and counts those of the model.
     """
-    here = manifest(shapes)
+    here = compute_manifest(shapes)
     digest, colon, listed = saved.partition(":")
     if saved == here or (not colon and digest == here.partition(":")[0]):
         return
@@ -41,13 +41,13 @@ def check_manifest(saved: str, shapes: Shapes) -> None:
     marks = _marks(shapes)
     new = sorted(line for mark, line in marks.items() if mark not in known)
     lacking = len(known - set(marks))
-    told = (
+    difference = (
         f": {lacking} of its {len(known)} are not in this model under the same name and shape, and {len(new)} of the "
         f"model's {len(shapes)} are not in the adapter"
         + (f" ({', '.join(new[:5])}{', …' if len(new) > 5 else ''})" if new else "")
     )
     raise ValueError(
-        f"This adapter was made for other parameters (digest {digest[:16]}, here {here[:16]}){told if colon else ''}. "
-        "Load the base model, class and number of labels that the adapter was trained on. (A new adapter with the "
-        "configuration of another: set its manifest, reinitialized and block_size to None.)"
+        f"This adapter was trained for other parameters (digest {digest[:16]}, here {here[:16]})"
+        f"{difference if colon else ''}. Load the base model, class and number of labels of its training. "
+        "(For a new adapter with this configuration, set its manifest, reinitialized and block_size to None.)"
     )

@@ -1,4 +1,4 @@
-"""Adding offsets to one base parameter, plain or quantised, so that the original can be put back to the bit."""
+"""Merging offsets into one base parameter, plain or quantized, so that it can be restored bitwise."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ STEP = 2**20
 
 
 def _backend(layer: Any, name: str) -> Any:
-    """PEFT's access to a quantised weight; None where the parameter is plain.
+    """PEFT's access to a quantized weight; None if the parameter is plain.
 
     Raises:
-        ValueError: it is quantised in a way that PEFT cannot merge into.
+        ValueError: PEFT cannot merge into a weight that is quantized in this way.
     """
     base = layer.get_base_layer()
     data = layer.base_parameter(name).data
@@ -27,12 +27,12 @@ def _backend(layer: Any, name: str) -> Any:
     backend, reason = None, f"PEFT does not know how to write a {name} of type {data.dtype}"
     try:
         backend = resolve_quantization_backend(base, **layer.vector.quantization) if name == "weight" else None
-    except ValueError as error:  # torchao without the model's quantisation settings
+    except ValueError as error:  # torchao without the model's quantization settings
         reason = str(error)
     if backend is None or not backend.supports_merge:
         raise ValueError(
-            f"Cannot merge into the {name} of a {type(base).__name__}: {reason}. Load the base model unquantised and "
-            "merge there."
+            f"Cannot merge into the {name} of a {type(base).__name__}: {reason}. Load the base model without "
+            "quantization and merge there."
         )
     return backend
 
@@ -46,14 +46,14 @@ def add_offsets(layer: Any, name: str, parts: Sequence[tuple[Any, torch.Tensor]]
         parts: offsets and the λθ of each, `[d − m]`.
 
     Returns:
-        Whether the result is finite, and the squared norms of what rounding lost and of the offsets: tensors on the
+        Whether the result is finite, and the squared norms of the rounding error and of the offsets: tensors on the
         parameter's device, so that nothing waits for it here.
     """
     backend = _backend(layer, name)
     data = backend.get_base_weight(layer.get_base_layer()) if backend else layer.base_parameter(name).data
     first = parts[0][0]
     rows, cols = first.projection.rows, first.projection.cols
-    offloaded = hasattr(layer.get_base_layer(), "_hf_hook")  # tied weights may share what the hook keeps
+    offloaded = hasattr(layer.get_base_layer(), "_hf_hook")  # tied weights may share the values that the hook stores
     whole_at_once = backend or offloaded or not (data.is_contiguous() or first.transposed)
     target = data.clone(memory_format=torch.contiguous_format) if whole_at_once else data
     matrix = target.mT if first.transposed else target.view(rows, cols)
@@ -79,58 +79,58 @@ def add_offsets(layer: Any, name: str, parts: Sequence[tuple[Any, torch.Tensor]]
     return finite, lost, norm
 
 
-def blank(layer: Any, offset: Any, theta: torch.Tensor) -> torch.Tensor:
+def zero_bias(layer: Any, offset: Any, theta: torch.Tensor) -> torch.Tensor:
     """Zeros for a bias that the layer lacks."""
     weight = layer.base_parameter("weight")
     plain = weight.is_floating_point() and weight.element_size() > 1
     return torch.zeros(offset.shape, dtype=weight.dtype if plain else theta.dtype, device=weight.device)
 
 
-def kept(layer: Any, name: str, offset: Any, theta: torch.Tensor) -> Any:
-    """What `restore` needs to undo any number of merges. A bias that the layer lacks is put there.
+def save_original(layer: Any, name: str, offset: Any, theta: torch.Tensor) -> Any:
+    """Save what `restore_original` needs to undo any number of merges, and add a bias that the layer lacks.
 
-    A plain parameter is copied: `base + offset − offset` is not the base to the bit. A quantised one is kept by
-    reference, as merging replaces it.
+    A plain parameter is copied, because `base + offset − offset` is not bitwise equal to the base. A quantized one is
+    saved by reference, because merging replaces it.
     """
     base, parameter = layer.get_base_layer(), layer.base_parameter(name)
     if parameter is None:
-        setattr(base, name, torch.nn.Parameter(blank(layer, offset, theta), requires_grad=False))
+        setattr(base, name, torch.nn.Parameter(zero_bias(layer, offset, theta), requires_grad=False))
         return None
     if _backend(layer, name):
         return base, parameter, copy.copy(getattr(base, "state", None))
     return parameter.data.clone()
 
 
-def places(model: Any, names: Iterable[str]) -> list[str]:
-    """For added biases that are merged for good: options of the model's configuration that make its class have them.
+def find_bias_flags(model: Any, names: Iterable[str]) -> list[str]:
+    """Find options of the model's configuration with which its class has added biases, for `merge_and_unload`.
 
     Raises:
-        ValueError: a transformers class has no place for them, so that they would be lost when it is saved and loaded.
+        ValueError: a transformers class cannot have them, so that they would be lost when it is saved and loaded.
     """
     wanted = set(names)
     if not wanted or not isinstance(model, PreTrainedModel):
         return []
 
-    def made(*flags: str) -> set[str]:
+    def build_names(*flags: str) -> set[str]:
         config = copy.deepcopy(model.config)
         for flag in flags:
             setattr(config, flag, True)
         with torch.device("meta"):
             return {name for name, _ in type(model)(config).named_parameters()}
 
-    plain = made()
+    plain = build_names()
     flags = [flag for flag, value in vars(model.config).items() if flag.endswith("bias") and value is False]
-    flags = [flag for flag in flags if set() < made(flag) - plain <= wanted]
-    if homeless := sorted(wanted - made(*flags)):
+    flags = [flag for flag in flags if set() < build_names(flag) - plain <= wanted]
+    if missing := sorted(wanted - build_names(*flags)):
         raise ValueError(
-            f"add_bias=True: a saved {type(model).__name__} cannot hold {', '.join(homeless)}. Leave the adapter "
+            f"add_bias=True: a saved {type(model).__name__} cannot hold {', '.join(missing)}. Leave the adapter "
             "unmerged, or merge it in memory with merge_adapter()."
         )
     return flags
 
 
-def restore(layer: Any, name: str, original: Any) -> None:
-    """Put back what `kept` returned."""
+def restore_original(layer: Any, name: str, original: Any) -> None:
+    """Undo merges with the result of `save_original`."""
     if original is None:
         setattr(layer.get_base_layer(), name, None)
         return

@@ -1,4 +1,4 @@
-"""`IntrinsicModel`: PEFT's calls, each handed to the module that knows how."""
+"""`IntrinsicModel`: PEFT's tuner, whose methods call the other modules of this package."""
 
 from __future__ import annotations
 
@@ -16,32 +16,42 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .attach import attach, detach, remove_holder, unwrap
-from .bank import chosen_by_name
+from .attach import attach, detach, remove_vector, unwrap
+from .bank import select_by_name
 from .base import CheckedTuner
-from .batch_first import number_of_samples
+from .batch_first import count_samples
 from .checks import check
 from .files import check_adapter_names, vectors_to_load, vectors_to_save
 from .head import Reinitialization, count_labels, explain_labels, restore_values
 from .layer import IntrinsicLayer
 from .loading import clear_notes
-from .manifest import manifest
-from .merging import places
-from .names import HOLDER, KEYWORDS, canonical, foreign
+from .manifest import compute_manifest
+from .merging import find_bias_flags
+from .names import KEYWORDS, VECTOR, canonical, foreign
 from .parametrized import IntrinsicParameters
 from .subspace_files import read_subspace
 from .targets import default_targets, find_targets, is_head, match_module, outermost_modules, targeted_parameters
 from .tokens import check_not_adapted
 from .vector import IntrinsicVector
 
-SURVIVING = 0.95
-"""A merge that keeps less of the offset's norm than this warns."""
+MIN_PRESERVED = 0.95
+"""Merging warns if rounding preserves less than this fraction of the norm of the offset."""
 
 
 class IntrinsicModel(CheckedTuner):
-    """Moves the weights of a model along a fixed random projection of one trained vector θ.
+    """Adapts the weights of a model through a fixed random projection of one trainable vector θ: `W = W0 + P(θ)`.
 
-    Use it through `get_peft_model(model, IntrinsicConfig(d=200))`. Reference: Aghajanyan et al. 2020, arXiv 2012.13255.
+    Aghajanyan et al. 2020 (arXiv 2012.13255).
+
+    Args:
+        model: the base model.
+        peft_config: an `IntrinsicConfig`, or a dictionary of them by adapter names.
+        adapter_name: name of the first adapter.
+        low_cpu_mem_usage: create θ and λ on the meta device, for loading.
+        state_dict: not supported.
+
+    Example:
+        >>> model = get_peft_model(base_model, IntrinsicConfig(d=200))
     """
 
     prefix = "intrinsic_"
@@ -52,11 +62,11 @@ class IntrinsicModel(CheckedTuner):
 
     @property
     def vector(self) -> IntrinsicVector:
-        """The holder of θ and λ."""
-        return cast(IntrinsicVector, self.model.get_submodule(HOLDER))
+        """The module with θ and λ of all adapters."""
+        return cast(IntrinsicVector, self.model.get_submodule(VECTOR))
 
     def tuner_layers(self) -> list[IntrinsicLayer]:
-        """All tuner layers."""
+        """The tuner layers of the model."""
         return [module for module in self.model.modules() if isinstance(module, IntrinsicLayer)]
 
     def inject_adapter(
@@ -67,26 +77,33 @@ class IntrinsicModel(CheckedTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Attach an adapter.
+        """Attach an adapter. After an error, the model and the configuration are unchanged.
+
+        Args:
+            model: the base model.
+            adapter_name: of the new adapter, whose configuration is in `peft_config`.
+            autocast_adapter_dtype: create θ and λ in float32, otherwise in the dtype of the model.
+            low_cpu_mem_usage: create them on the meta device, for loading.
+            state_dict: not supported.
 
         Raises:
-            ValueError: nothing is targeted; d does not exceed the number of λ, or exceeds that of the moved weights;
-                the model is not the one that a saved adapter was made for; or `state_dict` is given.
+            ValueError: nothing is targeted; d does not exceed the number of λ, or exceeds that of the adapted weights;
+                the model is not the one that a saved adapter was trained on; or `state_dict` is given.
         """
         if state_dict is not None:
             raise ValueError(
-                "An intrinsic adapter cannot be injected from a state_dict: its file holds θ alone and names no "
-                "modules. Pass the saved configuration instead."
+                "An intrinsic adapter cannot be injected from a state_dict, which contains θ but no names of modules. "
+                "Pass the saved configuration instead."
             )
-        if not isinstance(getattr(model, HOLDER, None), IntrinsicVector | None):
-            raise ValueError(f"The model already has an attribute {HOLDER!r}, which the adapter needs. Rename it.")
-        if hasattr(model, HOLDER) and adapter_name in self.vector.intrinsic_theta:
+        if not isinstance(getattr(model, VECTOR, None), IntrinsicVector | None):
+            raise ValueError(f"The model already has an attribute {VECTOR!r}, which the adapter needs. Rename it.")
+        if hasattr(model, VECTOR) and adapter_name in self.vector.intrinsic_theta:
             raise ValueError(f"An adapter {adapter_name!r} is attached already. Delete it, or choose another name.")
-        first = not hasattr(model, HOLDER)
+        first = not hasattr(model, VECTOR)
         trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
         config = self.peft_config[adapter_name]
-        check(config)  # again: options can be set after the configuration was made
-        options = self.peft_config[adapter_name] = config.as_requested()  # resolved for this model, also by PEFT
+        check(config)  # again: options can be changed after the configuration was created
+        options = self.peft_config[adapter_name] = config.as_requested()  # PEFT resolves some of them
         try:
             start = self._resolve(model, adapter_name)
             # PEFT does not visit the root.
@@ -100,7 +117,7 @@ class IntrinsicModel(CheckedTuner):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
-            options.trainable_token_indices = rows  # empty instead of None again, for saving
+            options.trainable_token_indices = rows  # for saving, empty instead of None
             targeting = find_targets(model, options, self._matched_modules, self._matched_names)
             check_not_adapted(model, targeting, options)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -115,19 +132,19 @@ class IntrinsicModel(CheckedTuner):
             raise
         finally:
             self._matched_modules, self._matched_names = set(), []
-        options.manifest, options.block_size = manifest(targeting.shapes), targeting.spec.block_size
+        options.manifest, options.block_size = compute_manifest(targeting.shapes), targeting.spec.block_size
         options.num_labels = count_labels(model, config.task_type)
         self.peft_config[adapter_name] = config.resolve(options)
         start.apply(self.vector.replaced)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        if not first:  # other adapters stay trainable or frozen as they were
+        if not first:  # other adapters remain trainable or frozen
             for parameter, trained in trainable.items():
                 parameter.requires_grad_(trained)
 
     def _resolve(self, model: nn.Module, adapter_name: str) -> Reinitialization:
         """Resolve the options of a new adapter for the model, which is not changed."""
         config = self.peft_config[adapter_name]
-        attached = list(self.vector.intrinsic_theta) if hasattr(model, HOLDER) else []
+        attached = list(self.vector.intrinsic_theta) if hasattr(model, VECTOR) else []
         configs = {name: self.peft_config.get(name, config) for name in attached}
         config.modules_to_save = outermost_modules(model, config)
         check_adapter_names(model, {**configs, adapter_name: config})
@@ -141,7 +158,7 @@ class IntrinsicModel(CheckedTuner):
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         name = canonical(key, self.model)
-        if name.partition(".")[0] == HOLDER or foreign(key):
+        if name.partition(".")[0] == VECTOR or foreign(key):
             return False
         matched = match_module(peft_config, key, self.model)
         return is_head(peft_config, name) if matched is False else matched
@@ -156,18 +173,18 @@ class IntrinsicModel(CheckedTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        """Only note the module: it is wrapped when all of the targeted parameters are known."""
+        """Note the module. It is wrapped later, when all targeted parameters are known."""
         self._matched_modules.add(target.get_base_layer() if isinstance(target, IntrinsicLayer) else target)
 
     def _inject_parameters(
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        """As `_create_and_replace`, for `target_parameters`."""
+        """Note the parameters of `target_parameters`."""
         self._matched_names = targeted_parameters(model, peft_config)
         return self._matched_names
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """θ is float32 from the start; without autocasting it takes the base model's dtype."""
+        """θ is created in float32. Without autocasting, cast it to the dtype of the base model."""
         if not autocast_adapter_dtype:
             self.vector.cast_to_base(adapter_name)
 
@@ -175,11 +192,15 @@ class IntrinsicModel(CheckedTuner):
         return peft_config
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT, all layers or none.
+        """Merge adapters into the base weights: in all layers, or after an error in none.
+
+        Args:
+            adapter_names: the adapters to merge, by default the active ones.
+            safe_merge: raise an error instead of merging values that are not finite.
 
         Raises:
-            ValueError: there is no such adapter; with `safe_merge`, a merged weight would not be finite; or a
-                quantised weight cannot be merged.
+            ValueError: an adapter is not attached; with `safe_merge`, a merged weight would not be finite; or a
+                quantized weight cannot be merged.
         """
         layers = self.tuner_layers()
         merging = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
@@ -195,24 +216,24 @@ class IntrinsicModel(CheckedTuner):
                         layer.merge(adapter_names=names)
             raise
         lost, whole = (float(sum(layer.rounding[i] for layer in layers)) for i in (0, 1))
-        survives = 1 - math.sqrt(lost / whole) if whole else 1.0
-        if survives < SURVIVING:
+        preserved = 1 - math.sqrt(lost / whole) if whole else 1.0
+        if preserved < MIN_PRESERVED:
             warnings.warn(
-                f"Rounding to the base model's precision kept {max(survives, 0):.0%} of the merged offset's norm. Load "
-                "the base in float32 before merging to keep it, or leave the adapter unmerged.",
+                f"Rounding to the base model's precision preserved {max(preserved, 0):.0%} of the offset's norm. Load "
+                "the base in float32 before merging, or leave the adapter unmerged.",
                 stacklevel=2,
             )
 
     def _check_merge_allowed(self) -> None:
-        """Tied weights share one offset, which one owner merges: nothing to warn of."""
+        """Do not warn: tied weights share one offset, which is merged once."""
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
-        """See `_check_merge_allowed`."""
+        """Do not warn, as in `_check_merge_allowed`."""
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):
             setattr(parent, child_name, new_module)
-        elif not isinstance(child, IntrinsicParameters):  # these leave last, all together
+        elif not isinstance(child, IntrinsicParameters):  # these are removed last, all together
             unwrap(self.model, [child])
 
     def _unload_and_optionally_merge(
@@ -223,7 +244,9 @@ class IntrinsicModel(CheckedTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         wanted = (adapter_names or self.active_adapters) if merge else ()
-        flags = places(self.model, chain.from_iterable(layer.added(wanted) for layer in self.tuner_layers()))
+        flags = find_bias_flags(
+            self.model, chain.from_iterable(layer.added_biases(wanted) for layer in self.tuner_layers())
+        )
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
         for flag in flags:
@@ -236,23 +259,23 @@ class IntrinsicModel(CheckedTuner):
             warnings.filterwarnings("ignore", "All adapters are already merged|Already following adapters were merged")
             super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         unwrap(self.model, list(self.vector.in_place))
-        remove_holder(self.model)
+        remove_vector(self.model)
         return self.model
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add the adapter whose offset is the weighted sum of the given adapters' offsets, exactly: P is linear.
+        """Add an adapter whose offset is exactly the weighted sum of the offsets of others, as P is linear.
 
         Args:
-            adapters: names of attached adapters of one projection (same d, seed, block size, scale, targets).
+            adapters: names of attached adapters with the same projection (d, seed, block size, scale, targets).
             weights: a factor for each.
             adapter_name: of the new adapter.
-            combination_type: `"linear"`.
+            combination_type: `"linear"`, the only one.
 
         Raises:
             ValueError: the adapters have different projections or (SAID) different λ, so that no single θ is their sum;
-                names, weights or type that do not fit.
+                or a name, weight or the type is invalid.
         """
         if combination_type != "linear":
             raise ValueError(f"combination_type must be 'linear', which is exact here, got {combination_type!r}.")
@@ -276,7 +299,7 @@ class IntrinsicModel(CheckedTuner):
             if beside := self.peft_config[name].trained_beside:
                 raise ValueError(f"{beside} of adapter {name!r} cannot be combined. Train without it.")
         self.peft_config[adapter_name] = copy.copy(first)
-        self.peft_config[adapter_name]._requested = {}  # this projection, or none
+        self.peft_config[adapter_name]._requested = {}  # with another projection the sum would be wrong
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
             total = sum(w * vector.intrinsic_theta[n].weight for n, w in zip(adapters, weights, strict=True))
@@ -286,19 +309,19 @@ class IntrinsicModel(CheckedTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """`adapter_names`: one adapter for each sample of the batch.
+        """Apply `adapter_names`, one adapter for each sample of the batch.
 
         Raises:
             ValueError: `alora_offsets` is given.
         """
         if (offsets := kwargs.get("alora_offsets")) is not None:
-            raise ValueError(f"alora_offsets={offsets!r} is for activated LoRAs alone. Leave it out.")
+            raise ValueError(f"alora_offsets={offsets!r} is only for activated LoRAs. Leave it out.")
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
-        batch = number_of_samples(self.model, {**{str(i): value for i, value in enumerate(args)}, **kwargs})
-        with chosen_by_name(self, names, len(names) if batch is None else batch):
+        batch = count_samples(self.model, {**{str(i): value for i, value in enumerate(args)}, **kwargs})
+        with select_by_name(self, names, len(names) if batch is None else batch):
             yield
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Wrappers of linear layers and embeddings, which never make an offset in full."""
+"""Wrappers of linear layers and embeddings, which never materialize a whole offset."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from .vector import IntrinsicVector
 
 
 class IntrinsicModule(nn.Module, IntrinsicLayer):
-    """A leaf of the model with its offsets: `base_layer(x)` plus what P adds to it.
+    """A wrapper that computes `base_layer(x)` plus the contribution of P.
 
-    What the wrapper lacks is the base layer's. Readers of its parameters get them with their offsets.
+    Attributes that it lacks are those of the base layer. Its parameters are read with their offsets.
+
+    Args:
+        base_layer: the layer to wrap.
+        vector: the module with θ and λ.
     """
 
     mixable = True
@@ -39,19 +43,19 @@ class IntrinsicModule(nn.Module, IntrinsicLayer):
             return getattr(self.base_layer, name)
 
     def base_parameter(self, name: str) -> Any:
-        """A parameter of the base layer; where accelerate has offloaded it, from where it is kept."""
+        """A parameter of the base layer, also if accelerate has offloaded it."""
         parameter = super().base_parameter(name)
-        kept = getattr(getattr(self.base_layer, "_hf_hook", None), "weights_map", None)
-        if kept is None or parameter is None or not parameter.is_meta:
+        offloaded = getattr(getattr(self.base_layer, "_hf_hook", None), "weights_map", None)
+        if offloaded is None or parameter is None or not parameter.is_meta:
             return parameter
-        return kept[name].to(self.base_layer._hf_hook.execution_device)
+        return offloaded[name].to(self.base_layer._hf_hook.execution_device)
 
     def __repr__(self) -> str:
         return "intrinsic." + super().__repr__()
 
 
 class IntrinsicLinear(IntrinsicModule):
-    """Linear and Conv1D layers, plain or quantised. The factored form never reads the base weight."""
+    """Wrapper of a linear or Conv1D layer, plain or quantized. The factored form never reads the base weight."""
 
     def __init__(self, base_layer: Any, vector: IntrinsicVector) -> None:
         super().__init__(base_layer, vector)
@@ -68,12 +72,12 @@ class IntrinsicLinear(IntrinsicModule):
         return result
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's converter can hold the offset: it looks at the weight alone."""
+        """Whether PEFT's converter can represent the offset: it converts only weights."""
         return list(self.offsets.get(adapter_name, {})) == ["weight"]
 
 
 class IntrinsicEmbedding(IntrinsicModule):
-    """Embeddings: only the rows that are looked up are made."""
+    """Wrapper of an embedding. Only the rows that are looked up are computed."""
 
     def __init__(self, base_layer: Any, vector: IntrinsicVector) -> None:
         super().__init__(base_layer, vector)
@@ -89,14 +93,14 @@ class IntrinsicEmbedding(IntrinsicModule):
         return result
 
     def _without_padding(self, projection: TensorProjection, index: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-        """The rows of the offset, of which torch gives the padding row no gradient."""
+        """The rows of the offset, without a gradient of the padding row, as in torch."""
         added, padding = projection.gather(index, theta), self.base_layer.padding_idx
         if padding is None:
             return added
         if theta.dim() > 1:  # one padding row for each sample
             return torch.where(index.unsqueeze(-1) == padding, added.detach(), added)
-        # torch's own lookup, so that function transforms see what they see in a plain embedding.
+        # torch's own lookup, so that function transforms work as with a plain embedding.
         row = projection.gather(index.new_full((1,), padding), theta)
-        place = torch.arange(index.numel(), device=index.device).view(index.shape)
+        position = torch.arange(index.numel(), device=index.device).view(index.shape)
         table = torch.cat([added.flatten(0, -2), row])
-        return F.embedding(torch.where(index == padding, index.numel(), place), table, padding_idx=index.numel())
+        return F.embedding(torch.where(index == padding, index.numel(), position), table, padding_idx=index.numel())

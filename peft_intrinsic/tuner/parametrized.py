@@ -1,7 +1,7 @@
-"""Parameters that are moved where they are: in modules that cannot be wrapped, or whose forward is not known.
+"""Adapted parameters of modules that are not wrapped, because they cannot be or their forward is not known.
 
-The module keeps its place, its names and its parameters. Its class becomes a subclass of the same name in which the
-parameters are properties: whoever reads one, in whichever method, gets it with its offset.
+The module remains the same object, with its names and parameters. Its class becomes a subclass of the same name in
+which the parameters are properties, so that every method reads them with their offsets.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ from torch import nn
 
 from .batches import spread
 from .layer import IntrinsicLayer
-from .lazy_tensor import EffectiveTensor
-from .module_types import LAYER, is_norm, matrix_view, movable
+from .lazy_tensor import LazyTensor
+from .module_types import LAYER, adaptable_names, is_norm, matrix_view
 from .vector import IntrinsicVector
 
 
 class _Values(threading.local):
-    """A norm's parameters while it normalises a mixed batch in this thread."""
+    """The parameters of a norm during a forward pass over a mixed batch in this thread."""
 
     mixed: dict[str, torch.Tensor] | None = None
 
 
 class IntrinsicParameters(nn.Module, IntrinsicLayer):
-    """The tuner layer of a module whose parameters stay in place. Lives in the holder's list."""
+    """The tuner layer of a module that is not wrapped, an entry of `IntrinsicVector.in_place`.
+
+    Args:
+        owner: the module.
+        vector: the module with θ and λ.
+    """
 
     base_layer: nn.Module
     kind: Any
@@ -37,9 +42,9 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
     def __init__(self, owner: nn.Module, vector: IntrinsicVector) -> None:
         nn.Module.__init__(self)
         IntrinsicLayer.__init__(self, vector)
-        object.__setattr__(self, "base_layer", owner)  # not as a sub-module: it already has its place in the model
+        object.__setattr__(self, "base_layer", owner)  # not as a sub-module: it is already one of another module
         self.mixable = is_norm(owner)
-        names = movable(owner)
+        names = adaptable_names(owner)
         self.out_features, self.in_features, *_ = matrix_view(owner, names[0])
         self._values = _Values()
         self.kind = type(owner)
@@ -67,7 +72,7 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
 
     @contextmanager
     def mixed(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]] | None]:
-        """While a norm runs: its input and its parameters, `[batch, 1, …, k]`, if samples have different offsets."""
+        """In a forward pass of a norm: input and parameters, `[batch, 1, …, k]`, if samples have different offsets."""
         applied = self.applied()
         if not applied or applied[0][2].dim() == 1:
             yield None
@@ -87,8 +92,8 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
         return adapter_name not in self.offsets
 
     @contextmanager
-    def absent(self) -> Iterator[None]:
-        """While the module must be its plain self."""
+    def as_plain_module(self) -> Iterator[None]:
+        """Within this context, the module has its own class."""
         self.base_layer.__class__, kind = self.kind, type(self.base_layer)
         try:
             yield
@@ -96,7 +101,7 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
             self.base_layer.__class__ = kind
 
     def remove(self) -> None:
-        """Leave the module as it was."""
+        """Restore the module."""
         self.base_layer.__class__ = self.kind
         del self.base_layer.__dict__[LAYER]
         self.vector.in_place = nn.ModuleList(layer for layer in self.vector.in_place if layer is not self)
@@ -105,13 +110,12 @@ class IntrinsicParameters(nn.Module, IntrinsicLayer):
         return "intrinsic." + super().__repr__()
 
 
-def _moved(name: str) -> property:
+def _adapted_property(name: str) -> property:
     def read(module: nn.Module) -> Any:
         if "_is_replica" in module.__dict__:
             raise RuntimeError(
-                "nn.DataParallel copies modules to other devices, where their moved parameters are not. Train with "
-                "DistributedDataParallel (accelerate launch, torchrun), or let one device be seen "
-                "(CUDA_VISIBLE_DEVICES=0)."
+                "nn.DataParallel copies modules to other devices without their adapted parameters. Train with "
+                "DistributedDataParallel (accelerate launch, torchrun), or on one device (CUDA_VISIBLE_DEVICES=0)."
             )
         return module.__dict__[LAYER].read(name)
 
@@ -124,17 +128,17 @@ def _moved(name: str) -> property:
     return property(read, write, delete)
 
 
-def _restored(kind: Any, names: tuple[str, ...], norm: bool) -> nn.Module:
+def _unpickle(kind: Any, names: tuple[str, ...], norm: bool) -> nn.Module:
     subclass = _with_offsets(kind, names, norm)
     return subclass.__new__(subclass)
 
 
 @cache
 def _with_offsets(kind: Any, names: tuple[str, ...], norm: bool) -> type[nn.Module]:
-    """`kind`, with offsets on the named parameters."""
+    """A subclass of `kind` with offsets on the named parameters."""
 
     def reduce(module: nn.Module, protocol: Any) -> Any:  # the subclass has no name to be imported by
-        return _restored, (kind, names, norm), kind.__reduce_ex__(module, 2)[2]
+        return _unpickle, (kind, names, norm), kind.__reduce_ex__(module, 2)[2]
 
     def register(module: Any, own: str, parameter: Any) -> None:  # FSDP 1 takes parameters out and puts them back
         if own in names:
@@ -152,17 +156,17 @@ def _with_offsets(kind: Any, names: tuple[str, ...], norm: bool) -> type[nn.Modu
             x, values = mixed
             if kind not in (nn.LayerNorm, nn.RMSNorm):
                 return kind.forward(module, x, *args, **kwargs)
-            # torch's own kernels insist on the shape of the parameters: normalise without any, then apply them.
-            normalise: Any = nn.functional.layer_norm if kind is nn.LayerNorm else nn.functional.rms_norm
-            x = normalise(x, module.normalized_shape, eps=module.eps)
+            # torch's own kernels require the shape of the parameters: normalize without any, then apply them.
+            normalize: Any = nn.functional.layer_norm if kind is nn.LayerNorm else nn.functional.rms_norm
+            x = normalize(x, module.normalized_shape, eps=module.eps)
             bias = values.get("bias")
             return x * values["weight"] if bias is None else torch.addcmul(bias, x, values["weight"])
 
     def flat(module: Any) -> list[torch.Tensor]:  # recurrent layers of torch hand this list to their kernels
         values = [getattr(module, name) for name in module._flat_weights_names]
-        return [value.clone() if isinstance(value, EffectiveTensor) else value for value in values]
+        return [value.clone() if isinstance(value, LazyTensor) else value for value in values]
 
-    members: dict[str, Any] = {name: _moved(name) for name in names}
+    members: dict[str, Any] = {name: _adapted_property(name) for name in names}
     members |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     members |= {"__reduce_ex__": reduce, "register_parameter": register}
     if norm:

@@ -1,4 +1,4 @@
-"""Registration with PEFT, from outside its tree."""
+"""Registration with PEFT, as an external package."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from peft_intrinsic_autoload.loading import watch
 
 from .config import IntrinsicConfig
 from .model import IntrinsicModel
-from .names import HOLDER
+from .names import VECTOR
 
 
 def _add_peft_type(name: str) -> PeftType:
-    """The member of that name, such as `PeftType.INTRINSIC`, added to the enumeration when it is not there yet."""
+    """Get the member of that name, such as `PeftType.INTRINSIC`. Add it to the enumeration if it is missing."""
     if name in PeftType.__members__:
         return PeftType.__members__[name]
     enumeration: Any = PeftType
@@ -36,29 +36,30 @@ def _add_peft_type(name: str) -> PeftType:
     return member
 
 
-def _know_the_holder() -> None:
-    """Let PEFT's `get_base_model_state_dict` and its counterpart leave θ and λ out.
+def _exclude_vector() -> None:
+    """Let PEFT's `get_base_model_state_dict` and its counterpart leave out θ and λ.
 
-    They look for adapters inside tuner layers. The holder is none, or PEFT's LoRA conversion would convert it too.
+    They look for adapters inside tuner layers. `IntrinsicVector` is none, or PEFT's LoRA conversion would convert it.
     """
     original = getattr(save_and_load, "_get_adapter_state_dict_key_prefixes", None)
-    if original is None or getattr(original, "knows_the_holder", False):
+    if original is None or getattr(original, "excludes_vector", False):
         return
 
     @functools.wraps(original)
     def prefixes(model: Any) -> set[str]:
-        return original(model) | ({HOLDER} if isinstance(model.base_model, IntrinsicModel) else set())
+        return original(model) | ({VECTOR} if isinstance(model.base_model, IntrinsicModel) else set())
 
-    prefixes.knows_the_holder = True  # type: ignore[attr-defined]
+    prefixes.excludes_vector = True  # type: ignore[attr-defined]
     save_and_load._get_adapter_state_dict_key_prefixes = prefixes
 
 
 def register_method(name: str, config: Any, model: Any) -> None:
-    """Make PEFT know a method of this package; again is harmless.
+    """Register a method of this package with PEFT. Calling it again changes nothing.
 
     Args:
-        name: of its `PeftType`.
-        config, model: its classes.
+        name: of its `PeftType`, such as `"INTRINSIC"`.
+        config: its configuration class.
+        model: its tuner class.
 
     Raises:
         RuntimeError: PEFT already has another method of this name.
@@ -73,13 +74,13 @@ def register_method(name: str, config: Any, model: Any) -> None:
 
 
 def register() -> None:
-    """Make PEFT know `IntrinsicConfig` and `IntrinsicModel`, and transformers note what a checkpoint did not bring.
+    """Register `IntrinsicConfig` and `IntrinsicModel` with PEFT, and make transformers note new parameters.
 
-    Importing `peft_intrinsic` calls it; again is harmless.
+    Importing `peft_intrinsic` calls it. Calling it again changes nothing.
 
     Raises:
         RuntimeError: PEFT already has another method of this name.
     """
     register_method("INTRINSIC", IntrinsicConfig, IntrinsicModel)
-    _know_the_holder()
+    _exclude_vector()
     watch(PreTrainedModel)

@@ -1,4 +1,4 @@
-"""Adapters in a learnt subspace: where its file is, and whether it fits the base model."""
+"""The file of a learned subspace: its location, and whether it fits the base model."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ EMBEDDED = "subspace.safetensors"
 """The name of a subspace file that is saved with its adapter."""
 
 
-def beside(folder: str, subfolder: str | None, config: Any, options: Mapping[str, Any]) -> str:
-    """The subspace file of a saved adapter: beside it, or where its configuration says.
+def find_subspace(folder: str, subfolder: str | None, config: Any, options: Mapping[str, Any]) -> str:
+    """Find the subspace file of a saved adapter: in its folder, or at the path in its configuration.
 
     Args:
         folder: of the adapter, or its name on the Hub.
-        subfolder: within it.
+        subfolder: in that folder.
         config: of the adapter.
         options: of the download.
     """
@@ -40,11 +40,11 @@ def beside(folder: str, subfolder: str | None, config: Any, options: Mapping[str
     try:
         return hf_hub_download(folder, EMBEDDED, subfolder=subfolder, **wanted)
     except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
-        return config.subspace  # not found there either: attaching says so
+        return config.subspace  # attaching raises an error if it is missing there too
 
 
-def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file, whole or not at all. A file is not copied onto itself."""
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file atomically. A file is not copied onto itself."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and target.samefile(source):
         return
@@ -54,10 +54,14 @@ def copy_whole(source: Path, target: Path) -> None:
 
 
 def read_subspace(model: nn.Module, config: Any) -> tuple[str, list[str]]:
-    """Digest of the subspace file and names of the parameters that it adapts, checked against the base model.
+    """Read the digest of a subspace file and the names of the parameters that it adapts, and check the base model.
 
-    Values are compared where all are at hand in
-    floating point: a quantised or offloaded base model is known by names and shapes alone.
+    Values are compared if all are floating point and in memory. Of a quantized or offloaded base model, only names and
+    shapes are compared.
+
+    Args:
+        model: the base model, with or without adapters.
+        config: of the adapter.
 
     Raises:
         ValueError: the file is not the one that the adapter was trained with, or does not fit the model.
@@ -66,8 +70,8 @@ def read_subspace(model: nn.Module, config: Any) -> tuple[str, list[str]]:
     subspace.verify()
     if config.subspace_digest not in (None, subspace.digest):
         raise ValueError(
-            f"subspace={config.subspace!r} has the digest {subspace.digest}, and the adapter was trained in "
-            f"{config.subspace_digest}. Put the adapter's own subspace file there."
+            f"subspace={config.subspace!r} has the digest {subspace.digest}, but the adapter was trained with "
+            f"{config.subspace_digest}. Restore the subspace file of the adapter."
         )
     modules = dict(base_modules(model))
     for name, shape in subspace.shapes.items():
@@ -77,7 +81,7 @@ def read_subspace(model: nn.Module, config: Any) -> tuple[str, list[str]]:
             found, _ = logical_shape(modules[key], own)
         if found != shape:
             raise ValueError(
-                f"subspace={config.subspace!r} moves {name} {shape}, but this model has {found or 'none'} there. Load "
+                f"subspace={config.subspace!r} adapts {name} {shape}, but this model has {found or 'none'} there. Load "
                 "the model that the subspace was recorded on."
             )
     if subspace.base and (here := digest_at_hand(model, subspace.shapes)) not in (None, subspace.base):
@@ -87,7 +91,9 @@ def read_subspace(model: nn.Module, config: Any) -> tuple[str, list[str]]:
         )
     names = [name for name in subspace.shapes if not inside(config.full_modules or (), name)]
     if not names:
-        raise ValueError(f"modules_to_save={config.full_modules} trains all that the subspace moves. Leave some out.")
+        raise ValueError(
+            f"modules_to_save={config.full_modules} includes all parameters that the subspace adapts. Leave some out."
+        )
     if again := [name for name in config.reinitialized or () if name in names]:
         logger.info(
             "The subspace adapts parameters that are re-initialized from a fixed seed: %s. Their directions fit only a "

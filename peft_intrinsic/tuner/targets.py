@@ -1,4 +1,4 @@
-"""Which parameters an adapter adapts: decided here, before the model is changed."""
+"""Which parameters an adapter adapts: computed before the model is changed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from ..projection import BLOCK_SIZE, Shape, Shapes, Spec
 from .base_model import base_modules
 from .manifest import check_manifest
-from .module_types import is_linear, is_vector, logical_shape, matrix_view, movable
+from .module_types import adaptable_names, is_linear, is_vector, logical_shape, matrix_view
 from .names import KEYWORDS, block_of, canonical, fits, foreign, inside, named
 
 HEAD_NAMES: dict[str, tuple[str, ...]] = {
@@ -40,7 +40,7 @@ class Target:
     Args:
         users: the modules that have it, and its name in each; several where it is tied.
         shape: of the parameter, unpacked where it is quantized.
-        matrix: the matrix that P sees, and its kind.
+        matrix: its matrix view, and its kind.
         group: index of its λ; None without λ.
     """
 
@@ -105,7 +105,7 @@ def is_targeted(config: Any, key: str) -> bool:
         return True
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     for pattern in patterns or [r"[^.]*"]:
-        # The first number is the layer's; experts inside it have numbers of their own.
+        # The first number is the layer's; experts inside it are numbered too.
         for index in re.finditer(r"\.(\d+)\.", key):
             path = key[: index.start()]
             if fits("layers_pattern", rf"(?:.*\.)?(?:{pattern})", path):
@@ -132,7 +132,7 @@ def adaptable_parameters(model: nn.Module, config: Any) -> Iterator[tuple[str, n
     """
     output = _output_embeddings(model) if config.add_bias else None
     for key, module in base_modules(model):
-        names = movable(module)
+        names = adaptable_names(module)
         if config.add_bias and is_linear(module) and getattr(module, "bias", None) is None:
             names = names if is_head(config, key) or key == output else [*names, "bias"]
         for own in names:
@@ -154,14 +154,14 @@ def _is_open(config: Any, key: str, own: str) -> bool:
 
 
 def targeted_parameters(model: nn.Module, config: Any) -> list[str]:
-    """Names of the parameters that `target_parameters` selects: by suffix, as in LoRA; in full for a subspace."""
+    """Names of the parameters that `target_parameters` selects: by suffix, as in LoRA; by whole name for a subspace."""
     names, exact = config.target_parameters, config.projection == "trajectory"
     adaptable = [_join(key, own) for key, _, own in adaptable_parameters(model, config)]
     return [name for name in adaptable if (name in names if exact else named(names, name))]
 
 
 def default_targets(model: nn.Module, config: Any) -> str:
-    """What `target_modules=None` stands for: norms, biases and head, or all where those have fewer weights than d."""
+    """The value for `target_modules=None`: norms, biases and head, or all where those have fewer than d weights."""
     sizes = {
         identify(module, own): math.prod(logical_shape(module, own)[0])
         for key, module, own in adaptable_parameters(model, config)
@@ -280,24 +280,26 @@ def _specify(config: Any, count: int, shapes: Shapes) -> Spec:
             f"d={config.d} must exceed the number of λ, which is {count} with lambda_granularity="
             f"{config.lambda_granularity!r}. Use a larger d, a coarser granularity, or said=False."
         )
+    option = "target_modules" if config.target_modules is not None else "target_parameters"
     if config.d > total:
         raise ValueError(
-            f"d={config.d} is more than the {total} weights that are moved. Use d={total} at most, or target more."
+            f"d={config.d} exceeds the {total} weights selected by {option}={getattr(config, option)!r}. "
+            f"Use d ≤ {total} or select more modules."
         )
     n = config.block_size or BLOCK_SIZE
     height = min(max(shape.rows for shape in shapes.values()), 16384)
     numbers = n * (height + sum(-(-shape.cols // n) for shape in shapes.values()))
     if config.projection in ("fastfood", "global") and numbers > max(MAX_RANDOM_NUMBERS, 16 * total):
         raise ValueError(
-            f"block_size={n} needs {numbers:.2g} random numbers for the {total} weights that are moved. Use a smaller "
-            "block_size, or None."
+            f"block_size={n} needs {numbers:.2g} random numbers for {total} adapted weights. "
+            "Use a smaller block_size, or None."
         )
     factor = LAMBDA_SCALE[config.scale] if config.said else 1
     return Spec(config.d - count, config.seed, n, config.scale, factor, config.subspace)
 
 
 def identify(module: nn.Module, own: str) -> Any:
-    """What is equal for all modules that share a parameter."""
+    """An identity that is equal for all modules that share a parameter."""
     # Some quantized layers have none for `weight`, an added bias has none, and scripted modules hold no dictionary.
     parameter = dict(module._parameters).get(own)
     return (id(module), own) if parameter is None else id(parameter)

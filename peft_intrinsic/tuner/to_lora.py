@@ -1,4 +1,4 @@
-"""Exact conversion to LoRA: an offset of a linear layer or an embedding is of rank n by construction."""
+"""Exact conversion to LoRA: the offset of a linear layer or an embedding has rank n by construction."""
 
 from __future__ import annotations
 
@@ -30,25 +30,24 @@ KEYS: dict[type, tuple[str, str]] = {
 def convert_to_lora(
     model: Any, adapter_name: str = "default", accept_loss: bool = False, dtype: torch.dtype | None = None
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """An intrinsic adapter as a LoRA, without singular values: outputs are equal within rounding.
+    """Convert an intrinsic adapter to a LoRA with equal outputs within rounding, without a decomposition.
 
-    The rank is the block size n (times the chunks of a tensor of more than 16,384 rows), alpha equals the rank. A head
-    that the checkpoint did not bring is put into `modules_to_save`, in full, because a plain base model lacks it; so is
-    what was trained in full.
+    The rank is the block size n (times the chunks of a tensor of more than 16,384 rows), and alpha equals the rank. A
+    head that is missing from the checkpoint becomes one of `modules_to_save`, as do fully trained modules.
 
     Args:
         model: a `PeftModel` with an intrinsic adapter.
-        adapter_name: which one.
-        accept_loss: leave out what a LoRA cannot hold (biases, norms, convolutions, direct parameters).
-        dtype: of the LoRA's weights; by default the base model's.
+        adapter_name: name of the adapter.
+        accept_loss: leave out what a LoRA cannot represent (biases, norms, convolutions, direct parameters).
+        dtype: of the LoRA's weights; by default that of the base model.
 
     Returns:
-        The configuration and the state dict, as PEFT's own `convert_to_lora` gives them.
+        The configuration and the state dict, as from PEFT's own `convert_to_lora`.
 
     Raises:
-        ValueError: the adapter moves what a LoRA cannot hold and `accept_loss` is False: the message lists it with the
-            share of the offset's norm that it carries; or nothing can be converted, an adapter is merged, or there is
-            no such adapter.
+        ValueError: the adapter adapts parameters that a LoRA cannot represent and `accept_loss` is False (the error
+            lists them with their fraction of the offset's norm); nothing can be converted; an adapter is merged; or
+            the adapter is not attached.
     """
     config = model.peft_config[attached(model, adapter_name)]
     base = model.get_base_model()
@@ -82,7 +81,7 @@ def convert_to_lora(
             else:
                 lost.append(f"{module}.{own}")
     for name, (owner, own) in base_places(base).items():
-        if name.rpartition(".")[0] in whole:  # what stays where it was drawn, a plain base model lacks too
+        if name.rpartition(".")[0] in whole:  # a plain base model also lacks the parameters that are not adapted
             state.setdefault(PREFIX + name, owner._parameters[own].detach().clone())  # type: ignore[union-attr]
     for key, trained in beside.items():
         state |= {f"{PREFIX}{canonical(key, base)}.{own}": value.clone() for own, value in trained.items()}
@@ -90,12 +89,12 @@ def convert_to_lora(
     if lost and not accept_loss:
         share = math.sqrt(sum(norms[name] for name in lost) / max(sum(norms.values()), 1e-30))
         raise ValueError(
-            f"A LoRA cannot hold {len(lost)} of the moved parameters, which carry {share:.1%} of the offset's norm: "
+            f"A LoRA cannot represent {len(lost)} of the adapted parameters, with {share:.1%} of the offset's norm: "
             f"{', '.join(lost)}. Pass accept_loss=True to leave them out, or merge the adapter instead."
         )
     if not ranks:
-        raise ValueError(f"Adapter {adapter_name!r} moves no linear layer or embedding in a form that a LoRA can hold.")
-    rank = max(ranks.values())  # servers that check r alone must not admit more than they can hold
+        raise ValueError(f"Adapter {adapter_name!r} adapts no linear layer or embedding that a LoRA can represent.")
+    rank = max(ranks.values())  # servers that check only r must not admit more than they can hold
     smaller = {name: r for name, r in ranks.items() if r != rank}
     lora = LoraConfig(
         r=rank,
@@ -115,7 +114,7 @@ def convert_to_lora(
 
 
 def _arranged(layer: IntrinsicLayer, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """PEFT's A and B: for an embedding both are transposed."""
+    """PEFT's A and B. For an embedding both are transposed."""
     return (left.T, right.T) if isinstance(layer, IntrinsicEmbedding) else (right, left)
 
 
@@ -126,7 +125,14 @@ def save_as_lora(
     accept_loss: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write what `convert_to_lora` returns to a folder that plain PEFT loads without this package.
+    """Convert an intrinsic adapter to a LoRA and save it in a folder that PEFT loads without this package.
+
+    Args:
+        path: the folder.
+        model: a `PeftModel` with an intrinsic adapter.
+        adapter_name: name of the adapter.
+        accept_loss: leave out what a LoRA cannot represent (biases, norms, convolutions, direct parameters).
+        dtype: of the LoRA's weights; by default that of the base model.
 
     Raises:
         ValueError: see `convert_to_lora`.

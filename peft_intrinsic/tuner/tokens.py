@@ -1,4 +1,4 @@
-"""Rows of embeddings that are trained in full beside θ (`trainable_token_indices`, as in LoRA)."""
+"""Rows of embeddings that are fully trained beside θ (`trainable_token_indices`, as in LoRA)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def token_rows(model: nn.Module, config: Any) -> dict[str, Sequence[int]]:
         inputs = [key for key, module in base_modules(model) if module is embedding]
         if not inputs:
             raise ValueError(
-                f"trainable_token_indices={option!r}: the model does not say which module its input embedding is. Pass "
+                f"trainable_token_indices={option!r}: the input embedding of the model is unknown. Pass "
                 "a dictionary: {'name of the embedding': indices}."
             )
         given = {inputs[0]: option}
@@ -52,11 +52,11 @@ def token_rows(model: nn.Module, config: Any) -> dict[str, Sequence[int]]:
 
 
 def check_not_adapted(model: nn.Module, targeting: Targeting, config: Any) -> None:
-    """Raise ValueError where P would adapt an embedding some of whose rows are trained: the offset would be lost."""
+    """Raise ValueError if P would adapt an embedding with trained rows, where the offset would be lost."""
     adapted = {module for target in targeting.targets.values() for module, _ in target.users}
     for key, module in model.named_modules():
         if isinstance(module, TrainableTokensWrapper) and module.original_module in adapted:
             raise ValueError(
-                f"trainable_token_indices={config.trainable_token_indices!r}: P adapts {key} too, where its rows are "
-                f"trained in full. Leave it to the rows: exclude_modules=['{key}']."
+                f"trainable_token_indices={config.trainable_token_indices!r}: P adapts {key} too. Exclude it: "
+                f"exclude_modules=['{key}']."
             )

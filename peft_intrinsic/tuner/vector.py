@@ -1,4 +1,4 @@
-"""The holder of θ and λ on the root of the model."""
+"""The module on the root of the model that contains θ and λ."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from peft.utils import get_quantization_kwargs
 from torch import nn
 
 from .batches import Choices
-from .names import HOLDER
+from .names import VECTOR
 
 
 class Vector(nn.Module):
-    """A parameter behind a call, so that offloading and sharding hooks see when it is used."""
+    """A parameter that is read by a call, so that offloading and sharding hooks notice it."""
 
     def __init__(self, values: torch.Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(values)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A parameter that takes the place of another stays frozen: transformers loads by putting in new ones."""
+        """Keep a parameter frozen when another one replaces it, as transformers does when it loads."""
         if isinstance(value, nn.Parameter) and name in self._parameters:
             value.requires_grad_(self.weight.requires_grad)
         super().__setattr__(name, value)
@@ -31,19 +31,19 @@ class Vector(nn.Module):
 
 
 class IntrinsicVector(nn.Module):
-    """θ and λ of every adapter: the only trained parameters.
+    """θ and λ of every adapter, the only trainable parameters.
 
-    No tuner layer itself: PEFT reaches θ and λ through the layers, which all show the same two dictionaries.
+    It is not a tuner layer: PEFT accesses θ and λ through the layers, which all have the same two dictionaries.
     """
 
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self.intrinsic_theta = nn.ModuleDict()
         self.intrinsic_lambda = nn.ModuleDict()
-        self.in_place = nn.ModuleList()  # tuner layers of parameters that stay in their own modules
+        self.in_place = nn.ModuleList()  # tuner layers of modules that are not wrapped
         self.choices = Choices()
         self.replaced: list[Any] = []  # base parameters before they were re-initialized
-        self.split: dict[str, str] = {}  # of adapters: a parameter that is only a part on this device
+        self.split: dict[str, str] = {}  # by adapter: a parameter of which this device has only a part
         self.quantization = get_quantization_kwargs(root)
         watched = [root]
         if getattr(getattr(root, "config", None), "is_encoder_decoder", False):
@@ -58,7 +58,7 @@ class IntrinsicVector(nn.Module):
         ]
 
     def add(self, adapter: str, theta: np.ndarray, scales: np.ndarray, like: torch.Tensor) -> None:
-        """Give an adapter its θ (`[d − m]`) and λ (`[m]`): float32, on the device of `like`, a base parameter."""
+        """Add the θ (`[d − m]`) and λ (`[m]`) of an adapter: float32, on the device of `like`, a base parameter."""
         self._like = (like,)
         device = "cpu" if like.is_meta else like.device
         for values, vectors in ((theta, self.intrinsic_theta), (scales, self.intrinsic_lambda)):
@@ -66,14 +66,14 @@ class IntrinsicVector(nn.Module):
                 vectors[adapter] = Vector(torch.from_numpy(values).to(device, torch.float32))
 
     def cast_to_base(self, adapter: str) -> None:
-        """Give θ and λ the dtype of the base model."""
+        """Cast θ and λ to the dtype of the base model."""
         (like,) = self._like
         for vectors in (self.intrinsic_theta, self.intrinsic_lambda):
             if adapter in vectors and like.is_floating_point():
                 vectors[adapter].to(like.dtype)
 
     def move_to_base(self, adapter: str, device: torch.device | None = None) -> None:
-        """After loading without a copy in memory: to the base model's device, dtype untouched."""
+        """Move θ and λ to the base model's device, in their dtype, after loading without a copy in memory."""
         (like,) = self._like
         for vectors in (self.intrinsic_theta, self.intrinsic_lambda):
             if adapter in vectors and not like.is_meta:
@@ -89,30 +89,30 @@ class IntrinsicVector(nn.Module):
         return torch.cat([v[adapter]() for v in (self.intrinsic_theta, self.intrinsic_lambda) if adapter in v])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises RuntimeError: the holder is no part of the computation."""
+        """Raise RuntimeError: this module is no part of the computation."""
         raise RuntimeError(
-            f"The model calls each of its children(), and so the adapter's {HOLDER!r}. Put the model into a module of "
-            "its own, as its attribute, and attach the adapter to that."
+            f"The model calls each of its children(), {VECTOR!r} of the adapter included. Make the model an attribute "
+            "of another module, and attach the adapter to that one."
         )
 
     def detach_from(self, root: nn.Module) -> None:
-        """Leave the model."""
+        """Remove this module and its hooks from the model."""
         for guard in self._guards:
             guard.remove()
-        delattr(root, HOLDER)
+        delattr(root, VECTOR)
 
     def _enter(self, root: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before each forward pass of the base model.
+        """Check the model before each forward pass.
 
         Raises:
-            RuntimeError: reentrant gradient checkpointing in several processes: DDP then averages the gradient of a
-                shared vector before all of its parts have been added, silently. Or DeepSpeed ZeRO-3, or tensor
-                parallelism.
+            RuntimeError: gradient checkpointing is reentrant in several processes, where DDP silently averages the
+                gradient of a shared vector before all of its parts have been added; or the model uses DeepSpeed ZeRO-3
+                or tensor parallelism.
         """
         self.choices.enter(root, args, kwargs)
         if hasattr(self._like[0], "ds_id"):
             raise RuntimeError(
-                "DeepSpeed ZeRO-3 takes parameters apart that the adapter must read whole. Use ZeRO-2, DDP or FSDP2."
+                "DeepSpeed ZeRO-3 splits parameters that the adapter must read whole. Use ZeRO-2, DDP or FSDP2."
             )
         if split := [name for adapter, name in self.split.items() if adapter in self.intrinsic_theta]:
             raise RuntimeError(

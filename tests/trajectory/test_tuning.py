@@ -179,7 +179,7 @@ def test_parameters_are_matched_by_their_whole_names(tmp_path):
     config = IntrinsicConfig(d=1, projection="trajectory", subspace=str(subspace.path))
     assert get_peft_model(base(), config).peft_config["default"].target_parameters == ["0.weight"]
     config = IntrinsicConfig(d=1, projection="trajectory", subspace=str(subspace.path), modules_to_save=["0"])
-    with pytest.raises(ValueError, match="trains all that the subspace moves"):
+    with pytest.raises(ValueError, match="includes all parameters that the subspace adapts"):
         get_peft_model(base(), config)
 
 
@@ -240,7 +240,7 @@ def test_packing_and_conversion_to_lora_raise_errors(tmp_path):
     model = attach("bert", make_subspace("bert", tmp_path))
     with pytest.raises(ValueError, match="projection='trajectory'"):
         compress(model)
-    with pytest.raises(ValueError, match="A LoRA cannot hold"):
+    with pytest.raises(ValueError, match="A LoRA cannot represent"):
         convert_to_lora(model)
 
 

@@ -53,8 +53,8 @@ def test_options(options, error, message):
         ({"target_modules": ["nothing"]}, "nothing.* not found"),
         ({"target_modules": ["attention"]}, "attention.* matched no module with parameters of its own"),
         ({"d": 13_000, "projection": "dense"}, "projection='dense' would store"),
-        ({"d": 1_000_000}, r"d=1000000 is more than the \d+ weights that are moved"),
-        ({"block_size": 2**26}, r"block_size=67108864 needs .* random numbers for the \d+ weights"),
+        ({"d": 1_000_000}, r"d=1000000 exceeds the \d+ weights selected by target_modules=\'all\'. Use d ≤ \d+"),
+        ({"block_size": 2**26}, r"block_size=67108864 needs .* random numbers for \d+ adapted weights"),
     ],
 )
 def test_refused_at_attachment_leaves_the_model_as_it_was(options, message):

@@ -244,13 +244,13 @@ def damaged(folder: Path, change) -> None:
         (lambda t: t[THETA].__setitem__(3, float("nan")), "NaN or infinite values"),
         (lambda t: t[THETA].__setitem__(3, float("inf")), "NaN or infinite values"),
         (lambda t: t.update({THETA: t[THETA].int()}), "torch.int32, not floating-point"),
-        (lambda t: t.update({THETA: t[THETA].view(2, 100)}), r"the file holds \(2, 100\)"),
+        (lambda t: t.update({THETA: t[THETA].view(2, 100)}), r"the file contains \(2, 100\)"),
         (
             lambda t: t.update({THETA: t[THETA][:150].clone()}),
-            r"holds \(150,\), the configuration \(d=200, said=False\)",
+            r"contains \(150,\), the configuration \(d=200, said=False\)",
         ),
         (lambda t: t.update({THETA.replace("theta", "lambda"): torch.ones(4)}), "lambda.*does not have"),
-        (lambda t: t.update({"x": t.pop(THETA)}), "the file holds nothing"),
+        (lambda t: t.update({"x": t.pop(THETA)}), "the file contains nothing"),
     ],
 )
 def test_files_that_are_wrong(change, message, tmp_path):
@@ -273,7 +273,7 @@ def test_a_file_of_half_precision_loads(dtype, tmp_path):
     model = trained("bert")
     model.save_pretrained(tmp_path)
     damaged(tmp_path, lambda t: t.update({THETA: t[THETA].to(dtype)}))
-    with pytest.raises(ValueError, match=r"not the numbers and options that were saved.*remove the checksum"):
+    with pytest.raises(ValueError, match=r"not the parameters and options that were saved.*remove the checksum"):
         PeftModel.from_pretrained(build("bert"), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "checksum": None}))

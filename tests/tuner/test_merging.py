@@ -86,14 +86,14 @@ def test_rounding_is_told(dtype):
     for layer in model.base_model.tuner_layers():
         for own in layer.offsets.get("default", {}):
             wanted[names[id(layer.base_parameter(own))]] = layer.get_delta_weight("default", own).detach()
-    with pytest.warns(UserWarning, match="kept .*% of the merged offset's norm.*float32") as caught:
+    with pytest.warns(UserWarning, match="preserved .*% of the offset's norm.*float32") as caught:
         model.merge_adapter()
     after = values(model)
     lost = sum((after[n].double() - before[n].double() - wanted[n]).square().sum() for n in before if n in wanted)
     whole = sum(wanted[n].double().square().sum() for n in before if n in wanted)
     share = 1 - (lost / whole).sqrt().item()
     assert share < 0.95
-    assert f"kept {max(share, 0):.0%}" in str(caught[0].message)
+    assert f"preserved {max(share, 0):.0%}" in str(caught[0].message)
     model.unmerge_adapter()
     assert equal(model, before)
 

@@ -165,7 +165,7 @@ def test_a_merge_that_meets_a_quantised_layer_midway_changes_nothing(checkpoint,
     model = attached("bnb 8 bit", checkpoint, init_weights=False, target_modules="all")
     expected = evaluate(model, "llama")
     monkeypatch.setattr("peft.utils.quantization_utils.Bnb8bitBackend.supports_merge", False)
-    with pytest.raises(ValueError, match=r"Cannot merge into the weight of a Linear8bitLt.*unquantised"):
+    with pytest.raises(ValueError, match=r"Cannot merge into the weight of a Linear8bitLt.*without quantization"):
         model.merge_and_unload()
     assert torch.equal(evaluate(model, "llama"), expected)
 

@@ -31,7 +31,7 @@ def with_whole(family: str, **options) -> PeftModel:
 def test_a_bank_of_adapters_with_modules_trained_in_full(tmp_path):
     model = with_whole("bert")
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\] of adapter 'default': a bank holds d"):
+    with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\] of adapter 'default': a bank stores d"):
         AdapterBank(model, torch.zeros(1, 40))
     plain = get_peft_model(build("bert"), IntrinsicConfig(**{**WHOLE, "modules_to_save": None})).eval()
     with pytest.raises(ValueError, match=rf"modules_to_save=\['classifier'\] of {tmp_path}"):
@@ -56,10 +56,10 @@ def test_a_bank_whose_model_changed():
     model.unmerge_adapter()
     model.add_adapter("other", IntrinsicConfig(d=200, target_modules="all"))
     model.delete_adapter("default")
-    with pytest.raises(ValueError, match="Adapter 'default', which lends the bank its projection, is gone"):
+    with pytest.raises(ValueError, match="Adapter 'default' with the projection of the bank is no longer attached"):
         bank.select([0]).__enter__()
     model.add_adapter("default", IntrinsicConfig(d=200, target_modules="all", seed=7))
-    with pytest.raises(ValueError, match="Adapter 'default', which lends"):
+    with pytest.raises(ValueError, match="Adapter 'default' with the projection"):
         bank.select([0]).__enter__()
 
 
@@ -99,7 +99,7 @@ def test_writing_into_a_moved_weight():
     model = trained("bert")
     weight = model.get_base_model().classifier.weight
     for write in (lambda: weight.copy_(torch.ones_like(weight)), lambda: nn.init.ones_(weight), lambda: weight.zero_()):
-        with torch.no_grad(), pytest.raises(RuntimeError, match=r"writes into a parameter that an adapter moves"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"writes into an adapted parameter"):
             write()
     out = torch.empty(len(weight), 24)
     torch.add(weight.detach(), 0, out=out)  # reading it into another is fine
@@ -114,7 +114,7 @@ def test_replicas_of_data_parallel():
 
 
 def test_offsets_of_activated_loras_raise():
-    with pytest.raises(ValueError, match=r"alora_offsets=\[1, 1, 1, 1\] is for activated LoRAs"):
+    with pytest.raises(ValueError, match=r"alora_offsets=\[1, 1, 1, 1\] is only for activated LoRAs"):
         trained("bert")(**batch("bert"), alora_offsets=[1] * 4)
 
 

@@ -133,7 +133,7 @@ def test_refuses_theta_of_another_length(tmp_path, keep):
     trained("bert").save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file({name: t[:keep].clone() for name, t in load_file(path).items() if keep} or {"x": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match=rf"{'nothing' if not keep else '100'}.*d=200.* asks *for \(200,\)"):
+    with pytest.raises(ValueError, match=rf"{'nothing' if not keep else '100'}.*d=200.* requires * \(200,\)"):
         PeftModel.from_pretrained(build("bert"), tmp_path)
 
 
@@ -271,11 +271,11 @@ def test_saving_raises_instead_of_writing_what_loading_refuses(said, tmp_path):
     weight = (vector.intrinsic_lambda if said else vector.intrinsic_theta)["default"].weight
     value = weight.detach().clone()
     weight.data[-1] = float("nan")
-    with pytest.raises(ValueError, match=r"intrinsic_\w+ of adapter 'default' holds NaN"):
+    with pytest.raises(ValueError, match=r"intrinsic_\w+ of adapter 'default' contains NaN"):
         model.save_pretrained(tmp_path)
     weight.data.copy_(value)
     state = {name: p for name, p in model.state_dict().items() if "intrinsic_theta" not in name}
-    with pytest.raises(ValueError, match=r"holds \d+ of the d=200 parameters of adapter 'default'"):
+    with pytest.raises(ValueError, match=r"contains \d+ of the d=200 parameters of adapter 'default'"):
         model.save_pretrained(tmp_path, state_dict=state)
     assert [path.read_bytes() for path in files] == old
 

@@ -132,7 +132,7 @@ def test_function_transforms_equal_those_of_the_dense_model(options):
 def test_the_operator_of_compiled_mixed_batches_passes_gradients_of_every_order():
     theta = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     choices = Choices()
-    with choices.made([Route("default", theta, theta[:, :0])]):
+    with choices.use([Route("default", theta, theta[:, :0])]):
         (first,) = torch.autograd.grad(_confirmed(theta).pow(3).sum(), theta, create_graph=True)
     assert torch.equal(first, 3 * theta**2)
     assert torch.equal(torch.autograd.grad(first.sum(), theta)[0], 6 * theta)
