@@ -1,4 +1,4 @@
-"""Mutated packed adapters, many of them: `python tests/codec/fuzz.py --cases 100000 --seed 0`. Fails on a finding."""
+"""Reads and loads mutated packed adapters: `python tests/codec/fuzz.py --cases 100000 --seed 0`. Fails on a finding."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from peft_intrinsic.codec import PackedAdapter, adapter_from_string, adapter_to_
 from peft_intrinsic.codec.quantize import quantize
 
 SECONDS, MEBIBYTES = 2.0, 640
-"""What a case may take: of the processor's time, and of memory more than before the first case."""
+"""Limits of a case: CPU time, and memory above that before the first case."""
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_= +/\nä"
 
 
-def mutated(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    """One change: a cut, flipped bits, another file's part, random bytes, some more or some less."""
+def mutate(data: bytes, other: bytes, chance: random.Random) -> bytes:
+    """Truncate data, flip bits, splice another file, or replace, insert or delete bytes."""
     start, length = chance.randrange(len(data) + 1), chance.choice((1, 1, 1, 1, 2, 3, 8, 40))
     kind = chance.choice((0, 1, 1, 1, 2, 3, 3, 4, 5))
     if kind == 0:
@@ -49,67 +49,48 @@ def mutated(data: bytes, other: bytes, chance: random.Random) -> bytes:
     return data[:start] + data[start + length :]
 
 
-def rewritten(packed: PackedAdapter, chance: random.Random) -> bytes:
-    """A well-formed file with one or two fields that do not belong there."""
+def rewrite(packed: PackedAdapter, chance: random.Random) -> bytes:
+    """Write a well-formed file with one or two wrong fields."""
     options, m = dict(packed.options), len(packed.scales)
-    numbers = np.concatenate([packed.theta, packed.scales])
+    values = np.concatenate([packed.theta, packed.scales])
     changes: dict[str, Any] = {}
-    for kind in chance.choices(
-        ("option", "d", "m", "block_size", "reinitialized", "seed", "numbers"), k=chance.choice((1, 2))
-    ):
+    kinds = ("option", "d", "m", "block_size", "reinitialized", "seed", "values")
+    for kind in chance.choices(kinds, k=chance.choice((1, 2))):
         if kind == "option":
             name = chance.choice(list(options))
             options[name] = chance.choice(VALUES.get(name, STRANGE))
         elif kind == "d":
-            numbers = np.resize(numbers, chance.choice((1, 2, len(numbers) + 1, len(numbers) - 1, 500)) or 1)
+            values = np.resize(values, chance.choice((1, 2, len(values) + 1, len(values) - 1, 500)) or 1)
         elif kind == "m":
-            m = chance.choice((0, 1, m + 1, len(numbers) - 1))
+            m = chance.choice((0, 1, m + 1, len(values) - 1))
         elif kind == "block_size":
             changes["block_size"] = 1 << chance.randrange(64)
         elif kind == "reinitialized":
-            changes["reinitialized"] = sorted(
-                chance.sample(range(chance.choice((5, 41, 100, 2**32))), chance.randrange(4))
-            )
+            indexes = range(chance.choice((5, 41, 100, 2**32)))
+            changes["reinitialized"] = sorted(chance.sample(indexes, chance.randrange(4)))
         elif kind == "seed":
             changes["seed"] = chance.randrange(2**63)
         else:
-            numbers = numbers * np.float32(2.0 ** chance.randrange(-60, 60))
-    m = min(m, len(numbers) - 1)
+            values = values * np.float32(2.0 ** chance.randrange(-60, 60))
+    m = min(m, len(values) - 1)
     options["said"] = m > 0
-    theta, scales = np.split(numbers, [len(numbers) - m])
-    changes |= {"d": len(numbers), "theta": quantize(theta, chance.choice((1, 3, 16))), "scales": scales}
+    theta, scales = np.split(values, [len(values) - m])
+    changes |= {"d": len(values), "theta": quantize(theta, chance.choice((1, 3, 16))), "scales": scales}
     return replace(packed, options=options, **changes).to_bytes()
 
 
-def mutated_text(text: str, chance: random.Random) -> str:
-    """One change of the text form."""
+def mutate_text(text: str, chance: random.Random) -> str:
+    """Replace, insert or delete characters of the text form."""
     start = chance.randrange(len(text))
     return text[:start] + chance.choice(("", chance.choice(ALPHABET))) + text[start + chance.randrange(3) :]
 
 
 STRANGE: list[Any] = [
-    *(
-        None,
-        0,
-        1,
-        -1,
-        2**70,
-        1.5,
-        True,
-        "",
-        "x",
-        ".*",
-        "(",
-        "*",
-        "all-linear",
-        "norms-and-biases",
-        "layers",
-        "\0",
-        "größe",
-    ),
-    *([], [1], [0, 1], ["query"], ["weight"], ["(", None], [[]], {}, {"a": 1}, float("nan"), "(a+)+b", ["bias"] * 400),
+    *(None, 0, 1, -1, 2**70, 1.5, True, "", "x", ".*", "(", "*", "all-linear", "layers", "\0", "größe"),
+    *("norms-and-biases", [], [1], [0, 1], ["query"], ["weight"], ["(", None], [[]], {}, {"a": 1}, float("nan")),
+    *("(a+)+b", ["bias"] * 400),
 ]
-"""What options that stand in JSON may be given."""
+"""Values of options that the file has in JSON."""
 
 VALUES: dict[str, list[Any]] = {
     "said": [False, True],
@@ -120,17 +101,17 @@ VALUES: dict[str, list[Any]] = {
     "head": ["subspace", "keep"],
     "task_type": [None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"],
 }
-"""What all others may be given."""
+"""Values of all other options."""
 
 
-def grown(before: int) -> float:
-    """MiB by which this process has outgrown `before`."""
+def measure_growth(before: int) -> float:
+    """Memory of this process above `before`, in MiB."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
 
 
-def tried(data: bytes | str, base: torch.nn.Module) -> tuple[str, str]:
-    """What became of one case, and the message."""
+def run_case(data: bytes | str, base: torch.nn.Module) -> tuple[str, str]:
+    """Read and load one case; return the outcome and the message."""
     stage = "reading"
     try:
         if isinstance(data, str):
@@ -143,13 +124,13 @@ def tried(data: bytes | str, base: torch.nn.Module) -> tuple[str, str]:
         raise
     except BaseException as error:  # Rust's panics are no Exception
         if str(error) and (type(error) is ValueError or (stage == "loading" and isinstance(error, ValueError))):
-            return f"refused when {stage}", str(error)
+            return f"raised when {stage}", str(error)
         return f"BAD {type(error).__name__} when {stage}", str(error)
     return "loaded", ""
 
 
 def main() -> int:
-    """Runs the cases and prints a line; 1 where there is a finding."""
+    """Run the cases and print a line; return 1 if there is a finding."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -167,18 +148,18 @@ def main() -> int:
         whole, base = chance.choice(files)
         changed = whole
         for _ in range(chance.choice((1, 1, 1, 1, 2, 3))):
-            changed = mutated(changed, chance.choice(files)[0], chance) or b"PIA"
+            changed = mutate(changed, chance.choice(files)[0], chance) or b"PIA"
         if chance.random() < 0.8:
             changed = resealed(changed)
         if chance.random() < 0.1:
-            changed = rewritten(PackedAdapter.from_bytes(whole), chance)
+            changed = rewrite(PackedAdapter.from_bytes(whole), chance)
         data: bytes | str = changed
         if chance.random() < 0.15:
-            data = mutated_text(adapter_to_string(chance.choice((whole, changed))), chance)
+            data = mutate_text(adapter_to_string(chance.choice((whole, changed))), chance)
         clock = time.process_time()
-        outcome, message = tried(data, base)
+        outcome, message = run_case(data, base)
         seconds = time.process_time() - clock
-        slowest, more = max(slowest, seconds), grown(before)
+        slowest, more = max(slowest, seconds), measure_growth(before)
         if seconds > SECONDS or more > max(memory, MEBIBYTES):
             outcome = f"BAD {seconds:.1f} s, {more:.0f} MiB: {outcome}"
         memory = max(memory, more)

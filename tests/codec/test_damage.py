@@ -1,4 +1,4 @@
-"""Damaged and hostile packed adapters: refused with a message, in bounded time and memory."""
+"""Damaged and hostile packed adapters raise a ValueError, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -18,99 +18,79 @@ from peft_intrinsic.codec import PackedAdapter, adapter_from_string, adapter_to_
 golden = pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 
 
-def outcome(read: Callable, data: bytes | str) -> PackedAdapter | bytes | None:
-    """What was read, or None where it was refused; anything but a ValueError with words is a failure."""
+def read_or_raise(read: Callable, data: bytes | str) -> PackedAdapter | bytes | None:
+    """Read data; None if that raises a ValueError of this package. Any other exception fails the test."""
     try:
         return read(data)
     except BaseException as error:  # Rust's panics are no Exception
         caught = error
-    if type(caught) is not ValueError or len(str(caught)) < 30:  # nor are there any of json, numpy or Unicode
+    if type(caught) is not ValueError or len(str(caught)) < 30:  # those of json, numpy and Unicode are subclasses
         pytest.fail(f"{type(caught).__name__}: {caught} for {data!r}")
     return None
 
 
-def well_formed(packed: PackedAdapter) -> bool:
-    """Whether a packed adapter is one that could be written again, and means numbers."""
+def is_well_formed(packed: PackedAdapter) -> bool:
+    """Whether a packed adapter has finite values and the right lengths, and can be written again."""
     m = len(packed.scales)
     whole = packed.d == len(packed.theta) + m and len(packed.values) <= 256 and packed.options["said"] == (m > 0)
     finite = np.isfinite(packed.theta).all() and np.isfinite(packed.scales).all()
     return bool(whole and finite) and contents(PackedAdapter.from_bytes(packed.to_bytes())) == contents(packed)
 
 
-def refused_or_well_formed(data: bytes) -> None:
-    packed = outcome(PackedAdapter.from_bytes, data)
-    assert packed is None or well_formed(packed), data
+def check_resealed(data: bytes) -> None:
+    """Give data a new checksum: reading it raises, or gives a well-formed adapter."""
+    packed = read_or_raise(PackedAdapter.from_bytes, resealed(data))
+    assert packed is None or is_well_formed(packed), data
 
 
 @golden
-def test_every_truncation_is_refused(path):
+def test_every_truncation_flipped_bit_and_appended_byte_raises(path):
     data = path.read_bytes()
-    for length in range(len(data)):
-        assert outcome(PackedAdapter.from_bytes, data[:length]) is None, length
+    flips = (bytes([*data[: i // 8], data[i // 8] ^ 1 << i % 8, *data[i // 8 + 1 :]]) for i in range(8 * len(data)))
+    longer = [data + more for more in (b"\0", b"\n", data)]
+    for changed in (*(data[:length] for length in range(len(data))), *flips, *longer, *map(resealed, longer)):
+        assert read_or_raise(PackedAdapter.from_bytes, changed) is None, changed
 
 
 @golden
-def test_every_flipped_bit_is_refused(path):
-    data = path.read_bytes()
-    for i in range(8 * len(data)):
-        changed = bytearray(data)
-        changed[i // 8] ^= 1 << i % 8
-        assert outcome(PackedAdapter.from_bytes, bytes(changed)) is None, i
-
-
-@golden
-def test_bytes_behind_the_end_are_refused(path):
-    data = path.read_bytes()
-    for more in (b"\0", b"\n", data):
-        assert outcome(PackedAdapter.from_bytes, data + more) is None
-        assert outcome(PackedAdapter.from_bytes, resealed(data + more)) is None
-
-
-@golden
-def test_every_truncation_with_a_new_checksum_is_refused_or_well_formed(path):
+def test_truncated_and_substituted_bytes_with_a_new_checksum_raise_or_are_well_formed(path):
     data = path.read_bytes()
     for length in range(4, len(data)):
-        refused_or_well_formed(resealed(data[:length]))
-
-
-@golden
-def test_substituted_bytes_with_a_new_checksum_are_refused_or_well_formed(path):
-    data = path.read_bytes()
-    for place in range(len(data) - 4):
-        old = data[place]
+        check_resealed(data[:length])
+    for i, old in enumerate(data[:-4]):
         for new in {0, 1, 127, 128, 255, *(old ^ 1 << bit for bit in range(8))} - {old}:
-            refused_or_well_formed(resealed(data[:place] + bytes([new]) + data[place + 1 :]))
+            check_resealed(data[:i] + bytes([new]) + data[i + 1 :])
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.data())
-def test_mutations_with_a_new_checksum_are_refused_or_well_formed(data):
+def test_mutations_with_a_new_checksum_raise_or_are_well_formed(data):
     raw = data.draw(st.sampled_from(GOLDEN)).read_bytes()[:-4]
     for _ in range(data.draw(st.integers(1, 4))):
         start, length = data.draw(st.integers(0, len(raw))), data.draw(st.integers(0, 6))
         raw = raw[:start] + data.draw(st.binary(max_size=6)) + raw[start + length :]
-    refused_or_well_formed(resealed(raw + b"...."))
+    check_resealed(raw + b"....")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.binary(max_size=200))
-def test_random_bytes_behind_the_magic_are_refused_or_well_formed(tail):
-    refused_or_well_formed(resealed(b"PIA\x01" + tail + b"...."))
+def test_random_bytes_after_the_magic_raise_or_are_well_formed(tail):
+    check_resealed(b"PIA\x01" + tail + b"....")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.text(max_size=80) | st.text("ABCDEFabcdef0123-_=", max_size=80))
-def test_random_strings_are_refused(text):
-    assert outcome(adapter_from_string, text) is None
+def test_random_strings_raise(text):
+    assert read_or_raise(adapter_from_string, text) is None
 
 
 @golden
-def test_changed_strings_are_refused(path):
+def test_changed_strings_raise(path):
     text = adapter_to_string(path.read_bytes())
     for i in range(len(text)):
         other = "A" if text[i] != "A" else "B"
         for changed in (text[:i], text[:i] + other + text[i + 1 :], text[:i] + " " + text[i:] if i else text + "="):
-            assert outcome(adapter_from_string, changed) is None, changed
+            assert read_or_raise(adapter_from_string, changed) is None, changed
 
 
 PLAIN = synthetic(few_values(20, 3))
@@ -119,20 +99,19 @@ JSON = synthetic(few_values(20, 3), target_modules=["x"])
 
 
 def swapped(packed: PackedAdapter, old: bytes, new: bytes) -> bytes:
-    """A file with one field replaced, its checksum fitting."""
+    """Replace one field of a file, and give it a new checksum."""
     data = packed.to_bytes()
     assert data.count(old) == 1, data
     return resealed(data.replace(old, new))
 
 
 def body(*parts: bytes, of: PackedAdapter = PLAIN) -> bytes:
-    """The head of an adapter before a body of one's own."""
+    """A file of an adapter's head and another body."""
     return resealed(of.encode_head() + b"".join(parts) + b"....")
 
 
-def number(value: int) -> bytes:
-    """A number as the format writes it."""
-    return bytes([value & 127 | 128]) + number(value >> 7) if value > 127 else bytes([value])
+def varint(value: int) -> bytes:
+    return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
 
 
 def halves(*values: float, exponent: int = 0) -> bytes:
@@ -185,16 +164,16 @@ def halves(*values: float, exponent: int = 0) -> bytes:
         (body(b"\x01\x01", halves(0, 1), b"\0", b"\xff" * 30), "code has more or fewer symbols than θ"),
     ],
 )
-def test_message_names_what_is_wrong(data, message):
+def test_the_message_names_the_field(data, message):
     with pytest.raises(ValueError, match=message):
         PackedAdapter.from_bytes(data)
 
 
 @pytest.mark.parametrize("depth", [10, 400, 900, 990, 2000, 30_000])
-def test_nested_options_are_refused_without_exhausting_the_stack(depth):
+def test_nested_options_raise_without_exhausting_the_stack(depth):
     nested = b'{"target_modules":' + b"[" * depth + b"]" * depth + b"}"
-    data = swapped(JSON, b'\x18{"target_modules":["x"]}', number(len(nested)) + nested)
-    packed = outcome(PackedAdapter.from_bytes, data)
+    data = swapped(JSON, b'\x18{"target_modules":["x"]}', varint(len(nested)) + nested)
+    packed = read_or_raise(PackedAdapter.from_bytes, data)
     assert packed is None or depth < 1000
 
 
@@ -205,7 +184,7 @@ def test_a_table_must_count_what_the_code_holds(count, fits):
     weights = np.array([count, 20 - count], dtype=np.float64)
     coder.encode_reverse(symbols, stream.model.Categorical(weights, perfect=False))
     code = coder.get_compressed()[::-1].astype(">u4").tobytes().lstrip(b"\0")
-    data = body(b"\1\0", halves(0, 1), number(count), b"\0", code)
+    data = body(b"\1\0", halves(0, 1), varint(count), b"\0", code)
     if fits:
         assert PackedAdapter.from_bytes(data).theta.tolist() == symbols.tolist()
     else:
@@ -214,36 +193,31 @@ def test_a_table_must_count_what_the_code_holds(count, fits):
 
 
 @pytest.mark.parametrize("of", [PLAIN, SAID])
-def test_values_beyond_float32_are_refused(of):
+def test_values_beyond_float32_raise(of):
     scales = b"\1" + halves(2, exponent=127) if of is SAID else b"\0"
     with pytest.raises(ValueError, match="damaged"):
         PackedAdapter.from_bytes(body(b"\0\1", halves(1 if of is SAID else 2, exponent=127), scales, of=of))
 
 
-def giants() -> list[bytes]:
-    """Few bytes that claim the most numbers of a format's file."""
+def test_few_bytes_that_claim_the_longest_fields_take_bounded_memory():
     huge, said = replace(PLAIN, d=2**24), replace(SAID, d=2**24)
-    return [
+    files = [
         body(b"\x00\x01", halves(1), b"\0", of=huge),
         body(b"\x01\x01", halves(0, 1), b"\0", of=huge),
         body(b"\x01\x00", halves(0, 1), b"\x01", b"\0", b"\xff" * 40, of=huge),
         body(b"\xff\x10", halves(*np.arange(256) / 128), b"\0", b"\xff" * 40, of=huge),
-        body(b"\x00\x01", halves(1), number(2**24 - 2), halves(1), of=said),
+        body(b"\x00\x01", halves(1), varint(2**24 - 2), halves(1), of=said),
         body(b"\x00\x01", halves(1), b"\x01", halves(1), of=said),
-        swapped(PLAIN, b"manifest\0", b"manifest" + number(2**63 - 1)),
-        swapped(PLAIN, b"manifest\0", b"manifest" + number(2**20)),
-        swapped(PLAIN, b"\0\x0asome/model", number(2**16) + b"\x0asome/model"),
+        swapped(PLAIN, b"manifest\0", b"manifest" + varint(2**63 - 1)),
+        swapped(PLAIN, b"manifest\0", b"manifest" + varint(2**20)),
+        swapped(PLAIN, b"\0\x0asome/model", varint(2**16) + b"\x0asome/model"),
     ]
-
-
-def test_few_bytes_that_claim_much_take_bounded_memory():
-    files = giants()
     assert max(map(len, files)) < 700
     tracemalloc.start()
     try:
         for data in files:
-            outcome(PackedAdapter.from_bytes, data)
+            read_or_raise(PackedAdapter.from_bytes, data)
         mebibytes = tracemalloc.get_traced_memory()[1] / 2**20
     finally:
         tracemalloc.stop()
-    assert 64 < mebibytes < 512  # 2^24 numbers and their symbols; less would mean that the measurement is broken
+    assert 64 < mebibytes < 512  # 2^24 values and symbols; less would mean a broken measurement

@@ -1,4 +1,4 @@
-"""docs/packed_format.md: what a reader written from it reads, the package reads, and the other way round."""
+"""The package and a reader that was written from docs/packed_format.md read the same."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ RARE: list[dict[str, Any]] = [
 ]
 
 
-def agreed(packed: PackedAdapter) -> dict[str, Any]:
-    """What both readers found in the file of a packed adapter: that adapter, nothing else."""
+def read_by_both(packed: PackedAdapter) -> dict[str, Any]:
+    """Read the file of a packed adapter by both readers, which must give that adapter and nothing else."""
     data = packed.to_bytes()
-    found = read(data)
+    fields = read(data)
     assert contents(PackedAdapter.from_bytes(data)) == contents(packed)
-    assert {name: value for name, value in found.items() if name not in ("weights", "values")} == contents(packed)
-    return found
+    assert {name: value for name, value in fields.items() if name not in ("weights", "values")} == contents(packed)
+    return fields
 
 
 @pytest.mark.parametrize("spread", [0.01, 0.1, 0.3, 3.0])
@@ -44,8 +44,8 @@ def agreed(packed: PackedAdapter) -> dict[str, Any]:
     ("d", "levels"),
     [(1, 1), (2, 1), (2, 2), (200, 1), (200, 2), (200, 5), (200, 16), (300, 256), (5000, 1), (5000, 16), (5000, 256)],
 )
-def test_readers_agree_on_every_length_and_number_of_values(d, levels, spread):
-    agreed(synthetic(few_values(d, levels, spread)))
+def test_readers_agree_on_lengths_and_numbers_of_values(d, levels, spread):
+    read_by_both(synthetic(few_values(d, levels, spread)))
 
 
 @pytest.mark.parametrize("weights", range(17))
@@ -58,14 +58,10 @@ def test_readers_agree_on_all_weights(weights, levels):
     assert read(data)["θ"] == PackedAdapter.from_bytes(data).theta.tolist() == packed.theta.tolist()
 
 
-@pytest.mark.parametrize("options", RARE)
-def test_readers_agree_on_options_in_json(options):
-    agreed(synthetic(few_values(20, 3), **options))
-
-
 @pytest.mark.parametrize(
     "option",
     [
+        *RARE,
         *({"lambda_granularity": name} for name in ("layer", "module", "tensor")),
         *({"projection": name} for name in ("fastfood", "global", "dense")),
         *({"scale": name} for name in ("fan_in", "isometric")),
@@ -75,22 +71,21 @@ def test_readers_agree_on_options_in_json(options):
         *({"task_type": task} for task in ("TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")),
         *({"block_size": 1 << i} for i in (0, 1, 6, 20, 62)),
         *({"seed": seed} for seed in (127, 128, 2**63 - 1)),
-        *({"reinitialized": places} for places in ([0], [0, 1, 2], [5, 200, 70000])),
+        *({"reinitialized": indexes} for indexes in ([0], [0, 1, 2], [5, 200, 70000])),
         *({"base": name} for name in ("", "größe", "x" * 255)),
         {"classes": 2**20},
     ],
 )
-def test_readers_agree_on_options_in_the_head(option):
-    agreed(synthetic(few_values(20, 3), **option))
+def test_readers_agree_on_options_in_head_and_json(option):
+    read_by_both(synthetic(few_values(20, 3), **option))
 
 
 @pytest.mark.parametrize("scales", [[0.0], [1.0, -2.5e-3], [1e-6] * 9, [-0.5, 65504 * 2.0**40]])
 def test_readers_agree_on_lambda(scales):
-    kept = np.array(scales, dtype=np.float32)
-    packed = synthetic(few_values(30, 4), kept)
-    again = PackedAdapter.from_bytes(packed.to_bytes())
-    agreed(again)
-    np.testing.assert_allclose(again.scales, kept, rtol=0, atol=2.0**-11 * np.abs(kept).max())
+    expected = np.array(scales, dtype=np.float32)
+    packed = PackedAdapter.from_bytes(synthetic(few_values(30, 4), expected).to_bytes())
+    read_by_both(packed)
+    np.testing.assert_allclose(packed.scales, expected, rtol=0, atol=2.0**-11 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
@@ -110,14 +105,14 @@ def test_readers_agree_on_lambda(scales):
 def test_readers_agree_on_what_compress_writes(family, options):
     model = trained(family, **options)
     data = compress(model, 16)
-    found = agreed(PackedAdapter.from_bytes(data))
+    fields = read_by_both(PackedAdapter.from_bytes(data))
     config = model.peft_config["default"]
     same = ("d", "seed", "block_size", "said", "projection", "scale", "head", "add_bias", "task_type")
-    assert {name: found[name] for name in same} == {name: getattr(config, name) for name in same}
+    assert {name: fields[name] for name in same} == {name: getattr(config, name) for name in same}
     for name in ("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"):
-        wanted = getattr(config, name)
-        assert found[name] == (sorted(wanted) if isinstance(wanted, set) else wanted)
-    assert found["labels"] == (3 if config.task_type == "SEQ_CLS" else 0)
+        value = getattr(config, name)
+        assert fields[name] == (sorted(value) if isinstance(value, set) else value)
+    assert fields["labels"] == (3 if config.task_type == "SEQ_CLS" else 0)
 
 
 names = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -127,11 +122,11 @@ short = st.floats(-1.9990234375, 1.9990234375, width=16)
 
 @st.composite
 def packed_adapters(draw) -> PackedAdapter:
-    """Any packed adapter whose numbers half precision keeps."""
+    """Any packed adapter whose values are exact in half precision."""
     values = np.array(draw(st.lists(short, min_size=1, max_size=20)), dtype=np.float32) + np.float32(0)
-    unit = np.float32(2.0) ** draw(st.integers(-90, 90))
-    places = draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=60))
-    scales = np.array(draw(st.lists(short, max_size=5)), dtype=np.float32) * unit
+    factor = np.float32(2.0) ** draw(st.integers(-90, 90))
+    indexes = draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=60))
+    scales = np.array(draw(st.lists(short, max_size=5)), dtype=np.float32) * factor
     options = {
         "lambda_granularity": draw(st.sampled_from(["layer", "module", "tensor"])),
         "projection": draw(st.sampled_from(["fastfood", "global", "dense"])),
@@ -146,7 +141,7 @@ def packed_adapters(draw) -> PackedAdapter:
         "target_parameters": draw(st.none() | listed),
     }
     return synthetic(
-        values[places] * unit,
+        values[indexes] * factor,
         scales,
         **options,
         seed=draw(st.integers(0, 2**63 - 1)),
@@ -161,8 +156,8 @@ def packed_adapters(draw) -> PackedAdapter:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(packed_adapters())
-def test_round_trip_of_any_packed_adapter(packed):
-    agreed(packed)
+def test_any_packed_adapter_survives_a_round_trip(packed):
+    read_by_both(packed)
     data = packed.to_bytes()
     assert PackedAdapter.from_bytes(data).to_bytes() == data
 
@@ -181,13 +176,13 @@ def test_every_symbol_owns_some_integers():
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_golden_files_read_as_ever(path):
-    """A change here breaks the packed adapters that people have."""
+def test_golden_files_of_version_1_are_read_and_written_bitwise(path):
+    """A change here breaks existing packed adapters."""
     data = path.read_bytes()
     expected = renamed(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
     del expected["family"]
     packed = PackedAdapter.from_bytes(data)
-    found = read(data)
+    fields = read(data)
     assert contents(packed) == expected
-    assert {name: found[name] for name in expected} == expected
+    assert {name: fields[name] for name in expected} == expected
     assert packed.to_bytes() == data

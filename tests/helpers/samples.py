@@ -1,4 +1,4 @@
-"""PackedAdapter adapters to test with, and the golden files."""
+"""Packed adapters to test with, and the golden files."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ PLAIN: dict[str, Any] = {
 
 
 def resealed(data: bytes) -> bytes:
-    """The bytes with a checksum that fits, in place of their last four."""
+    """Replace the last four bytes by the checksum of the others."""
     return data[:-4] + zlib.crc32(data[:-4]).to_bytes(4, "little")
 
 
 def synthetic(theta: Any, scales: Any = (), **fields: Any) -> PackedAdapter:
-    """A packed adapter of given numbers; fields of `Packed`, or options, as wished."""
+    """A packed adapter with these values; other fields of `PackedAdapter` and options by name."""
     options = {name: fields.pop(name, value) for name, value in PLAIN.items()} | {"said": len(scales) > 0}
     given = {
         "d": len(theta) + len(scales),
@@ -51,20 +51,20 @@ def synthetic(theta: Any, scales: Any = (), **fields: Any) -> PackedAdapter:
         "manifest_digest": b"manifest",
         "reinitialized": [],
     }
-    numbers = {"theta": np.array(theta, dtype=np.float32), "scales": np.array(scales, dtype=np.float32)}
-    return PackedAdapter(**{**given, **fields}, options=options, **numbers)
+    vectors = {"theta": np.array(theta, dtype=np.float32), "scales": np.array(scales, dtype=np.float32)}
+    return PackedAdapter(**{**given, **fields}, options=options, **vectors)
 
 
 def few_values(d: int, levels: int, spread: float = 0.3, seed: int = 0) -> np.ndarray:
-    """θ of exactly so many values, each of them a float16; the smaller the spread, the more the middle ones occur."""
+    """θ of exactly so many values, each a float16; the smaller the spread, the more frequent the middle ones."""
     generator = np.random.default_rng(seed)
     values = np.sort(generator.choice(np.arange(-2000, 2000), levels, replace=False)) / np.float32(1024)
-    drawn = np.rint(levels * (0.5 + spread * generator.standard_normal(d - levels))).clip(0, levels - 1).astype(int)
-    return values[generator.permutation(np.concatenate([np.arange(levels), drawn]))].astype(np.float32)
+    others = np.rint(levels * (0.5 + spread * generator.standard_normal(d - levels))).clip(0, levels - 1).astype(int)
+    return values[generator.permutation(np.concatenate([np.arange(levels), others]))].astype(np.float32)
 
 
 def contents(packed: PackedAdapter) -> dict[str, Any]:
-    """Everything that a packed adapter holds, in the words and types of the oracle."""
+    """All fields of a packed adapter, with the names and types of the independent reader."""
     return {
         "algorithm_version": packed.algorithm,
         "labels": packed.classes,
@@ -78,7 +78,7 @@ def contents(packed: PackedAdapter) -> dict[str, Any]:
 
 
 def headless(folder: Path, name: str = "bert", seed: int = 1) -> nn.Module:
-    """A classifier whose head the checkpoint in the folder did not bring; each seed has another."""
+    """A classifier whose head is not in the checkpoint; each seed initializes another."""
     if not folder.exists():
         build(name).base_model.save_pretrained(folder)
     torch.manual_seed(seed)
