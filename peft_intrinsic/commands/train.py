@@ -14,11 +14,10 @@ from peft import get_peft_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..measure.evidence import collapsed, describe_collapse
-from ..text.arguments import check_arguments, checked
 from ..text.baselines import logistic_regression
-from ..text.options import TextOptions
+from ..text.options import TextOptions, check_arguments, complete_arguments
 from ..text.tasks import Task, load_task
-from ..text.training import text_fit
+from ..text.training import TRAININGS
 from ..tuner import IntrinsicConfig
 from ..tuner.names import KEYWORDS
 from .inputs import ADAPTER_FILES, adapter_size, training_arguments
@@ -39,21 +38,27 @@ def train(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     if folder.exists() and not args.overwrite and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"--out {folder} is in use. Name a new folder, or replace its adapter with --overwrite.")
-    config, options = _adapter_config(args), _text_options(args)
-    check_arguments(checked(options.arguments))
-    fit = text_fit(options, load_task(options))
-    base = fit.loaded(args.model)
-    majority = fit.task.majority()
+    config, options = _build_config(args), _build_text_options(args)
+    check_arguments(complete_arguments(options.arguments))
+    task = load_task(options)
+    training = TRAININGS[task.task_type](args.model, task, args.max_length, arguments=options.arguments)
+    data, base = training.data, training.load_base()
+    majority = task.score_majority()
     scores, sizes = {} if majority is None else {"majority": majority}, {"after": f"d = {config.d}"}
-    if _is_encoder(base) and fit.task.classes and fit.task.task_type == "SEQ_CLS":
-        predicted, weights = logistic_regression(base.base_model, fit.collator(), fit.data["train"], fit.data["eval"])
-        scores["logistic_regression"] = fit.task.score(fit.task.numbers("eval"), predicted)
+    if _is_encoder(base) and task.classes and task.task_type == "SEQ_CLS":
+        predicted, weights = logistic_regression(
+            base.base_model, training.build_collator(), data["train"], data["eval"]
+        )
+        scores["logistic_regression"] = task.score(task.encode_labels("eval"), predicted)
         sizes["logistic_regression"] = f"{weights} weights"
     model: Any = get_peft_model(base, config)
-    scores["before"] = fit.run(model, "before", None)["score"]
-    scores["after"] = fit.run(model, "train", {"learning_rate": args.lr, "seed": args.seed})["score"]
-    _print_scores(scores, sizes, fit.task, args.lr)
-    _save(model, scores, fit, args)
+    with tempfile.TemporaryDirectory() as checkpoints:
+        trainer = training.build_trainer(model, checkpoints, {"learning_rate": args.lr, "seed": args.seed})
+        scores["before"] = training.evaluate(trainer, "eval")
+        trainer.train()
+        scores["after"] = training.evaluate(trainer, "eval")
+    _print_scores(scores, sizes, task, args.lr)
+    _save(model, scores, task, args)
     print(f"{folder}: d = {config.d}, {adapter_size(folder)} bytes, with {SCORES}")
 
 
@@ -68,16 +73,16 @@ def _print_scores(scores: Mapping[str, float], sizes: Mapping[str, str], task: T
         print(describe_collapse(after, least, learning_rate, task.metric, named))
 
 
-def _save(model: Any, scores: Mapping[str, float], fit: Any, args: argparse.Namespace) -> None:
+def _save(model: Any, scores: Mapping[str, float], task: Task, args: argparse.Namespace) -> None:
     """Save the adapter and its scores; a former adapter is replaced when all is written."""
     settings = {name: getattr(args, name) for name in ("model", "d", "said", "seed", "epochs", "batch")}
     report = {
-        "metric": fit.task.metric,
-        **{name: fit.task.sign * score for name, score in scores.items()},
+        "metric": task.metric,
+        **{name: task.sign * score for name, score in scores.items()},
         **settings,
         "learning_rate": args.lr,
-        "examples": {split: len(rows) for split, rows in fit.data.items()},
-        "labels": [fit.task.name(label) for label in fit.task.classes],
+        "examples": {split: len(rows) for split, rows in task.data.items()},
+        "labels": [task.name_class(label) for label in task.classes],
     }
     folder = Path(args.out)
     with tempfile.TemporaryDirectory() as saved:
@@ -90,14 +95,14 @@ def _save(model: Any, scores: Mapping[str, float], fit: Any, args: argparse.Name
             shutil.copy(file, folder)
 
 
-def _text_options(args: argparse.Namespace) -> TextOptions:
+def _build_text_options(args: argparse.Namespace) -> TextOptions:
     names = ("model", "task", "train", "eval", "dataset", "label", "metric", "task_type", "max_length")
     given = {name: getattr(args, name) for name in names}
     arguments = {**training_arguments(args), "disable_tqdm": False}
     return TextOptions(**given, columns=tuple(args.text), arguments=arguments)
 
 
-def _adapter_config(args: argparse.Namespace) -> IntrinsicConfig:
+def _build_config(args: argparse.Namespace) -> IntrinsicConfig:
     """The configuration of the adapter; a single name is a list too, unless it is a keyword."""
     modules = args.target_modules
     if modules and modules[0] in (*KEYWORDS, "all-linear"):

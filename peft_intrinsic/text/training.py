@@ -48,6 +48,9 @@ class TextTraining:
         patience: Evaluations without a better score after which training stops; None trains to the end.
         arguments: `TrainingArguments` of every Trainer.
         tokens: File name, without suffix, for the tokenized data; None keeps them in memory.
+
+    Raises:
+        ValueError: A split is shorter than a single block of a language model.
     """
 
     loader: ClassVar[Any] = AutoModelForSequenceClassification
@@ -76,6 +79,10 @@ class TextTraining:
             cache_file_names=tokens and {split: f"{tokens}-{split}.arrow" for split in task.data},
             keep_in_memory=tokens is None,
         )
+        if not all(map(len, self.data.values())):
+            raise ValueError(
+                f"max_length (--max-length) = {max_length} leaves a split without a single whole block of text."
+            )
 
     def load_base(self, labels: int | None = None) -> Any:
         """Load the base model as its checkpoint is, in float32.
@@ -326,9 +333,4 @@ def text_fit(options: TextOptions, task: Task | None = None, folder: str | os.Pa
             Path(folder, name).mkdir(parents=True, exist_ok=True)
         files = {"tokens": str(Path(folder, "tokens", options.tokens_name)), "logs": str(Path(folder, "logs"))}
     names = ("method", "max_length", "patience", "arguments", "train_score")
-    fit = TextFit(options.model, task, **files, **{name: getattr(options, name) for name in names})  # type: ignore[arg-type]
-    if not all(map(len, fit.training.data.values())):
-        raise ValueError(
-            f"max_length (--max-length) = {options.max_length} leaves a split without a single whole block of text."
-        )
-    return fit
+    return TextFit(options.model, task, **files, **{name: getattr(options, name) for name in names})  # type: ignore[arg-type]
