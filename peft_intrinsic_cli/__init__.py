@@ -10,10 +10,10 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from . import certify, distance, measure, pack, train, trajectory
+from . import certify, distance, info, measure, pack, train, trajectory
 from .parsing import HelpFormatter
 
-PARSERS = (train, measure, pack, certify, trajectory, distance)
+PARSERS = (train, measure, info, pack, certify, trajectory, distance)
 """Modules whose `add_parsers` defines subcommands, in the order of the help."""
 
 INTERRUPTED = "interrupted. Finished trials and snapshots are stored, and the same command reuses them."
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command with all subcommands."""
     parser = argparse.ArgumentParser(
         prog="peft-intrinsic",
-        description="Train, measure, pack and certify intrinsic-dimension adapters.",
+        description="Train, measure, inspect, pack and certify intrinsic-dimension adapters.",
         epilog="example:\n  peft-intrinsic train --help",
         formatter_class=HelpFormatter,
     )

@@ -12,7 +12,7 @@ from ..bounds.sweep import sweep
 from ..codec import read_packed
 from ..codec.adapter import DEFAULT_LEVELS
 from ..trials.store import write_whole
-from .inputs import adapter_config, output_file
+from .inputs import output_file, read_adapter_config
 from .pack import packed_texts, stored_labels
 
 
@@ -37,7 +37,7 @@ def certify(args: argparse.Namespace) -> None:
         texts = packed_texts(args, adapter.base, args.train, args.eval, stored_labels(source, adapter))
         candidates = [source.read_bytes()]
     else:
-        config = adapter_config(args.adapter)
+        config = read_adapter_config(args.adapter)
         out = output_file("--out", args.out or source / "adapter.pia")
         texts = packed_texts(args, config.base_model_name_or_path, args.train, args.eval, config.num_labels)
         candidates = pack_adapter(texts, args.adapter, args.levels, args.finetune, args.lr)

@@ -41,7 +41,7 @@ def load_base(name: str, task: str | None, labels: int | None = None, **more: An
     return getattr(transformers, CLASSES.get(task or "", "AutoModel")).from_pretrained(name, **options)
 
 
-def adapter_config(folder: str, types: tuple[type[PeftConfig], ...] = (IntrinsicConfig,)) -> Any:
+def read_adapter_config(folder: str, types: tuple[type[PeftConfig], ...] = (IntrinsicConfig,)) -> Any:
     """Read the configuration of an adapter.
 
     Args:

@@ -15,7 +15,7 @@ from ..codec import PackedAdapter, adapter_to_string, compress, load_packed, qr_
 from ..codec.text import check_ending
 from ..text.labeled import LabeledTexts
 from ..trials.store import write_whole
-from .inputs import adapter_config, base_name, load_base, output_file
+from .inputs import base_name, load_base, output_file, read_adapter_config
 
 
 def stored_labels(file: str | Path, packed: PackedAdapter) -> int | None:
@@ -41,7 +41,7 @@ def pack(args: argparse.Namespace) -> None:
         raise ValueError(f"--finetune {args.finetune} needs --train and --levels.")
     if args.train and not (args.finetune or args.eval):
         raise ValueError(f"--train {args.train} is for --finetune, or names the classes of --eval. Add one of them.")
-    config = adapter_config(args.adapter)
+    config = read_adapter_config(args.adapter)
     out = output_file("--out", args.out)
     if args.qr:
         check_ending(output_file("--qr", args.qr))

@@ -1,0 +1,141 @@
+"""The command info."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..bounds.certificate import Certificate
+from ..bounds.certify import get_certificate_path
+from ..codec import load_packed, read_packed
+from ..supermask import SupermaskConfig
+from ..tuner import IntrinsicConfig
+from .inputs import CLASSES, adapter_size, load_base, local_path, read_adapter_config
+from .pack import stored_labels
+
+TARGETS = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
+    *("add_bias", "head", "modules_to_save", "trainable_token_indices"),
+)
+"""Options that define what is adapted or trained."""
+
+
+def info(args: argparse.Namespace) -> None:
+    """Print what an adapter is, and whether it fits a base model.
+
+    Raises:
+        ValueError: there is no such adapter, or its method is not supported.
+        SystemExit: the adapter does not fit the base model; the status is 1.
+    """
+    path = Path(local_path(args.adapter))
+    options = _read_packed_options(path) if path.is_file() else _read_options(path)
+    options["num_labels"] = args.labels or options.get("num_labels")
+    for name, value in {**_describe(path, options), "certificate": _describe_certificates(path)}.items():
+        print(f"{name:<14}{value}")
+    base, reason = args.model or options["base_model_name_or_path"], None
+    try:
+        if not base:
+            raise OSError
+        reason = _compare(path, options, base, local_files_only=not args.model)
+    except OSError:
+        if args.model:
+            raise
+        print(f"fits          not compared: {base or 'its base model'} is not on this machine. Pass --model.")
+        return
+    if reason:
+        print(f"fits          no: {' '.join(reason.split())}")  # errors of PyTorch have several lines
+        raise SystemExit(1)
+    agree = "names, shapes and weights agree" if options.get("base_digest") else "names and shapes agree"
+    print(f"fits          yes: {agree} with {base}")
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    return read_adapter_config(str(path), (IntrinsicConfig, SupermaskConfig)).to_dict()
+
+
+def _read_packed_options(path: Path) -> dict[str, Any]:
+    """Read the options of a packed adapter, by their names in `IntrinsicConfig`."""
+    packed = read_packed(path)
+    return {
+        **packed.options,
+        **{name: getattr(packed, name) for name in ("d", "seed", "block_size")},
+        "algorithm_version": packed.algorithm,
+        "num_labels": stored_labels(path, packed),
+        "base_model_name_or_path": packed.base,
+        "base_digest": packed.base_digest.hex(),
+        "manifest": packed.manifest_digest.hex(),
+    }
+
+
+def _describe(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe an adapter, by the names of the printed rows."""
+    packed = path.is_file()
+    size = path.stat().st_size if packed else adapter_size(path)
+    rows: dict[str, Any] = {"adapter": f"{path}, {size} bytes" + (", packed" if packed else "")}
+    if "final_sparsity" in options:
+        zeros = options["final_sparsity"]
+        rows["method"] = f"supermask, mask={options['mask']!r}"
+        rows["density"] = "not stored" if zeros is None else f"{1 - zeros:.2%} of the masked weights"
+        rows["seed"] = options["seed"]
+    else:
+        names = ("block_size", "scale", "algorithm_version")
+        rows["method"] = f"SAID, one λ per {options['lambda_granularity']}" if options["said"] else "DID"
+        rows |= {name: options[name] for name in ("d", "seed")}
+        rows["projection"] = ", ".join([options["projection"], *(f"{name}={options[name]}" for name in names)])
+    targets = {name: value for name in TARGETS if (value := options.get(name))}
+    rows["targets"] = ", ".join(
+        f"{name}={sorted(value) if isinstance(value, set) else value!r}" for name, value in targets.items()
+    )
+    stored = {
+        "task": options["task_type"],
+        "labels": options["num_labels"],
+        "base model": options["base_model_name_or_path"],
+        "base digest": options.get("base_digest"),
+        "manifest": (options.get("manifest") or "").partition(":")[0],
+    }
+    return {**rows, **{name: value or "not stored" for name, value in stored.items()}}
+
+
+def _describe_certificates(path: Path) -> str:
+    """Describe the certificate beside a packed adapter, or those in the folder of an adapter.
+
+    Raises:
+        ValueError: a file is not a certificate.
+    """
+    files = [get_certificate_path(path)] if path.is_file() else sorted(path.glob("*.certificate.json"))
+    claims = []
+    for file in filter(Path.exists, files):
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            claim, digest = Certificate.from_dict(stored["certificate"]).claim(), stored["adapter"]["sha256"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not a certificate ({error!r}). Write it with certify.") from None
+        if path.is_file() and digest != hashlib.sha256(path.read_bytes()).hexdigest():
+            claim += ", but of another packed adapter"
+        claims.append(f"{claim} ({file.name})")
+    return "; ".join(claims) or "none"
+
+
+def _compare(path: Path, options: Mapping[str, Any], base: str, **more: Any) -> str | None:
+    """Load an adapter into a base model, and return why it does not fit, or `None` if it fits.
+
+    Raises:
+        OSError: there is no such base model.
+    """
+    task, labels = options["task_type"], options["num_labels"]
+    try:
+        model = load_base(base, task, labels, **more)
+    except (ValueError, RuntimeError) as error:
+        loaded_as = CLASSES.get(task or "", "AutoModel") + (f" with {labels} labels" if labels else "")
+        return f"{base} cannot be loaded as {loaded_as}. {error}"
+    try:
+        load_packed(model, path) if path.is_file() else PeftModel.from_pretrained(model, str(path))
+    except (ValueError, RuntimeError) as error:
+        return f"{error}{'' if labels else ' For another number of labels: --labels.'}"
+    return None
