@@ -84,6 +84,20 @@ def index_samples(theta: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tenso
     return (torch.arange(len(theta), device=index.device).view(-1, *[1] * (index.dim() - 1)),)
 
 
+class DeviceCopies:
+    """Tensors with a copy on each device where they are used."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self.copies = {tensors[0].device: tensors}
+
+    def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Return the tensors on `device`."""
+        if device not in self.copies:
+            with torch.inference_mode(False):
+                self.copies[device] = tuple(tensor.to(device) for tensor in next(iter(self.copies.values())))
+        return self.copies[device]
+
+
 class TensorProjection(ABC):
     """The rows of P that belong to one parameter. Immutable, shared by copies of a model, never saved.
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .base import Shapes, Spec, TensorProjection
+from .base import DeviceCopies, Shapes, Spec, TensorProjection
 from .randomness import normal_rows
 
 LIMIT = 2**28
@@ -25,14 +25,12 @@ class DenseTensor(TensorProjection):
     def __init__(self, rows: int, cols: int, matrix: torch.Tensor, first: int = 0) -> None:
         self.rows, self.cols = rows, cols
         self._slice = slice(first, first + matrix.shape[1])
-        self._state = {matrix.device: matrix}
+        self._state = DeviceCopies(matrix)
 
     def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        if theta.device not in self._state:
-            with torch.inference_mode(False):
-                self._state[theta.device] = next(iter(self._state.values())).to(theta.device)
+        (matrix,) = self._state.on(theta.device)
         with torch.autocast(theta.device.type, enabled=False):
-            rows = self._state[theta.device][start * self.cols : stop * self.cols]
+            rows = matrix[start * self.cols : stop * self.cols]
             theta = theta[..., self._slice].float()
             flat = rows @ theta if theta.dim() == 1 else theta @ rows.T  # the former has the faster backward pass
             return flat.unflatten(-1, (stop - start, self.cols))

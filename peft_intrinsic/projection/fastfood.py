@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .allocation import Slice, Tiling, allocate, make_tiling, slice_model, slice_tensor
-from .base import Shapes, Spec, TensorProjection, index_samples
+from .base import DeviceCopies, Shapes, Spec, TensorProjection, index_samples
 from .dense import DenseTensor
 from .hadamard import fwht, hadamard
 from .randomness import normal_rows, signs_and_permutations, words
@@ -24,27 +24,15 @@ STORED = 16
 """Most coordinates of a norm or bias whose rows of P are stored: one small product replaces ten operations."""
 
 
-class Gaussian:
-    """G, `float32[rows, n]`, of all tensors of a projection, with a copy for each device."""
-
-    def __init__(self, seed: int, n: int, rows: int) -> None:
-        matrix = torch.from_numpy(normal_rows(seed, "gaussian", "", rows, n))
-        self._copies = {matrix.device: matrix}
-
-    def on(self, device: torch.device) -> torch.Tensor:
-        """Return G on `device`."""
-        if device not in self._copies:
-            with torch.inference_mode(False):
-                self._copies[device] = next(iter(self._copies.values())).to(device)
-        return self._copies[device]
+_ALIVE: WeakValueDictionary[tuple[int, int, int], DeviceCopies] = WeakValueDictionary()
+"""G of the existing adapters, by (seed, n, rows)."""
 
 
-_ALIVE: WeakValueDictionary[tuple[int, ...], Gaussian] = WeakValueDictionary()
-"""G of the existing adapters, by (seed, n, rows). Adapters with the same seed share it."""
-
-
-def _share_gaussian(*key: int) -> Gaussian:
-    return _ALIVE.get(key) or _ALIVE.setdefault(key, Gaussian(*key))
+def _share_gaussian(seed: int, n: int, rows: int) -> DeviceCopies:
+    """Return G, `float32[rows, n]`, for all tensors of the adapters with this seed."""
+    if (gaussian := _ALIVE.get((seed, n, rows))) is None:
+        gaussian = DeviceCopies(torch.from_numpy(normal_rows(seed, "gaussian", "", rows, n)))
+    return _ALIVE.setdefault((seed, n, rows), gaussian)
 
 
 class FastfoodTensor(TensorProjection):
@@ -66,7 +54,7 @@ class FastfoodTensor(TensorProjection):
         rows: int,
         cols: int,
         tiling: Tiling,
-        gaussian: Gaussian,
+        gaussian: DeviceCopies,
         starts: Sequence[int],
         slices: Sequence[Slice],
         before: np.ndarray,
@@ -83,18 +71,11 @@ class FastfoodTensor(TensorProjection):
         before = np.where(inside, before[:, : len(column)], 0).astype(np.float32)
         self._only = slice(*(index[0, [0, -1]] + [0, 1]).tolist()) if len(set(slices)) == 1 else None
         state = (index, before, permutation, after.astype(np.float32), np.array(starts))
-        self._state = {torch.device("cpu"): tuple(torch.from_numpy(array) for array in state)}
-
-    def state(self, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Return coordinates, B, Π and scaled B' of the slots, and the first rows of G, on `device`."""
-        if device not in self._state:
-            with torch.inference_mode(False):
-                self._state[device] = tuple(t.to(device) for t in self._state[torch.device("cpu")])
-        return self._state[device]
+        self._state = DeviceCopies(*map(torch.from_numpy, state))
 
     def mix(self, theta: torch.Tensor) -> torch.Tensor:
         """Compute u = scale · B' Π (1/√n) H B θ of every slot: `[..., d] -> [..., chunks, blocks, depth, n]`."""
-        index, before, permutation, after, _ = self.state(theta.device)
+        index, before, permutation, after, _ = self._state.on(theta.device)
         with torch.autocast(theta.device.type, enabled=False):
             theta = theta.float()
             theta = theta[..., index] if self._only is None else theta[..., self._only].unsqueeze(-2)
@@ -123,7 +104,7 @@ class FastfoodTensor(TensorProjection):
     def basis(self, theta: torch.Tensor, chunk: int) -> torch.Tensor:
         """Return the rows of G that a row chunk uses: `[height, n]`."""
         start, height = self.starts[chunk], self.tiling.height
-        return self.gaussian.on(theta.device)[start : start + min(height, self.rows - chunk * height)]
+        return self.gaussian.on(theta.device)[0][start : start + min(height, self.rows - chunk * height)]
 
     def factors(self, theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the offset as a product, `[d] -> [rows, k], [k, cols]` with k = chunks · n."""
@@ -164,10 +145,10 @@ class FastfoodTensor(TensorProjection):
         return [part.view(*x.shape[:-1], self.n) for part in z]
 
     def gather(self, index: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-        *_, starts = self.state(theta.device)
+        *_, starts = self._state.on(theta.device)
         chunk = index // self.tiling.height
         with torch.autocast(theta.device.type, enabled=False):
-            g = F.embedding(index % self.tiling.height + starts[chunk], self.gaussian.on(theta.device))
+            g = F.embedding(index % self.tiling.height + starts[chunk], self.gaussian.on(theta.device)[0])
             of_chunk = (*index_samples(theta, index), chunk)
             if self.tiling.depth == 1:
                 u = g.unsqueeze(-2) * self.mix(theta).squeeze(-2)[of_chunk]  # [..., blocks, n]
