@@ -1,6 +1,8 @@
-"""Real pretrained models: complete, small, and learning."""
+"""Adapters on real pretrained models train, are small, and give the same output after loading."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ def path() -> str:
         pytest.skip(str(absent))
 
 
-def test_a_classifier_in_two_kilobytes(path, tmp_path):
-    data = rotten_tomatoes(train=64, eval=8)
+def test_a_classifier_learns_and_is_restored_from_two_kilobytes(path, tmp_path):
+    data = rotten_tomatoes(train=32, eval=8)
     batch = AutoTokenizer.from_pretrained(path)(
         data["train"]["text"][:], truncation=True, max_length=24, padding=True, return_tensors="pt"
     )
@@ -33,7 +35,7 @@ def test_a_classifier_in_two_kilobytes(path, tmp_path):
 
     model = get_peft_model(base(1), IntrinsicConfig(d=200, said=True, task_type="SEQ_CLS", target_modules="all")).eval()
     assert model.get_nb_trainable_parameters()[0] == 200
-    losses = train(model, {**batch, "labels": labels}, 12, 2e-4)
+    losses = train(model, {**batch, "labels": labels}, 8, 2e-4)
     assert losses[-1] < losses[0] - 0.01
 
     model.save_pretrained(tmp_path)
@@ -56,13 +58,14 @@ def decoder() -> dict[str, str]:
 
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
-"""Of float32 logits, whose size is about 10, computed in two ways through 30 layers."""
+"""Tolerance of float32 logits of about 10, computed in two ways through 30 layers."""
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
-def test_a_decoder_in_half_precision(decoder, tmp_path):
-    """Training and loading in bfloat16; what two ways of computing must agree on is compared in float32."""
+def test_a_decoder_in_bfloat16_trains_reloads_generates_and_mixes_adapters(decoder, tmp_path):
+    """Training and loading use bfloat16. Mixed batches are compared in float32, because their kernels differ."""
     base = AutoModelForCausalLM.from_pretrained(**decoder, dtype=torch.bfloat16).eval()
+    plain_base = copy.deepcopy(base)
     tokenizer = AutoTokenizer.from_pretrained(**decoder)
     batch = tokenizer(["The capital of France is", "Water boils at a high"], return_tensors="pt")
     model = get_peft_model(base, IntrinsicConfig(d=200, task_type="CAUSAL_LM", target_modules="all"))
@@ -74,8 +77,8 @@ def test_a_decoder_in_half_precision(decoder, tmp_path):
         with torch.no_grad():
             return model(**batch, **options).logits
 
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(**decoder, dtype=torch.bfloat16), tmp_path)
-    assert torch.equal(logits(again.eval()), logits(model))  # one way of computing, twice
+    again = PeftModel.from_pretrained(plain_base, tmp_path)
+    assert torch.equal(logits(again.eval()), logits(model))
     users = {"adapter_names": ["default", "__base__"]}
     fixed = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     assert model.generate(**batch, **users, **fixed).shape == (2, batch["input_ids"].shape[1] + 8)
