@@ -1,12 +1,12 @@
-"""What packing costs: accuracy of an adapter before and after, against its bytes.
+"""Accuracy of an adapter before and after packing, and its size in bytes.
 
     python benchmarks/packing.py run --data FOLDER [--model FOLDER]
     python benchmarks/packing.py table
 
-Each seed trains all-MiniLM-L6-v2 with d = 200 on SST-2 (all 67,349 phrases, 1,000 batches of 32, the rate falling from
-2e-4), then packs it with several numbers of levels: by rounding alone, and after 100 more steps as rounded
-(`quantization_aware`), at a tenth of that rate. Accuracy is of the 872 sentences of the validation set, the packed
-adapter loaded anew. Rows go to benchmarks/results/packing.jsonl; seeds that are there already are skipped.
+Each seed trains all-MiniLM-L6-v2 with d = 200 on SST-2: all 67,349 phrases, 1,000 batches of 32, with a learning rate
+that falls from 2e-4. It packs the adapter with several numbers of levels: rounded only, and after 100 steps of
+quantization-aware training at a tenth of the learning rate. Accuracy is that of the loaded packed adapter on the 872
+sentences of the validation set. Rows go to benchmarks/results/packing.jsonl; seeds in the file are skipped.
 """
 
 from __future__ import annotations
@@ -30,47 +30,47 @@ from peft_intrinsic.text.labeled import LabeledTexts
 
 RESULTS = Path(__file__).parent / "results" / "packing.jsonl"
 SEEDS, LEVELS = range(3), (3, 4, 6, 8)
-STEPS, TUNING_STEPS, RATE = 1000, 100, 2e-4
+STEPS, TUNING_STEPS, LEARNING_RATE = 1000, 100, 2e-4
 
 
-def rows() -> list[dict[str, Any]]:
-    """What has been measured."""
+def read_rows() -> list[dict[str, Any]]:
+    """Read the stored rows."""
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def accuracy(texts: LabeledTexts, model: Any) -> float:
-    """On the validation set."""
+def measure_accuracy(texts: LabeledTexts, model: Any) -> float:
+    """Measure the accuracy on the validation set."""
     return round(1 - texts.count_errors(model, "eval") / len(texts.data["eval"]), 4)
 
 
 def run(texts: LabeledTexts, seed: int) -> None:
-    """One adapter, packed in every way."""
+    """Train one adapter, and pack it with each number of levels, with and without tuning."""
     model: Any = get_peft_model(texts.base, texts.build_config(200, seed))
-    texts.train(model, STEPS, RATE, seed)
-    before = accuracy(texts, model)
+    texts.train(model, STEPS, LEARNING_RATE, seed)
+    before = measure_accuracy(texts, model)
     ways = [(levels, tuned) for levels in LEVELS for tuned in (False, True)]
-    found = [(*way, pack_rounded(texts, model, way[0], TUNING_STEPS * way[1], RATE, seed)) for way in ways]
+    packed = [(*way, pack_rounded(texts, model, way[0], TUNING_STEPS * way[1], LEARNING_RATE, seed)) for way in ways]
     model.unload()
-    for levels, tuned, data in found:
+    for levels, tuned, data in packed:
         loaded: Any = load_packed(texts.base, data)
         row = {"seed": seed, "levels": levels, "tuned": tuned, "bytes": len(data), "before": before}
-        row |= {"after": accuracy(texts, loaded), "adapter": adapter_to_string(data)}
+        row |= {"after": measure_accuracy(texts, loaded), "adapter": adapter_to_string(data)}
         loaded.unload()
         print(row, flush=True)
         with open(RESULTS, "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def table() -> None:
-    """Means over the seeds, as Markdown."""
+def print_table() -> None:
+    """Print the means over the seeds as Markdown."""
     print("| levels | bytes | accuracy before | rounded | worst seed | tuned as rounded | worst seed |")
     print("|---|---|---|---|---|---|---|")
     for levels in LEVELS:
-        mine = [row for row in rows() if row["levels"] == levels]
-        size = f"{min(row['bytes'] for row in mine)}–{max(row['bytes'] for row in mine)}"
-        cells = [levels, size, f"{mean(row['before'] for row in mine):.4f}"]
+        selected = [row for row in read_rows() if row["levels"] == levels]
+        size = f"{min(row['bytes'] for row in selected)}–{max(row['bytes'] for row in selected)}"
+        cells = [levels, size, f"{mean(row['before'] for row in selected):.4f}"]
         for tuned in (False, True):
-            part = [row for row in mine if row["tuned"] == tuned]
+            part = [row for row in selected if row["tuned"] == tuned]
             lost = max(row["before"] - row["after"] for row in part)
             cells += [f"{mean(row['after'] for row in part):.4f}", f"{-lost:+.4f}"]
         print(f"| {' | '.join(map(str, cells))} |")
@@ -83,11 +83,11 @@ def main() -> None:
     parser.add_argument("--model", help="the base model, by default the packaged all-MiniLM-L6-v2")
     args = parser.parse_args()
     if args.action == "table":
-        return table()
+        return print_table()
     files = (str(args.data / "sst2" / f"{part}.jsonl") for part in ("train", "validation"))
     texts = LabeledTexts(args.model or minilm(), *files, ["sentence"], "label")
     for seed in SEEDS:
-        if not any(row["seed"] == seed for row in rows()):
+        if not any(row["seed"] == seed for row in read_rows()):
             run(texts, seed)
 
 

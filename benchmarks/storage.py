@@ -1,12 +1,12 @@
-"""Bytes per task of full fine-tuning and of adapters, as they are saved, and what a training step costs.
+"""Bytes per task of full fine-tuning and of saved adapters, and the time of a training step.
 
     python benchmarks/storage.py [--model FOLDER]
 
-all-MiniLM-L6-v2 with a head of two classes. Bytes are those of the safetensors files (float32 where numbers are kept),
-configurations left out. `layers 0 and 5` stands for fine-tuning that leaves all other layers at the base, of which
-only what changed is kept. The supermask has 3 % zeros; the packed adapter is `peft_intrinsic.codec.compress(model, 8)`.
-Step: forward, backward and AdamW of 32 sentences of 32 tokens on one thread, the median of five, over that of a LoRA
-r=8 on queries and values.
+The model is all-MiniLM-L6-v2 with a head of two classes. Bytes are those of the safetensors files, without
+configurations; parameters are in float32. `layers 0 and 5` freezes all other layers and stores only what it trains. The
+supermask has 3 % zeros. The packed adapter is `peft_intrinsic.codec.compress(model, 8)`. A step is forward, backward
+and AdamW of 32 sentences of 32 tokens on one thread. Its time is the median of five, divided by that of a LoRA with
+r = 8 on queries and values.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from peft_intrinsic import IntrinsicConfig, SupermaskConfig
 from peft_intrinsic.codec import compress
 
 
-def saved(model: Any) -> int:
-    """Bytes of the weights that `save_pretrained` writes."""
+def count_saved_bytes(model: Any) -> int:
+    """Count the bytes of the weights that `save_pretrained` writes."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
-def step(model: Any) -> float:
-    """Seconds of a training step."""
+def measure_step(model: Any) -> float:
+    """Measure the seconds of a training step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     ids, times = torch.randint(1000, 20000, (32, 32), generator=torch.Generator().manual_seed(0)), []
     model.train()
@@ -79,12 +79,12 @@ def main() -> None:
     rows: dict[str, tuple[Callable[[], Any], Callable[[Any], int]]] = {
         "LoRA, r = 8, queries and values": (
             adapter(LoraConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS")),
-            saved,
+            count_saved_bytes,
         ),
-        "full": (base, saved),
+        "full": (base, count_saved_bytes),
         "layers 0 and 5": (layers, changed),
-        "supermask, 3 % zeros": (adapter(mask), saved),
-        "intrinsic, d = 200": (adapter(IntrinsicConfig(d=200, task_type="SEQ_CLS")), saved),
+        "supermask, 3 % zeros": (adapter(mask), count_saved_bytes),
+        "intrinsic, d = 200": (adapter(IntrinsicConfig(d=200, task_type="SEQ_CLS")), count_saved_bytes),
         "intrinsic, d = 200, packed": (
             adapter(IntrinsicConfig(d=200, task_type="SEQ_CLS", init_weights=False)),
             lambda model: len(compress(model, 8)),
@@ -92,11 +92,11 @@ def main() -> None:
     }
     print("| what is stored for a task | bytes | step / LoRA's |\n|---|---|---|")
     first = 0.0
-    for name, (made, size) in rows.items():
-        model = made()
-        seconds = step(model)
+    for name, (build, count_bytes) in rows.items():
+        model = build()
+        seconds = measure_step(model)
         first = first or seconds
-        print(f"| {name} | {size(model):,} | {seconds / first:.2f} |", flush=True)
+        print(f"| {name} | {count_bytes(model):,} | {seconds / first:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

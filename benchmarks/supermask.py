@@ -1,4 +1,4 @@
-"""Fine-tuning by zeroing weights beside full fine-tuning and the frozen encoder (Radiya-Dixit and Wang 2020).
+"""Fine-tuning by zeroing weights, full fine-tuning and a frozen encoder (Radiya-Dixit and Wang 2020) compared.
 
     python benchmarks/supermask.py run TASK [--data FOLDER] [--model FOLDER] [--only NAME]...
     python benchmarks/supermask.py table TASK
@@ -7,11 +7,12 @@
 Tasks and protocol are those of benchmarks/quality.py (sst2, mrpc_250; all-MiniLM-L6-v2). A run appends one JSON line to
 benchmarks/results/supermask/TASK/trials.jsonl, and runs that are there are skipped.
 
-full: everything trained. freeze: pooler and head. All others train these at freeze's best rate, and a mask over the
-linear layers of the encoder: `magnitude 0.03` begins with the smallest 3 % of the weights of each layer at zero,
-`random 0.03` with any 3 %; `bernoulli` draws the mask anew in each step. `start 0.03` is magnitude 0.03 with a mask
-that does not move. Rates of each start with three a factor of 4 apart, with more while the best, by loss, is at an
-edge; then two more seeds. `sparsity` is that of the trained mask of the first seed, `bytes` its size in the file.
+full: all parameters are trained. freeze: only pooler and head are. All others train these at the best learning rate of
+freeze, and a mask on the linear layers of the encoder. `magnitude 0.03` starts with the smallest 3 % of the weights of
+each layer at zero, `random 0.03` with a random 3 %. `bernoulli` samples the mask in each step. `start 0.03` is
+magnitude 0.03 with a frozen mask. Each method starts with three learning rates a factor of 4 apart, and gets more while
+the best by loss is at an edge; then two more seeds run. `sparsity` is that of the trained mask of the first seed, and
+`bytes` is its size in the file.
 """
 
 from __future__ import annotations
@@ -35,33 +36,33 @@ NAMES = (
 )
 
 
-def contestants(task: str, results: Contestants) -> dict[str, Method]:
-    """Every contestant: its run, and the rates that it starts with."""
+def list_methods(task: str, results: Contestants) -> dict[str, Method]:
+    """List the methods: their runs, and the learning rates that they start with."""
     base: Row = {"task": task, "seed": 0}
     result: dict[str, Method] = {
         "full": ({**base, "method": "full"}, FULL_RATES),
         "freeze": ({**base, "method": "freeze"}, (4e-4, 1.6e-3, 6.4e-3)),
     }
     if not (frozen := results.best(task, result["freeze"])):
-        return result  # the others need its best rate
+        return result  # the others need its best learning rate
     for name in NAMES[2:]:
-        kind, share = name.split()
-        run = {**base, "method": kind, "share": float(share), "rest_lr": frozen[0]["lr"]}
+        kind, sparsity = name.split()
+        run = {**base, "method": kind, "share": float(sparsity), "rest_lr": frozen[0]["lr"]}
         result[name] = run, RATES
     return result
 
 
 class Supermasks(Study):
-    """One task of the study."""
+    """The study on one task."""
 
     def run(self, row: Row) -> Row:
-        """One run of a contestant."""
+        """Train and score one run of a method."""
         method, lr, seed = row["method"], row["lr"], row["seed"]
         model = self.base(seed)
         if method in ("full", "freeze"):
             parameters = self.only(model, ("",) if method == "full" else ("pooler", "classifier"))
-            numbers = sum(p.numel() for p in parameters)
-            return {"numbers": numbers, **self.train(self.task, model, {lr: parameters}, seed)}
+            count = sum(p.numel() for p in parameters)
+            return {"numbers": count, **self.train(self.task, model, {lr: parameters}, seed)}
         config = SupermaskConfig(
             target_modules=LINEAR,
             modules_to_save=["classifier", "bert.pooler"],
@@ -72,15 +73,15 @@ class Supermasks(Study):
         )
         model = get_peft_model(model, config)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        rates: dict[float, list] = {}
+        groups: dict[float, list] = {}
         for name, parameter in trained.items():
             rate = row["rest_lr"] if "supermask" not in name else 0.0 if method == "start" else lr
-            rates.setdefault(rate, []).append(parameter)
-        measured = self.train(self.task, model, rates, seed)
+            groups.setdefault(rate, []).append(parameter)
+        result = self.train(self.task, model, groups, seed)
         masks = [value for key, value in get_peft_model_state_dict(model).items() if key.endswith("supermask_mask")]
         sparsity = round(model.base_model.sparsity()["all"], 4)
-        return {**measured, "sparsity": sparsity, "bytes": sum(mask.numel() for mask in masks)}
+        return {**result, "sparsity": sparsity, "bytes": sum(mask.numel() for mask in masks)}
 
 
 if __name__ == "__main__":
-    Contestants("supermask", contestants, NAMES, ("sparsity", "bytes")).main(Supermasks, __doc__, TASKS)
+    Contestants("supermask", list_methods, NAMES, ("sparsity", "bytes")).main(Supermasks, __doc__, TASKS)

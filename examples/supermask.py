@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier by setting some of its weights to zero, and see which layers needed it.
+"""Fine-tune a text classifier by setting some of its weights to zero, and measure which layers are critical.
 
     python examples/supermask.py --model bert-base-uncased --train train.csv --eval dev.csv --text text --label label
 
@@ -23,10 +23,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bert-base-uncased", help="Hub name or folder")
     add_data_options(parser)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=LEARNING_RATE)
-    parser.add_argument("--sparsity", type=float, default=0.03)
-    parser.add_argument("--out", type=Path, default=Path("runs/supermask"))
+    parser.add_argument("--steps", type=int, default=300, help="training steps (default: 300)")
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help=f"learning rate (default: {LEARNING_RATE})")
+    parser.add_argument("--sparsity", type=float, default=0.03, help="fraction of zeros at the start (default: 0.03)")
+    parser.add_argument("--out", type=Path, default=Path("runs/supermask"), help="folder of the adapter")
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)

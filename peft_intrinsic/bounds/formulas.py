@@ -170,7 +170,7 @@ def subsampled(risk: float, n: int, m: int, nats: float, delta: float, span: flo
         span: the width of the loss's range; for bits per token that of `smoothed_span`.
 
     Returns:
-        The bound in the unit of the loss, without a maximum.
+        The bound on the mean loss, which is not cut at a maximum.
 
     >>> round(subsampled(0.3, 1_000, 100_000, 2_000, 0.05), 4)
     0.439

@@ -62,12 +62,12 @@ class Cursor:
         (exponent,) = struct.unpack("<b", self.take(1))
         halves = struct.unpack(f"<{count}e", self.take(2 * count))
         largest = max(map(abs, halves))
-        demand(1 <= largest < 2 or (largest == 0 and exponent == 0), "floats that are not normalised")
+        demand(1 <= largest < 2 or (largest == 0 and exponent == 0), "floats that are not normalized")
         return [math.ldexp(half, exponent) for half in halves]
 
 
 def named(values: list, index: int) -> Any:
-    """The value that an index stands for."""
+    """The value that an index means."""
     demand(index < len(values), f"no meaning for {index} among {values}")
     return values[index]
 
