@@ -184,5 +184,5 @@ def test_masks_under_zero_3_raise():
     base = build("bert")
     for parameter in base.parameters():
         parameter.ds_id = 0
-    with pytest.raises(ValueError, match="masks need .* without .*tp_plan and ZeRO-3"):
+    with pytest.raises(ValueError, match=r"masks need .* without .*tp_plan and ZeRO-3"):
         get_peft_model(base, SupermaskConfig())
