@@ -20,7 +20,7 @@ from ..projection.randomness import normals, words
 from .base_model import base_modules
 from .config import IntrinsicConfig
 from .layer import IntrinsicLayer, Offset
-from .module_types import is_embedding, is_linear
+from .module_types import is_embedding, is_linear, logical_shape
 from .modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicModule
 from .names import VECTOR, canonical, inside
 from .parametrized import IntrinsicParameters
@@ -47,29 +47,28 @@ def attach(model: nn.Module, adapter: str, targeting: Targeting, config: Intrins
         _warn_of_running_statistics(model, config)
     if not hasattr(model, VECTOR):
         _add_vector(model)
-        _report_unadapted(model, targeting.targets, config)
+        _report_unadapted(model, targeting.users, config)
     vector: Any = model.get_submodule(VECTOR)
-    layers = _make_layers(
-        model, vector, [module for target in targeting.targets.values() for module, _ in target.users]
-    )
+    layers = _make_layers(model, vector, [module for users in targeting.users.values() for module, _ in users])
     vector.choices.forget()
     merged: set[Any] = set()
-    for name, target in targeting.targets.items():
-        for module, own in target.users:
+    for name, users in targeting.users.items():
+        form = logical_shape(*users[0])
+        for module, own in users:
             if _is_split(model, module, own):
                 vector.split[adapter] = name
             merges = (identity := identify(module, own)) not in merged
             merged.add(identity)
-            offset = Offset(name, projections[name], target.shape, target.matrix.transposed, target.group, merges)
+            offset = Offset(name, projections[name], *form, targeting.groups.get(name), merges)
             layers[id(module)].offsets.setdefault(adapter, {})[own] = offset
     spec = targeting.spec
     scale = spec.theta_scale / spec.factor if config.scale == "fan_in" else 1
     count = config.ensemble or int(not config.init_weights)
     starts = [random_theta(int(torch.randint(2**62, ())), spec.d) / scale for _ in range(count)]
     theta = np.mean(starts, axis=0) if starts else np.zeros(spec.d)
-    module, own = next(iter(targeting.targets.values())).users[0]
+    module, own = next(iter(targeting.users.values()))[0]
     like = next(p for p in (module._parameters.get(own), *module.parameters(), *module.buffers()) if p is not None)
-    vector.add(adapter, theta, np.ones(targeting.num_lambdas) / LAMBDA_SCALE[config.scale], like)
+    vector.add(adapter, theta, np.ones(len(set(targeting.groups.values()))) / LAMBDA_SCALE[config.scale], like)
 
 
 def _is_split(model: nn.Module, module: nn.Module, name: str) -> bool:
@@ -87,13 +86,10 @@ def random_theta(seed: int, length: int) -> np.ndarray:
 
 def _report_unadapted(model: nn.Module, targets: Container[str], config: IntrinsicConfig) -> None:
     """Report once which parameters `target_modules="all"` leaves unchanged."""
-    if config.target_modules != "all":
-        return
-    sizes = {canonical(name, model): p.numel() for name, p in model.named_parameters()}
     rest = [canonical(name, model) for name, p in model.named_parameters() if not p.is_floating_point()]
-    if rest := [name for name in rest if name not in targets]:
-        fraction = sum(sizes[name] for name in rest) / sum(sizes.values())
-        logger.info("Not adapted (not floating point): %s (%.2g of all parameters).", ", ".join(rest), fraction)
+    rest = [name for name in rest if name not in targets]
+    if config.target_modules == "all" and rest:
+        logger.info("Not adapted (not floating point): %s", ", ".join(rest))
 
 
 def _warn_of_running_statistics(model: nn.Module, config: IntrinsicConfig) -> None:

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils import TaskType
 from torch import nn
 
-from ..projection import BLOCK_SIZE, Shape, Shapes, Spec
+from ..projection import BLOCK_SIZE, Shapes, Spec
 from .base_model import base_modules
 from .manifest import check_manifest
 from .module_types import adaptable_names, is_linear, is_vector, logical_shape, matrix_view
@@ -33,41 +33,25 @@ LAMBDA_SCALE = {"fan_in": 256, "isometric": 1}
 """λ is stored divided by this: under `fan_in` a λ of 1 is 1/256, so that it trains at the learning rate of θ."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """A parameter that P adapts.
-
-    Args:
-        users: the modules that have it, and its name in each; several where it is tied.
-        shape: of the parameter, unpacked where it is quantized.
-        matrix: its matrix view, and its kind.
-        group: index of its λ; None without λ.
-    """
-
-    users: tuple[tuple[nn.Module, str], ...]
-    shape: tuple[int, ...]
-    matrix: Shape
-    group: int | None
+Users = Mapping[str, list[tuple[nn.Module, str]]]
+"""The modules that have a parameter (several if it is tied) and its name in each, by its name in the plain model."""
 
 
 @dataclass(frozen=True)
 class Targeting:
-    """The parameters that an adapter adapts, by their names in the plain base model, and the projection for them.
+    """The parameters that an adapter adapts, in the order of the model, and the projection for them.
 
     Args:
-        targets: in the order of the model.
+        users: the modules that have them.
+        shapes: their matrix views.
+        groups: the index of the λ of each; empty without λ.
         spec: of the projection.
-        num_lambdas: number of λ, which d includes.
     """
 
-    targets: Mapping[str, Target]
+    users: Users
+    shapes: Shapes
+    groups: Mapping[str, int]
     spec: Spec
-    num_lambdas: int
-
-    @property
-    def shapes(self) -> Shapes:
-        """The matrix of each parameter."""
-        return {name: target.matrix for name, target in self.targets.items()}
 
 
 def is_head(config: Any, key: str) -> bool:
@@ -148,8 +132,10 @@ def _output_embeddings(model: Any) -> str | None:
     return next((canonical(name, model) for name, module in model.named_modules() if module is output), None)
 
 
-def _is_open(config: Any, key: str, own: str) -> bool:
-    """Whether a module is not the root, or the options select a parameter of the root by its own name."""
+def _is_chosen(config: Any, key: str, module: nn.Module, own: str, targets: Any) -> bool:
+    """Whether a parameter of a targeted module is adapted. Parameters of the root are selected by their own names."""
+    if targets == "norms-and-biases" and not is_head(config, key) and not is_vector(module, own):
+        return False
     return bool(key) or (is_targeted(config, own) and not is_excluded(config, own))
 
 
@@ -165,8 +151,8 @@ def default_targets(model: nn.Module, config: Any) -> str:
     sizes = {
         identify(module, own): math.prod(logical_shape(module, own)[0])
         for key, module, own in adaptable_parameters(model, config)
-        if not is_excluded(config, key) and _is_open(config, key, own)
-        if is_head(config, key) or (is_targeted(config, key) and is_vector(module, own))
+        if not is_excluded(config, key) and (is_head(config, key) or is_targeted(config, key))
+        if _is_chosen(config, key, module, own, "norms-and-biases")
     }
     return "norms-and-biases" if config.d <= sum(sizes.values()) else "all"
 
@@ -193,29 +179,27 @@ def outermost_modules(model: nn.Module, config: Any) -> Any:
     return outer
 
 
-def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], parameters: Container[str]) -> Targeting:
-    """The parameters of targeted modules and those that are targeted by name, under every name that they have.
+def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], names: Container[str]) -> Targeting:
+    """Find the parameters of targeted modules and single ones, in all modules that have them.
 
     Args:
         model: the base model, with or without adapters.
         config: of the new adapter, its options resolved.
-        modules: base modules that are targeted.
-        parameters: names of single parameters that are.
+        modules: the targeted base modules.
+        names: of single parameters that are targeted.
 
     Raises:
         ValueError: nothing is targeted, or a parameter that cannot get an offset; d does not exceed the number of λ, or
             exceeds the number of weights; the projection is out of proportion to the model; or the model is not the
             one that a saved adapter was trained on.
     """
-
-    def is_chosen(key: str, module: nn.Module, own: str) -> bool:
-        if module not in modules:
-            return _join(key, own) in parameters
-        whole = config.target_modules != "norms-and-biases" or is_head(config, key)
-        return (whole or is_vector(module, own)) and _is_open(config, key, own)
-
     adaptable = list(adaptable_parameters(model, config))
-    wanted = {identify(module, own) for key, module, own in adaptable if is_chosen(key, module, own)}
+    wanted = {
+        identify(module, own)
+        for key, module, own in adaptable
+        if _join(key, own) in names
+        or (module in modules and _is_chosen(config, key, module, own, config.target_modules))
+    }
     adaptable = [each for each in adaptable if identify(each[1], each[2]) in wanted]
     scripted = {identify(module, own) for _, module, own in adaptable if isinstance(module, torch.jit.ScriptModule)}
     if scripted:
@@ -238,20 +222,11 @@ def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], p
             "no module with parameters of its own. Name linear layers, norms or embeddings, or pass 'all'."
         )
     groups = lambda_groups(users, config.lambda_granularity) if config.said else {}
-    targets = {
-        name: Target(
-            tuple(held),
-            logical_shape(*held[0])[0],
-            matrix_view(*held[0], head=is_head(config, name.rpartition(".")[0])),
-            groups.get(name),
-        )
-        for name, held in users.items()
-    }
-    count = len(set(groups.values()))
-    shapes = {name: target.matrix for name, target in targets.items()}
-    targeting = Targeting(targets, _specify(config, count, shapes), count)
+    heads = {name: is_head(config, name.rpartition(".")[0]) for name in users}
+    shapes = {name: matrix_view(*each[0], head=heads[name]) for name, each in users.items()}
+    targeting = Targeting(users, shapes, groups, _specify(config, len(set(groups.values())), shapes))
     if config.manifest is not None:
-        check_manifest(config.manifest, targeting.shapes)
+        check_manifest(config.manifest, shapes)
     return targeting
 
 

@@ -53,7 +53,7 @@ def token_rows(model: nn.Module, config: Any) -> dict[str, Sequence[int]]:
 
 def check_not_adapted(model: nn.Module, targeting: Targeting, config: Any) -> None:
     """Raise ValueError if P would adapt an embedding with trained rows, where the offset would be lost."""
-    adapted = {module for target in targeting.targets.values() for module, _ in target.users}
+    adapted = {module for users in targeting.users.values() for module, _ in users}
     for key, module in model.named_modules():
         if isinstance(module, TrainableTokensWrapper) and module.original_module in adapted:
             raise ValueError(
