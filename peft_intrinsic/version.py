@@ -7,9 +7,5 @@ REPOSITORY = "https://github.com/peft-intrinsic/peft_intrinsic"
 
 
 def pip_install(extras: str = "") -> str:
-    """The command that installs this package.
-
-    Args:
-        extras: optional dependencies, such as `"[codec]"`.
-    """
+    """The command that installs this package, with `extras` such as `"[codec]"`."""
     return f'pip install -U "peft_intrinsic{extras} @ git+{REPOSITORY}"'

@@ -67,11 +67,7 @@ def _watch_loading(modeling: ModuleType) -> None:
 
 
 class Finder:
-    """Calls functions with modules as soon as these have been imported.
-
-    Args:
-        actions: the functions by the names of the modules.
-    """
+    """Calls functions, by the names of modules, with each module as soon as it has been imported."""
 
     def __init__(self, actions: dict[str, Callable[[Any], None]]) -> None:
         self._actions = actions
@@ -122,10 +118,7 @@ def _report(error: Exception) -> None:
 
 
 def start() -> None:
-    """Extend PEFT and transformers when they are imported. `PEFT_INTRINSIC_AUTOLOAD=0` switches this off.
-
-    Calling it again changes nothing.
-    """
+    """Extend PEFT and transformers when they are imported, once. `PEFT_INTRINSIC_AUTOLOAD=0` switches this off."""
     try:
         if os.environ.get("PEFT_INTRINSIC_AUTOLOAD") == "0" or any(isinstance(each, Finder) for each in sys.meta_path):
             return

@@ -20,10 +20,6 @@ def add_stored_labels(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
     """Add the number of labels of an adapter to the options of `PreTrainedModel.from_pretrained`.
 
     An adapter's configuration names a base model, whose own configuration does not describe the adapter's head.
-
-    Args:
-        args: of the call; the first is a name or folder, of an adapter or of a base model.
-        kwargs: of the call.
     """
     options = kwargs.get("adapter_kwargs") or {}
     folder = options.get("_adapter_model_path") or next(iter(args), None)

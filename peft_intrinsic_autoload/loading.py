@@ -39,9 +39,6 @@ def watch(models: Any) -> None:
     The report is a return value (`output_loading_info=True`) that few callers request, and is not available later. It
     leaves out what is on the model's ignore list, where TRL puts new heads, so the list before that step is noted too.
     Calling it again changes nothing.
-
-    Args:
-        models: the class `PreTrainedModel`.
     """
     original = models.from_pretrained.__func__
     if getattr(original, "watched", False):

@@ -33,12 +33,6 @@ logger = logging.getLogger(__name__)
 def attach(model: nn.Module, adapter: str, targeting: Targeting, config: IntrinsicConfig) -> None:
     """Add the offsets of an adapter to the modules, and its θ and λ to the model.
 
-    Args:
-        model: the base model, with or without adapters.
-        adapter: name of the new adapter.
-        targeting: the parameters to adapt.
-        config: of the adapter, its options resolved.
-
     Raises:
         ValueError: a dense projection would be out of proportion to the model.
     """

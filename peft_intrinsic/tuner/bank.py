@@ -25,11 +25,6 @@ BASE = "__base__"
 def check_mixable(root: nn.Module, layers: Iterable[Any], adapters: set[str]) -> None:
     """Check that all adapted parameters can differ between samples.
 
-    Args:
-        root: the base model.
-        layers: its tuner layers.
-        adapters: names of the adapters that samples may use.
-
     Raises:
         ValueError: an adapter is merged, or adapts modules without a batched form or whose rows are not the samples.
     """

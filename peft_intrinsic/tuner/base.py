@@ -44,28 +44,16 @@ class CheckedTuner(BaseTuner):
             attached(self, name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters as in PEFT.
-
-        Raises:
-            ValueError: an adapter is not attached.
-        """
+        """Activate adapters as in PEFT. Raise ValueError if one is not attached."""
         self._check_attached(adapter_name)
         super().set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Freeze or unfreeze adapters as in PEFT.
-
-        Raises:
-            ValueError: an adapter is not attached.
-        """
+        """Freeze or unfreeze adapters as in PEFT. Raise ValueError if one is not attached."""
         self._check_attached(adapter_names)
         super().set_requires_grad(adapter_names, requires_grad)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters as in PEFT.
-
-        Raises:
-            ValueError: an adapter is not attached.
-        """
+        """Merge adapters as in PEFT. Raise ValueError if one is not attached."""
         self._check_attached(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)

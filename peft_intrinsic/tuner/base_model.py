@@ -67,10 +67,6 @@ def values_digest(model: nn.Module, names: Collection[str]) -> str:
     """Digest of some parameters of a base model: of those in numbered blocks, or of all if there are none.
 
     Parameters outside, such as a head, may start with other values for every adapter.
-
-    Args:
-        model: with or without adapters.
-        names: of the parameters.
     """
     model = getattr(model, "get_base_model", lambda: model)()
     inner = {name for name in names if block_of(name)} or set(names)
@@ -78,11 +74,7 @@ def values_digest(model: nn.Module, names: Collection[str]) -> str:
 
 
 def digest_at_hand(model: nn.Module, names: Collection[str]) -> str | None:
-    """`values_digest`, or None where it cannot be compared.
-
-    That is so for quantized or offloaded parameters, under a merged adapter, and in float16, which rounds unlike
-    bfloat16.
-    """
+    """`values_digest`, or None for quantized, offloaded or float16 parameters, and under a merged adapter."""
     model = getattr(model, "get_base_model", lambda: model)()
     parameters = {name: module._parameters[own] for name, (module, own) in base_places(model).items()}
     chosen = [parameters.get(name) for name in names]

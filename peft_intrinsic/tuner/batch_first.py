@@ -52,11 +52,8 @@ def count_samples(root: nn.Module, arguments: dict[str, Any]) -> int | None:
 
 
 def _variants(arguments: dict[str, Any], rows: int, size: int) -> Iterator[dict[str, Any]]:
-    """Arguments for a batch of `size` samples, made from those of a batch of `rows`, in the order of the attempts.
-
-    First without tensors of one axis, which may have an entry for each token; then with them; last without those that
-    depend on a state.
-    """
+    """Arguments for a batch of `size` samples, made from those of a batch of `rows`, in the order of the attempts:
+    without tensors of one axis, which may have an entry for each token; with them; without those that fit a state."""
     usable = {}
     for name, value in arguments.items():
         plain = all(isinstance(leaf, torch.Tensor | bool | int | float | str | None) for leaf in tree_leaves(value))
@@ -109,9 +106,8 @@ def batch_first(
     (`batch_first`).
 
     Args:
-        root: the model, whose adapters are disabled meanwhile.
-        rows: number of samples in its batch.
-        arguments: of its forward pass, by name.
+        rows: number of samples in the batch.
+        arguments: of the forward pass, by name.
         is_own: whether the running pass is one of these two, and not of another thread.
     """
     found = dict.fromkeys(each for module in root.modules() for each in (module, module.__dict__.get(LAYER)))

@@ -18,17 +18,11 @@ from .batch_first import batch_first, count_samples, named_arguments
 
 @dataclass(frozen=True)
 class Route:
-    """θ and λ for every sample of a batch, in the projection of one adapter.
-
-    Args:
-        adapter: name of the adapter with the projection.
-        theta: `[batch, d − m]`.
-        scales: λ, `[batch, m]`.
-    """
+    """θ and λ for every sample of a batch, in the projection of one adapter."""
 
     adapter: str
-    theta: torch.Tensor
-    scales: torch.Tensor
+    theta: torch.Tensor  # [batch, d − m]
+    scales: torch.Tensor  # λ, [batch, m]
 
     def scaled(self, group: int | None) -> torch.Tensor:
         """θ, or λ_group · θ, of every sample: `[batch, d − m]`."""
@@ -139,10 +133,7 @@ class Choices:
         return self._here.proving
 
     def enter(self, root: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note the rows of the batch before a forward pass of the model or its encoder.
-
-        The first pass also proves for which modules the first axis is the batch.
-        """
+        """Before a forward pass, note the rows of the batch; before the first, prove which modules are batch first."""
         here = self._here
         if not self.open or here.proving:
             return
@@ -188,11 +179,6 @@ class Choices:
         """Move θ to the device of x. If every sample has its own, also expand θ and x to the same length.
 
         Beams and returned sequences repeat each sample. Positions and the like have one row for all samples.
-
-        Args:
-            name: of the parameter, for the message.
-            theta: `[d − m]` or `[batch, d − m]`.
-            x: input of the layer, `[batch, …]`.
 
         Raises:
             ValueError: the first axis of x may not be the batch.

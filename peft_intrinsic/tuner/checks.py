@@ -12,6 +12,9 @@ from ..projection import ALGORITHM_VERSION, PROJECTIONS
 from ..version import __version__, pip_install
 from .names import KEYWORDS
 
+LISTS = ("target_parameters", "modules_to_save", "reinitialized")
+"""Options that are lists of names, but not strings."""
+
 
 def check(config: Any) -> None:
     """Check the options of an `IntrinsicConfig`, and convert numpy's integers.
@@ -29,10 +32,9 @@ def check(config: Any) -> None:
         setattr(config, name, value := int(value))  # numpy's integers cannot be written to a file
         if not low <= value < 2**63:
             raise ValueError(f"{name} must be at least {low} and below 2**63, got {value}.")
-    if config.num_labels is not None and config.num_labels > LABELS:
-        raise ValueError(f"num_labels must be at most {LABELS}, got {config.num_labels}.")
-    if config.ensemble is not None and config.ensemble > 1024:
-        raise ValueError(f"ensemble must be at most 1024, got {config.ensemble}.")
+    for name, high in (("num_labels", LABELS), ("ensemble", 1024)):
+        if (getattr(config, name) or 0) > high:
+            raise ValueError(f"{name} must be at most {high}, got {getattr(config, name)}.")
     if config.block_size is not None and config.block_size & (config.block_size - 1):
         below = 1 << (config.block_size.bit_length() - 1)
         raise ValueError(f"block_size must be a power of two, got {config.block_size}. Try {below} or {2 * below}.")
@@ -72,16 +74,12 @@ def check(config: Any) -> None:
 
 
 def _check_names(config: Any) -> None:
-    whole = ("target_parameters", "modules_to_save", "reinitialized")
-    for name in ("target_modules", "exclude_modules", "layers_pattern", *whole):
+    for name in ("target_modules", "exclude_modules", "layers_pattern", *LISTS):
         value = getattr(config, name)
-        alone = name not in whole
         listed = isinstance(value, list | set | tuple) and all(isinstance(item, str) for item in value)
-        if not (value is None or listed or (alone and isinstance(value, str))):
-            kinds = "a string or a list of strings" if alone else "a list of strings"
+        if not (value is None or listed or (name not in LISTS and isinstance(value, str))):
+            kinds = "a list of strings" if name in LISTS else "a string or a list of strings"
             raise TypeError(f"{name} must be None or {kinds}, got {value!r}.")
-    for name in ("target_modules", "exclude_modules", "layers_pattern"):
-        value = getattr(config, name)
         patterns = [value] if isinstance(value, str) else value if name == "layers_pattern" else ()
         for pattern in patterns or ():
             try:

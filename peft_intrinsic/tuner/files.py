@@ -15,7 +15,7 @@ from ..projection.subspace import Subspace
 from .base_model import base_modules
 from .config import SAME, IntrinsicConfig
 from .names import TOKENS, VECTOR, named
-from .tokens import token_rows
+from .targets import token_rows
 
 KEY_PARTS = ("base_model", "model", VECTOR, "intrinsic_theta", "intrinsic_lambda", "weight")
 """Parts of the keys of θ and λ, beside the name of the adapter."""
@@ -54,9 +54,9 @@ def vectors_to_save(
             f"subspace={config.subspace!r} has changed since the adapter was trained, so it cannot be embedded. "
             "Restore the file, or save with embed_subspace=False."
         )
-    keys = next(
-        (k for k in (_match_keys(adapter), _match_keys()) if any(map(k.search, state))), _match_keys(adapter)
-    )  # or PEFT's own result
+    keys = _match_keys(adapter)
+    if not any(map(keys.search, state)):  # the result of get_peft_model_state_dict
+        keys = _match_keys()
     found = {name: (match[1], value) for name, value in state.items() if (match := keys.search(name))}
     if state:  # processes that do not write pass an empty one
         _check_saved(config, adapter, dict(found.values()))
@@ -87,7 +87,6 @@ def check_adapter_names(model: nn.Module, configs: Mapping[str, Any], own: Itera
     PEFT leaves out each key that has the name of another adapter between two dots.
 
     Args:
-        model: the base model, with or without adapters.
         configs: the configurations of the attached adapters and the new one, by name.
         own: parts of the keys of the method's own parameters.
 

@@ -35,11 +35,6 @@ Replaced = tuple[Place, torch.Tensor, Note, str]
 class Reinitialization:
     """The parameters that start from a fixed seed under one adapter.
 
-    Args:
-        model: the base model, with or without adapters.
-        config: of the new adapter.
-        attached: the configurations of the adapters that the model has already.
-
     Attributes:
         names: of all these parameters, for the configuration.
         pending: the names of those that do not have their start values yet.

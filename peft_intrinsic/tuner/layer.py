@@ -48,9 +48,6 @@ class IntrinsicLayer(BaseTunerLayer):
 
     θ and λ belong to the `IntrinsicVector`. Every layer has the same dictionaries as attributes, through which PEFT
     freezes, deletes and counts them.
-
-    Args:
-        vector: the module with θ and λ.
     """
 
     adapter_layer_names: tuple[str, ...] = ("intrinsic_theta", "intrinsic_lambda")

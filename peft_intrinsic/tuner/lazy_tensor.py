@@ -25,13 +25,7 @@ class LazyTensor(torch.Tensor):
 
     @classmethod
     def of(cls, base: torch.Tensor, inputs: Sequence[torch.Tensor], value: Value) -> LazyTensor:
-        """Make a lazy tensor.
-
-        Args:
-            base: the base parameter.
-            inputs: tensors that get gradients.
-            value: function of the inputs that computes the values, in the shape, dtype and device of `base`.
-        """
+        """Make the lazy tensor `value(*inputs)`, in the shape, dtype and device of `base`."""
         computed: list[torch.Tensor] = []
 
         def materialize() -> torch.Tensor:

@@ -31,7 +31,6 @@ from .names import KEYWORDS, VECTOR, canonical, foreign
 from .parametrized import IntrinsicParameters
 from .subspace_files import read_subspace
 from .targets import default_targets, find_targets, is_head, match_module, outermost_modules, targeted_parameters
-from .tokens import check_not_adapted
 from .vector import IntrinsicVector
 
 MIN_PRESERVED = 0.95
@@ -48,7 +47,6 @@ class IntrinsicModel(CheckedTuner):
         peft_config: an `IntrinsicConfig`, or a dictionary of them by adapter names.
         adapter_name: name of the first adapter.
         low_cpu_mem_usage: create θ and λ on the meta device, for loading.
-        state_dict: not supported.
 
     Example:
         >>> model = get_peft_model(base_model, IntrinsicConfig(d=200))
@@ -77,14 +75,7 @@ class IntrinsicModel(CheckedTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Attach an adapter. After an error, the model and the configuration are unchanged.
-
-        Args:
-            model: the base model.
-            adapter_name: of the new adapter, whose configuration is in `peft_config`.
-            autocast_adapter_dtype: create θ and λ in float32, otherwise in the dtype of the model.
-            low_cpu_mem_usage: create them on the meta device, for loading.
-            state_dict: not supported.
+        """Attach an adapter as in PEFT. After an error, the model and the configuration are unchanged.
 
         Raises:
             ValueError: nothing is targeted; d does not exceed the number of λ, or exceeds that of the adapted weights;
@@ -109,17 +100,10 @@ class IntrinsicModel(CheckedTuner):
             # PEFT does not visit the root.
             self._matched_modules = {model} if options.target_modules in KEYWORDS else set()
             self._matched_names = []
-            rows = options.trainable_token_indices
-            options.trainable_token_indices = rows or None
-            super().inject_adapter(
-                model,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-            )
-            options.trainable_token_indices = rows  # for saving, empty instead of None
+            options.trainable_token_indices = config.trainable_token_indices or None
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            options.trainable_token_indices = config.trainable_token_indices  # for saving, empty instead of None
             targeting = find_targets(model, options, self._matched_modules, self._matched_names)
-            check_not_adapted(model, targeting, options)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 attach(model, adapter_name, targeting, options)
         except Exception as error:

@@ -90,13 +90,7 @@ def is_vector(module: nn.Module, name: str) -> bool:
 
 
 def matrix_view(module: nn.Module, name: str, head: bool = False) -> Shape:
-    """The matrix that P sees for a parameter, and its kind (definition: README of the projection).
-
-    Args:
-        module: that has it.
-        name: of the parameter there.
-        head: whether the module belongs to the task's head.
-    """
+    """The matrix that P sees for a parameter, and its kind (definition: README of the projection)."""
     shape, transposed = logical_shape(module, name)
     size = math.prod(shape)
     if len(shape) < 2:

@@ -19,10 +19,6 @@ class IntrinsicModule(nn.Module, IntrinsicLayer):
     """A wrapper that computes `base_layer(x)` plus the contribution of P.
 
     Attributes that it lacks are those of the base layer. Its parameters are read with their offsets.
-
-    Args:
-        base_layer: the layer to wrap.
-        vector: the module with θ and λ.
     """
 
     mixable = True

@@ -46,11 +46,6 @@ def kind_of(name: str) -> str:
 def fits(option: str, pattern: str, key: str) -> bool:
     """Whether a regular expression matches a whole name.
 
-    Args:
-        option: that has this value, for the error.
-        pattern: the regular expression.
-        key: the name.
-
     Raises:
         ValueError: matching takes longer than `MATCH_TIMEOUT`, or `regex`, which is stricter than `re`, cannot read it.
     """

@@ -29,12 +29,7 @@ class _Values(threading.local):
 
 
 class IntrinsicParameters(nn.Module, IntrinsicLayer):
-    """The tuner layer of a module that is not wrapped, an entry of `IntrinsicVector.in_place`.
-
-    Args:
-        owner: the module.
-        vector: the module with θ and λ.
-    """
+    """The tuner layer of a module that is not wrapped, an entry of `IntrinsicVector.in_place`."""
 
     base_layer: nn.Module
     kind: Any

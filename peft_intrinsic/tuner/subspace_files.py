@@ -25,14 +25,7 @@ EMBEDDED = "subspace.safetensors"
 
 
 def find_subspace(folder: str, subfolder: str | None, config: Any, options: Mapping[str, Any]) -> str:
-    """Find the subspace file of a saved adapter: in its folder, or at the path in its configuration.
-
-    Args:
-        folder: of the adapter, or its name on the Hub.
-        subfolder: in that folder.
-        config: of the adapter.
-        options: of the download.
-    """
+    """Find the subspace file of a saved adapter: in its folder or on the Hub, or at the path in its configuration."""
     here = Path(folder, subfolder or "", Path(config.subspace).name)
     if here.exists() or not config.embed_subspace:
         return str(here) if here.exists() else config.subspace
@@ -58,10 +51,6 @@ def read_subspace(model: nn.Module, config: Any) -> tuple[str, list[str]]:
 
     Values are compared if all are floating point and in memory. Of a quantized or offloaded base model, only names and
     shapes are compared.
-
-    Args:
-        model: the base model, with or without adapters.
-        config: of the adapter.
 
     Raises:
         ValueError: the file is not the one that the adapter was trained with, or does not fit the model.

@@ -1,16 +1,17 @@
-"""Which parameters an adapter adapts: computed before the model is changed."""
+"""Which parameters an adapter adapts, and which rows of embeddings are fully trained beside them."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils import TaskType
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from ..projection import BLOCK_SIZE, Shapes, Spec
@@ -182,12 +183,6 @@ def outermost_modules(model: nn.Module, config: Any) -> Any:
 def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], names: Container[str]) -> Targeting:
     """Find the parameters of targeted modules and single ones, in all modules that have them.
 
-    Args:
-        model: the base model, with or without adapters.
-        config: of the new adapter, its options resolved.
-        modules: the targeted base modules.
-        names: of single parameters that are targeted.
-
     Raises:
         ValueError: nothing is targeted, or a parameter that cannot get an offset; d does not exceed the number of λ, or
             exceeds the number of weights; the projection is out of proportion to the model; or the model is not the
@@ -221,6 +216,13 @@ def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], n
             f"target_modules={config.target_modules!r} and target_parameters={config.target_parameters!r} matched "
             "no module with parameters of its own. Name linear layers, norms or embeddings, or pass 'all'."
         )
+    adapted = {module for held in users.values() for module, _ in held}
+    for key, module in model.named_modules():
+        if isinstance(module, TrainableTokensWrapper) and module.original_module in adapted:
+            raise ValueError(
+                f"trainable_token_indices={config.trainable_token_indices!r}: P adapts {key} too, so its offset would "
+                f"be lost. Exclude it: exclude_modules=['{key}']."
+            )
     groups = lambda_groups(users, config.lambda_granularity) if config.said else {}
     heads = {name: is_head(config, name.rpartition(".")[0]) for name in users}
     shapes = {name: matrix_view(*each[0], head=heads[name]) for name, each in users.items()}
@@ -230,6 +232,44 @@ def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], n
     return targeting
 
 
+def token_rows(model: nn.Module, config: Any) -> dict[str, Sequence[int]]:
+    """The trained rows of each embedding, by the embedding's name in the base model.
+
+    Raises:
+        ValueError, TypeError: `trainable_token_indices` names no embedding, or rows that it does not have.
+    """
+    option = config.trainable_token_indices
+    if not option:
+        return {}
+    if isinstance(option, Mapping):
+        given = dict(option)
+    else:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+        embedding = getattr(embedding, "original_module", embedding)
+        inputs = [key for key, module in base_modules(model) if module is embedding]
+        if not inputs:
+            raise ValueError(
+                f"trainable_token_indices={option!r}: the input embedding of the model is unknown. Pass "
+                "a dictionary: {'name of the embedding': indices}."
+            )
+        given = {inputs[0]: option}
+    result: dict[str, Sequence[int]] = {}
+    for name, rows in given.items():
+        found = {key: module for key, module in base_modules(model) if named([name], key)}
+        sizes = {getattr(module, "num_embeddings", getattr(module, "out_features", 0)) for module in found.values()}
+        if not found or 0 in sizes:
+            raise ValueError(f"trainable_token_indices={option!r}: the model has no embedding {name!r}. Name one.")
+        if isinstance(rows, str) or not all(type(row) is int for row in rows):
+            raise TypeError(f"trainable_token_indices={option!r} must hold a list of ints for {name!r}.")
+        if not rows or len(set(rows)) < len(rows) or not all(0 <= row < min(sizes) for row in rows):
+            raise ValueError(
+                f"trainable_token_indices={option!r}: the rows of {name!r} must be different indices from 0 to "
+                f"{min(sizes) - 1}, at least one."
+            )
+        result |= dict.fromkeys(found, rows)
+    return result
+
+
 def lambda_groups(names: Iterable[str], granularity: str) -> dict[str, int]:
     """Index of the λ of each parameter. `names` come in the order of the model."""
     labels = {}
@@ -237,12 +277,8 @@ def lambda_groups(names: Iterable[str], granularity: str) -> dict[str, int]:
     for name in names:
         block = block_of(name)
         blocks_seen |= block is not None
-        if granularity == "tensor":
-            labels[name] = name
-        elif granularity == "module":
-            labels[name] = name.rpartition(".")[0]
-        else:
-            labels[name] = block or ("after" if blocks_seen else "before")
+        layer = block or ("after" if blocks_seen else "before")
+        labels[name] = {"tensor": name, "module": name.rpartition(".")[0], "layer": layer}[granularity]
     index = {label: i for i, label in enumerate(dict.fromkeys(labels.values()))}
     return {name: index[label] for name, label in labels.items()}
 
