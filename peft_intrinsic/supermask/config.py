@@ -13,6 +13,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..card import add_sections
+from ..tuner.checks import check_choices, check_layers
 from ..version import __version__, pip_install
 
 
@@ -83,9 +84,7 @@ class SupermaskConfig(PeftConfig):
         if not 0 <= self.initial_sparsity < 1:
             raise ValueError(f"initial_sparsity must be from 0 to below 1, got {self.initial_sparsity}. Try 0.03.")
         self.initial_sparsity = float(self.initial_sparsity)
-        for name, allowed in (("init", ("magnitude", "random")), ("mask", ("threshold", "bernoulli"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+        check_choices(self, {"init": ("magnitude", "random"), "mask": ("threshold", "bernoulli")})
         if self.hold_sparsity and self.mask == "bernoulli":
             raise ValueError(
                 "hold_sparsity=True needs mask='threshold': a Bernoulli mask has no fixed number of zeros."
@@ -95,22 +94,12 @@ class SupermaskConfig(PeftConfig):
         if isinstance(self.seed, bool) or not isinstance(self.seed, Integral) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be an int from 0 to 2**63 - 1, got {self.seed!r}.")
         self.seed = int(self.seed)  # numpy's integers cannot be written to a file
-        alone = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
-        if alone and self.layers_to_transform is not None:
-            raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} does not work with the target_modules string "
-                f'{self.target_modules!r}. Pass target_modules as a list, or "all-linear".'
-            )
-        if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: pass the indexes of the blocks."
-            )
+        check_layers(self, ("all-linear",))
         if self.target_modules is None:
             raise ValueError('target_modules=None: name linear layers, or "all-linear".')
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
         if find_spec("constriction") is None:  # before training, not when it is saved
             raise ImportError(f"Masks are saved entropy-coded, which needs constriction. {pip_install('[codec]')}")
         # Present and empty, it keeps PEFT from writing targeted output layers into the adapter file.

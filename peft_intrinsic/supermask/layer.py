@@ -79,19 +79,16 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
         self._check_loaded(adapter)
         if adapter in self.supermask_bits:
             return bits_to_mask(self.supermask_bits[adapter], self.base_layer.weight.shape)
-        scores = self._scores(adapter) if scores is None else scores
+        scores = self.supermask_scores[adapter]() if scores is None else scores
         if not torch.isfinite(scores).all():
             raise ValueError(f"The scores of {self.name} are NaN or infinite. Lower the learning rate.")
         return make_mask(scores, self.configs[adapter])
-
-    def _scores(self, adapter: str) -> torch.Tensor:
-        return self.supermask_scores[adapter]()
 
     def _check_loaded(self, adapter: str) -> None:
         if adapter not in self.awaited:
             return
         if adapter in self.supermask_scores:  # TRL copies scores into its reference adapter
-            scores = self._scores(adapter)
+            scores = self.supermask_scores[adapter]()
             initial = initialize_scores(self._base_weight(), self.name, self.configs[adapter])
             if not torch.equal(scores, initial.to(scores)):
                 self.awaited.discard(adapter)
@@ -160,7 +157,7 @@ class SupermaskLinear(nn.Module, BaseTunerLayer):
             if adapter not in self.supermask_scores:
                 continue
             self._check_loaded(adapter)
-            scores = self._scores(adapter)
+            scores = self.supermask_scores[adapter]()
             mask = make_training_mask(scores, self.configs[adapter]) if self.training else self.get_mask(adapter)
             weight = weight * mask.to(weight.dtype)
         return weight

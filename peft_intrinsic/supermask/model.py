@@ -53,7 +53,7 @@ class SupermaskModel(CheckedTuner):
                     "modules_to_save. Remove the option, or use LoraConfig or IntrinsicConfig."
                 )
         check_adapter_names(model, self.peft_config, own=())
-        for layer in _layers(model):
+        for layer in _find_layers(model).values():
             layer.unmerge()  # a new adapter starts from the base weights
         modules = [module for _, module in model.named_modules(remove_duplicate=False)]
         self._uses = Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
@@ -107,7 +107,10 @@ class SupermaskModel(CheckedTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leave the scores in float32. Raise ValueError if autocasting is off and the base model is not float32."""
-        coarse = {layer.base_layer.weight.dtype for layer in _layers(self.model)} - {torch.float32, torch.float64}
+        coarse = {layer.base_layer.weight.dtype for layer in _find_layers(self.model).values()} - {
+            torch.float32,
+            torch.float64,
+        }
         if not autocast_adapter_dtype and coarse:
             raise ValueError(
                 f"autocast_adapter_dtype=False is not supported for a base model in {coarse.pop()}: the scores of a "
@@ -125,11 +128,7 @@ class SupermaskModel(CheckedTuner):
         yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge the masks of adapters into the base weights, in all layers or none.
-
-        Args:
-            adapter_names: names of the adapters; by default the active ones.
-            safe_merge: no effect, since every merge checks the masks first.
+        """Merge adapters (by default the active ones) into the base weights, in all layers or none.
 
         Raises:
             ValueError: an adapter is not attached, its saved mask was not loaded, or scores are not finite.
@@ -139,7 +138,7 @@ class SupermaskModel(CheckedTuner):
 
     def _check_masks(self, adapter_names: list[str] | None) -> None:
         self._check_attached(adapter_names)
-        for layer in _layers(self.model):
+        for layer in _find_layers(self.model).values():
             for name in adapter_names or layer.active_adapters:
                 if name in layer.configs:
                     layer.get_mask(name)
@@ -154,24 +153,20 @@ class SupermaskModel(CheckedTuner):
         if merge:
             self._check_masks(adapter_names)
         else:
-            for layer in _layers(self.model):
+            for layer in _find_layers(self.model).values():
                 layer.unmerge()
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def sparsity(self, adapter_name: str = "default") -> dict[str, float]:
-        """Compute the fraction of zeros of each masked layer by its name, and of all under `"all"`.
-
-        Args:
-            adapter_name: name of the adapter.
+        """Compute the fraction of zeros in each masked layer of an adapter by its name, and in all under `"all"`.
 
         Raises:
             ValueError: the adapter is not attached, its saved mask was not loaded, or scores are not finite.
         """
         self._check_attached(adapter_name)
-        masks = {layer.name: layer.get_mask(adapter_name) for layer in _layers(self.model, adapter_name)}
-        zeros = {name: int((~mask).sum()) for name, mask in masks.items()}
-        fractions = {name: zeros[name] / mask.numel() for name, mask in masks.items()}
-        return {**fractions, "all": sum(zeros.values()) / max(1, sum(mask.numel() for mask in masks.values()))}
+        return _count_zeros(
+            {layer.name: layer.get_mask(adapter_name) for layer in _find_layers(self.model, adapter_name).values()}
+        )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -182,16 +177,15 @@ class SupermaskModel(CheckedTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        result, zeros, weights = {}, 0, 0
-        for key, layer in _named_layers(model, adapter_name):
+        result, masks = {}, {}
+        for key, layer in _find_layers(model, adapter_name).items():
             scores = state_dict.get(f"{key}.supermask_scores.{adapter_name}.weight")
-            mask = layer.get_mask(adapter_name, scores)
+            masks[key] = layer.get_mask(adapter_name, scores)
             own = canonical(key, model)
-            result[f"{own}.{MASK}.{adapter_name}"] = encode_mask(mask)  # PEFT removes the adapter's name
-            zeros, weights = zeros + int((~mask).sum()), weights + mask.numel()
+            result[f"{own}.{MASK}.{adapter_name}"] = encode_mask(masks[key])  # PEFT removes the adapter's name
             if config.save_scores and scores is not None:
                 result[f"{own}.supermask_scores.{adapter_name}.weight"] = scores
-        config.final_sparsity, config.base_digest = zeros / max(1, weights), _compute_digest(model, adapter_name)
+        config.final_sparsity, config.base_digest = _count_zeros(masks)["all"], _compute_digest(model, adapter_name)
         return result
 
     @classmethod
@@ -205,7 +199,7 @@ class SupermaskModel(CheckedTuner):
         """
         given = {canonical(key).removeprefix(ROOT): value for key, value in state_dict.items()}
         rest = {key: v for key, v in state_dict.items() if MASK not in key and "supermask_scores" not in key}
-        for key, layer in _named_layers(model, adapter_name):
+        for key, layer in _find_layers(model, adapter_name).items():
             own = canonical(key, model).removeprefix(ROOT)
             if f"{own}.{MASK}" not in given:
                 raise ValueError(f"The file holds no mask of {layer.name}. It is an adapter of other modules.")
@@ -223,20 +217,22 @@ class SupermaskModel(CheckedTuner):
         return rest
 
 
-def _named_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, SupermaskLinear]]:
-    """The masked layers of a model, or those of one adapter, with their names in the model."""
-    for name, module in model.named_modules():
-        if isinstance(module, SupermaskLinear) and (adapter is None or adapter in module.configs):
-            yield name, module
+def _find_layers(model: nn.Module, adapter: str | None = None) -> dict[str, SupermaskLinear]:
+    """Find the masked layers of a model, or those of one adapter, by their names in the model."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SupermaskLinear)}
+    return {name: layer for name, layer in layers.items() if adapter is None or adapter in layer.configs}
 
 
-def _layers(model: nn.Module, adapter: str | None = None) -> list[SupermaskLinear]:
-    return [layer for _, layer in _named_layers(model, adapter)]
+def _count_zeros(masks: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Compute the fraction of zeros of each mask, and of all under "all"."""
+    zeros = {name: int((~mask).sum()) for name, mask in masks.items()}
+    fractions = {name: zeros[name] / mask.numel() for name, mask in masks.items()}
+    return {**fractions, "all": sum(zeros.values()) / max(1, sum(mask.numel() for mask in masks.values()))}
 
 
 def _compute_digest(model: nn.Module, adapter: str) -> str | None:
     """Compute a digest of the base weights under an adapter's masks; None if they are merged or not in memory."""
-    layers = _layers(model, adapter)
+    layers = _find_layers(model, adapter).values()
     if any(layer.merged for layer in layers):
         return None
     for layer in layers:

@@ -44,9 +44,7 @@ def check(config: Any) -> None:
         "scale": ("fan_in", "isometric"),
         "head": ("subspace", "keep"),
     }
-    for name, allowed in choices.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}.")
+    check_choices(config, choices)
     for name in ("manifest", "checksum", "requires", "subspace", "subspace_digest"):
         value = getattr(config, name)
         if not isinstance(value, str) and (value is not None or name == "requires"):
@@ -56,20 +54,32 @@ def check(config: Any) -> None:
             raise TypeError(f"{name} must be True or False, got {getattr(config, name)!r}.")
     _check_names(config)
     _check_subspace(config)
-    alone = isinstance(config.target_modules, str) and config.target_modules not in KEYWORDS
-    if alone and config.layers_to_transform is not None:
-        raise ValueError(
-            f"layers_to_transform={config.layers_to_transform!r} does not work with the target_modules string "
-            f'{config.target_modules!r}. Pass target_modules as a list, "norms-and-biases" or "all".'
-        )
-    if config.layers_pattern is not None and config.layers_to_transform is None:
-        raise ValueError(
-            f"layers_pattern={config.layers_pattern!r} needs layers_to_transform: pass the indexes of the blocks."
-        )
+    check_layers(config, KEYWORDS)
     if config.algorithm_version > ALGORITHM_VERSION:
         raise ValueError(
             f"This adapter has algorithm_version={config.algorithm_version}; peft_intrinsic {__version__} knows "
             f"versions up to {ALGORITHM_VERSION}. Upgrade: {pip_install()}"
+        )
+
+
+def check_choices(config: Any, choices: dict[str, tuple[str, ...]]) -> None:
+    """Raise ValueError if an option is none of its values."""
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {getattr(config, name)!r}.")
+
+
+def check_layers(config: Any, keywords: tuple[str, ...]) -> None:
+    """Raise ValueError if the options of layers go with no other option, or with a regular expression."""
+    alone = isinstance(config.target_modules, str) and config.target_modules not in keywords
+    if alone and config.layers_to_transform is not None:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} does not work with the target_modules string "
+            f"{config.target_modules!r}. Pass target_modules as a list, or as one of {keywords}."
+        )
+    if config.layers_pattern is not None and config.layers_to_transform is None:
+        raise ValueError(
+            f"layers_pattern={config.layers_pattern!r} needs layers_to_transform: pass the indexes of the blocks."
         )
 
 
