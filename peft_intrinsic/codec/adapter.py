@@ -49,8 +49,8 @@ def compress(
             or has an option that the format cannot hold.
 
     Example:
-        >>> data = compress(model, levels=4)
-        >>> model = load_packed(base, data)
+        >>> text = adapter_to_string(compress(model, levels=4))
+        >>> model = load_packed(base, adapter_from_string(text))
     """
     if sum(limit is not None for limit in (levels, max_bytes, max_error)) > 1:
         raise ValueError(f"Pass only one of levels={levels}, max_bytes={max_bytes} and max_error={max_error}.")
@@ -220,9 +220,7 @@ def _make_config(packed: PackedAdapter, names: list[str]) -> IntrinsicConfig:
     reinitialized = {sorted(names)[i] for i in packed.reinitialized}
     stored: dict[str, Any] = {
         "peft_type": "INTRINSIC",
-        "d": packed.d,
-        "seed": packed.seed,
-        "block_size": packed.block_size,
+        **{name: getattr(packed, name) for name in ("d", "seed", "block_size")},
         **packed.options,
         "reinitialized": [name for name in names if name in reinitialized],
         "manifest": packed.manifest_digest.hex(),

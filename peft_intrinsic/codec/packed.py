@@ -208,7 +208,7 @@ def _read_body(reader: wire.Reader, d: int, said: bool) -> tuple[np.ndarray, np.
     weights = (*counts, d - m - sum(counts)) if index == 0 else entropy.compute_prior(index, levels)
     if min(weights) < 1:
         raise ValueError("the counts exceed the length of θ")
-    symbols = entropy.decode(reader.read_rest(), d - m, weights)
+    symbols = entropy.decode(reader.read_bytes(len(reader.data) - reader.position), d - m, weights)
     occurring = np.bincount(symbols, minlength=levels)
     if not occurring.all() or (index == 0 and occurring.tolist() != list(weights)):
         raise ValueError("the values of the codebook do not occur as often as they must")

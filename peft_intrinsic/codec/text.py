@@ -13,12 +13,7 @@ from .packed import PackedAdapter
 
 
 def adapter_to_string(data: bytes) -> str:
-    """Encode a packed adapter as URL-safe text (base64 of letters, digits, `-` and `_`, without padding).
-
-    Example:
-        >>> text = adapter_to_string(compress(model))
-        >>> model = load_packed(base, adapter_from_string(text))
-    """
+    """Encode a packed adapter as URL-safe text (base64 of letters, digits, `-` and `_`, without padding)."""
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 

@@ -4,7 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from .quantize import from_halves, to_halves
+
+def to_halves(values: np.ndarray) -> tuple[int, np.ndarray]:
+    """Convert `float[k]` to an exponent and `float16[k]`, the largest in [1, 2), so that any scale has 11 bits.
+
+    Raises:
+        ValueError: the exponent does not fit into a signed byte.
+    """
+    largest = float(np.abs(values).max(initial=0))
+    exponent = int(np.frexp(largest)[1]) - 1 if largest else 0
+    if np.float16(np.ldexp(largest, -exponent)) == 2:  # rounded up
+        exponent += 1
+    if not -128 <= exponent < 128:
+        raise ValueError(
+            f"The largest parameter is {largest:g}, outside the range of a packed adapter (2^-128 to 2^128)."
+        )
+    return exponent, np.ldexp(values.astype(np.float64), -exponent).astype(np.float16)
+
+
+def from_halves(exponent: int, values: np.ndarray) -> np.ndarray:
+    """Convert the result of `to_halves` back: `float16[k]` to `float32[k]`."""
+    return np.ldexp(values.astype(np.float64), exponent).astype(np.float32)
 
 
 def write_varint(value: int) -> bytes:
@@ -92,7 +112,3 @@ class Reader:
         if not (1 <= largest < 2 or (largest == exponent == 0)):
             raise ValueError(f"{name} has an exponent that does not fit")
         return from_halves(exponent, halves)
-
-    def read_rest(self) -> bytes:
-        """Read all bytes that are left."""
-        return self.read_bytes(len(self.data) - self.position)
