@@ -7,7 +7,7 @@ import pytest
 
 from peft_intrinsic.analysis import CriticalLayers
 from peft_intrinsic.analysis.heat_map import heat_map
-from peft_intrinsic.bounds.plot import plot_sweep
+from peft_intrinsic.bounds.sweep import plot_sweep
 
 
 def draw_heat_map(path):

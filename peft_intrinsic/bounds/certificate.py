@@ -126,9 +126,10 @@ class Certificate:
 
     def report(self) -> str:
         """Return the certificate as a table for people; bounds are rounded up."""
+        limit = "100 %" if self.majority is None else "the majority class's error"
         rows = [
             ("certified", self.claim()),
-            ("vacuous", self._verdict()),
+            ("vacuous", f"{'yes: not' if self.vacuous else 'no:'} below {limit}"),
             ("training error", _percent(self.errors, self.n)),
         ]
         if self.majority is not None:
@@ -146,10 +147,6 @@ class Certificate:
         ]
         lines = [f"{name:<24}{value}" for name, value in rows]
         return "\n".join([*lines, "The certificate is void if", *(f"- {condition}" for condition in CONDITIONS)]) + "\n"
-
-    def _verdict(self) -> str:
-        limit = "100 %" if self.majority is None else "the majority class's error"
-        return f"yes: not below {limit}" if self.vacuous else f"no: below {limit}"
 
 
 def _ceil(fraction: float) -> str:

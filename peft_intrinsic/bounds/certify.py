@@ -98,10 +98,8 @@ def pack_adapter(
 
 def compute_digest(rows: Any) -> str:
     """Compute the SHA-256 of labeled texts from their rows as JSON lines, wherever their files are."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True).encode() + b"\n")
-    return digest.hexdigest()
+    lines = (json.dumps(row, sort_keys=True, ensure_ascii=True).encode() + b"\n" for row in rows)
+    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def _describe(data: bytes, certificate: Certificate, texts: LabeledTexts) -> dict[str, Any]:

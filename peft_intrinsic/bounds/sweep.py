@@ -90,9 +90,8 @@ def sweep(
     best = min(range(len(results)), key=lambda i: results[i]["certificate"]["bound"])
     data = adapter_from_string(rows[best]["adapter"])
     write_certified(Path(out, "best.pia"), data, Certificate.from_dict(results[best]["certificate"]), texts)
-    write_whole(
-        Path(out, "sweep.json"), json.dumps({"settings": settings, "num_tried": num_tried, "rows": results}, indent=1)
-    )
+    content = {"settings": settings, "num_tried": num_tried, "rows": results}
+    write_whole(Path(out, "sweep.json"), json.dumps(content, indent=1))
     return results
 
 
@@ -118,11 +117,37 @@ def _certify_row(
         is_scored = row.get("test_data") == test_data  # rows of earlier versions lack it
         test = row["test_errors"] if is_scored else count_errors(data, texts, ["eval"])[0], len(texts.data["eval"])
     counts = (row["errors"], count_message_bits(data), num_tried, delta, texts.count_majority_errors(), *test)
+    weights = {"table_bits": [0], "prior_bits": range(1, PRIORS + 1)}
     return {
         **{"d": row["d"], "levels": row["levels"], "bytes": len(data)},
-        **{
-            "table_bits": 8 * len(packed.encode_body([0])),
-            "prior_bits": 8 * len(packed.encode_body(range(1, PRIORS + 1))),
-        },
+        **{name: 8 * len(packed.encode_body(allowed)) for name, allowed in weights.items()},
         "certificate": Certificate(len(texts.data["train"]), *counts).to_dict(),
     }
+
+
+def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plot bound, training error and test error: against d for the lowest bound of each d, and against bytes for all.
+
+    Args:
+        rows: result of `sweep`.
+        path: file of the figure; its ending is the format.
+    """
+    from matplotlib.figure import Figure
+
+    dims = sorted({row["d"] for row in rows})
+    best = [min((row for row in rows if row["d"] == d), key=lambda row: row["certificate"]["bound"]) for d in dims]
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axis, shown, name, style in ((left, best, "d", "o-"), (right, rows, "bytes", "o")):
+        x, certificates = [row[name] for row in shown], [row["certificate"] for row in shown]
+        axis.plot(x, [values["bound"] for values in certificates], style, color="black", label="bound")
+        axis.plot(x, [values["risk"] for values in certificates], style, color="gray", label="training error")
+        if all(values["test_n"] for values in certificates):
+            errors = [values["test_errors"] / values["test_n"] for values in certificates]
+            axis.plot(x, errors, style, color="tab:blue", label="test error")
+        majority = certificates[0]["majority"] / certificates[0]["n"]
+        axis.axhline(majority, color="gray", linestyle=":", label="majority class")
+        axis.set(xscale="log", xlabel="trainable parameters (d)" if name == "d" else "bytes of the packed adapter")
+    left.set(ylabel="error", ylim=(0, None))
+    left.legend()
+    figure.savefig(path, dpi=150)

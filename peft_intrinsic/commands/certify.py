@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ..bounds.certificate import Certificate
 from ..bounds.certify import make_certificate, pack_adapter, verify_certificate, write_certified
-from ..bounds.plot import plot_sweep
-from ..bounds.sweep import sweep
+from ..bounds.sweep import plot_sweep, sweep
 from ..codec import read_packed
 from ..codec.adapter import DEFAULT_LEVELS
 from ..trials.store import write_whole
