@@ -164,7 +164,7 @@ def test_finetune_trains_the_rounded_theta(folder, monkeypatch):
         ((), "name either --adapter"),
         (("--adapter", "a", "--dims", "2"), "name either --adapter"),
         (("--dims", "2"), "--dims needs --model"),
-        (("--dims", "2,9999999", "--model", "base", "-o", "out"), "d=9999999 is more than"),
+        (("--dims", "2,9999999", "--model", "base", "-o", "out"), "d=9999999 exceeds the"),
         (
             ("--dims", "2", "--model", "base", "-o", "out", "--levels", "4,300"),
             "levels must be an integer from 1 to 256, got 300",
