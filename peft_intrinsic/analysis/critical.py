@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..trials.engine import Engine, InProcess
 from ..trials.runner import Runner
 from ..trials.store import Store
-from ..tuner.base_model import base_places
+from ..tuner.base_model import base_parameters
 from ..tuner.names import block_of, kind_of
 
 
@@ -134,10 +134,10 @@ def critical_layers(
         raise ValueError(f"tolerance={tolerance!r} is not in [0, 1). Use 0.01, for example.")
     if any(isinstance(module, BaseTunerLayer) for module in tuned.modules()):
         raise ValueError("tuned has adapters. Merge them first: critical_layers(base, model.merge_and_unload(), …).")
-    places = base_places(tuned)
+    places = base_parameters(tuned)
     before: dict[str, torch.Tensor]
     if isinstance(base, nn.Module):
-        before = {name: module._parameters[own] for name, (module, own) in base_places(base).items()}  # type: ignore[misc]
+        before = {name: module._parameters[own] for name, (module, own) in base_parameters(base).items()}  # type: ignore[misc]
     else:
         before = dict(base)
     parameters: dict[str, Any] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..trajectory.fit import group_names
-from ..tuner.base_model import base_places
+from ..tuner.base_model import base_parameters
 from ..tuner.layer import IntrinsicLayer
 from ..tuner.names import block_of, kind_of
 from .heat_map import heat_map
@@ -138,7 +138,7 @@ def disable_outliers(model: nn.Module, outliers: Outliers) -> None:
     Raises:
         ValueError: the model lacks a parameter, or has it in another shape.
     """
-    places = base_places(model)
+    places = base_parameters(model)
     for name, shape in outliers.shapes.items():
         if name not in places or tuple(places[name][0]._parameters[places[name][1]].shape) != shape:  # type: ignore[union-attr]
             raise ValueError(f"The model has no parameter {name} of shape {shape}. Load the one that was fine-tuned.")

@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..tuner.base_model import base_places
+from ..tuner.base_model import base_parameters
 from ..tuner.layer import IntrinsicLayer
 from ..tuner.names import canonical
 
@@ -41,7 +41,7 @@ class Reader:
         elif isinstance(source, nn.Module):
             model = source.get_base_model() if isinstance(source, PeftModel) else source
             added = _adapter_parameters(model)
-            places = base_places(model)
+            places = base_parameters(model)
             self._model = {n: m._parameters[p] for n, (m, p) in places.items() if id(m._parameters[p]) not in added}
             if isinstance(source, PeftModel):
                 self._model |= _fully_trained(model)

@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from ..tuner import IntrinsicConfig
-from ..tuner.base_model import base_digest, base_places
+from ..tuner.base_model import base_digest, base_parameters
 from ..tuner.head import explain_labels
-from ..tuner.layer import attached
+from ..tuner.layer import find_adapter
 from .packed import MAX_D, MAX_NAME, OPTIONS, PROJECTIONS, TASKS, PackedAdapter
 from .quantize import MAX_LEVELS, check_levels, quantize
 
@@ -93,7 +93,7 @@ def check_trained(config: IntrinsicConfig) -> None:
 
 def _read_fields(model: Any, adapter: str | None) -> dict[str, Any]:
     """Read the fields of `PackedAdapter` from a model; θ is not quantized."""
-    name = attached(model, adapter)
+    name = find_adapter(model, adapter)
     config: Any = model.peft_config[name]
     root = model.get_base_model()
     if not isinstance(config, IntrinsicConfig):
@@ -104,7 +104,7 @@ def _read_fields(model: Any, adapter: str | None) -> dict[str, Any]:
             f"d={config.d}, projection={config.projection!r} and task_type={config.task_type!r} cannot be packed: the "
             f"format has d ≤ {MAX_D}, projections {PROJECTIONS} and tasks {TASKS[1:]}."
         )
-    names = sorted(base_places(root))
+    names = sorted(base_parameters(root))
     reinitialized = config.reinitialized or []
     theta, scales = (
         vectors[name].weight.detach().cpu().float().numpy() if name in vectors else np.zeros(0, dtype=np.float32)
@@ -158,7 +158,7 @@ def load_packed(
     """
     packed = read_packed(source)
     root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = list(base_places(root))
+    names = list(base_parameters(root))
     config = _make_config(packed, names)
     labels = explain_labels(config.num_labels, root, config.task_type)
     if labels and (check_base or config.head == "subspace"):

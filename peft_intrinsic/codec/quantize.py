@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..tuner.layer import attached
+from ..tuner.layer import find_adapter
 from ..tuner.vector import Vector
 from .wire import from_halves, to_halves
 
@@ -96,7 +96,7 @@ def quantization_aware(model: Any, levels: int, adapter: str | None = None) -> I
         >>> data = compress(model, levels=4)  # no further loss
     """
     vectors = model.base_model.vector.intrinsic_theta
-    name = attached(model, adapter)
+    name = find_adapter(model, adapter)
     vector = vectors[name]
     vectors[name] = QuantizedVector(vector.weight.detach().clone(), check_levels(levels))
     vectors[name].train(vector.training).weight.requires_grad_(vector.weight.requires_grad)

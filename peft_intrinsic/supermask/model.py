@@ -12,7 +12,7 @@ from torch import nn
 
 from ..tuner.attach import check_replaceable
 from ..tuner.base import CheckedTuner
-from ..tuner.base_model import digest_at_hand
+from ..tuner.base_model import known_digest
 from ..tuner.files import check_adapter_names
 from ..tuner.module_types import is_linear
 from ..tuner.names import canonical
@@ -237,4 +237,4 @@ def _compute_digest(model: nn.Module, adapter: str) -> str | None:
         return None
     for layer in layers:
         layer.write_zeros([])
-    return digest_at_hand(model, [f"{layer.name}.weight" for layer in layers])
+    return known_digest(model, [f"{layer.name}.weight" for layer in layers])

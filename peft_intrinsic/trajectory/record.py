@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from ..tuner.base_model import base_places, values_digest
-from ..tuner.names import block_of, fits
+from ..tuner.base_model import base_parameters, values_digest
+from ..tuner.names import block_of, is_match
 
 START = "start.safetensors"
 SNAPSHOT = "snapshot-{:08d}.safetensors"
@@ -43,10 +43,10 @@ def parameters_of(model: nn.Module, pattern: str | None = None) -> dict[str, nn.
     model = getattr(model, "get_base_model", lambda: model)()
     first: dict[int, tuple[str, Any]] = {}
     wanted = set()
-    for name, (module, own) in base_places(model).items():
+    for name, (module, own) in base_parameters(model).items():
         parameter = module._parameters[own]
         first.setdefault(id(parameter), (name, parameter))
-        if block_of(name) if pattern is None else fits("parameters", pattern, name):
+        if block_of(name) if pattern is None else is_match("parameters", pattern, name):
             wanted.add(id(parameter))
     selected = dict(first[key] for key in first if key in wanted)
     if not selected:
@@ -185,7 +185,7 @@ class TrajectoryCallback(TrainerCallback):
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ValueError(f"every={every!r} is no positive integer. Use a number of steps, or None for epochs.")
         if parameters is not None:
-            fits("parameters", parameters, "")  # raises an error if it is no regular expression
+            is_match("parameters", parameters, "")  # raises an error if it is no regular expression
         self.folder, self.every, self.parameters, self.dtype = Path(folder), every, parameters, dtype
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from .config import IntrinsicConfig
 from .layer import IntrinsicLayer, Offset
 from .module_types import is_embedding, is_linear, logical_shape
 from .modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicModule
-from .names import VECTOR, canonical, inside
+from .names import VECTOR, canonical, is_inside
 from .parametrized import IntrinsicParameters
 from .targets import LAMBDA_SCALE, Targeting, identify
 from .vector import IntrinsicVector
@@ -92,7 +92,7 @@ def _warn_of_running_statistics(model: nn.Module, config: IntrinsicConfig) -> No
         key
         for key, module in base_modules(model)
         if isinstance(module, _NormBase) and module.running_mean is not None
-        if not inside(config.full_modules or (), key)
+        if not is_inside(config.full_modules or (), key)
     ]
     if names:
         warnings.warn(

@@ -16,7 +16,7 @@ from .batch_first import without_samples
 from .batches import Choices, Route
 from .config import IntrinsicConfig
 from .files import read_vectors
-from .layer import attached
+from .layer import find_adapter
 
 BASE = "__base__"
 """PEFT's name for the base model without an adapter."""
@@ -135,7 +135,7 @@ class AdapterBank:
 
     def __init__(self, model: Any, vectors: torch.Tensor, adapter: str | None = None) -> None:
         self.model = model
-        self.adapter = attached(model, adapter)
+        self.adapter = find_adapter(model, adapter)
         config = model.peft_config[self.adapter]
         if vectors.dim() != 2 or vectors.shape[1] != config.d:
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .layer import attached
+from .layer import find_adapter
 
 
 class CheckedTuner(BaseTuner):
@@ -41,7 +41,7 @@ class CheckedTuner(BaseTuner):
     def _check_attached(self, adapter_names: str | Sequence[str] | None) -> None:
         """Raise ValueError if one of the adapters is not attached. None means the active ones."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names or ():
-            attached(self, name)
+            find_adapter(self, name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters as in PEFT. Raise ValueError if one is not attached."""

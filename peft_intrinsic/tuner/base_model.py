@@ -11,18 +11,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .names import VECTOR, block_of, canonical, foreign
+from .names import VECTOR, block_of, canonical, is_foreign
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The names and modules of the base model, without those of attached adapters."""
     for name, module in model.named_modules():
-        name = canonical(name, model) if not foreign(name) else VECTOR
+        name = canonical(name, model) if not is_foreign(name) else VECTOR
         if name.partition(".")[0] != VECTOR and not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             yield name, module
 
 
-def base_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def base_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """The module of each floating-point parameter of the base model, and the parameter's name in it, by full names.
 
     A parameter that several modules share has an entry for each of its names.
@@ -51,7 +51,7 @@ def base_digest(model: nn.Module, without: Container[str] = ()) -> bytes:
     if any(getattr(module, "merged_adapters", None) for module in model.modules()):
         raise ValueError("An adapter is merged into the base model. Call unmerge_adapter() first.")
     digest = hashlib.sha256()
-    for name, (module, own) in sorted(base_places(model).items(), key=lambda place: place[0]):
+    for name, (module, own) in sorted(base_parameters(model).items(), key=lambda place: place[0]):
         if name in without:
             continue
         parameter: Any = module._parameters[own]
@@ -70,13 +70,13 @@ def values_digest(model: nn.Module, names: Collection[str]) -> str:
     """
     model = getattr(model, "get_base_model", lambda: model)()
     inner = {name for name in names if block_of(name)} or set(names)
-    return base_digest(model, without=set(base_places(model)) - inner).hex()
+    return base_digest(model, without=set(base_parameters(model)) - inner).hex()
 
 
-def digest_at_hand(model: nn.Module, names: Collection[str]) -> str | None:
+def known_digest(model: nn.Module, names: Collection[str]) -> str | None:
     """`values_digest`, or None for quantized, offloaded or float16 parameters, and under a merged adapter."""
     model = getattr(model, "get_base_model", lambda: model)()
-    parameters = {name: module._parameters[own] for name, (module, own) in base_places(model).items()}
+    parameters = {name: module._parameters[own] for name, (module, own) in base_parameters(model).items()}
     chosen = [parameters.get(name) for name in names]
     absent = any(p is None or p.is_meta or p.dtype == torch.float16 or type(p.data) is not torch.Tensor for p in chosen)
     merged = any(getattr(module, "merged_adapters", None) for module in model.modules())

@@ -14,7 +14,7 @@ from torch import nn
 from ..projection.subspace import Subspace
 from .base_model import base_modules
 from .config import SAME, IntrinsicConfig
-from .names import TOKENS, VECTOR, named
+from .names import TOKENS, VECTOR, is_named
 from .targets import token_rows
 
 KEY_PARTS = ("base_model", "model", VECTOR, "intrinsic_theta", "intrinsic_lambda", "weight")
@@ -97,7 +97,7 @@ def check_adapter_names(model: nn.Module, configs: Mapping[str, Any], own: Itera
     for config in configs.values():
         beside = [*(config.full_modules or ()), *token_rows(model, config)]
         for key, module in base_modules(model) if beside else ():
-            if named(beside, key):
+            if is_named(beside, key):
                 taken |= {"modules_to_save", "token_adapter", *TOKENS, *key.split(".")}
                 taken |= {part for own in module.state_dict() for part in own.split(".")}
     if clash := sorted(taken & set(configs)):

@@ -19,11 +19,11 @@ from peft_intrinsic_autoload.loading import LOADING as _LOADING
 from peft_intrinsic_autoload.loading import sample as _sample
 
 from ..projection.randomness import normals, words
-from .base_model import base_places
+from .base_model import base_parameters
 from .config import IntrinsicConfig
 from .layer import IntrinsicLayer
 from .loading import Note, Place, new_parameters, parameter_at, replaced_heads, unmarked_parameters
-from .names import inside
+from .names import is_inside
 from .targets import HEAD_NAMES
 
 logger = logging.getLogger(__name__)
@@ -49,19 +49,19 @@ class Reinitialization:
         whole = config.full_modules or ()
         layers = [module for module in model.modules() if isinstance(module, IntrinsicLayer)]
         adapted = {offset.name for layer in layers for own in layer.offsets.values() for offset in own.values()}
-        if clash := sorted(name for name in adapted if inside(whole, name)):
+        if clash := sorted(name for name in adapted if is_inside(whole, name)):
             raise ValueError(
                 f"modules_to_save={config.full_modules}: another adapter already adapts {', '.join(clash)}. Attach "
                 "this adapter first, or leave these out of the other one (exclude_modules; head='keep' for a head)."
             )
         self._model = model
-        self._places = places = base_places(model)
+        self._places = places = base_parameters(model)
         replaced = replaced_heads(model, places, HEAD_NAMES.get(config.task_type or "", ()))
         unknown = unmarked_parameters(model, places) | replaced
         chosen = {name: replaced[name] for name in config.reinitialized or () if name in replaced}
         self._new = unknown if _LOADING.get() else new_parameters(model, places) | chosen
         done = {name for other in attached.values() for name in other.reinitialized or []}
-        new = [name for name in places if name in self._new and name not in done and not inside(whole, name)]
+        new = [name for name in places if name in self._new and name not in done and not is_inside(whole, name)]
         if config.reinitialized is not None and config.manifest is not None:
             self._check_loaded(config, new, done)
             self.names = config.reinitialized
@@ -74,14 +74,14 @@ class Reinitialization:
         elif config.head == "keep":
             self.names, self.pending = [], []
         else:
-            unsure = [name for name in unknown if name not in done and not inside(whole, name)]
+            unsure = [name for name in unknown if name not in done and not is_inside(whole, name)]
             if unsure and not _LOADING.get():
                 raise ValueError(
                     f"It is unknown whether the checkpoint contains these parameters: {', '.join(unsure)}. Import "
                     "peft_intrinsic before you load the model with its head, or pass reinitialized=[names] to start "
                     "them from a fixed seed, reinitialized=[] to keep their values."
                 )
-            self.names = [name for name in places if name in {*new, *done} and not inside(whole, name)]
+            self.names = [name for name in places if name in {*new, *done} and not is_inside(whole, name)]
             self.pending = new
             if new:
                 logger.info(

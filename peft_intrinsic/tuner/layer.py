@@ -233,7 +233,7 @@ def _is_transformed(thetas: Iterable[torch.Tensor]) -> bool:
     return forward_mode or torch._C._are_functorch_transforms_active()
 
 
-def attached(model: Any, adapter: str | None) -> str:
+def find_adapter(model: Any, adapter: str | None) -> str:
     """The adapter of this name, or the active one.
 
     Raises:

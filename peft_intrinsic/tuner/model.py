@@ -27,7 +27,7 @@ from .layer import IntrinsicLayer
 from .loading import clear_notes
 from .manifest import compute_manifest
 from .merging import find_bias_flags
-from .names import KEYWORDS, VECTOR, canonical, foreign
+from .names import KEYWORDS, VECTOR, canonical, is_foreign
 from .parametrized import IntrinsicParameters
 from .subspace_files import read_subspace
 from .targets import default_targets, find_targets, is_head, match_module, outermost_modules, targeted_parameters
@@ -142,7 +142,7 @@ class IntrinsicModel(CheckedTuner):
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         name = canonical(key, self.model)
-        if name.partition(".")[0] == VECTOR or foreign(key):
+        if name.partition(".")[0] == VECTOR or is_foreign(key):
             return False
         matched = match_module(peft_config, key, self.model)
         return is_head(peft_config, name) if matched is False else matched

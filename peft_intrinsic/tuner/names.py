@@ -43,7 +43,7 @@ def kind_of(name: str) -> str:
     return name.removeprefix(f"{block_of(name)}.")
 
 
-def fits(option: str, pattern: str, key: str) -> bool:
+def is_match(option: str, pattern: str, key: str) -> bool:
     """Whether a regular expression matches a whole name.
 
     Raises:
@@ -57,12 +57,12 @@ def fits(option: str, pattern: str, key: str) -> bool:
         raise ValueError(f"{option}={pattern!r} is not a regular expression: {error}.") from None
 
 
-def named(names: Iterable[str], key: str) -> bool:
+def is_named(names: Iterable[str], key: str) -> bool:
     """Whether a name is among `names` or ends with one of them, as in LoRA."""
     return any(key == name or key.endswith(f".{name}") for name in names)
 
 
-def inside(modules: Iterable[str], key: str) -> bool:
+def is_inside(modules: Iterable[str], key: str) -> bool:
     """Whether a module or parameter is one of `modules` or inside one."""
     return any(f".{module}." in f".{key}." for module in modules)
 
@@ -85,6 +85,6 @@ def canonical(name: str, model: nn.Module | None = None) -> str:
     return ".".join(plain)
 
 
-def foreign(name: str) -> bool:
+def is_foreign(name: str) -> bool:
     """Whether a module or parameter belongs to an adapter of another kind, not to the base model."""
     return any(f".{part}." in f".{name}." for part in ("modules_to_save", *TOKENS))

@@ -14,9 +14,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import nn
 
 from ..projection.subspace import Subspace
-from .base_model import base_modules, digest_at_hand
+from .base_model import base_modules, known_digest
 from .module_types import logical_shape
-from .names import inside
+from .names import is_inside
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ def read_subspace(model: nn.Module, config: Any) -> tuple[str, list[str]]:
                 f"subspace={config.subspace!r} adapts {name} {shape}, but this model has {found or 'none'} there. Load "
                 "the model that the subspace was recorded on."
             )
-    if subspace.base and (here := digest_at_hand(model, subspace.shapes)) not in (None, subspace.base):
+    if subspace.base and (here := known_digest(model, subspace.shapes)) not in (None, subspace.base):
         raise ValueError(
             f"subspace={config.subspace!r} was recorded from other weights (digest {subspace.base}, here {here}). "
             "Load the checkpoint that the recording began with, or record on this one."
         )
-    names = [name for name in subspace.shapes if not inside(config.full_modules or (), name)]
+    names = [name for name in subspace.shapes if not is_inside(config.full_modules or (), name)]
     if not names:
         raise ValueError(
             f"modules_to_save={config.full_modules} includes all parameters that the subspace adapts. Leave some out."

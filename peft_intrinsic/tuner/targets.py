@@ -18,7 +18,7 @@ from ..projection import BLOCK_SIZE, Shapes, Spec
 from .base_model import base_modules
 from .manifest import check_manifest
 from .module_types import adaptable_names, is_linear, is_vector, logical_shape, matrix_view
-from .names import KEYWORDS, block_of, canonical, fits, foreign, inside, named
+from .names import KEYWORDS, block_of, canonical, is_foreign, is_inside, is_match, is_named
 
 HEAD_NAMES: dict[str, tuple[str, ...]] = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -66,8 +66,8 @@ def is_head(config: Any, key: str) -> bool:
 def is_excluded(config: Any, key: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` names a module."""
     names = config.exclude_modules or ()
-    excluded = fits("exclude_modules", names, key) if isinstance(names, str) else named(names, key)
-    return excluded or inside(config.full_modules or (), key)
+    excluded = is_match("exclude_modules", names, key) if isinstance(names, str) else is_named(names, key)
+    return excluded or is_inside(config.full_modules or (), key)
 
 
 def is_targeted(config: Any, key: str) -> bool:
@@ -80,10 +80,11 @@ def is_targeted(config: Any, key: str) -> bool:
     if targets in KEYWORDS:
         targets = None
     if isinstance(targets, str):
-        return fits("target_modules", targets, key)
+        return is_match("target_modules", targets, key)
     if targets is None and config.target_parameters:
         return False
-    if targets is not None and not named(map(canonical, targets), key):  # "all-linear" lists names with wrappers' parts
+    # The names that PEFT lists for "all-linear" contain parts of wrappers.
+    if targets is not None and not is_named(map(canonical, targets), key):
         return False
     layers = config.layers_to_transform
     if layers is None or layers == []:
@@ -93,7 +94,7 @@ def is_targeted(config: Any, key: str) -> bool:
         # The first number is the layer's; experts inside it are numbered too.
         for index in re.finditer(r"\.(\d+)\.", key):
             path = key[: index.start()]
-            if fits("layers_pattern", rf"(?:.*\.)?(?:{pattern})", path):
+            if is_match("layers_pattern", rf"(?:.*\.)?(?:{pattern})", path):
                 return int(index[1]) in ([layers] if isinstance(layers, int) else layers)
     return False
 
@@ -104,7 +105,7 @@ def match_module(config: Any, key: str, model: nn.Module) -> Any:
     Raises:
         ValueError: a regular expression takes too long.
     """
-    if foreign(key):
+    if is_foreign(key):
         return False
     key = canonical(key, model)
     return _ExcludedModule() if is_excluded(config, key) else is_targeted(config, key)
@@ -144,7 +145,7 @@ def targeted_parameters(model: nn.Module, config: Any) -> list[str]:
     """Names of the parameters that `target_parameters` selects: by suffix, as in LoRA; by whole name for a subspace."""
     names, exact = config.target_parameters, config.projection == "trajectory"
     adaptable = [_join(key, own) for key, _, own in adaptable_parameters(model, config)]
-    return [name for name in adaptable if (name in names if exact else named(names, name))]
+    return [name for name in adaptable if (name in names if exact else is_named(names, name))]
 
 
 def default_targets(model: nn.Module, config: Any) -> str:
@@ -255,7 +256,7 @@ def token_rows(model: nn.Module, config: Any) -> dict[str, Sequence[int]]:
         given = {inputs[0]: option}
     result: dict[str, Sequence[int]] = {}
     for name, rows in given.items():
-        found = {key: module for key, module in base_modules(model) if named([name], key)}
+        found = {key: module for key, module in base_modules(model) if is_named([name], key)}
         sizes = {getattr(module, "num_embeddings", getattr(module, "out_features", 0)) for module in found.values()}
         if not found or 0 in sizes:
             raise ValueError(f"trainable_token_indices={option!r}: the model has no embedding {name!r}. Name one.")

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from ..projection import FastfoodTensor
-from .base_model import base_modules, base_places
-from .layer import IntrinsicLayer, attached
+from .base_model import base_modules, base_parameters
+from .layer import IntrinsicLayer, find_adapter
 from .modules import IntrinsicEmbedding, IntrinsicLinear
-from .names import canonical, named
+from .names import canonical, is_named
 
 PREFIX = "base_model.model."
 KEYS: dict[type, tuple[str, str]] = {
@@ -49,7 +49,7 @@ def convert_to_lora(
             lists them with their fraction of the offset's norm); nothing can be converted; an adapter is merged; or
             the adapter is not attached.
     """
-    config = model.peft_config[attached(model, adapter_name)]
+    config = model.peft_config[find_adapter(model, adapter_name)]
     base = model.get_base_model()
     names = {id(module): name for name, module in base_modules(base)}
     whole = {name.rpartition(".")[0] for name in config.reinitialized or []}
@@ -80,12 +80,12 @@ def convert_to_lora(
                     state[f"{PREFIX}{module}.{key}"] = value.contiguous()
             else:
                 lost.append(f"{module}.{own}")
-    for name, (owner, own) in base_places(base).items():
+    for name, (owner, own) in base_parameters(base).items():
         if name.rpartition(".")[0] in whole:  # a plain base model also lacks the parameters that are not adapted
             state.setdefault(PREFIX + name, owner._parameters[own].detach().clone())  # type: ignore[union-attr]
     for key, trained in beside.items():
         state |= {f"{PREFIX}{canonical(key, base)}.{own}": value.clone() for own, value in trained.items()}
-    full = {key for key in beside if named(config.full_modules or (), key)}
+    full = {key for key in beside if is_named(config.full_modules or (), key)}
     if lost and not accept_loss:
         share = math.sqrt(sum(norms[name] for name in lost) / max(sum(norms.values()), 1e-30))
         raise ValueError(

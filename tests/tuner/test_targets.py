@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.tuner.module_types import is_norm, matrix_view
-from peft_intrinsic.tuner.names import fits
+from peft_intrinsic.tuner.names import is_match
 from peft_intrinsic.tuner.targets import is_excluded, is_targeted
 
 
@@ -109,10 +109,10 @@ def test_a_parameter_is_seen_as_a_matrix(module, name, expected):
 
 
 def test_an_expression_that_never_ends_is_refused():
-    assert fits("target_modules", r".*\.query", "layer.0.query")
-    assert not fits("target_modules", "query", "layer.0.query")
+    assert is_match("target_modules", r".*\.query", "layer.0.query")
+    assert not is_match("target_modules", "query", "layer.0.query")
     with pytest.raises(ValueError, match=r"exclude_modules=.*takes too long"):
-        fits("exclude_modules", "(a|aa)+", "a" * 60 + "?")
+        is_match("exclude_modules", "(a|aa)+", "a" * 60 + "?")
 
 
 @pytest.mark.parametrize(
