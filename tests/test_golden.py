@@ -163,7 +163,7 @@ def test_an_old_run_of_a_command_has_its_rows(action, words, tmp_path, monkeypat
     found: list[Any] = []
     monkeypatch.setattr(command, action, found.append)
     main(["trajectory", action, "--model", "some/model", "--train", "t.csv", "-o", "out", *words])
-    with Store(copied(action, tmp_path), command._settings(found[0])) as store:
+    with Store(copied(action, tmp_path), command._build_settings(found[0])) as store:
         assert store.rows[store.key({"run": "zero-shot"})]["accuracy"] == 0.5
 
 

@@ -1,1 +1,1 @@
-"""What the commands of `peft-intrinsic` do."""
+"""What the subcommands of `peft-intrinsic` do: a function for each, with the parsed options as its argument."""

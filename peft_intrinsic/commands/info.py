@@ -16,8 +16,7 @@ from ..bounds.certify import get_certificate_path
 from ..codec import load_packed, read_packed
 from ..supermask import SupermaskConfig
 from ..tuner import IntrinsicConfig
-from .inputs import CLASSES, adapter_size, load_base, local_path, read_adapter_config
-from .pack import stored_labels
+from .inputs import MODEL_CLASSES, count_adapter_bytes, get_labels, load_base, read_adapter_config, resolve_path
 
 TARGETS = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
@@ -33,7 +32,7 @@ def info(args: argparse.Namespace) -> None:
         ValueError: there is no such adapter, or its method is not supported.
         SystemExit: the adapter does not fit the base model; the status is 1.
     """
-    path = Path(local_path(args.adapter))
+    path = Path(resolve_path(args.adapter))
     options = _read_packed_options(path) if path.is_file() else _read_options(path)
     options["num_labels"] = args.labels or options.get("num_labels")
     for name, value in {**_describe(path, options), "certificate": _describe_certificates(path)}.items():
@@ -66,7 +65,7 @@ def _read_packed_options(path: Path) -> dict[str, Any]:
         **packed.options,
         **{name: getattr(packed, name) for name in ("d", "seed", "block_size")},
         "algorithm_version": packed.algorithm,
-        "num_labels": stored_labels(path, packed),
+        "num_labels": get_labels(path, packed),
         "base_model_name_or_path": packed.base,
         "base_digest": packed.base_digest.hex(),
         "manifest": packed.manifest_digest.hex(),
@@ -76,7 +75,7 @@ def _read_packed_options(path: Path) -> dict[str, Any]:
 def _describe(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Describe an adapter, by the names of the printed rows."""
     packed = path.is_file()
-    size = path.stat().st_size if packed else adapter_size(path)
+    size = path.stat().st_size if packed else count_adapter_bytes(path)
     rows: dict[str, Any] = {"adapter": f"{path}, {size} bytes" + (", packed" if packed else "")}
     if "final_sparsity" in options:
         zeros = options["final_sparsity"]
@@ -132,7 +131,7 @@ def _compare(path: Path, options: Mapping[str, Any], base: str, **more: Any) -> 
     try:
         model = load_base(base, task, labels, **more)
     except (ValueError, RuntimeError) as error:
-        loaded_as = CLASSES.get(task or "", "AutoModel") + (f" with {labels} labels" if labels else "")
+        loaded_as = MODEL_CLASSES.get(task or "", "AutoModel") + (f" with {labels} labels" if labels else "")
         return f"{base} cannot be loaded as {loaded_as}. {error}"
     try:
         load_packed(model, path) if path.is_file() else PeftModel.from_pretrained(model, str(path))

@@ -12,10 +12,14 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import AutoConfig
 
+from peft_intrinsic_autoload.labels import LABELS
+
+from ..codec import PackedAdapter
+from ..text.labeled import LabeledTexts
 from ..tuner import IntrinsicConfig
 from ..tuner.subspace_files import EMBEDDED
 
-CLASSES = {
+MODEL_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
@@ -38,7 +42,7 @@ def load_base(name: str, task: str | None, labels: int | None = None, **more: An
         more: further arguments of `from_pretrained`.
     """
     options = {"num_labels": labels, **more} if labels else more
-    return getattr(transformers, CLASSES.get(task or "", "AutoModel")).from_pretrained(name, **options)
+    return getattr(transformers, MODEL_CLASSES.get(task or "", "AutoModel")).from_pretrained(name, **options)
 
 
 def read_adapter_config(folder: str, types: tuple[type[PeftConfig], ...] = (IntrinsicConfig,)) -> Any:
@@ -62,13 +66,24 @@ def read_adapter_config(folder: str, types: tuple[type[PeftConfig], ...] = (Intr
     return config
 
 
-def adapter_size(folder: str | Path) -> int:
+def get_labels(file: str | Path, packed: PackedAdapter) -> int | None:
+    """Get the number of labels that a packed adapter stores; `None` if it stores none.
+
+    Raises:
+        ValueError: there are too many for a head in memory.
+    """
+    if packed.classes > LABELS:
+        raise ValueError(f"{file} has {packed.classes} labels. At most {LABELS} are supported.")
+    return packed.classes or None
+
+
+def count_adapter_bytes(folder: str | Path) -> int:
     """Count the bytes of an adapter's configuration and parameters."""
     files = (Path(folder, name) for name in ADAPTER_FILES)
     return sum(file.stat().st_size for file in files if file.exists())
 
 
-def local_path(name: str) -> str:
+def resolve_path(name: str) -> str:
     """Return a file or folder as it is; for a name on the Hub, download its weights and return their folder.
 
     Raises:
@@ -82,11 +97,11 @@ def local_path(name: str) -> str:
         raise ValueError(f"{name!r} is neither a file or folder nor a name that the Hub gives: {error}") from None
 
 
-def output_file(option: str, name: str | Path) -> Path:
-    """Return the path of a file to write, and make its folder.
+def prepare_output_file(option: str, name: str | Path) -> Path:
+    """Make the folder of a file to write, and return the path of the file.
 
     Raises:
-        ValueError: it is a folder.
+        ValueError: the path is a folder; the message names the option.
     """
     path = Path(name)
     if path.is_dir():
@@ -95,7 +110,7 @@ def output_file(option: str, name: str | Path) -> Path:
     return path
 
 
-def base_name(args: argparse.Namespace, own: str | None) -> str:
+def find_base_name(args: argparse.Namespace, own: str | None) -> str:
     """Return the name of the base model: that of `--model`, or else that of the adapter.
 
     Raises:
@@ -115,7 +130,20 @@ def base_name(args: argparse.Namespace, own: str | None) -> str:
     return own
 
 
-def training_arguments(args: argparse.Namespace) -> dict[str, Any]:
+def load_texts(args: argparse.Namespace, named: str | None = None, labels: int | None = None) -> LabeledTexts:
+    """Load the labeled texts and the base model that the options name.
+
+    Args:
+        args: `model`, `train`, `eval`, `text`, `label` and `batch`; without `train` or `eval` the other one serves.
+        named: name of the base model that the adapter stores.
+        labels: number of labels of its head, if it is not that of the training data.
+    """
+    held_out = getattr(args, "eval", None)
+    train: Any = args.train or held_out
+    return LabeledTexts(find_base_name(args, named), train, held_out, args.text, args.label, args.batch, labels)
+
+
+def build_training_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The `TrainingArguments` that follow from `--epochs` and `--batch`."""
     return {
         "num_train_epochs": args.epochs,

@@ -16,7 +16,7 @@ from ..measure.measure_text import measure_text
 from ..measure.report import advice, score_and_target, summary
 from ..measure.study import study as run_study
 from ..text.training import load_without_weights
-from .inputs import training_arguments
+from .inputs import build_training_arguments
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -46,7 +46,7 @@ def _run_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("task", "train", "eval", "dataset", "label", "metric", "task_type", "max_length", "patience")
     options = {name: getattr(args, name) for name in names}
     plan = {name: getattr(args, name) for name in ("seeds", "baseline_seeds", "trials", "minutes", "sweep")}
-    arguments = training_arguments(args) | _read_config(args.config)
+    arguments = build_training_arguments(args) | _read_config(args.config)
     return {
         "options": {**options, "columns": tuple(args.text), "arguments": arguments},
         "question": {**_question(args), **plan, "learning_rates": (args.full_learning_rates, args.learning_rates)},

@@ -20,7 +20,7 @@ from ..text.tasks import Task, load_task
 from ..text.training import TRAININGS
 from ..tuner import IntrinsicConfig
 from ..tuner.names import KEYWORDS
-from .inputs import ADAPTER_FILES, adapter_size, training_arguments
+from .inputs import ADAPTER_FILES, build_training_arguments, count_adapter_bytes
 
 SCORES = "scores.json"
 
@@ -59,7 +59,7 @@ def train(args: argparse.Namespace) -> None:
         scores["after"] = training.evaluate(trainer, "eval")
     _print_scores(scores, sizes, task, args.lr)
     _save(model, scores, task, args)
-    print(f"{folder}: d = {config.d}, {adapter_size(folder)} bytes, with {SCORES}")
+    print(f"{folder}: d = {config.d}, {count_adapter_bytes(folder)} bytes, with {SCORES}")
 
 
 def _print_scores(scores: Mapping[str, float], sizes: Mapping[str, str], task: Task, learning_rate: float) -> None:
@@ -98,7 +98,7 @@ def _save(model: Any, scores: Mapping[str, float], task: Task, args: argparse.Na
 def _build_text_options(args: argparse.Namespace) -> TextOptions:
     names = ("model", "task", "train", "eval", "dataset", "label", "metric", "task_type", "max_length")
     given = {name: getattr(args, name) for name in names}
-    arguments = {**training_arguments(args), "disable_tqdm": False}
+    arguments = {**build_training_arguments(args), "disable_tqdm": False}
     return TextOptions(**given, columns=tuple(args.text), arguments=arguments)
 
 

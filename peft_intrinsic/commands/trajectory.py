@@ -1,4 +1,4 @@
-"""What the actions of the command trajectory do."""
+"""The command trajectory and its actions."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from ..trajectory.fit import fit_subspace
 from ..trajectory.record import TrajectoryCallback, snapshots
 from ..trials.store import SETTINGS, Store, write_whole
 from ..tuner import IntrinsicConfig
+from .inputs import load_texts
 
-PLACES = "model", "train", "eval", "adapter", "recordings"
+FILE_OPTIONS = "model", "train", "eval", "adapter", "recordings"
 """Options that name files and folders, or the model on the Hub."""
 
 CAVEAT = (
@@ -33,51 +34,51 @@ CAVEAT = (
 )
 
 
-def _texts(args: argparse.Namespace) -> LabeledTexts:
-    return LabeledTexts(args.model, args.train, getattr(args, "eval", None), args.text, args.label, args.batch)
+def _build_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect all options but the output folder, with files by name and digest instead of by path."""
 
+    def name_files(value: Any) -> Any:
+        if isinstance(value, list):
+            return [name_files(one) for one in value]
+        return name_with_digest(Path(value)) if value and Path(value).exists() else value
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """All options but where the results go, with files and folders by name and content instead of by place."""
-
-    def content(place: Any) -> Any:
-        if isinstance(place, list):
-            return [content(one) for one in place]
-        return name_with_digest(Path(place)) if place and Path(place).exists() else place
-
-    found = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
-    return as_stored(found | {name: content(found[name]) for name in PLACES if name in found})
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
+    return as_stored(settings | {name: name_files(settings[name]) for name in FILE_OPTIONS if name in settings})
 
 
 def record(args: argparse.Namespace) -> None:
-    """Fine-tune in full, and keep snapshots."""
+    """Fine-tune all weights, and store snapshots of them.
+
+    Raises:
+        ValueError: the folder is in use, or an option cannot work.
+    """
     callback = TrajectoryCallback(args.out, args.every, args.parameters)
     folder, done = Path(args.out, "checkpoints"), {"run": "record"}
     if snapshots(args.out) and not Path(args.out, SETTINGS).exists():
         raise ValueError(f"--out {args.out} holds a recording that this command did not make. Name another folder.")
-    with Store(args.out, _settings(args)) as store:
+    with Store(args.out, _build_settings(args)) as store:
         if store.key(done) not in store.rows:
             for path in folder.glob("checkpoint-*"):
-                if not (path / TRAINER_STATE_NAME).exists():  # the Trainer writes it last: killed before
+                if not (path / TRAINER_STATE_NAME).exists():  # the Trainer writes it last, so it was killed before
                     shutil.rmtree(path)
-            begun = any(folder.glob("checkpoint-*"))
-            if not begun:  # stopped before the first checkpoint: begin again
+            resumes = any(folder.glob("checkpoint-*"))
+            if not resumes:  # the snapshots are of a run that stopped before its first checkpoint
                 for path in snapshots(args.out):
                     path.unlink()
-            texts = _texts(args)
-            when = {"save_strategy": "steps" if args.every else "epoch", "save_steps": 8 * (args.every or 1)}
+            texts = load_texts(args)
+            saving = {"save_strategy": "steps" if args.every else "epoch", "save_steps": 8 * (args.every or 1)}
             trainer = texts.build_trainer(
-                texts.copy_base(), str(folder), args.steps, args.lr, args.seed, save_total_limit=1, **when
+                texts.copy_base(), str(folder), args.steps, args.lr, args.seed, save_total_limit=1, **saving
             )
             trainer.add_callback(callback)
-            trainer.train(resume_from_checkpoint=begun)
+            trainer.train(resume_from_checkpoint=resumes)
             store.add(done, {})
             shutil.rmtree(folder, ignore_errors=True)
     print(f"{args.out}: {len(snapshots(args.out))} snapshots")
 
 
 def fit(args: argparse.Namespace) -> None:
-    """The subspace of snapshots."""
+    """Fit the subspace that snapshots span."""
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     subspace = fit_subspace(args.snapshots, args.dim, args.per, args.center, args.out, dtype=dtype)
     print("| group | directions | explained | the first |\n|---|---|---|---|")
@@ -86,25 +87,27 @@ def fit(args: argparse.Namespace) -> None:
     print(f"{args.out}: up to d = {subspace.dim}")
 
 
-def _config(subspace: Subspace, full: list[str] | None, d: int | None = None, **more: Any) -> IntrinsicConfig:
-    """An adapter in a subspace; by default with all of its directions."""
+def _build_config(
+    subspace: Subspace, modules_to_save: list[str] | None, d: int | None = None, **more: Any
+) -> IntrinsicConfig:
+    """Build the configuration of an adapter in a subspace, by default with all of its directions."""
     return IntrinsicConfig(
         d=subspace.dim if d is None else d,
         projection="trajectory",
         subspace=str(subspace.path),
         task_type="SEQ_CLS",
-        modules_to_save=full,
+        modules_to_save=modules_to_save,
         **more,
     )
 
 
 def tune(args: argparse.Namespace) -> None:
-    """An adapter in a subspace."""
+    """Train an adapter in a subspace."""
     subspace = Subspace(args.subspace)
-    texts = _texts(args)
-    torch.manual_seed(args.seed)  # of random starts
+    texts = load_texts(args)
+    torch.manual_seed(args.seed)  # of a random θ
     more = {"embed_subspace": args.embed, "ensemble": args.ensemble, "seed": args.seed}
-    model: Any = get_peft_model(texts.base, _config(subspace, args.modules_to_save, args.d, **more))
+    model: Any = get_peft_model(texts.base, _build_config(subspace, args.modules_to_save, args.d, **more))
     before = texts.accuracy(model) if args.eval else None
     texts.train(model, args.steps, args.lr, args.seed)
     model.save_pretrained(args.out)
@@ -113,72 +116,74 @@ def tune(args: argparse.Namespace) -> None:
         print(f"accuracy {before:.4f} before, {texts.accuracy(model):.4f} tuned")
 
 
-def _scores(args: argparse.Namespace, texts: LabeledTexts, runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-    """Accuracy of each run, by name: trained unless its row is there. A run returns its model, trained."""
-    with Store(args.out, _settings(args)) as store:
+def _score(args: argparse.Namespace, texts: LabeledTexts, runs: Mapping[str, Callable[[], Any]]) -> str:
+    """Score runs, and format a table. A run returns its trained model; one whose row is stored is not called."""
+    lines = ["| run | accuracy |", "|---|---|"]
+    with Store(args.out, _build_settings(args)) as store:
         for name, run in runs.items():
             if store.key({"run": name}) not in store.rows:
                 store.add({"run": name}, {"accuracy": texts.accuracy(run())})
-        return {name: store.rows[store.key({"run": name})]["accuracy"] for name in runs}
-
-
-def _table(scores: dict[str, float]) -> str:
-    lines = ["| run | accuracy |", "|---|---|", *(f"| {name} | {score:.4f} |" for name, score in scores.items())]
+            lines.append(f"| {name} | {store.rows[store.key({'run': name})]['accuracy']:.4f} |")
     return "\n".join(lines)
 
 
 def outliers(args: argparse.Namespace) -> None:
-    """Outlier dimensions of an adapter, and the paper's ablation where there are data to score on."""
-    texts = _texts(args)
-    # On a copy: modules that were saved in full stay in a model that an adapter leaves.
-    found = find_outliers(PeftModel.from_pretrained(copy.deepcopy(texts.base), args.adapter), args.k)
+    """Find the outlier dimensions of an adapter; with held-out data, repeat the paper's ablation."""
+    texts = load_texts(args)
+    # On a copy: modules_to_save stay in a model after unload.
+    dimensions = find_outliers(PeftModel.from_pretrained(copy.deepcopy(texts.base), args.adapter), args.k)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    found.plot(Path(args.out, "outliers.png"))
-    report = found.report()
+    dimensions.plot(Path(args.out, "outliers.png"))
+    report = dimensions.report()
     if args.eval:
 
-        def without(some: Any) -> Any:
+        def train_without(disabled: Any) -> Any:
             base = texts.copy_base()
-            if some is not None:
-                disable_outliers(base, some)
+            if disabled is not None:
+                disable_outliers(base, disabled)
             texts.train(base, args.steps, args.lr, args.seed)
             return base
 
-        drawn = found.random(args.seed)
-        which = {"full": None, f"without {len(found)} outliers": found, f"without {len(found)} at random": drawn}
-        report += "\n" + _table(_scores(args, texts, {name: partial(without, some) for name, some in which.items()}))
+        count, random = len(dimensions), dimensions.random(args.seed)
+        ablations = {"full": None, f"without {count} outliers": dimensions, f"without {count} at random": random}
+        runs = {name: partial(train_without, disabled) for name, disabled in ablations.items()}
+        report += "\n" + _score(args, texts, runs)
     write_whole(Path(args.out, "outliers.md"), report + "\n")
     print(report + f"\noutliers.md and outliers.png in {args.out}")
 
 
 def transfer(args: argparse.Namespace) -> None:
-    """One task in the subspaces of several, in that of all, and in that of all others."""
+    """Train a task in the subspaces of several tasks, in that of all of them, and in that of all others.
+
+    Raises:
+        ValueError: a recording is missing.
+    """
     if args.source_task is not None and args.source_task not in args.recordings:
         raise ValueError(
             f"--source-task {args.source_task} is none of the recordings ({', '.join(args.recordings)}). Name one of "
             "them."
         )
-    found = {name: snapshots(name) for name in args.recordings}
-    if empty := [name for name, files in found.items() if not files]:
+    recorded = {name: snapshots(name) for name in args.recordings}
+    if empty := [name for name, files in recorded.items() if not files]:
         raise ValueError(f"{', '.join(empty)}: no snapshots there. Record first.")
-    texts = _texts(args)
-    sources = {f"subspace of {name}": files for name, files in found.items()}
-    if len(found) > 1:
-        last = {name: files[-1] for name, files in found.items()}
+    texts = load_texts(args)
+    sources = {f"subspace of {name}": files for name, files in recorded.items()}
+    if len(recorded) > 1:
+        last = {name: files[-1] for name, files in recorded.items()}
         sources["unified"] = list(last.values())
         if args.source_task:
             sources["zero-shot"] = [path for name, path in last.items() if name != args.source_task]
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
-    def tuned(name: str, files: list[Path]) -> Any:
+    def train_in_subspace(name: str, files: list[Path]) -> Any:
         path = Path(args.out, name.replace("/", "_") + ".safetensors")
         subspace = fit_subspace(files, min(args.dim, len(files)), out=path)
-        model = get_peft_model(texts.copy_base(), _config(subspace, args.modules_to_save))
+        model = get_peft_model(texts.copy_base(), _build_config(subspace, args.modules_to_save))
         texts.train(model, args.steps, args.lr, args.seed)
         path.unlink()
         return model
 
-    runs = {name: partial(tuned, name, files) for name, files in sources.items()}
-    report = _table(_scores(args, texts, runs)) + (f"\n\n{CAVEAT}" if args.source_task else "")
+    runs = {name: partial(train_in_subspace, name, files) for name, files in sources.items()}
+    report = _score(args, texts, runs) + (f"\n\n{CAVEAT}" if args.source_task else "")
     write_whole(Path(args.out, "transfer.md"), report + "\n")
     print(report)
