@@ -65,7 +65,7 @@ def test_every_option_has_a_help_with_its_default(words, monkeypatch):
             assert f"{{{','.join(action.choices)}}}" in shown, action
 
 
-def test_the_summary_lists_each_subcommand_with_a_verb_phrase():
+def test_help_lists_each_subcommand_with_a_verb_phrase():
     shown = build_parser().format_help()
     for words in COMMANDS:
         if len(words) == 1:
@@ -139,7 +139,7 @@ def test_internal_errors_print_a_traceback(bug, monkeypatch):
         main(["analyze", "run"])
 
 
-def test_debug_shows_what_else_is_a_line(tmp_path, capsys):
+def test_debug_prints_a_traceback_instead_of_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["analyze", str(tmp_path)])
     assert "is not the folder of a run" in capsys.readouterr().err
@@ -168,7 +168,7 @@ TRANSFER = ["trajectory", "transfer", "--model", "m", "--train", "t.csv", "--eva
         ),
     ],
 )
-def test_options_with_several_values_leave_what_follows_to_the_command(words, columns, left, monkeypatch):
+def test_options_with_several_values_do_not_consume_positional_arguments(words, columns, left, monkeypatch):
     found: list = []
     monkeypatch.setattr("peft_intrinsic_cli.import_module", lambda name: Recorder(found))
     main(words)
@@ -178,7 +178,7 @@ def test_options_with_several_values_leave_what_follows_to_the_command(words, co
 
 
 class Recorder:
-    """A package whose commands do nothing but note their arguments."""
+    """A module whose functions record their arguments."""
 
     def __init__(self, found: list) -> None:
         self.found = found
@@ -194,7 +194,7 @@ class Recorder:
         ("measure --model m --out out --text a b", "b"),
     ],
 )
-def test_unknown_arguments_are_named_with_the_form_of_several_values(words, unknown, capsys):
+def test_unknown_arguments_are_reported_with_a_hint_on_several_values(words, unknown, capsys):
     with pytest.raises(SystemExit) as ended:
         main(words.split())
     assert ended.value.code == 2

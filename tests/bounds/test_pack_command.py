@@ -1,4 +1,4 @@
-"""The commands pack and unpack, and what they and certify refuse before anything is loaded."""
+"""The commands pack and unpack, and the options that they and certify check before loading a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return films(tmp_path)
 
 
-def test_packing_reports_accuracy_and_unpacking_gives_a_folder_back(folder, capsys):
+def test_pack_reports_accuracy_and_unpack_writes_an_equal_adapter(folder, capsys):
     more = ["--eval", "test.jsonl", "--text-form", "--qr", "x.png"]
     main(["pack", "adapter", "-o", "x.pia", "--max-bytes", "90", *more])
     out = capsys.readouterr().out
@@ -44,7 +44,7 @@ def test_packing_reports_accuracy_and_unpacking_gives_a_folder_back(folder, caps
     assert "holds files already" in capsys.readouterr().err
 
 
-def test_folders_of_the_files_are_made(folder):
+def test_pack_and_certify_create_the_folders_of_their_files(folder):
     main(["pack", "adapter", "-o", "a/b/x.pia", "--labels", "2", "--qr", "c/x.svg"])
     assert Path("a/b/x.pia").is_file()
     assert Path("c/x.svg").is_file()
@@ -52,7 +52,7 @@ def test_folders_of_the_files_are_made(folder):
     assert Path("d/x.certificate.json").is_file()
 
 
-def test_labels_beyond_those_of_the_file(folder, capsys):
+def test_pack_accepts_a_head_with_more_labels_than_the_data_have(folder, capsys):
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=3)
     config = IntrinsicConfig(d=D, task_type="SEQ_CLS", init_weights=False)
@@ -66,7 +66,7 @@ def test_labels_beyond_those_of_the_file(folder, capsys):
 
 @pytest.fixture
 def three(folder) -> Path:
-    """An adapter of three labels, whose base model's configuration says nothing of them."""
+    """A folder with an adapter of three labels, which the base model's configuration does not state."""
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=3)
     config = IntrinsicConfig(d=D, task_type="SEQ_CLS", init_weights=False)
@@ -74,7 +74,7 @@ def three(folder) -> Path:
     return folder
 
 
-def test_the_number_of_labels_comes_from_the_adapter(three, capsys):
+def test_commands_take_the_number_of_labels_from_the_adapter(three, capsys):
     main(["pack", "three", "-o", "x.pia"])
     assert read_packed("x.pia").classes == 3
     main(["pack", "three", "-o", "y.pia", "--eval", "test.jsonl"])
@@ -89,14 +89,14 @@ def test_the_number_of_labels_comes_from_the_adapter(three, capsys):
 
 
 @pytest.mark.parametrize("words", [["pack", "three", "-o", "x.pia"], ["distance", "base", "three"]])
-def test_another_number_of_labels_is_named_first(three, capsys, words):
+def test_another_number_of_labels_is_reported_with_both_counts(three, capsys, words):
     with pytest.raises(SystemExit, match="2"):
         main([*words, "--labels", "2"])
     assert "peft-intrinsic: The adapter has 3 labels, this model 2." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["unpack", "x.pia", "-o", "again"], ["verify", "x.pia", "--train", "train.jsonl"]])
-def test_a_base_model_that_is_not_found_is_named_with_the_option_that_names_it(folder, capsys, monkeypatch, words):
+def test_missing_base_model_is_reported_with_the_option_for_it(folder, capsys, monkeypatch, words):
     certify("--adapter", "adapter", "-o", "x.pia")
     Path("base").rename("moved")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -126,7 +126,7 @@ CERTIFY = ["certify", "--train", "train.jsonl", "--adapter"]
         ([*CERTIFY, "broken"], "broken is no adapter's folder"),
     ],
 )
-def test_refused_before_anything_is_loaded(folder, capsys, monkeypatch, words, message):
+def test_invalid_options_are_reported_before_a_model_is_loaded(folder, capsys, monkeypatch, words, message):
     main(["pack", "adapter", "-o", "x.pia", "--labels", "2"])
     base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
     get_peft_model(base, LoraConfig(target_modules=["query"])).save_pretrained("lora")
@@ -140,7 +140,7 @@ def test_refused_before_anything_is_loaded(folder, capsys, monkeypatch, words, m
     assert not Path("no").exists()
 
 
-def test_a_file_cannot_ask_for_a_head_that_fills_the_memory(folder, capsys, monkeypatch):
+def test_packed_adapter_with_too_many_labels_is_not_unpacked(folder, capsys, monkeypatch):
     main(["pack", "adapter", "-o", "x.pia", "--labels", "2"])
     Path("x.pia").write_bytes(replace(read_packed("x.pia"), classes=2**32).to_bytes())
     monkeypatch.setattr(command, "load_base", None)

@@ -1,4 +1,4 @@
-"""`peft-intrinsic trajectory`, from the recording to the transfer, on a tiny model."""
+"""The command trajectory, from the recording to the transfer, on a tiny model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def record(out: str, train: str = "train.jsonl", *more: str) -> None:
     run("record", *training, "-o", out, *(more or ("--every", "3")))
 
 
-def test_from_recording_to_transfer(files, capsys, monkeypatch):
+def test_record_fit_tune_outliers_and_transfer_work_together(files, capsys, monkeypatch):
     record("runs/own")
     assert "runs/own: 8 snapshots" in capsys.readouterr().out
     assert not (files / "runs/own/checkpoints").exists()
@@ -101,7 +101,7 @@ def test_from_recording_to_transfer(files, capsys, monkeypatch):
     assert (files / "table/transfer.md").read_text() in out
 
 
-def test_a_finished_run_is_not_trained_again(files, capsys, monkeypatch):
+def test_finished_run_is_not_trained_again(files, capsys, monkeypatch):
     record("a")
     record("b", "turned.jsonl")
     words = ["transfer", "a", "b", "--model", "base", "--train", "train.jsonl", "--eval", "eval.jsonl", "--steps", "2"]
@@ -116,12 +116,12 @@ def test_a_finished_run_is_not_trained_again(files, capsys, monkeypatch):
     assert [row["run"] for row in rows] == ["subspace of a", "subspace of b", "unified"]
 
 
-def test_another_content_of_a_file_is_another_run(files, capsys):
+def test_changed_input_file_is_reported_as_another_run(files, capsys):
     record("a")
     words = ["transfer", "a", "--model", "base", "--train", "train.jsonl", "--eval", "eval.jsonl", "--steps", "2"]
     run(*words, "-o", "table")
     shutil.copytree("base", "moved/base")
-    run(*words, "--model", "moved/base", "-o", "table")  # the same by another way
+    run(*words, "--model", "moved/base", "-o", "table")  # the same files under another path
 
     def refused(name: str) -> None:
         with pytest.raises(SystemExit, match="2"):
@@ -145,7 +145,7 @@ def test_another_content_of_a_file_is_another_run(files, capsys):
 
 
 def stop_at(monkeypatch, call: int) -> None:
-    """Interrupt the call of the optimiser of that number, and none after it."""
+    """Interrupt this call of the optimizer, and none after it."""
     step, count = torch.optim.AdamW.step, itertools.count(1)
 
     def stop(*args, **kwargs):
@@ -156,7 +156,7 @@ def stop_at(monkeypatch, call: int) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", stop)
 
 
-def test_an_interrupted_recording_goes_on(files, monkeypatch):
+def test_interrupted_recording_resumes(files, monkeypatch):
     stop_at(monkeypatch, 20)  # of 24; a checkpoint at 16
     with pytest.raises(SystemExit, match="130"):
         record("cut", "train.jsonl", "--every", "2")
@@ -166,8 +166,8 @@ def test_an_interrupted_recording_goes_on(files, monkeypatch):
     assert not (files / "cut/checkpoints").exists()
 
 
-def test_a_recording_killed_while_a_checkpoint_was_written_goes_on(files, monkeypatch):
-    stop_at(monkeypatch, 20)  # checkpoints at 8 and 16, of which the last is kept
+def test_recording_killed_while_writing_a_checkpoint_resumes(files, monkeypatch):
+    stop_at(monkeypatch, 20)  # checkpoints at 8 and 16, of which the last is stored
     with pytest.raises(SystemExit, match="130"):
         record("cut", "train.jsonl", "--every", "1")
     whole = files / "cut/checkpoints/checkpoint-16"
@@ -187,7 +187,7 @@ def test_a_recording_killed_while_a_checkpoint_was_written_goes_on(files, monkey
     assert len(snapshots("none")) == 24
 
 
-def test_a_recording_that_stopped_early_begins_again_and_a_finished_one_stays(files, monkeypatch, capsys):
+def test_recording_without_checkpoint_restarts_and_finished_one_is_unchanged(files, monkeypatch, capsys):
     stop_at(monkeypatch, 5)
     with pytest.raises(SystemExit, match="130"):
         record("a")
@@ -208,7 +208,7 @@ def test_a_recording_that_stopped_early_begins_again_and_a_finished_one_stays(fi
     assert len(snapshots("a")) == 8
 
 
-def test_no_numbers_at_all_are_refused(files, capsys):
+def test_tune_with_d_zero_is_an_error(files, capsys):
     record("a")
     run("fit", "a", "--dim", "2", "-o", "s.safetensors")
     words = ["--model", "base", "--train", "train.jsonl", "--subspace", "s.safetensors", "-o", "adapter"]
@@ -233,7 +233,7 @@ def test_no_numbers_at_all_are_refused(files, capsys):
         (["record", "-o", "a", "--parameters", "("], "parameters='(' is not a regular expression"),
     ],
 )
-def test_what_is_refused(files, capsys, words, message):
+def test_invalid_options_are_reported_with_their_value(files, capsys, words, message):
     more = [] if words[0] == "fit" else ["--model", "base", "--train", "train.jsonl"]
     with pytest.raises(SystemExit, match="2"):
         run(*words, *more)
