@@ -1,12 +1,13 @@
-"""How far full fine-tuning goes and which layers it needs (Radiya-Dixit and Wang 2020), on the tasks of supermask.py.
+"""Distance and critical layers of full fine-tuning (Radiya-Dixit and Wang 2020), on the tasks of supermask.py.
 
     python benchmarks/closeness.py TASK [--data FOLDER] [--model FOLDER]
 
-Fine-tunes in full at the best rate of benchmarks/results/supermask/TASK, and writes to
-benchmarks/results/closeness/TASK: distance.json, distance.md and distance.png (`parameter_distance`, the model against
-itself before), critical.json, critical.md and critical.png (`critical_layers`, by accuracy on the test examples), and
-frozen.md with its trials (`frozen_sweep`: the k most critical parts trained, all others frozen, pooler and head always;
-three seeds). Where critical.json is there, only what the sweep lacks runs.
+Full fine-tuning uses the best learning rate of benchmarks/results/supermask/TASK. Results are written to
+benchmarks/results/closeness/TASK:
+    distance.json, .md, .png    distance from the base (`parameter_distance`)
+    critical.json, .md, .png    critical layers by accuracy on the test examples (`critical_layers`)
+    frozen.md, trials.jsonl     `frozen_sweep`, three seeds: the k most critical parts, pooler and head are trained
+If critical.json exists, only missing trials of the sweep run.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ def main() -> None:
         base = copy.deepcopy(tuned)
         study.train(args.task, tuned, {rate: list(tuned.parameters())}, 0)
         write_report(parameter_distance(base, tuned), out)
-        found = critical_layers(base, tuned, lambda model: runner.score(model)["accuracy"])
-        (out / "critical.md").write_text(found.report() + "\n", encoding="utf-8")
-        found.plot(out / "critical.png")
-        (out / "critical.json").write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
-        print(found.report(), flush=True)
+        critical = critical_layers(base, tuned, lambda model: runner.score(model)["accuracy"])
+        (out / "critical.md").write_text(critical.report() + "\n", encoding="utf-8")
+        critical.plot(out / "critical.png")
+        (out / "critical.json").write_text(json.dumps(critical.to_dict(), indent=1) + "\n", encoding="utf-8")
+        print(critical.report(), flush=True)
     parts = json.loads((out / "critical.json").read_text(encoding="utf-8"))["parts"]
     order = [part for part in parts if part != "classifier"]
 
-    def fit(moved: list[str], seed: int) -> float:
+    def fit(trained: list[str], seed: int) -> float:
         model = study.base(seed)
         for name, parameter in model.named_parameters():
             part = block_of(name) or name.partition(".")[0]
-            parameter.requires_grad_(part in moved or "pooler" in name or part == "classifier")
+            parameter.requires_grad_(part in trained or "pooler" in name or part == "classifier")
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return study.train(args.task, model, {rate: parameters}, seed)["accuracy"]
 

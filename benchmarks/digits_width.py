@@ -1,10 +1,10 @@
-"""Li et al. (2018, section 3): the intrinsic dimension of a task hardly moves while the network grows.
+"""Li et al. (2018, section 3): the intrinsic dimension of a task hardly changes while the network grows.
 
     python benchmarks/digits_width.py [--widths 64,128,256] [--out benchmarks/results/digits]
 
-Their MNIST experiment in small, on scikit-learn's digits (8 × 8 pixels, 1,297 for training, 500 for testing): a fully
-connected network with two hidden layers starts from fixed random weights, and d numbers move all of them. Score:
-accuracy. Learning rates of full training and of the subspace by "auto".
+Their MNIST experiment with scikit-learn's digits (8 × 8 pixels, 1,297 for training, 500 for testing). A fully connected
+network with two hidden layers starts from fixed random weights, and all of them are trained through d parameters. The
+score is accuracy. Learning rates of full training and of the subspace are "auto".
 
 Writes a folder per width (trials, report, plot) and prints a table.
 """

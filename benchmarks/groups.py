@@ -1,4 +1,4 @@
-"""The runs of benchmarks/quality.py, and how their rows become tables and a plot."""
+"""The runs of benchmarks/quality.py, with tables and a plot of their rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MEASURED = ("numbers", "accuracy", "loss", "train", "seconds", "device", "zeros"
 RATE = 2e-4
 BUDGETS = (256, 1024, 64, 4096)
 HEADS = (4e-3, 1.6e-2, 6.4e-2)
-"""Rates of a free head that has one of its own."""
+"""Learning rates of a free head that has its own."""
 QUERY_VALUE, LINEAR = ["query", "value"], r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
 TINY: dict[int, tuple[int, int, Any]] = {
     64: (4, 5, QUERY_VALUE),
@@ -19,16 +19,16 @@ TINY: dict[int, tuple[int, int, Any]] = {
     1024: (6, 28, LINEAR),
     4096: (11, 113, LINEAR),
 }
-"""TinyLoRA's r, u and modules for about d numbers."""
+"""TinyLoRA's r, u and modules for about d trainable parameters."""
 LARGER: dict[str, tuple[list[str], int, int, str]] = {
     "sst2_150": (["q", "v"], 4, 3, r".*encoder\.layer\.\d+\..*(q|k|v|o|dense)"),  # MPNet
     "reviews": (["q_proj", "v_proj"], 4, 1, r".*_proj"),  # Llama
 }
-"""Tasks for larger models, at d = 256: UniLoRA's modules; TinyLoRA's r, u and modules."""
+"""Tasks of larger models, at d = 256: UniLoRA's modules; TinyLoRA's r, u and modules."""
 
 
-def ours(task: str, d: int, lr: float = RATE, seed: int = 0, **other: Any) -> Row:
-    """A run of this tuner. `factors` and `parts` replace the projection's; the rest are options of the config."""
+def plan(task: str, d: int, lr: float = RATE, seed: int = 0, **other: Any) -> Row:
+    """Plan a run of this tuner. `factors` and `parts` replace the projection's; others are options of its config."""
     changed = {name: other.pop(name) for name in ("factors", "parts") if name in other}
     return {
         "task": task,
@@ -42,34 +42,34 @@ def ours(task: str, d: int, lr: float = RATE, seed: int = 0, **other: Any) -> Ro
     }
 
 
-def setting(row: Row) -> Row:
-    """What was planned, without what was measured."""
+def get_setting(row: Row) -> Row:
+    """Return the planned part of a row, without measured values."""
     return {name: value for name, value in row.items() if name not in MEASURED}
 
 
-def found(rows: list[Row], planned: Row) -> Row | None:
-    """The row of a planned run."""
-    return next((row for row in rows if setting(row) == planned), None)
+def find_row(rows: list[Row], planned: Row) -> Row | None:
+    """Find the row of a planned run."""
+    return next((row for row in rows if get_setting(row) == planned), None)
 
 
 def rates(task: str) -> list[Row]:
-    """One learning rate for every d."""
+    """Runs that look for one learning rate for every d."""
     if task in LARGER:
-        return [ours(task, d, lr) for d in (256, 4096) for lr in (2e-4, 4e-4, 1e-4)]
-    runs = [ours(task, d, lr) for lr in (2e-4, 4e-4, 1e-4) for d in (256, 1024, 4096, 64, 16384)]
-    return [*runs, *(ours(task, d, 5e-5) for d in (16384, 4096))]  # where 1e-4 can be the best
+        return [plan(task, d, lr) for d in (256, 4096) for lr in (2e-4, 4e-4, 1e-4)]
+    runs = [plan(task, d, lr) for lr in (2e-4, 4e-4, 1e-4) for d in (256, 1024, 4096, 64, 16384)]
+    return [*runs, *(plan(task, d, 5e-5) for d in (16384, 4096))]  # where 1e-4 can be the best
 
 
 def sizes(task: str) -> list[Row]:
-    """What moves, how far, and with how many coordinates."""
+    """Runs that compare targets, scales and allocations."""
     if task == "reviews":
         attention = {"target_modules": ["q_proj", "v_proj"]}
         others = [{"add_bias": True}, {"target_modules": "all-linear"}, attention]
-        return [*(ours(task, 256, **c) for c in ({}, *others)), ours(task, 256, 8e-4, **attention)]
+        return [*(plan(task, 256, **c) for c in ({}, *others)), plan(task, 256, 8e-4, **attention)]
     every = {"target_modules": "all", "exclude_modules": ".*embeddings.*"}
     if task == "mrpc":
         others = [{"factors": {"norm": 2}}, {"factors": {"bias": 2}}, {"projection": "one_hot"}, {"said": True}]
-        return [*(ours(task, 1024, 4e-4, **c) for c in ({}, *others)), ours(task, 1024, **every)]
+        return [*(plan(task, 1024, 4e-4, **c) for c in ({}, *others)), plan(task, 1024, **every)]
     close: list[Row] = [{}, {"said": True}, every, {"target_modules": "all"}]
     others = [
         *({"factors": {kind: size}} for kind in ("norm", "bias", "head") for size in (2, 32)),
@@ -81,25 +81,25 @@ def sizes(task: str) -> list[Row]:
     runs = [(seed, c) for seed in range(3) for c in (close + others if seed == 0 else close)]
     again = [(256, 1, {"projection": "one_hot"})]
     again += [(64, seed, c) for c in ({}, {"projection": "one_hot"}) for seed in (0, 1)]
-    return [*(ours(task, 256, seed=seed, **c) for seed, c in runs), *(ours(task, d, seed=s, **c) for d, s, c in again)]
+    return [*(plan(task, 256, seed=seed, **c) for seed, c in runs), *(plan(task, d, seed=s, **c) for d, s, c in again)]
 
 
 def places(task: str) -> list[Row]:
-    """Norms, biases and head beside every parameter, by budget."""
-    return [ours(task, d, **c) for c in ({}, {"target_modules": "all"}) for d in (1024, 4096, 16384)]
+    """Runs with norms, biases and head, and with every parameter, for several d."""
+    return [plan(task, d, **c) for c in ({}, {"target_modules": "all"}) for d in (1024, 4096, 16384)]
 
 
 OWN = {"rates": rates, "sizes": sizes, "places": places}
 
 
 def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
-    """Every contestant: its run, and the rates that it starts with, a factor of 4 apart."""
+    """Methods of about d trainable parameters: a run of each, and its first learning rates, a factor of 4 apart."""
     result: dict[str, tuple[Row, tuple[float, ...]]] = {}
     base: Row = {"task": task, "seed": 0, "head": "frozen"}
     larger = LARGER.get(task)
     for d in BUDGETS if larger is None else (256,):
         places, r, u, modules = larger or (QUERY_VALUE, *TINY[d])
-        result[f"ours {d}"] = ours(task, d), (5e-5, 2e-4, 8e-4)
+        result[f"ours {d}"] = plan(task, d), (5e-5, 2e-4, 8e-4)
         options: Row = {"r": 4, "theta_d_length": d, "target_modules": places, "proj_seed": "seed"}
         result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (1.25e-2, 5e-2, 2e-1)
         options = {"r": r, "u": u, "target_modules": modules, "projection_seed": "seed"}
@@ -108,7 +108,7 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
 
 
 def smallest(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
-    """Other methods of PEFT at small settings, a trained head, full fine-tuning; heads frozen but for BitFit's bias."""
+    """Other methods of PEFT at small settings, a trained head, full fine-tuning. Only BitFit trains the head's bias."""
     base: Row = {"task": task, "seed": 0, "head": "frozen", "d": None, "config": {}}
     options: dict[str, tuple[Row, tuple[float, ...]]] = {
         "head": ({}, (6.4e-2, 2.56e-1, 1.024)),
@@ -134,27 +134,27 @@ def smallest(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
     return {method: ({**base, "method": method, "config": o}, rates) for method, (o, rates) in options.items()}
 
 
-def contestants(kind: str, task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
-    """Those of a group. `free`: the peers at d = 256, their heads trained and not counted, at one rate or their own."""
+def list_methods(kind: str, task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
+    """Methods of a group. `free` are the peers at d = 256 with a free head, at one learning rate or its own."""
     if kind == "smallest":
         return smallest(task)
-    found = peers(task)
+    methods = peers(task)
     if kind == "peers":
-        return found
-    free = {name: ({**run, "head": "free"}, rates) for name, (run, rates) in found.items() if name.endswith(" 256")}
+        return methods
+    free = {name: ({**run, "head": "free"}, rates) for name, (run, rates) in methods.items() if name.endswith(" 256")}
     apart = {f"{name}, head at {r:g}": ({**free[name][0], "head_lr": r}, free[name][1]) for r in HEADS for name in free}
     return free | apart
 
 
-def tuned(methods: dict[str, tuple[Row, tuple[float, ...]]], rows: list[Row], model: str) -> Iterator[tuple[str, Row]]:
-    """The next runs: all rates; further ones while the best, by loss, is at an edge; two more seeds at the best."""
+def tune(methods: dict[str, tuple[Row, tuple[float, ...]]], rows: list[Row], model: str) -> Iterator[tuple[str, Row]]:
+    """Yield the next runs: all learning rates, more while the best by loss is at an edge, then two more seeds."""
     for name, (run, grid) in methods.items():
         done: dict[float, float] = {}
         todo = list(grid)
         while todo:
             for lr in todo:
                 yield name, (planned := {**run, "lr": lr})
-                if row := found(rows, {"model": model, **planned}):
+                if row := find_row(rows, {"model": model, **planned}):
                     done[lr] = row["loss"]
             if any(lr not in done for lr in todo):
                 break
@@ -167,50 +167,52 @@ def tuned(methods: dict[str, tuple[Row, tuple[float, ...]]], rows: list[Row], mo
 
 
 def at_best(method: tuple[Row, tuple[float, ...]], rows: list[Row], model: str) -> list[Row]:
-    """What was measured of a contestant at its best rate, by loss on the first seed: a row for each seed."""
-    runs = [run for _, run in tuned({"": method}, rows, model)]
-    done = [row for run in runs if (row := found(rows, {"model": model, **run}))]
+    """Rows of a method at its best learning rate by loss on the first seed, one for each seed."""
+    runs = [run for _, run in tune({"": method}, rows, model)]
+    done = [row for run in runs if (row := find_row(rows, {"model": model, **run}))]
     first = [row for row in done if row["seed"] == 0]
     best = min(first, key=lambda row: row["loss"])["lr"] if first else None
     return [row for row in done if row["lr"] == best]
 
 
-def group(name: str, rows: list[Row], model: str) -> list[Row]:
-    """The runs of a group: rates, sizes, places, peers, free or smallest, a dash, and the task; further seeds last.
+def list_runs(name: str, rows: list[Row], model: str) -> list[Row]:
+    """List the runs of a group: rates, sizes, places, peers, free or smallest, a dash, and the task; other seeds last.
 
     Raises:
         SystemExit: there is no such group.
     """
     kind, _, task = name.partition("-")
     if kind in ("peers", "free", "smallest"):
-        runs = [run for _, run in tuned(contestants(kind, task), rows, model)]
+        runs = [run for _, run in tune(list_methods(kind, task), rows, model)]
         return sorted(runs, key=lambda run: run["seed"])
     if kind not in OWN:
-        raise SystemExit(f"unknown group {name!r}: rates, sizes, places, peers, free or smallest, a dash, and the task")
+        raise SystemExit(
+            f"Unknown group {name!r}. Use rates, sizes, places, peers, free or smallest, a dash, and the task."
+        )
     return OWN[kind](task)
 
 
-def described(row: Row) -> tuple[str, str, str]:
-    """A run of this tuner: d, learning rate, and what differs from the default."""
+def describe(row: Row) -> tuple[str, str, str]:
+    """Describe a run of this tuner: d, learning rate, and its options."""
     changed = {**row["config"], **{name: row[name] for name in ("factors", "parts") if name in row}}
     words = ", ".join(f"{name} {value}" for name, value in changed.items())
     return f"{row['d']}", f"{row['lr']:g}", words or "default"
 
 
-def line(*cells: Any) -> None:
+def print_row(*cells: Any) -> None:
     """Print a row of a Markdown table."""
     print(f"| {' | '.join(map(str, cells))} |")
 
 
-def cell(rows: list[Row]) -> str:
-    """Mean accuracy / mean cross-entropy of several seeds."""
+def format_cell(rows: list[Row]) -> str:
+    """Format mean accuracy / mean cross-entropy of several seeds."""
     if not rows:
         return ""
     return f"{mean(row['accuracy'] for row in rows):.3f} / {mean(row['loss'] for row in rows):.3f}"
 
 
-def jump(row: Row) -> float:
-    """The highest mean training loss over 25 steps, less the lowest one before it."""
+def largest_jump(row: Row) -> float:
+    """Highest mean training loss over 25 steps, minus the lowest one before it."""
     return max(later - min(row["train"][: i + 1]) for i, later in enumerate(row["train"]))
 
 
@@ -222,27 +224,27 @@ def table(rows: list[Row], name: str) -> None:
         print(f"\n{name}, {model}\n")
         if kind == "rates":
             grid = sorted({run["lr"] for run in rates(task)})
-            line("d", *(f"lr {lr:g}" for lr in grid), f"jump at {RATE:g}")
-            line(*["---"] * (len(grid) + 2))
+            print_row("d", *(f"lr {lr:g}" for lr in grid), f"jump at {RATE:g}")
+            print_row(*["---"] * (len(grid) + 2))
             for d in sorted({run["d"] for run in rates(task)}):
-                done = [found(mine, {"model": model, **ours(task, d, lr)}) for lr in grid]
-                jumps = [f"{jump(row):.3f}" for row in done if row and row["lr"] == RATE]
-                line(d, *(cell([row] if row else []) for row in done), *jumps)
+                done = [find_row(mine, {"model": model, **plan(task, d, lr)}) for lr in grid]
+                jumps = [f"{largest_jump(row):.3f}" for row in done if row and row["lr"] == RATE]
+                print_row(d, *(format_cell([row] if row else []) for row in done), *jumps)
         elif kind in OWN:
-            line("d", "lr", "candidate", "accuracy / cross-entropy", "seeds", "each")
-            line(*["---"] * 6)
+            print_row("d", "lr", "candidate", "accuracy / cross-entropy", "seeds", "each")
+            print_row(*["---"] * 6)
             planned = [{"model": model, **run} for run in OWN[kind](task)]
-            for words in dict.fromkeys(map(described, planned)):
-                same = [run for run in planned if described(run) == words]
-                if done := [row for run in same if (row := found(mine, run))]:
-                    line(*words, cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
+            for words in dict.fromkeys(map(describe, planned)):
+                same = [run for run in planned if describe(run) == words]
+                if done := [row for run in same if (row := find_row(mine, run))]:
+                    print_row(*words, format_cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
         else:
-            methods = contestants(kind, task)
-            line("method", "parameters", "best learning rate", "accuracy / cross-entropy", "seeds")
-            line(*["---"] * 5)
+            methods = list_methods(kind, task)
+            print_row("method", "parameters", "best learning rate", "accuracy / cross-entropy", "seeds")
+            print_row(*["---"] * 5)
             for label in sorted(methods, key=lambda label: (methods[label][0]["d"] or 0, label)):
                 if best := at_best(methods[label], rows, model):
-                    line(label, best[0]["numbers"], f"{best[0]['lr']:g}", cell(best), len(best))
+                    print_row(label, best[0]["numbers"], f"{best[0]['lr']:g}", format_cell(best), len(best))
 
 
 def plot(rows: list[Row], path: str) -> None:

@@ -1,9 +1,9 @@
-"""Peak memory of merging and unmerging, beside the weights that are merged.
+"""Peak memory of merging and unmerging, relative to the size of the merged weights.
 
     python benchmarks/merging.py
 
-SmolLM2-135M (see examples/carriers.py) in a fresh process for each dtype: the highest resident memory between
-`merge_adapter()` and `unmerge_adapter()`, less what the process held before, as a multiple of the merged weights' size.
+Loads SmolLM2-135M (see examples/carriers.py) in a new process for each dtype. Prints the peak resident memory from
+`merge_adapter()` to `unmerge_adapter()` above that before, as a multiple of the size of the merged weights.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from carriers import smollm2
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
+def read_resident() -> int:
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 class Peak:
-    """The highest resident memory while the block runs, sampled every millisecond."""
+    """Context manager that samples the peak resident memory every millisecond."""
 
     def __enter__(self) -> Peak:
-        self.bytes, self._running = resident(), True
+        self.bytes, self._running = read_resident(), True
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
         return self
 
     def _watch(self) -> None:
         while self._running:
-            self.bytes = max(self.bytes, resident())
+            self.bytes = max(self.bytes, read_resident())
             time.sleep(0.001)
 
     def __exit__(self, *exception: object) -> None:
@@ -56,9 +56,9 @@ def measure(dtype: str) -> None:
     parameters = {p.data_ptr(): p for n, p in model.named_parameters() if "intrinsic_" not in n}
     size = sum(p.numel() * p.element_size() for p in parameters.values())
     for parameter in parameters.values():
-        parameter.data.copy_(parameter.data.clone())  # every page of the weights is in memory before
+        parameter.data.copy_(parameter.data.clone())  # bring every page of the weights into memory
     gc.collect()
-    before = resident()
+    before = read_resident()
     with Peak() as peak:
         model.merge_adapter()
         model.unmerge_adapter()

@@ -1,12 +1,12 @@
-"""Accuracy against trained numbers: this tuner beside others, every method at a learning rate tuned on equal terms.
+"""Accuracy against trainable parameters: this tuner and baselines, each at a learning rate tuned in the same way.
 
     python benchmarks/quality.py run GROUP [--data FOLDER] [--model FOLDER] [--threads N]
     python benchmarks/quality.py table GROUP
     python benchmarks/quality.py plot FILE.png
 
-A group is rates, sizes, places, peers, free or smallest, a dash, and a task: benchmarks/groups.py says what runs. Each
-run appends one JSON line to benchmarks/results/quality.jsonl; runs that are there already are skipped, so that an
-interrupted group goes on. Several processes share a group's runs.
+A group is rates, sizes, places, peers, free or smallest, a dash, and a task: benchmarks/groups.py lists its runs. Each
+run appends one JSON line to benchmarks/results/quality.jsonl. Stored runs are skipped, so an interrupted group resumes.
+Several processes can work on one group.
 
 Protocol: AdamW without weight decay, Trainer's default schedule (linear decay, no warm-up), dropout on, batches of
 sentences of about the same length, bfloat16 autocast, on the accelerator where there is one (rows without "device" are
@@ -18,7 +18,7 @@ rotten_tomatoes_apart: without those that share a sentence with sst2's validatio
 sst2 and mrpc are read from --data, which has GLUE's files as JSON lines. The encoders are sentence encoders, tuned on
 pairs of sentences.
 
-"Jump" is the highest mean training loss over 25 steps, less the lowest one before it.
+"Jump" is the highest mean training loss over 25 steps, minus the lowest one before it.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from carriers import minilm, rotten_tomatoes
-from contestants import attach, trained
-from groups import found, group, plot, table
+from groups import find_row, list_runs, plot, table
+from methods import attach, count_trainable
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 LOCKS: list[FileLock] = []
@@ -66,41 +66,41 @@ TASKS: Row = {
 }
 
 
-def lines(path: Path) -> list[Row]:
-    """Rows of a JSON-lines file."""
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a JSON-lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def plain(text: str) -> str:
-    """Letters and digits alone, to find the same sentence in another spelling."""
+def strip(text: str) -> str:
+    """Reduce a text to letters and digits, to find the same sentence in another spelling."""
     return "".join(character for character in text.lower() if character.isalnum())
 
 
-def shares(text: str, held_out: list[str]) -> bool:
-    """Whether a held-out sentence is the text, a part of it, or holds it; parts of up to 15 letters do not count."""
+def is_in(text: str, held_out: list[str]) -> bool:
+    """Whether a held-out sentence equals, contains or is part of the text; parts of up to 15 letters do not count."""
     long = [sentence for sentence in held_out if len(sentence) > 15]
     return text in held_out or any(s in text for s in long) or (len(text) > 15 and any(text in s for s in long))
 
 
 def load(task: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
-    """Training and test examples."""
+    """Load training and test examples."""
     if task == "rotten_tomatoes_apart" and folder:
-        held_out = [plain(row["sentence"]) for row in lines(folder / "sst2" / "validation.jsonl")]
+        held_out = [strip(row["sentence"]) for row in read_rows(folder / "sst2" / "validation.jsonl")]
         data = rotten_tomatoes(train=7530, eval=1000)
-        return [row for row in data["train"] if not shares(plain(row["text"]), held_out)][:4000], list(data["eval"])
+        return [row for row in data["train"] if not is_in(strip(row["text"]), held_out)][:4000], list(data["eval"])
     if task in ("rotten_tomatoes", "reviews"):
         data = rotten_tomatoes(train=4000, eval=1000)
         return list(data["train"]), list(data["eval"])
     if folder is None:
         raise SystemExit(f"{task} needs --data, a folder with {task}/train.jsonl and {task}/validation.jsonl.")
     files = folder / task.partition("_")[0]
-    train, *test = (lines(files / f"{part}.jsonl") for part in ("train", "validation", "test"))
+    train, *test = (read_rows(files / f"{part}.jsonl") for part in ("train", "validation", "test"))
     order = np.random.default_rng(0).permutation(len(train))[: TASKS[task]["train"]]
     return [train[i] for i in order], [row for part in test for row in part]
 
 
-def batches(lengths: np.ndarray, size: int, count: int, seed: int) -> Iterator[np.ndarray]:
-    """Indexes of `count` batches: sentences of about the same length together, in a random order."""
+def make_batches(lengths: np.ndarray, size: int, count: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield indices of `count` batches of sentences of about the same length, in a random order."""
     generator = np.random.default_rng(seed)
     queue: list[np.ndarray] = []
     for _ in range(count):
@@ -113,7 +113,7 @@ def batches(lengths: np.ndarray, size: int, count: int, seed: int) -> Iterator[n
 
 
 class Runner:
-    """One model and one task, read once."""
+    """Training and scoring of one model on one task."""
 
     def __init__(self, path: str, task: str, folder: Path | None) -> None:
         self.path, self.task = path, TASKS[task]
@@ -129,7 +129,7 @@ class Runner:
         self.lengths = np.array([len(ids) for ids in self.parts[0][0]])
 
     def loss(self, model: Any, part: int, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Mean cross-entropy, hits and how many, of sentences or of next tokens."""
+        """Compute mean cross-entropy, correct predictions and their number, for sentences or for next tokens."""
         inputs, labels = self.parts[part]
         ids = torch.nn.utils.rnn.pad_sequence([inputs[i] for i in index], batch_first=True, padding_value=self.pad)
         ids = ids.to(DEVICE)
@@ -144,12 +144,12 @@ class Runner:
         return loss, (logits.argmax(-1) == target).sum(), len(target)
 
     def run(self, row: Row) -> Row:
-        """One training: accuracy, cross-entropy, trained numbers, the training loss every 25 steps, seconds."""
+        """Train once. Return accuracy, cross-entropy, trainable parameters, loss every 25 steps, and seconds."""
         torch.manual_seed(row["seed"])
         model = attach(self.kind.from_pretrained(self.path, num_labels=2, dtype=torch.float32), row).to(DEVICE)
-        moved = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        head = [p for name, p in moved.items() if "head_lr" in row and "classifier" in name]
-        rest = [p for p in moved.values() if not any(p is h for h in head)]
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        head = [p for name, p in trainable.items() if "head_lr" in row and "classifier" in name]
+        rest = [p for p in trainable.values() if not any(p is h for h in head)]
         groups = [{"params": rest}, {"params": head, "lr": row.get("head_lr", 0.0)}]
         optimizer = torch.optim.AdamW(groups[: 1 + bool(head)], lr=row["lr"], weight_decay=0.0)
         if "dropout" in row:
@@ -159,21 +159,21 @@ class Runner:
         start = time.time()
         losses = self.fit(model, optimizer, row["seed"])
         return {
-            "numbers": trained(model, row),
+            "numbers": count_trainable(model, row),
             **self.score(model),
             "train": [round(float(np.mean(losses[i : i + 25])), 3) for i in range(0, len(losses), 25)],
-            **spent(start),
+            **describe_time(start),
         }
 
     def fit(
         self, model: Any, optimizer: Any, seed: int, after: Callable[[int], None] = lambda step: None
     ) -> list[float]:
-        """Train. `after` is told each step, from 1 on. The loss of every step."""
+        """Train, and call `after` with each step from 1. Return the loss of every step."""
         steps, size = self.task["steps"], self.task["batch"]
         schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
         model.train()
         losses = []
-        for step, index in enumerate(batches(self.lengths, size, steps, seed), 1):
+        for step, index in enumerate(make_batches(self.lengths, size, steps, seed), 1):
             loss, *_ = self.loss(model, 0, index)
             loss.backward()
             optimizer.step()
@@ -184,7 +184,7 @@ class Runner:
         return torch.stack(losses).tolist()
 
     def score(self, model: Any) -> Row:
-        """Accuracy and cross-entropy on the test examples."""
+        """Compute accuracy and cross-entropy on the test examples."""
         model.eval()
         order = np.argsort([len(ids) for ids in self.parts[1][0]], kind="stable")
         with torch.inference_mode():
@@ -196,18 +196,18 @@ class Runner:
         }
 
 
-def spent(start: float) -> Row:
-    """Seconds since `start`, and where."""
+def describe_time(start: float) -> Row:
+    """Return seconds since `start` and the device."""
     return {"seconds": round(time.time() - start), "device": DEVICE.type}
 
 
-def claimed(name: str, model: str) -> Row | None:
-    """The next run of a group that is not there yet and that no other process does; None when all are done."""
-    for planned in group(name, lines(RESULTS), model):
+def claim(name: str, model: str) -> Row | None:
+    """Claim the next run of a group that is neither stored nor claimed by another process, or None."""
+    for planned in list_runs(name, read_rows(RESULTS), model):
         row = {"model": model, **planned}
         mark = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
         lock = FileLock(Path(tempfile.gettempdir(), f"quality-{mark}.lock"), blocking=False)
-        if found(lines(RESULTS), row):
+        if find_row(read_rows(RESULTS), row):
             continue
         try:
             lock.acquire()
@@ -227,12 +227,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if args.action != "run":
-        return (table if args.action == "table" else plot)(lines(RESULTS), args.group)
+        return (table if args.action == "table" else plot)(read_rows(RESULTS), args.group)
     torch.set_num_threads(args.threads)
     path = args.model or minilm()
     model = Path(path).name if args.model else "all-MiniLM-L6-v2"
     runners: dict[str, Runner] = {}
-    while row := claimed(args.group, model):
+    while row := claim(args.group, model):
         if row["task"] not in runners:
             runners[row["task"]] = Runner(path, row["task"], args.data)
         row.update(runners[row["task"]].run(row))

@@ -1,10 +1,10 @@
-"""What mixed batches cost beside one adapter, and compiled steps beside uncompiled ones.
+"""Time of mixed batches relative to one adapter, and of compiled steps relative to uncompiled ones.
 
     python benchmarks/serving.py [--threads N] [--repeats N] [--batch N] [--tokens N] [--new N]
 
 Models have random weights: a 22 M BERT (6 × 384) and a 31 M Llama (8 × 384). d = 200.
 First the encoder with the default targets, 32 tokens, 1 to 256 samples: one adapter as a multiple of the base model,
-and a bank of 100,000 with a different adapter for every sample as a multiple of one. Then every parameter is moved.
+and a bank of 100,000 with a different adapter for every sample as a multiple of one. Then all parameters are adapted.
 Each row is the median over rounds of the ratio to the row "one adapter" in the same round:
     base model        no adapter
     one adapter       for the whole batch
@@ -14,7 +14,7 @@ Each row is the median over rounds of the ratio to the row "one adapter" in the 
 Then, for the encoder, a training step under `torch.compile(fullgraph=True)` as a multiple of the same step uncompiled,
 for LoRA r=8 on linear layers, this tuner on the same, and this tuner on every parameter.
 
-Nothing is timed unless each sample of the mixed batch gives what it gives alone.
+Nothing is timed unless each sample of the mixed batch gives the output that it gives alone.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ ENCODER = BertConfig(num_hidden_layers=6, num_attention_heads=6, **SIZE)
 DECODER = LlamaConfig(num_hidden_layers=8, num_attention_heads=6, vocab_size=32000, tie_word_embeddings=True, **SIZE)
 
 
-def rounds(calls: dict[str, Callable[[], Any]], repeats: int, against: str) -> dict[str, float]:
-    """Median ratio of each call's time to that of `against`."""
+def compare_times(calls: dict[str, Callable[[], Any]], repeats: int, against: str) -> dict[str, float]:
+    """Compute the median ratio of each call's time to that of `against`."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -50,15 +50,17 @@ def rounds(calls: dict[str, Callable[[], Any]], repeats: int, against: str) -> d
     return {n: statistics.median(t / o for t, o in zip(times[n], times[against], strict=True)) for n in calls}
 
 
-def agreed(mixed: torch.Tensor, alone: torch.Tensor) -> None:
-    """Raises SystemExit: a mixed batch differs from its samples run alone."""
+def check_equal(mixed: torch.Tensor, alone: torch.Tensor) -> None:
+    """Raise SystemExit if a mixed batch differs from its samples run alone."""
     if not torch.allclose(mixed.float(), alone.float(), rtol=1e-3, atol=1e-4):
         raise SystemExit("A mixed batch differs from its samples run alone. Nothing is timed.")
 
 
 @torch.no_grad()
-def mixed(model: Any, run: Callable[[Any, torch.Tensor], torch.Tensor], ids: torch.Tensor, repeats: int) -> None:
-    """Prints the ratios for one model; `run(model, ids)` returns something to compare."""
+def compare_mixed(
+    model: Any, run: Callable[[Any, torch.Tensor], torch.Tensor], ids: torch.Tensor, repeats: int
+) -> None:
+    """Print the ratios for one model. `run(model, ids)` returns the output to compare."""
     names = [f"user{i}" for i in range(len(ids))]
     peft = get_peft_model(model, IntrinsicConfig(d=D, target_modules="all"), adapter_name=names[0]).eval()
     for name in names[1:]:
@@ -91,7 +93,7 @@ def mixed(model: Any, run: Callable[[Any, torch.Tensor], torch.Tensor], ids: tor
 
     expected = one_by_one()
     for call in (banked, named):
-        agreed(call(), expected)
+        check_equal(call(), expected)
     calls = {
         "base model": base,
         "one adapter": lambda: run(peft, ids),
@@ -99,13 +101,13 @@ def mixed(model: Any, run: Callable[[Any, torch.Tensor], torch.Tensor], ids: tor
         "adapter_names": named,
         "one by one": one_by_one,
     }
-    for name, ratio in rounds(calls, repeats, "one adapter").items():
+    for name, ratio in compare_times(calls, repeats, "one adapter").items():
         print(f"  {name:<16}{ratio:6.2f}", flush=True)
 
 
 @torch.inference_mode()
-def bank_of_many(repeats: int) -> None:
-    """Prints the ratios for a bank of 100,000 adapters."""
+def compare_bank(repeats: int) -> None:
+    """Print the ratios for a bank of 100,000 adapters."""
     model = get_peft_model(encoder(), IntrinsicConfig(d=D, task_type="SEQ_CLS")).eval()
     bank = AdapterBank(model, torch.randn(100_000, D) / 1000)
     print(f"encoder, default targets, {len(bank.vectors):,} adapters of {bank.vectors[0].nbytes} bytes")
@@ -121,17 +123,17 @@ def bank_of_many(repeats: int) -> None:
                 model(input_ids=ids)
 
         with bank.select(chosen):
-            found = model(input_ids=ids[:1].expand_as(ids)).logits
-        for i, logits in list(zip(chosen, found, strict=True))[:4]:
+            outputs = model(input_ids=ids[:1].expand_as(ids)).logits
+        for i, logits in list(zip(chosen, outputs, strict=True))[:4]:
             model.base_model.vector.intrinsic_theta["default"].weight.copy_(bank.vectors[i])
-            agreed(logits, model(input_ids=ids[:1]).logits[0])
+            check_equal(logits, model(input_ids=ids[:1]).logits[0])
         calls = {"base": base, "one": lambda ids=ids: model(input_ids=ids), "bank": banked}
-        ratios = rounds(calls, max(repeats, 320 // size), "one")
+        ratios = compare_times(calls, max(repeats, 320 // size), "one")
         print(f"  {size:>3} samples: one adapter {1 / ratios['base']:.2f}, bank {ratios['bank']:.2f}", flush=True)
 
 
-def step(model: Any, ids: torch.Tensor) -> Callable[[], None]:
-    """A training step."""
+def make_step(model: Any, ids: torch.Tensor) -> Callable[[], None]:
+    """Make a function that runs a training step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     labels = ids[:, 0] % 2
 
@@ -156,18 +158,20 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     ids = torch.randint(5, 30000, (args.batch, args.tokens))
 
-    bank_of_many(args.repeats)
+    compare_bank(args.repeats)
     print(f"encoder, forward pass of {args.batch} × {args.tokens} tokens")
-    mixed(encoder(), lambda model, x: model(input_ids=x).logits, ids, args.repeats)
+    compare_mixed(encoder(), lambda model, x: model(input_ids=x).logits, ids, args.repeats)
 
     print(f"decoder, forward pass of {args.batch} × {args.tokens} tokens")
     torch.manual_seed(0)
-    mixed(AutoModelForCausalLM.from_config(DECODER), lambda model, x: model(input_ids=x).logits, ids, args.repeats)
+    compare_mixed(
+        AutoModelForCausalLM.from_config(DECODER), lambda model, x: model(input_ids=x).logits, ids, args.repeats
+    )
 
     print(f"decoder, {args.new} new tokens for each of {args.batch} prompts of {args.tokens} tokens")
     torch.manual_seed(0)
     fixed = {"max_new_tokens": args.new, "min_new_tokens": args.new, "do_sample": False, "pad_token_id": 0}
-    mixed(
+    compare_mixed(
         AutoModelForCausalLM.from_config(DECODER),
         lambda model, x: model.generate(input_ids=x, attention_mask=torch.ones_like(x), **fixed),
         ids,
@@ -182,8 +186,8 @@ def main() -> None:
     }
     for name, config in kinds.items():
         model = get_peft_model(encoder(), config)
-        calls = {"eager": step(model, ids), "compiled": step(torch.compile(model, fullgraph=True), ids)}
-        print(f"  {name:<16}{rounds(calls, args.repeats, 'eager')['compiled']:6.2f}", flush=True)
+        calls = {"eager": make_step(model, ids), "compiled": make_step(torch.compile(model, fullgraph=True), ids)}
+        print(f"  {name:<16}{compare_times(calls, args.repeats, 'eager')['compiled']:6.2f}", flush=True)
         torch.compiler.reset()
 
 

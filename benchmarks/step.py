@@ -1,4 +1,4 @@
-"""Step time and peak memory of this tuner beside other methods, and what attaching it to a 1 B model costs.
+"""Step time and peak memory of this tuner and other methods, and the cost of attaching it to a 1 B model.
 
     python benchmarks/step.py [--threads N] [--repeats N] [--steps N] [--models small,base,decoder] [--device cpu|cuda]
         [--batch N] [--tokens N] [--block-size N,N] [--methods REGEX] [--clock wall|cpu] [--csv FILE]
@@ -9,16 +9,16 @@ models 8 × 64. "head only" trains the classifier, or the decoder's last norm: i
 own methods train the classifier beside the adapter.
 
 Prints a table per model, a row per method:
-    trained          numbers that are trained
+    trained          number of trainable parameters
     attach s, ms     seconds to attach the adapter; a step: median over rounds of a round's median
     ×LoRA, ×full     median over rounds of the ratio to the row "LoRA r=8" or "full" in the same round
-    MB, above        highest resident (cuda: allocated) memory during a step; the same less the bare model's
+    MB, above        peak resident (cuda: allocated) memory during a step; the same minus that of the bare model
     ×LoRA MB, …      ratios of "above"
-then the targets beside what was measured, then the attach test. Every method has its own process. Those of one model
-are all alive (add up their MB; --methods chooses fewer) and take turns, in a new order each round, so that
-other load hits all alike. On a busy machine `--threads 1 --clock cpu` is steadier: it counts processor time.
+then the targets with the measured values, then the attach test. Every method has its own process. Those of one model
+run at the same time (add up their MB; --methods selects fewer) and take turns, in a new order each round, so that
+other load affects all alike. On a busy machine `--threads 1 --clock cpu`, which counts processor time, varies less.
 
-Nothing is timed unless each intrinsic model trains exactly d numbers and gives the same output merged and factored.
+Nothing is timed unless each intrinsic model trains exactly d parameters and gives the same output merged and factored.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures. `config` is a PEFT config class, "head" or "full"."""
+    """Settings of one process. `config` is a PEFT configuration class, "head" or "full"."""
 
     model: str
     config: Any
@@ -82,7 +82,7 @@ class Job:
 
 
 def methods(block_sizes: list[int | None]) -> dict[str, tuple[Any, Row]]:
-    """The rows of a table. PEFT's own methods have their default sizes, LoRA's rank spelled out."""
+    """List the rows of a table. PEFT's own methods have their default sizes."""
     linear: Row = {"target_modules": "all-linear"}
     rows: dict[str, tuple[Any, Row]] = {
         "head only": ("head", {}),
@@ -100,7 +100,7 @@ def methods(block_sizes: list[int | None]) -> dict[str, tuple[Any, Row]]:
 
 
 def attach(model: Any, job: Job) -> Any:
-    """The model of one row, ready for training."""
+    """Prepare the model of one row for training."""
     if isinstance(job.config, type):
         task = "SEQ_CLS" if job.model in ENCODERS else "CAUSAL_LM"
         return get_peft_model(model, job.config(task_type=task, **job.options))
@@ -112,7 +112,7 @@ def attach(model: Any, job: Job) -> Any:
 
 @torch.no_grad()
 def check(model: Any, parameters: list[torch.Tensor], batch: dict[str, torch.Tensor]) -> None:
-    """At a random θ the merged model gives the factored one's output."""
+    """Check that at a random θ the merged model gives the output of the factored one."""
     model.eval()
     few = {name: value[:2] for name, value in batch.items()}
     plain = model(**few).logits
@@ -122,31 +122,33 @@ def check(model: Any, parameters: list[torch.Tensor], batch: dict[str, torch.Ten
     model.merge_adapter()
     error = float((model(**few).logits - factored).abs().max())
     model.unmerge_adapter()
-    moved = float((factored - plain).abs().max())
+    change = float((factored - plain).abs().max())
     for p in parameters:
         p.zero_()
-    if not error < 1e-3 * moved:
-        raise AssertionError(f"merged and factored output differ by {error:.2g}; the adapter moves it by {moved:.2g}")
+    if not error < 1e-3 * change:
+        raise AssertionError(
+            f"merged and factored output differ by {error:.2g}; the adapter changes it by {change:.2g}"
+        )
 
 
-def resident(key: str) -> float:
-    """MB resident now (VmRSS), or at most (VmHWM) since `mark`."""
+def read_memory(key: str) -> float:
+    """Return MB resident now (VmRSS), or at most (VmHWM) since `reset_peak`."""
     return int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]) / 1024
 
 
-def mark(device: str) -> float:
-    """MB in use now. The high-water mark starts anew."""
+def reset_peak(device: str) -> float:
+    """Return MB in use now, and reset the peak."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
     ctypes.CDLL(None).malloc_trim(0)
-    # Resets VmHWM, the kernel's own maximum: it forgets what building cost, and misses nothing as sampling would.
+    # Reset VmHWM, the kernel's own maximum, which excludes building the model and misses nothing as sampling would.
     Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
+    return read_memory("VmRSS")
 
 
 def prepare(job: Job) -> tuple[Row, Callable[[], float]]:
-    """What is known before the timing, and a function that makes a step and returns its ms."""
+    """Return the values known before timing, and a function that runs a step and returns its ms."""
     torch.manual_seed(0)
     auto = AutoModelForSequenceClassification if job.model in ENCODERS else AutoModelForCausalLM
     with torch.device(job.device):
@@ -157,13 +159,13 @@ def prepare(job: Job) -> tuple[Row, Callable[[], float]]:
     if job.device != "meta":
         model(**batch).loss.backward()  # the libraries' pages and work space count as part of the bare model
         model.zero_grad()
-    base, start = mark(job.device), time.perf_counter()
+    base, start = reset_peak(job.device), time.perf_counter()
     model = attach(model, job)
     seconds = time.perf_counter() - start
     parameters = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters)
     if job.config is IntrinsicConfig and count != job.options["d"]:
-        raise AssertionError(f"{count} numbers are trained, not d={job.options['d']}")
+        raise AssertionError(f"{count} parameters are trainable, not d={job.options['d']}")
     clock = time.process_time if job.clock == "cpu" else time.perf_counter
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
@@ -180,14 +182,14 @@ def prepare(job: Job) -> tuple[Row, Callable[[], float]]:
         if job.config is IntrinsicConfig:
             check(model, parameters, batch)
         model.train()
-        mark(job.device)
+        reset_peak(job.device)
         step(), step()  # the first one makes the optimizer state
-    peak = torch.cuda.max_memory_allocated() / 2**20 if job.device == "cuda" else resident("VmHWM")
+    peak = torch.cuda.max_memory_allocated() / 2**20 if job.device == "cuda" else read_memory("VmHWM")
     return {"trained": count, "attach s": seconds, "MB": peak, "above": peak - base}, step
 
 
 def serve(pipe: Connection, job: Job) -> None:
-    """The process of one row: reports what it prepared, then is sent numbers of steps and answers their median ms."""
+    """Run the process of one row: send the prepared values, then receive step counts and send their median ms."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(job.threads)
@@ -197,7 +199,7 @@ def serve(pipe: Connection, job: Job) -> None:
         text = (str(error).splitlines() or [repr(error)])[0][:110]
         return pipe.send({"n/a": text, "wrong": isinstance(error, AssertionError)})
     pipe.send(answer)
-    # From here on freed memory is kept, as glibc does when left alone: page faults are not to be timed.
+    # From here on freed memory is retained, as is the default of glibc, so that page faults are not timed.
     for option, value in ((-3, 32 << 20), (-1, 1 << 30)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(option, value)
     while count := pipe.recv():
@@ -220,7 +222,7 @@ def launch(job: Job) -> tuple[Connection, Row]:
 
 
 def measure(jobs: dict[str, Job], repeats: int, steps: int) -> list[Row]:
-    """The rows of one model."""
+    """Measure the rows of one model."""
     started = {name: launch(job) for name, job in jobs.items()}
     live = {name: pipe for name, (pipe, answer) in started.items() if "n/a" not in answer}
     rounds: list[dict[str, float]] = []
@@ -242,8 +244,8 @@ def measure(jobs: dict[str, Job], repeats: int, steps: int) -> list[Row]:
     return rows
 
 
-def table(title: str, columns: tuple[str, ...], rows: list[Row]) -> None:
-    """Aligned columns; a row without figures says why."""
+def print_table(title: str, columns: tuple[str, ...], rows: list[Row]) -> None:
+    """Print aligned columns. A row without values gives the reason."""
     cells = [list(columns)]
     for row in rows:
         values = [row.get(column, "") for column in columns]
@@ -256,14 +258,14 @@ def table(title: str, columns: tuple[str, ...], rows: list[Row]) -> None:
 
 
 def compare(rows: list[Row]) -> list[Row]:
-    """Our rows as multiples of LoRA (norms and biases, linear layers) or of full fine-tuning (every parameter)."""
-    found = []
+    """Compare this tuner with LoRA (norms and biases, linear layers) or full fine-tuning (every parameter)."""
+    result = []
     for row in rows:
         key, *limits = next((limit for label, limit in LIMITS.items() if label in row["method"]), LIMITS["every"])
         if row["method"].startswith("ours") and key in row:
             values = (f"{row['model']}: {row['method']}", key, row[key], limits[0], row[f"{key} MB"], limits[1])
-            found.append(dict(zip(TARGETS, values, strict=True)))
-    return found
+            result.append(dict(zip(TARGETS, values, strict=True)))
+    return result
 
 
 def main() -> None:
@@ -282,13 +284,15 @@ def main() -> None:
         batch = args.batch or (16 if model in ENCODERS else 8)
         setting: Any = (args.device, args.threads, batch, args.tokens, args.clock)
         jobs = {name: Job(model, *row, *setting) for name, row in chosen.items()}
-        rows += (found := measure(jobs, args.repeats, args.steps))
+        rows += (measured := measure(jobs, args.repeats, args.steps))
         title = f"{model}: {batch} × {args.tokens} tokens, {args.device}, threads {args.threads}, {args.clock} time"
-        table(title, COLUMNS, found)
-    table("targets (for the time of linear layers: at base)", TARGETS, compare(rows))
+        print_table(title, COLUMNS, measured)
+    print_table("targets (for the time of linear layers: at base)", TARGETS, compare(rows))
     jobs = {name: Job("1B", *row, "meta", args.threads) for name, row in methods([None]).items() if "ours" in name}
     large = measure(jobs, 0, 0)
-    table("attach to 1 B on the meta device (targets: 2 s, 200 MB)", ("method", "trained", "attach s", "above"), large)
+    print_table(
+        "attach to 1 B on the meta device (targets: 2 s, 200 MB)", ("method", "trained", "attach s", "above"), large
+    )
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["model", *COLUMNS, "n/a"])

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from groups import at_best, cell, found, line, tuned
+from groups import at_best, find_row, format_cell, print_row, tune
 from peft import get_peft_model
-from quality import DEVICE, Row, Runner, lines, minilm, spent
+from quality import DEVICE, Row, Runner, describe_time, minilm, read_rows
 
 from peft_intrinsic import IntrinsicConfig
 
@@ -44,7 +44,7 @@ class Contestants:
 
     def rows(self, task: str) -> list[Row]:
         """What was measured of a task."""
-        return lines(self.folder / task / "trials.jsonl")
+        return read_rows(self.folder / task / "trials.jsonl")
 
     def best(self, task: str, method: Method) -> list[Row]:
         """The rows of a contestant at its best rate by loss, a row for each seed."""
@@ -65,8 +65,8 @@ class Contestants:
         for name in only or self.names:
             while True:
                 method = {name: self.made(task, self)[name]}
-                planned = ({"model": MODEL, **run} for _, run in tuned(method, self.rows(task), MODEL))
-                row = next((row for row in planned if not found(self.rows(task), row)), None)
+                planned = ({"model": MODEL, **run} for _, run in tune(method, self.rows(task), MODEL))
+                row = next((row for row in planned if not find_row(self.rows(task), row)), None)
                 if row is None:
                     break
                 yield row
@@ -81,12 +81,12 @@ class Contestants:
     def table(self, task: str) -> None:
         """Print a task's rows as Markdown."""
         columns = ["parameters" if column == "numbers" else column for column in self.columns]
-        line("method", *columns, "best learning rate", "accuracy / cross-entropy", "seeds")
-        line(*["---"] * (4 + len(self.columns)))
+        print_row("method", *columns, "best learning rate", "accuracy / cross-entropy", "seeds")
+        print_row(*["---"] * (4 + len(self.columns)))
         for name, method in self.made(task, self).items():
             if rows := self.best(task, method):
                 shown = [rows[0].get(column, "") for column in self.columns]
-                line(name, *shown, f"{rows[0]['lr']:g}", cell(rows), len(rows))
+                print_row(name, *shown, f"{rows[0]['lr']:g}", format_cell(rows), len(rows))
 
     def plot(self, task: str) -> None:
         """Accuracy of every contestant, a point for each seed, as table.png beside the rows."""
@@ -159,7 +159,7 @@ class Study:
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         losses = self.runner(task).fit(model, optimizer, seed, **more)
         steps = [round(sum(losses[i : i + 25]) / 25, 3) for i in range(0, len(losses), 25)]
-        return {**self.runner(task).score(model), "train": steps, **spent(start)}
+        return {**self.runner(task).score(model), "train": steps, **describe_time(start)}
 
     def only(self, model: Any, parts: tuple[str, ...]) -> list[Any]:
         """Freeze a model but for the parameters whose names contain one of these, and return those."""

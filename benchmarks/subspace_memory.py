@@ -1,9 +1,9 @@
-"""Peak memory and time of `fit_subspace`, beside the size of the model.
+"""Peak memory of `fit_subspace`, relative to the size of the model.
 
     python benchmarks/subspace_memory.py [--model FOLDER] [--snapshots 32] [--dim 32] [--scratch FOLDER]
 
-Without --model an encoder of BERT-base's shape is built at random. Each snapshot is a walk's next step. Prints the
-highest memory of the process that fits, less what it had before fitting began, beside the model's size in float32.
+Without --model, a random encoder of BERT-base's shape is used. The snapshots are steps of a random walk. Prints the
+peak memory of the fitting process above its start, relative to the model's size in float32.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers import AutoModel, BertConfig, BertModel
 from peft_intrinsic.trajectory import fit_subspace, record
 
 
-def prepared(model: Any, folder: Path, count: int) -> None:
-    """The recording of a walk."""
+def record_walk(model: Any, folder: Path, count: int) -> None:
+    """Record a random walk."""
     record(model, folder, 0)
     generator = torch.Generator().manual_seed(0)
     for step in range(1, count + 1):
@@ -34,7 +34,7 @@ def prepared(model: Any, folder: Path, count: int) -> None:
 
 
 def fit(folder: Path, dim: int, queue: Any) -> None:
-    """In a process of its own, which says when it begins and when it is done."""
+    """Fit in its own process, which puts "ready" and "done" into the queue."""
     torch.set_num_threads(1)
     queue.put("ready")
     fit_subspace(folder, dim, out=folder / "subspace.safetensors")
@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     model = AutoModel.from_pretrained(args.model) if args.model else BertModel(BertConfig())
     size = 4 * model.num_parameters()
-    prepared(model, args.scratch, args.snapshots)
+    record_walk(model, args.scratch, args.snapshots)
     del model
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

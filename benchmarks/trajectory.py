@@ -1,20 +1,27 @@
-"""Subspaces learnt from the fine-tuning trajectory beside others: the tables of Zhang et al. 2023 in small.
+"""Subspaces learned from a training trajectory, with baselines: the tables of Zhang et al. 2023 on a small encoder.
 
     python benchmarks/trajectory.py run TASK [--data FOLDER] [--model FOLDER] [--scratch FOLDER] [--only NAME]...
     python benchmarks/trajectory.py table TASK
     python benchmarks/trajectory.py plot TASK
 
 Tasks and protocol are those of benchmarks/quality.py (sst2, mrpc_250, rotten_tomatoes_apart; all-MiniLM-L6-v2). A run
-appends one JSON line to benchmarks/results/trajectory/TASK/trials.jsonl, and runs that are there are skipped.
-Recordings and subspaces lie in --scratch, and are made again where they are missing.
+appends one JSON line to benchmarks/results/trajectory/TASK/trials.jsonl. Stored runs are skipped. Recordings and
+subspaces are in --scratch, and are created if they are missing.
 
-full: everything trained. freeze: embeddings, pooler and head. All subspace methods train these in the original space,
-as the paper, at freeze's best rate, and 6 times `dim` numbers, `dim` for each layer: random (Gaussian vectors),
-trajectory (16 snapshots of the full run with the same seed), gradient (of 16 batches at the start), other task (its
-trajectory), unified (the last snapshot of each of the three tasks), zero-shot (without the task's own). alone: 7 times
-16 numbers, the head's own directions among them, and nothing else. without outliers: the weights that trajectory 16
-moves beyond 3 sigma set to zero in the pretrained model, then full fine-tuning; without random: as many of each layer.
-Rates of each start with three a factor of 4 apart, with more while the best, by loss, is at an edge; then two seeds.
+Methods:
+    full                full fine-tuning
+    freeze              embeddings, pooler and head are trained
+    random              Gaussian vectors
+    trajectory          16 snapshots of the full run with the same seed
+    gradient            gradients of 16 batches at the start
+    other task          the trajectory of another task
+    unified, zero-shot  the last snapshot of each of the three tasks, or of the two others
+    alone               trajectory with the head's directions, 7 × 16 parameters and nothing else
+    without outliers    full fine-tuning after the outliers of trajectory 16 beyond 3 sigma were set to zero
+    without random      the same with as many random weights of each layer
+From random to zero-shot, 6 × `dim` parameters are trained, `dim` for each layer. As in the paper, embeddings, pooler
+and head are trained as well, at the best learning rate of freeze. Each method starts with three learning rates a factor
+of 4 apart, with more while the best by loss is at an edge, and then two more seeds.
 """
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ from filelock import FileLock
 from peft import get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from quality import Row, batches
+from quality import Row, make_batches
 from studies import FULL_RATES, Contestants, Method, Study
 
 from peft_intrinsic import IntrinsicConfig
@@ -50,15 +57,15 @@ NAMES = (
 )
 
 
-def contestants(task: str, results: Contestants) -> dict[str, Method]:
-    """Every contestant: its run, and the rates that it starts with."""
+def list_methods(task: str, results: Contestants) -> dict[str, Method]:
+    """List the methods: a run of each, and its first learning rates."""
     base: Row = {"task": task, "seed": 0}
     result: dict[str, Method] = {
         "full": ({**base, "method": "full"}, FULL_RATES),
         "freeze": ({**base, "method": "freeze"}, (1e-4, 4e-4, 1.6e-3)),
     }
     if not (frozen := results.best(task, result["freeze"])):
-        return result  # the others need its best rate
+        return result  # the others need its best learning rate
     for name in NAMES[2:]:
         kind, _, dim = name.rpartition(" ")
         if kind == "without":
@@ -70,10 +77,10 @@ def contestants(task: str, results: Contestants) -> dict[str, Method]:
 
 
 class Trajectories(Study):
-    """One task: its runs, and the recordings that they need."""
+    """The runs of one task, with the recordings that they need."""
 
     def full(self, task: str, lr: float, seed: int, folder: Path | None = None, model: Any = None) -> Row:
-        """Full fine-tuning, recorded where a folder is named."""
+        """Fine-tune fully, and record it if a folder is named."""
         model = model or self.base(seed)
         last = self.runner(task).task["steps"]
         every = last // (SNAPSHOTS - 1)
@@ -91,7 +98,7 @@ class Trajectories(Study):
         }
 
     def recording(self, task: str, seed: int) -> list[Path]:
-        """Snapshots of full fine-tuning at its best rate."""
+        """Return snapshots of full fine-tuning at its best learning rate."""
         lr = self.results.rate(task, "full")
         folder = self.scratch / task / f"full-{lr:g}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,18 +110,18 @@ class Trajectories(Study):
         return snapshots(folder)[-SNAPSHOTS:]
 
     def gradients(self, seed: int) -> list[Path]:
-        """Gradients of the first batches, dropout on as in training."""
+        """Return gradients of the first batches, with dropout as in training."""
         folder, runner = self.scratch / self.task / f"gradients-{seed}", self.runner(self.task)
         if len(snapshots(folder)) < SNAPSHOTS:
             for path in snapshots(folder):
                 path.unlink()
-            indexes = batches(runner.lengths, runner.task["batch"], SNAPSHOTS, seed)
+            indices = make_batches(runner.lengths, runner.task["batch"], SNAPSHOTS, seed)
             model = self.base(seed).train()
-            record_gradients(model, folder, indexes, lambda m, index: runner.loss(m, 0, index)[0], RECORDED)
+            record_gradients(model, folder, indices, lambda m, index: runner.loss(m, 0, index)[0], RECORDED)
         return snapshots(folder)
 
     def random(self, seed: int) -> list[dict[str, torch.Tensor]]:
-        """Gaussian vectors, one for each snapshot."""
+        """Sample Gaussian vectors, one for each snapshot."""
         generator = torch.Generator().manual_seed(seed)
         model = self.base(seed)
         names = [name for name, _ in model.named_parameters() if name.startswith("bert.encoder.layer.")]
@@ -122,7 +129,7 @@ class Trajectories(Study):
         return [{n: 1e-3 * torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(SNAPSHOTS)]
 
     def subspace(self, kind: str, seed: int) -> Path:
-        """The file of a learnt, or random, subspace."""
+        """Return the file of a learned or random subspace."""
         path = self.scratch / self.task / f"{kind}-{seed}.safetensors"
         if path.exists():
             return path
@@ -141,7 +148,7 @@ class Trajectories(Study):
         return path
 
     def tuned(self, row: Row) -> tuple[Any, Row]:
-        """Training in a subspace: the model and what was measured."""
+        """Train in a subspace. Return the model and the measured values."""
         path = self.subspace(row["method"], row["seed"])
         alone = row["method"] == "alone"
         d = row["dim"] * (GROUPS + alone)
@@ -153,12 +160,12 @@ class Trajectories(Study):
         rest = [p for name, p in trained.items() if "intrinsic_theta" not in name]
         rates = {row["lr"]: theta, **({} if alone else {-1.0: rest})}
         groups = {(row["rest_lr"] if lr < 0 else lr): parameters for lr, parameters in rates.items()}
-        if len(groups) < len(rates):  # one rate for both
+        if len(groups) < len(rates):  # one learning rate for both
             groups = {row["lr"]: theta + rest}
         return model, {"numbers": d, **self.train(self.task, model, groups, row["seed"])}
 
     def outliers(self, seed: int) -> Any:
-        """What trajectory 16 moves beyond three standard deviations."""
+        """Return the outliers of trajectory 16 beyond three standard deviations."""
         planned, _ = self.results.made(self.task, self.results)["trajectory 16"]
         row = {**planned, "lr": self.results.rate(self.task, "trajectory 16"), "seed": seed}
         path = self.far(row)
@@ -167,11 +174,11 @@ class Trajectories(Study):
         return torch.load(path, weights_only=False)
 
     def far(self, row: Row) -> Path:
-        """Where a run's outliers are kept."""
+        """Return the file of a run's outliers."""
         return self.scratch / self.task / f"outliers-{row['dim']}-{row['lr']:g}-{row['seed']}.pt"
 
     def run(self, row: Row) -> Row:
-        """One run of a contestant."""
+        """Train one run of a method."""
         method, lr, seed = row["method"], row["lr"], row["seed"]
         if method == "full":
             folder = self.scratch / self.task / f"full-{lr:g}-{seed}"
@@ -194,4 +201,4 @@ class Trajectories(Study):
 
 
 if __name__ == "__main__":
-    Contestants("trajectory", contestants, NAMES, ("numbers",)).main(Trajectories, __doc__, TASKS)
+    Contestants("trajectory", list_methods, NAMES, ("numbers",)).main(Trajectories, __doc__, TASKS)

@@ -1,4 +1,4 @@
-"""What benchmarks/quality.py compares: this tuner, PEFT's methods, a trained head, full fine-tuning."""
+"""The methods that benchmarks/quality.py compares: this tuner, PEFT's methods, a trained head, full fine-tuning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peft_intrinsic.projection.randomness import words
 
 
 class OneHot(TensorProjection):
-    """A rejected candidate: every weight moves with one coordinate, which has a sign for it."""
+    """A rejected projection: every weight is one coordinate times a random sign."""
 
     def __init__(self, rows: int, cols: int, index: np.ndarray, size: np.ndarray) -> None:
         self.rows, self.cols = rows, cols
@@ -29,8 +29,8 @@ class OneHot(TensorProjection):
         return (theta[self.index[part]] * self.size[part]).unflatten(-1, (stop - start, self.cols))
 
 
-def one_hot(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
-    """Each tensor has coordinates of its own, dealt to its weights at random."""
+def build_one_hot(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
+    """Build projections in which each tensor has its own coordinates, allocated to its weights at random."""
     result: dict[str, TensorProjection] = {}
     for name, (start, count) in allocation.allocate(spec.d, shapes).items():
         shape = shapes[name]
@@ -41,15 +41,14 @@ def one_hot(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
     return result
 
 
-PROJECTIONS["one_hot"] = one_hot
+PROJECTIONS["one_hot"] = build_one_hot
 
 
 def attach(model: Any, row: dict[str, Any]) -> Any:
-    """The model of one run, ready for training. `row["config"]` are options of the method's PEFT configuration.
+    """Prepare the model of one run for training. `row["config"]` has options of the method's PEFT configuration.
 
-    `row["head"]`: `"subspace"` (this tuner: inside the d numbers), `"frozen"`, or `"free"` (trained, not counted).
-    `row["factors"]` and `row["parts"]` replace sizes and shares of the kinds of tensors, for this tuner's rejected
-    candidates.
+    `row["head"]` is `"subspace"` (this tuner: within d), `"frozen"`, or `"free"` (trained fully, not counted).
+    `row["factors"]` and `row["parts"]` replace scales and allocations of the projection.
     """
     method, options = row["method"], dict(row.get("config", {}))
     if method == "full":
@@ -76,7 +75,9 @@ def attach(model: Any, row: dict[str, Any]) -> Any:
     return get_peft_model(model, getattr(peft, kind)(**options))
 
 
-def trained(model: nn.Module, row: dict[str, Any]) -> int:
-    """How many numbers were trained; a free head is not counted."""
-    own = [p for n, p in model.named_parameters() if p.requires_grad and not (row["head"] == "free" and "class" in n)]
-    return sum(p.numel() for p in own)
+def count_trainable(model: nn.Module, row: dict[str, Any]) -> int:
+    """Count the trainable parameters, without a free head."""
+    counted = [
+        p for n, p in model.named_parameters() if p.requires_grad and not (row["head"] == "free" and "class" in n)
+    ]
+    return sum(p.numel() for p in counted)
