@@ -2,17 +2,17 @@
 
     python benchmarks/simulations.py [--curves 500] [--kind NAME ...] [--out FILE.json]
 
-The file keeps the rows of other kinds with as many curves.
+Rows of other kinds with as many curves stay in the file.
 
 A curve is a logistic function of log d between two scores; a trial adds Gaussian noise, full fine-tuning lies a little
 above the curve's end. The grid is the paper's, of 64 points; a sweep of it with three seeds is 192 trials.
 
-logistic: no more than that.  noise grows: with d, fourfold.  shelf: two thousandths below the target over two decades.
-mrpc: low, flat curves, and full fine-tuning that varies by .026, as MRPC's.  collapse: a tenth of the runs in the
-subspace score as the majority class.  collapse both: and of full fine-tuning.  dip: scores fall again at large d.
-rate falls: the best learning rate falls as d^-0.3; three rates a factor of 4 apart are tried.  rate falls, auto: the
-same with rates="auto", which begins a factor of 20 too low.  rates alike: a rate a factor of 4 off loses .01 only, half
-of what one run varies by, one 16 off .04; "auto".
+logistic: only that.  noise grows: with d, fourfold.  shelf: 0.002 below the target over two decades.
+mrpc: low, flat curves, and full fine-tuning that varies by 0.026, as for MRPC.  collapse: a tenth of the runs in the
+subspace have the score of the majority class.  collapse both: and of full fine-tuning.  dip: scores fall at large d.
+rate falls: the best learning rate falls as d^-0.3; three learning rates a factor of 4 apart are tried.  rate falls,
+auto: the same with learning_rates="auto", which starts a factor of 20 too low.  rates alike: a learning rate that is
+off by a factor of 4 loses only 0.01, half of the standard deviation of a run, by 16 it loses 0.04; "auto".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from peft_intrinsic.measure.curve import grid
-from peft_intrinsic.measure.evidence import TUNING
+from peft_intrinsic.measure.evidence import TUNING, Evidence
 from peft_intrinsic.measure.plan import Plan
 from peft_intrinsic.measure.search import Search
 
@@ -41,11 +41,11 @@ KINDS = (
 
 @dataclass
 class Simulated:
-    """One task: what training would score.
+    """One simulated task.
 
     Args:
-        kind: see above.
-        number: seed of the curve and of its noise.
+        kind: A kind of the module's docstring.
+        number: Seed of the curve and of its noise.
     """
 
     kind: str
@@ -65,8 +65,8 @@ class Simulated:
         if self.kind == "rates alike":
             self.noise, self.full_noise = 0.02, 0.004
 
-    def truth(self, d: int) -> float:
-        """The mean score at d, by the best learning rate."""
+    def compute_mean(self, d: int) -> float:
+        """Compute the mean score at d, at the best learning rate."""
         x = math.log(d)
         if self.kind == "shelf":
             low, high = 0.9 * self.full - 0.002, self.full
@@ -75,31 +75,31 @@ class Simulated:
         fallen = max(0.0, x - self.top) if self.kind == "dip" else 0.0
         return self.start + (self.end - self.start) * _step((x - self.center) / self.width) - 0.12 * fallen
 
-    def lost(self, d: int, rate: float | None) -> float:
-        """By a rate that is not the best."""
+    def compute_loss(self, d: int, rate: float | None) -> float:
+        """Compute the loss of score at a learning rate that is not the best."""
         if rate is None:
             return 0.0
         best = self.level * 2e-4 * (d / 10_000) ** -0.3
         return min((0.01 if self.kind == "rates alike" else 0.03) * math.log(rate / best, 4) ** 2, 0.2)
 
     def score(self, d: int | None, rate: float | None) -> float:
-        """Of one trial."""
-        shared = 0.1 if self.kind.startswith("collapse") else 0.0
+        """Simulate the score of one trial."""
+        fraction = 0.1 if self.kind.startswith("collapse") else 0.0
         if d is None:
-            collapsed = self.rng.random() < shared * (self.kind == "collapse both")
+            collapsed = self.rng.random() < fraction * (self.kind == "collapse both")
             return MAJORITY if collapsed else self.full + self.full_noise * self.rng.normal()
         grows = 0.5 + 1.5 * math.log(d / 100) / math.log(10_000) if self.kind == "noise grows" else 1.0
-        found = self.truth(d) - self.lost(d, rate) + grows * self.noise * self.rng.normal()
-        return MAJORITY if self.rng.random() < shared else found
+        score = self.compute_mean(d) - self.compute_loss(d, rate) + grows * self.noise * self.rng.normal()
+        return MAJORITY if self.rng.random() < fraction else score
 
-    def least(self) -> int:
-        """Index of d90 in the grid: by the best rate of those that are tried."""
+    def find_d90(self) -> int:
+        """Find the index of d90 in the grid, at the best of the learning rates that are tried."""
         for i, d in enumerate(GRID):
-            lost = 0.0
+            loss = 0.0
             if self.kind.startswith("rate"):
                 tried = RATES if self.kind == "rate falls" else [2e-4 * 4.0**k for k in range(-6, 7)]
-                lost = min(self.lost(d, rate) for rate in tried)
-            if self.truth(d) - lost >= 0.9 * self.full:
+                loss = min(self.compute_loss(d, rate) for rate in tried)
+            if self.compute_mean(d) - loss >= 0.9 * self.full:
                 return i
         return len(GRID)
 
@@ -108,27 +108,27 @@ def _step(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def searched(kind: str, number: int) -> dict[str, float]:
-    """One search, and how it did."""
+def simulate(kind: str, number: int) -> dict[str, float]:
+    """Run one search. Returns how it did."""
     task = Simulated(kind, number)
     auto = ("auto", "auto")
     rates = {"rate falls": ((1e-5, 4e-5, 1.6e-4), RATES), "rate falls, auto": auto, "rates alike": auto}.get(kind)
 
-    def evaluate(wanted):
-        return [task.score(d, rate if rates and d else None) for d, _, rate in wanted]
+    def run(trials):
+        return [{"score": task.score(d, rate if rates and d else None)} for d, _, rate in trials]
 
-    search = Search(evaluate, Plan(GRID, learning_rates=rates), least=MAJORITY)
-    search.run()
-    curve, least = search.evidence.curve(), task.least()
-    low, high = curve.interval()
+    evidence = Evidence(Plan(GRID, learning_rates=rates, majority=MAJORITY))
+    Search(run, evidence).run()
+    curve, d90 = evidence.build_curve(), task.find_d90()
+    low, high = curve.estimate_interval()
     return {
-        "covered": low <= least <= high,
+        "covered": low <= d90 <= high,
         "steps": high - low,
-        "wrongly not reached": low == len(GRID) > least,
-        "off by": abs(curve.index() - least),
-        "trials": len(search.found),
-        "full fine-tuning": sum(d is None for d, _, _ in search.found),
-        "rates": sum(seed == TUNING for _, seed, _ in search.found),
+        "wrongly not reached": low == len(GRID) > d90,
+        "off by": abs(curve.find_index() - d90),
+        "trials": len(evidence.trials),
+        "full fine-tuning": sum(d is None for d, _, _ in evidence.trials),
+        "rates": sum(seed == TUNING for _, seed, _ in evidence.trials),
     }
 
 
@@ -140,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     table: dict[str, dict[str, float]] = {}
     for kind in args.kind:
-        rows = [searched(kind, number) for number in range(args.curves)]
+        rows = [simulate(kind, number) for number in range(args.curves)]
         table[kind] = {name: round(float(np.mean([row[name] for row in rows])), 3) for name in rows[0]}
         if len(table) == 1:
             print("| curves | " + " | ".join(rows[0]) + " |", "|---" * (len(rows[0]) + 1) + "|", sep="\n")
@@ -148,8 +148,8 @@ def main() -> None:
     if args.out:
         sizes = {"curves": args.curves, "grid": len(GRID)}
         before = json.loads(args.out.read_text()) if args.out.exists() else {}
-        kept = before["table"] if before.get("curves") == args.curves else {}
-        args.out.write_text(json.dumps({**sizes, "table": {**kept, **table}}, indent=1) + "\n")
+        stored = before["table"] if before.get("curves") == args.curves else {}
+        args.out.write_text(json.dumps({**sizes, "table": {**stored, **table}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

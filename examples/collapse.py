@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from peft_intrinsic.measure.evidence import collapsed, describe_collapse
+from peft_intrinsic.measure.evidence import describe_collapse, is_collapsed
 
 
 def report_collapse(predicted: ArrayLike, labels: ArrayLike, learning_rate: float) -> None:
@@ -18,5 +18,5 @@ def report_collapse(predicted: ArrayLike, labels: ArrayLike, learning_rate: floa
     predicted, labels = np.asarray(predicted), np.asarray(labels)
     accuracy, majority = float(np.mean(predicted == labels)), float(np.bincount(labels).max() / len(labels))
     same = len(np.unique(predicted)) == 1
-    if same or collapsed(accuracy, majority):
+    if same or is_collapsed(accuracy, majority):
         print(describe_collapse(accuracy, majority, learning_rate, one_class=same))

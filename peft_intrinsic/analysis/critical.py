@@ -221,7 +221,8 @@ def frozen_sweep(
     try:
         with Store(out, {"order": list(order)}) as store, tqdm(total=len(counts) * seeds, unit="trial") as bar:
             runner = Runner(trial, store, engine, bar)
-            return {k: runner.finite([(k, seed, None) for seed in range(seeds)]) for k in counts}
+            rows = {k: runner.run([(k, seed, None) for seed in range(seeds)], finite=True) for k in counts}
+            return {k: [row["score"] for row in rows[k]] for k in counts}
     finally:
         engine.close()
 

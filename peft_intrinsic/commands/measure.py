@@ -13,7 +13,7 @@ from rich.table import Table
 from ..measure import RayEngine, grid, write_report
 from ..measure import analyze as analyze_trials
 from ..measure.measure_text import measure_text
-from ..measure.report import advice, score_and_target, summary
+from ..measure.report import describe_target, suggest_grid, summarize
 from ..measure.study import study as run_study
 from ..text.training import load_without_weights
 from .inputs import build_training_arguments
@@ -49,7 +49,7 @@ def _run_options(args: argparse.Namespace) -> dict[str, Any]:
     arguments = build_training_arguments(args) | _read_config(args.config)
     return {
         "options": {**options, "columns": tuple(args.text), "arguments": arguments},
-        "question": {**_question(args), **plan, "learning_rates": (args.full_learning_rates, args.learning_rates)},
+        "plan": {**_question(args), **plan, "learning_rates": (args.full_learning_rates, args.learning_rates)},
         "out": args.out,
         "overwrite": args.overwrite,
         "dry_run": args.dry_run,
@@ -86,11 +86,10 @@ def _read_config(path: str | None) -> dict[str, Any]:
 
 
 def _print_result(result: Any, out: str, model: str | None = None) -> None:
-    print(summary(result))
-    print(score_and_target(result))
-    if hint := advice(
-        result, load_without_weights(model, result.settings["task_type"]).num_parameters() if model else None
-    ):
+    print(summarize(result))
+    print(describe_target(result))
+    weights = load_without_weights(model, result.settings["task_type"]).num_parameters() if model else None
+    if hint := suggest_grid(result, weights):
         print(hint)
     table = Table("d", "monotone fit", "scores by seed")
     for point in result.points:

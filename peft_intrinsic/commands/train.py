@@ -13,7 +13,7 @@ from typing import Any
 from peft import get_peft_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ..measure.evidence import collapsed, describe_collapse
+from ..measure.evidence import describe_collapse, is_collapsed
 from ..text.baselines import logistic_regression
 from ..text.options import TextOptions, check_arguments, complete_arguments
 from ..text.tasks import Task, load_task
@@ -68,7 +68,7 @@ def _print_scores(scores: Mapping[str, float], sizes: Mapping[str, str], task: T
         size = f" ({sizes[name]})" if name in sizes else ""
         print(f"  {name.replace('_', ' ') + size:<36}{task.sign * score:.4f}")
     baseline, named = ("majority", "majority class") if "majority" in scores else ("before", "untrained model")
-    if collapsed(scores["after"], scores[baseline]):
+    if is_collapsed(scores["after"], scores[baseline]):
         after, least = (task.sign * scores[name] for name in ("after", baseline))
         print(describe_collapse(after, least, learning_rate, task.metric, named))
 

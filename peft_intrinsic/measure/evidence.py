@@ -1,33 +1,35 @@
-"""What trials say: chosen learning rates, collapsed runs, the curve. Nothing runs here."""
+"""A view of stored trials: chosen learning rates, collapsed runs, the curve. Nothing is trained here."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 
 from ..trials.engine import Trial
+from ..trials.runner import Row, unpack_correct
 from .curve import TINY, Curve, Runs
 from .plan import Plan
 
 BELOW = 2
-"""At how many d before it learning rates that were tried help to choose one."""
+"""Number of smaller d whose learning rates help to choose that of a d."""
 
 TOLERATED = 0.1
-"""Share of collapsed runs above which a learning rate is chosen only if no other has fewer."""
+"""Fraction of collapsed runs above which a learning rate is chosen only if no other has fewer."""
 
 DOCUMENTED = 2e-4
 """The documented learning rate: a run at it, or below, that learned nothing was rather too short (docs/tuner.md)."""
 
 TUNING = 10_000
-"""The seed on which learning rates are tried: its scores choose, so they do not count."""
+"""Seed on which learning rates are tried. Its scores choose, so they do not count."""
 
 
-def collapsed(score: float | None, least: float | None) -> bool:
-    """Whether a run is no better than the trivial answer, or diverged."""
-    return score is None or not math.isfinite(score) or (least is not None and score <= least + 1e-9)
+def is_collapsed(score: float | None, floor: float | None) -> bool:
+    """Check whether a run diverged, or is no better than the majority-class baseline."""
+    return score is None or not math.isfinite(score) or (floor is not None and score <= floor + 1e-9)
 
 
 def describe_collapse(
@@ -60,134 +62,166 @@ def describe_collapse(
 
 
 class Evidence:
-    """The trials of one run, in the light of a plan.
+    """View of the rows of a store that belong to a plan.
 
     Args:
-        found: scores of trials that the plan asks for, NaN for one without a finite score.
-        plan: what is asked.
-        least: score of the trivial answer: the majority class, or the untrained model. A run that is no better
-            collapsed.
-        right: which examples of the held-out data trials have right, where known.
+        plan: The plan.
+        rows: Rows of the store by key. They are read, never copied.
+        count: Number of rows to view, in order; `add` views others. None views all.
+
+    Attributes:
+        trials: Rows in view by trial.
+        floor: Score of the majority-class baseline, or else of the untrained model; None where unknown.
     """
 
-    def __init__(
-        self,
-        found: Mapping[Trial, float],
-        plan: Plan,
-        least: float | None = None,
-        right: Mapping[Trial, np.ndarray] | None = None,
-    ) -> None:
-        self.found, self.plan, self.least, self.right = found, plan, least, right or {}
+    def __init__(self, plan: Plan, rows: Mapping[str, Row] | None = None, count: int | None = None) -> None:
+        self.plan = plan
+        self.trials: dict[Trial, Row] = {}
+        stored = list((rows or {}).values())
+        untrained = [row["score"] for row in stored if row["d"] == 0]
+        self.floor: float | None = plan.majority if plan.majority is not None or not untrained else untrained[0]
+        for row in islice(stored, count):
+            self.add((row["d"], row["seed"], row["learning_rate"]), row)
 
-    def tried(self, d: int | None) -> dict[float, float]:
-        """Scores of the learning rates tried at a d, or (None) of full fine-tuning; NaN of one that diverged."""
-        rows = {rate: score for (at, seed, rate), score in self.found.items() if (at, seed) == (d, TUNING)}
-        return {rate: rows[rate] for rate in sorted(rate for rate in rows if rate)}
+    def add(self, trial: Trial, row: Row) -> None:
+        """View the row of a trial, if the plan includes it."""
+        if trial[0] == 0 and self.floor is None:
+            self.floor = row["score"]
+        if self.plan.includes(trial[0], trial[2]):
+            self.trials[trial] = row
 
-    def tuned(self, d: int | None) -> float | None:
-        """The learning rate with the least loss at a d and at the `BELOW` d before it where learning rates were tried;
-        of equally good ones the middle; None where none was tried, or all diverged. (One seed alone often prefers the
-        worse of two that are nearly as good, and the best learning rate changes little from one d to the next.)"""
-        below = [] if d is None else [at for at in self.places() if at < d][-BELOW:]
-        return self._least_lost([rate for rate, score in self.tried(d).items() if math.isfinite(score)], [*below, d])
+    def get_score(self, trial: Trial) -> float:
+        """Get the score of a trial; NaN if it diverged."""
+        score = self.trials[trial]["score"]
+        return math.nan if score is None else score
 
-    def places(self) -> list[int]:
-        """The d at which rates were tried, and one did not diverge."""
-        tried = {at for at, seed, _ in self.found if at and seed == TUNING}
-        return sorted(at for at in tried if any(map(math.isfinite, self.tried(at).values())))
+    def get_tuning_scores(self, d: int | None) -> dict[float, float]:
+        """Get the scores of the learning rates tried at d, or (None) for full fine-tuning; NaN if one diverged."""
+        trials = [trial for trial in self.trials if trial[:2] == (d, TUNING) and trial[2]]
+        return {
+            float(trial[2] or 0): self.get_score(trial) for trial in sorted(trials, key=lambda trial: trial[2] or 0)
+        }
 
-    def _least_lost(self, rates: Sequence[float], places: Sequence[int | None]) -> float | None:
-        stable = [rate for rate in rates if self.collapses(places[-1], rate) <= TOLERATED]
-        lost = {rate: sum(self._lost(at, rate) for at in places) for rate in stable or rates}
-        best = sorted(rate for rate, much in lost.items() if much <= min(lost.values()) + TINY)
+    def choose_rate(self, d: int | None) -> float | None:
+        """Choose among the learning rates tried at d: the least loss there and at `BELOW` smaller d.
+
+        One seed alone often prefers the worse of two that are nearly as good, and the best learning rate changes little
+        from one d to the next. Of equally good ones the middle is chosen; None if none was tried, or all diverged.
+        """
+        below = [] if d is None else [at for at in self.get_tuned_dims() if at < d][-BELOW:]
+        tried = self.get_tuning_scores(d)
+        return self._pick([rate for rate, score in tried.items() if math.isfinite(score)], [*below, d])
+
+    def get_tuned_dims(self) -> list[int]:
+        """Get the d at which learning rates were tried, and one did not diverge."""
+        tried = {d for d, seed, _ in self.trials if d and seed == TUNING}
+        return sorted(d for d in tried if any(map(math.isfinite, self.get_tuning_scores(d).values())))
+
+    def _pick(self, rates: Sequence[float], dims: Sequence[int | None]) -> float | None:
+        stable = [rate for rate in rates if self.get_collapsed_fraction(dims[-1], rate) <= TOLERATED]
+        losses = {rate: sum(self._expect_loss(d, rate) for d in dims) for rate in stable or rates}
+        best = sorted(rate for rate, loss in losses.items() if loss <= min(losses.values()) + TINY)
         return best[len(best) // 2] if best else None
 
-    def _lost(self, d: int | None, rate: float) -> float:
-        """By how much a learning rate, or the nearest that was tried, is expected to be behind the best of a d: its
-        score there, of which as many runs as collapse at it have only the trivial answer's. One that diverged there is
-        as far behind as the worst."""
-        tried = self.tried(d)
+    def _expect_loss(self, d: int | None, rate: float) -> float:
+        """Expected difference to the best score of a d, at a learning rate or the nearest that was tried.
+
+        As many runs as collapse at the learning rate have only the score of the majority-class baseline. One that
+        diverged at d has the loss of the worst.
+        """
+        tried = self.get_tuning_scores(d)
         finite = [score for score in tried.values() if math.isfinite(score)]
         score = tried[min(tried, key=lambda other: abs(math.log(other / rate)))]
         worst = min(finite)
         score = score if math.isfinite(score) else worst
-        trivial = worst if self.least is None else min(self.least, score)
-        return max(finite) - score + self.collapses(d, rate) * (score - trivial)
+        floor = worst if self.floor is None else min(self.floor, score)
+        return max(finite) - score + self.get_collapsed_fraction(d, rate) * (score - floor)
 
-    def collapses(self, d: int | None, rate: float) -> float:
-        """The share of runs at a learning rate that collapsed, over all seeds, and over all d of the subspace from the
-        least at which a run did not: below it there may be too few parameters for any learning rate. One where all runs
-        did has the share 1."""
-        full = d is None
-        runs = [(at or 0, score) for (at, _, used), score in self.found.items() if (at is None, used) == (full, rate)]
-        learned = min((at for at, score in runs if not self.collapsed(score)), default=math.inf)
-        counted = [self.collapsed(score) for at, score in runs if at >= learned]
+    def get_collapsed_fraction(self, d: int | None, rate: float) -> float:
+        """Get the fraction of collapsed runs at a learning rate: over all seeds, and all d of the subspace.
+
+        The d begin with the least at which a run did not collapse, as below it there may be too few parameters for any
+        learning rate. The fraction is 1 if all runs collapsed.
+        """
+        runs = [
+            (trial[0] or 0, self.is_collapsed(trial))
+            for trial in self.trials
+            if (trial[0] is None, trial[2]) == (d is None, rate)
+        ]
+        learned = min((at for at, collapsed in runs if not collapsed), default=math.inf)
+        counted = [collapsed for at, collapsed in runs if at >= learned]
         return sum(counted) / len(counted) if counted else float(bool(runs))
 
-    def best(self, d: int | None) -> float:
-        """The score of that rate; minus infinity where there is none."""
-        rate = self.tuned(d)
-        return -math.inf if rate is None else self.tried(d)[rate]
+    def get_tuned_score(self, d: int | None) -> float:
+        """Get the score at the chosen learning rate; minus infinity if there is none."""
+        rate = self.choose_rate(d)
+        return -math.inf if rate is None else self.get_tuning_scores(d)[rate]
 
-    def rate(self, d: int | None) -> float | None:
-        """The learning rate that counts: the one of a list; measured there, unless another that was tried there is
-        better; chosen there; between two d at which rates were tried, the one that loses least at both. Full
-        fine-tuning has the best of those that were measured."""
-        if self.plan.learning_rates is None:
+    def get_rate(self, d: int | None) -> float | None:
+        """Get the learning rate that counts at d, or (None) for full fine-tuning.
+
+        It is the only one of a list; else the one measured at d, unless another that was tried there is better; else
+        the one chosen there; else, between two d at which learning rates were tried, the one with the least loss at
+        both. Full fine-tuning has the best of those that were measured.
+        """
+        rates = self.plan.rates_for(d)
+        if rates is None:
             return None
-        listed = self.plan.learning_rates[d is not None]
-        if listed != "auto" and len(listed) == 1:
-            return listed[0]
-        own, tried = self.tuned(d), self.tried(d)
-        measured = [rate for at, seed, rate in self.found if at == d and seed != TUNING and rate]
+        if rates != "auto" and len(rates) == 1:
+            return rates[0]
+        chosen, tried = self.choose_rate(d), self.get_tuning_scores(d)
+        measured = [rate for at, seed, rate in self.trials if at == d and seed != TUNING and rate]
         if d is not None and measured:
             most = max(sorted(set(measured)), key=measured.count)
-            # Those below may have changed since.
-            if own is None or (most in tried and self._lost(d, own) >= self._lost(d, most)):
+            # The scores of smaller d may have changed since.
+            if chosen is None or (most in tried and self._expect_loss(d, chosen) >= self._expect_loss(d, most)):
                 return most
         if d is None and measured:
-            return self._least_lost([rate for rate in tried if rate in measured], [None]) or own
-        if own is not None or d is None:
-            return own
-        below, above = ([at for at in self.places() if (at < d) == side] for side in (True, False))
-        about = [*below[-1:], *above[:1]]
-        if len(about) < 2:
-            return self.tuned(about[0]) if about else None
-        return self._least_lost([rate for at in about if (rate := self.tuned(at)) is not None], about)
+            return self._pick([rate for rate in tried if rate in measured], [None]) or chosen
+        if chosen is not None or d is None:
+            return chosen
+        below, above = ([at for at in self.get_tuned_dims() if (at < d) == side] for side in (True, False))
+        near = [*below[-1:], *above[:1]]
+        if len(near) < 2:
+            return self.choose_rate(near[0]) if near else None
+        return self._pick([rate for at in near if (rate := self.choose_rate(at)) is not None], near)
 
-    def at_edge(self, d: int | None) -> bool:
-        """Whether the best of several rates is the lowest or the highest of the list, or of those tried by "auto"."""
-        listed = self.plan.learning_rates and self.plan.learning_rates[d is not None]
-        known = sorted(listed) if listed and listed != "auto" else list(self.tried(d))
-        return len(known) > 1 and self.rate(d) in (known[0], known[-1])
+    def is_at_edge(self, d: int | None) -> bool:
+        """Check whether the best of several learning rates is the lowest or highest of the list, or of those tried."""
+        rates = self.plan.rates_for(d)
+        known = sorted(rates) if rates and rates != "auto" else list(self.get_tuning_scores(d))
+        return len(known) > 1 and self.get_rate(d) in (known[0], known[-1])
 
-    def seeds(self, d: int | None) -> list[int]:
-        """Those that ran at the rate that counts."""
-        rate = self.rate(d)
-        return sorted(seed for at, seed, used in self.found if at == d and used == rate and seed != TUNING)
+    def get_seeds(self, d: int | None) -> list[int]:
+        """Get the seeds that ran at the learning rate that counts."""
+        rate = self.get_rate(d)
+        return sorted(seed for at, seed, used in self.trials if at == d and used == rate and seed != TUNING)
 
-    def collapsed(self, score: float) -> bool:
-        """Whether a run with this score did."""
-        return collapsed(score, self.least)
+    def is_collapsed(self, trial: Trial) -> bool:
+        """Check whether a trial diverged, or is no better than the majority-class baseline."""
+        return is_collapsed(self.trials[trial]["score"], self.floor)
 
-    def runs(self, d: int | None) -> Runs:
-        """Of a d, or of full fine-tuning. Where all collapsed they count, one without a score as the trivial answer."""
+    def get_runs(self, d: int | None) -> Runs:
+        """Get the runs that count at d, or (None) for full fine-tuning.
+
+        If all collapsed, they count; one that diverged has the score of the majority-class baseline.
+        """
         if d is None and self.plan.baseline is not None:
             return Runs(self.plan.baseline)
-        trials: list[Trial] = [(d, seed, self.rate(d)) for seed in self.seeds(d)]
-        failed = [trial for trial in trials if self.collapsed(self.found[trial])]
-        instead = self.least or 0.0
-        kept = [trial for trial in trials if trial not in failed]
-        if self.plan.center == "mean" or not kept:  # a collapsed run counts as what it is
-            kept = trials
-        scores = [self.found[trial] if math.isfinite(self.found[trial]) else instead for trial in kept]
-        right = [self.right[trial] for trial in kept if trial in self.right]
-        return Runs(scores, len(failed), np.stack(right) if right else None)
+        rate = self.get_rate(d)
+        trials: list[Trial] = [(d, seed, rate) for seed in self.get_seeds(d)]
+        counted = [trial for trial in trials if not self.is_collapsed(trial)]
+        collapsed = len(trials) - len(counted)
+        if self.plan.center == "mean" or not counted:
+            counted = trials
+        scores = [score if math.isfinite(score := self.get_score(trial)) else self.floor or 0.0 for trial in counted]
+        correct = [bits for trial in counted if (bits := unpack_correct(self.trials[trial])) is not None]
+        return Runs(scores, collapsed, np.stack(correct) if correct else None)
 
-    def curve(self, relative_to: Literal["score", "gain"] | None = None) -> Curve:
-        """The curve by one definition of the target, or the plan's."""
-        dims = sorted({d for d, seed, _ in self.found if d and seed != TUNING})
+    def build_curve(self, relative_to: Literal["score", "gain"] | None = None) -> Curve:
+        """Build the curve, with the target relative to the score or the gain; by default as planned."""
+        dims = sorted({d for d, seed, _ in self.trials if d and seed != TUNING})
         first, last = self.plan.dims[0], self.plan.dims[-1]
-        points = {d: runs for d in dims if first <= d <= last and (runs := self.runs(d)).scores}
-        floor = float(self.least or 0.0) if (relative_to or self.plan.relative_to) == "gain" else 0.0
-        return Curve(self.plan.dims, points, self.runs(None), self.plan.target, floor, self.plan.center)
+        points = {d: runs for d in dims if first <= d <= last and (runs := self.get_runs(d)).scores}
+        floor = float(self.floor or 0.0) if (relative_to or self.plan.relative_to) == "gain" else 0.0
+        return Curve(self.plan.dims, points, self.get_runs(None), self.plan.target, floor, self.plan.center)

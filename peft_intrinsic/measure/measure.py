@@ -6,10 +6,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from itertools import islice
-from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +15,12 @@ from tqdm.auto import tqdm
 
 from ..aliases import renamed
 from ..trials.engine import Engine, InProcess
-from ..trials.runner import Fit, Runner
+from ..trials.runner import Fit, Row, Runner
 from ..trials.store import PLAN, TRIAL, Store, read_json, write_whole
-from .analysis import Result, check_baseline, evidence, least, result
+from .analysis import Result, build_result, check_baseline
 from .curve import grid
-from .plan import AUTO, Plan, listed
+from .evidence import Evidence
+from .plan import AUTO, Plan
 from .search import Search
 
 
@@ -36,7 +35,7 @@ def measure_intrinsic_dimension(
     baseline: float | Sequence[float] | None = None,
     seeds: int = 3,
     baseline_seeds: int | None = None,
-    learning_rates: tuple[Any, Any] | None = None,
+    learning_rates: Literal["auto"] | tuple[Any, Any] | None = None,
     trials: int | None = None,
     minutes: float | None = None,
     sweep: bool = False,
@@ -45,71 +44,77 @@ def measure_intrinsic_dimension(
     settings: dict[str, Any] | None = None,
     engine: Engine | None = None,
 ) -> Result:
-    """The least d at which training in a random subspace reaches a share of full fine-tuning.
+    """Measure the least d at which training in a random subspace reaches a fraction of full fine-tuning.
 
-    With a share of 0.9 it is d90 (Li et al. 2018, section 2; of language models Aghajanyan et al. 2020, section 3). The
-    grid is scanned from below, then trials go where the interval is widest: around the crossing, or to full
-    fine-tuning. The curve is fitted monotonically, and a bootstrap tells how sure the crossing is.
+    With a fraction of 0.9 it is d90 (Li et al. 2018, section 2; for language models Aghajanyan et al. 2020, section 3).
+    The grid is scanned from below. Then trials run where they narrow the interval most: around the crossing, or at full
+    fine-tuning. The curve is fitted monotonically, and a bootstrap gives the interval of its crossing.
 
     Args:
-        fit: `fit(d, seed) -> score`, higher is better; `fit(None, seed)` is full fine-tuning. With `learning_rates` it
-            gets the rate as a third argument. The seed sets P and the order of the data. It may return a mapping with
-            a `score`; of a share of correct predictions, `correct` says which they are (`[examples]` of bools), and the
-            interval includes the sampling of the examples. What else it holds is kept with the trial.
-        dims: the grid, ascending; by default `grid()`, that of Table 1 of Aghajanyan et al.
-        target: the share to reach.
-        relative_to: `"score"`: the baseline's score (as in the papers). `"gain"`: its gain over `majority`, or without
-            one over `fit(0, 0)`, the model before training.
-        center: what stands for the seeds of one d: `"median"` of the runs that did not collapse (a run does that is no
-            better than the trivial answer, or diverges), or `"mean"` of all.
-        majority: the score of always answering the most frequent class.
-        baseline: scores of full fine-tuning, where known; by default `fit(None, seed)` for each seed.
-        seeds: how many for each d.
-        baseline_seeds: how many for full fine-tuning; by default three, and more where they narrow the interval most.
-        learning_rates: to try, (full fine-tuning, subspace), as many for the one as for the other, or `"auto"` for
-            both. They are tried on a seed that counts for nothing else, the subspace's at every d of the first scan.
-        trials: budget of all trials, 60 unless told; a sweep has none.
-        minutes: of this call, after which nothing is begun.
-        sweep: measure the whole grid.
-        out: folder of the run. Finished trials are kept there, and the same call goes on where it stopped. Any other
-            grid, target, number of seeds or budget uses the trials that are there.
-        overwrite: discard the stored trials of a folder that is in use.
-        settings: what the trials depend on; kept with the run, and compared when it goes on.
-        engine: what runs the trials; by default this process, one after another.
+        fit: `fit(d, seed) -> score`, higher is better; `fit(None, seed)` is full fine-tuning. With `learning_rates` the
+            learning rate is a third argument. The seed sets P and the order of the data. It may return a mapping with
+            a `score`. If that is an accuracy, `correct` in the mapping says which predictions are correct (`[examples]`
+            of bools), and the interval includes the sampling of the examples. Other values are stored with the trial.
+        dims: Grid of d, ascending; by default `grid()`, that of Table 1 of Aghajanyan et al.
+        target: Fraction to reach.
+        relative_to: `"score"`: the score of full fine-tuning, as in the papers. `"gain"`: its gain over `majority`, or
+            without one over `fit(0, 0)`, the model before training.
+        center: Aggregate over the seeds of one d: `"median"` of the runs that did not collapse, or `"mean"` of all. A
+            run collapsed if it diverged, or is no better than the majority-class baseline.
+        majority: Score of the majority-class baseline.
+        baseline: Scores of full fine-tuning, where known; by default `fit(None, seed)` runs for each seed.
+        seeds: Seeds of each d.
+        baseline_seeds: Seeds of full fine-tuning; by default three, and more if they narrow the interval most.
+        learning_rates: Learning rates to try, (full fine-tuning, subspace), as many for each, or `"auto"` for both.
+            They are tried on a seed that does not count otherwise, for the subspace at every d of the first scan.
+        trials: Budget of all trials, by default 60; a sweep has no limit.
+        minutes: Time budget of this call; no new trial starts afterwards.
+        sweep: Measure the whole grid.
+        out: Folder of the run. It stores finished trials, and the same call resumes. Another grid, target, number of
+            seeds or budget uses the stored trials.
+        overwrite: Discard the stored trials of a folder that is in use.
+        settings: Settings that the trials depend on. They are stored, and compared when the run resumes.
+        engine: Runs the trials; by default this process, one after another.
 
     Raises:
-        NothingToMeasure: a ValueError: the baseline is no better than the majority class, or the untrained model.
-        ValueError: an option cannot work, a score is not a number, or the folder belongs to a run with other settings.
+        NothingToMeasure: Full fine-tuning is no better than the majority-class baseline, or than the untrained model.
+        ValueError: An option cannot work, a score is not a number, or the folder belongs to a run with other settings.
+
+    Example:
+        ```python
+        def fit(d, seed, learning_rate):
+            model = build_model()
+            if d is not None:
+                model = get_peft_model(model, IntrinsicConfig(d=d, seed=seed, target_modules="all"))
+            return train_and_score(model, seed, learning_rate)
+
+
+        result = measure_intrinsic_dimension(fit, grid(10, 1000, 24), learning_rates="auto", out="runs/mine")
+        print(result.d, result.interval)
+        ```
     """
-    known = baseline if baseline is None or isinstance(baseline, Sequence) else [baseline]
-    plan = Plan(
-        dims=tuple(grid() if dims is None else map(index, dims)),
-        baseline=None if known is None else tuple(map(float, known)),
-        learning_rates=listed(learning_rates),
-        target=target,
-        relative_to=relative_to,
-        center=center,
-        majority=majority,
-        seeds=seeds,
-        baseline_seeds=baseline_seeds,
-        trials=trials,
-        minutes=minutes,
-        sweep=sweep,
-    )
-    return measured(fit, plan, out=out, overwrite=overwrite, settings=settings, engine=engine)
+    options = (target, relative_to, center, majority, baseline, seeds, baseline_seeds, learning_rates, trials, minutes)
+    plan = Plan(grid() if dims is None else dims, *options, sweep)
+    return run_plan(fit, plan, out=out, overwrite=overwrite, settings=settings, engine=engine)
 
 
-def measured(
+def run_plan(
     fit: Fit,
     plan: Plan,
     *,
     out: str | os.PathLike | None,
-    overwrite: bool,
-    settings: dict[str, Any] | None,
-    engine: Engine | None,
-    known: Sequence[Mapping[str, Any]] = (),
+    overwrite: bool = False,
+    settings: dict[str, Any] | None = None,
+    engine: Engine | None = None,
+    known: Sequence[Row] = (),
 ) -> Result:
-    """See `measure_intrinsic_dimension`; `known` are rows of full fine-tuning from a run where it is the same."""
+    """Run the trials of a plan.
+
+    Args:
+        fit, out, overwrite, settings, engine: See `measure_intrinsic_dimension`.
+        plan: The plan.
+        known: Rows of full fine-tuning from a run in which it is the same.
+    """
     start = time.monotonic()
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory()) if out is None else out
@@ -119,47 +124,37 @@ def measured(
             trial = {name: row[name] for name in TRIAL}
             if store.key(trial) not in store.rows:
                 store.add(trial, {name: value for name, value in row.items() if name not in TRIAL})
-        earlier = evidence(dict(islice(store.rows.items(), _asked_before(store, plan, len(store.rows) > before))), plan)
-        # Smoothing would take what is known for trials that took no time.
-        bar = tqdm(desc="trials", unit="trial", leave=False, smoothing=0, initial=len(earlier.found))
+        evidence = Evidence(plan, store.rows, _count_earlier_rows(store, plan, len(store.rows) > before))
+        # Smoothing would count stored trials, which took no time.
+        bar = tqdm(desc="trials", unit="trial", leave=False, smoothing=0, initial=len(evidence.trials))
         stack.enter_context(bar)
         engine = engine or InProcess()
         stack.callback(engine.close)
         runner = Runner(fit, store, engine, bar)
-        runner.right |= earlier.right
 
-        def progress(doing: str, left: int) -> None:
+        def show_progress(doing: str, left: int) -> None:
             bar.total = bar.n + left
             bar.set_postfix_str(doing)
 
-        search = Search(
-            runner.run,
-            plan,
-            dict(earlier.found),
-            least=least(store.rows, plan),
-            right=runner.right,
-            slots=engine.slots,
-            progress=progress,
-            start=start,
-        )
-
-        def begun() -> None:
+        def score_untrained() -> None:
             if plan.relative_to == "gain" and plan.majority is None:
-                rates = plan.learning_rates and plan.learning_rates[1]
-                rates = AUTO[1] if rates == "auto" else rates
-                runner.finite([(0, 0, float(rates[0]) if rates else None)])  # at any rate: nothing is trained
-                search.evidence.least = least(store.rows, plan)
-            check_baseline(search.evidence)
+                rates = plan.rates_for(0)
+                rate = None if rates is None else AUTO[1][0] if rates == "auto" else rates[0]  # nothing is trained
+                evidence.add((0, 0, rate), runner.run([(0, 0, rate)], finite=True)[0])
+            check_baseline(evidence)
 
-        return result(store, plan, search.run(begun))
+        search = Search(runner.run, evidence, engine.slots, show_progress, start)
+        return build_result(store, plan, search.run(score_untrained))
 
 
-def _asked_before(store: Store, plan: Plan, more: bool) -> int:
-    """How many of the rows are not of this question, which is noted. Asked again, and unless there are `more`, it has
-    as many as at first: so it goes on as if it had not been stopped."""
+def _count_earlier_rows(store: Store, plan: Plan, more: bool) -> int:
+    """Count the stored rows that predate this plan, and store the plan with their number.
+
+    A resumed plan has the number of its first call, unless there are `more` rows: it continues as if uninterrupted.
+    """
     path, asked = Path(store.folder, PLAN), json.loads(json.dumps(plan.to_dict()))
     before: dict[str, Any] = {}
-    with suppress(FileNotFoundError, ValueError):  # of a damaged one no more is lost
+    with suppress(FileNotFoundError, ValueError):  # a damaged plan loses only the number
         before = renamed(read_json(path, ""))
     rows = before.pop("rows", 0)
     if more or before != asked:

@@ -1,4 +1,4 @@
-"""A measurement on text: checked in full, then locked, then loaded. What `measure` and every `study` run."""
+"""Measurements on text: checked completely, then run. The commands `measure` and `study` use it."""
 
 from __future__ import annotations
 
@@ -12,113 +12,127 @@ from ..text.options import TextOptions
 from ..text.tasks import Task, load_task
 from ..text.training import select_dims
 from ..trials.engine import Engine
+from ..trials.runner import Row
 from ..trials.store import check_folder
 from .analysis import Result
 from .curve import grid
-from .measure import measured
-from .plan import Plan, listed
+from .measure import run_plan
+from .plan import Plan
 from .report import write_report
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A measurement that can begin: its task is loaded, its model was looked at without its weights."""
+class TextMeasurement:
+    """A measurement that can run: its task is loaded, and its options are checked against its model.
+
+    Args:
+        options: Model, task and training.
+        task: The task of the options.
+        plan: Grid, target and budget.
+        launcher: Command that runs each trial, see `LaunchedFit`; None trains in the processes of the engine.
+    """
 
     options: TextOptions
     task: Task
     plan: Plan
+    launcher: str | None = None
 
-    def settings(self, launcher: str | None) -> dict[str, Any]:
-        """What the trials depend on."""
-        found = self.options.to_settings()
-        if self.task.best not in (None, 1):
-            found["best"] = self.task.best
-        if launcher:
-            found["launcher"] = launcher  # more processes make larger batches
-        return found
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that the trials depend on."""
+        settings = self.options.to_settings()
+        settings |= {} if self.task.best in (None, 1) else {"best": self.task.best}
+        return settings | ({"launcher": self.launcher} if self.launcher else {})  # its processes change the batch
 
-    def check(self, out: str | os.PathLike, launcher: str | None, overwrite: bool) -> None:
-        """Whether the run can have this folder.
+    def describe(self) -> str:
+        """Describe what will run, for the user to read before it does."""
+        sizes = ", ".join(f"{len(data)} {split}" for split, data in self.task.data.items())
+        model = f"{self.options.model} by {self.options.method}"
+        return f"{model} on {sizes} examples, by {self.task.metric}\n{self.plan.describe()}"
+
+    def run(
+        self,
+        out: str | os.PathLike,
+        engine: Callable[[], Engine] | None = None,
+        overwrite: bool = False,
+        known: Sequence[Row] = (),
+    ) -> Result:
+        """Run the measurement, and write its report into `out`.
+
+        Args:
+            out: Folder of the run.
+            engine: Makes the engine of the trials; None is this process.
+            overwrite: Discard the stored trials of a folder that is in use.
+            known: Rows of full fine-tuning from a run in which it is the same.
 
         Raises:
-            ValueError: see `check_folder`.
+            ValueError, RuntimeError, OSError: See `measure_intrinsic_dimension`, `LaunchedFit`.
         """
-        if not overwrite:
-            check_folder(out, self.settings(launcher))
+        if self.launcher:
+            fit: Any = LaunchedFit(self.options, self.launcher, out)
+        else:
+            fit = LoadedFit(self.options, out, self.task)
+        options: Any = {"out": out, "overwrite": overwrite, "settings": self.settings, "known": known}
+        result = run_plan(fit, self.plan, **options, engine=engine() if engine else None)
+        write_report(result, out)
+        return result
 
 
-def prepare(options: Mapping[str, Any], question: Mapping[str, Any]) -> Prepared:
-    """Check all that can be checked without the model's weights.
+def prepare(options: Mapping[str, Any], plan: Mapping[str, Any], launcher: str | None = None) -> TextMeasurement:
+    """Check everything that needs no weights of the model.
 
     Args:
-        options: of `TextOptions`.
-        question: of `Plan`. Without `relative_to` it is "gain" where less is better, as of a loss or an error, which
-            have no share, and "score" else.
+        options: Options of `TextOptions`.
+        plan: Options of `Plan`. By default, `relative_to` is "gain" if less is better, as for a loss, else "score".
+        launcher: See `TextMeasurement`.
 
     Raises:
-        ValueError, OSError, ImportError: an option cannot work, or does not fit the data or the model.
+        ValueError, OSError, ImportError: An option cannot work, or does not fit the data or the model.
     """
-    chosen = TextOptions(**options)
-    question = {"dims": tuple(grid()), **question, "learning_rates": listed(question.get("learning_rates"))}
-    Plan(**question)  # before the data are read
+    chosen, planned = TextOptions(**options), Plan(**{"dims": grid(), **plan})
     task = load_task(chosen)
     chosen = replace(chosen, metric=task.metric, columns=task.columns)
-    question = {"relative_to": "gain" if task.sign < 0 else "score", **question}
-    if task.sign < 0 and question["relative_to"] == "score":
+    relative_to = plan.get("relative_to", "gain" if task.sign < 0 else "score")
+    if task.sign < 0 and relative_to == "score":
         raise ValueError(
-            f"relative_to='score': a share of a loss or an error ({task.metric}) means nothing. Use relative_to='gain'."
+            f"relative_to='score' does not work for a loss or an error ({task.metric}), of which a fraction is no "
+            "target. Use relative_to='gain'."
         )
-    question["dims"] = select_dims(chosen, question["dims"])
-    return Prepared(chosen, task, Plan(**question, majority=task.score_majority()))
+    dims, majority = select_dims(chosen, planned.dims), task.score_majority()
+    return TextMeasurement(
+        chosen, task, replace(planned, relative_to=relative_to, dims=dims, majority=majority), launcher
+    )
 
 
 def measure_text(
     options: Mapping[str, Any],
     out: str | os.PathLike,
-    question: Mapping[str, Any] | None = None,
-    **run: Any,
-) -> Result | None:
-    """Measure, and write the report into `out`.
-
-    Args:
-        options, question: see `prepare`.
-        out: folder of the run.
-        run: of `measure_prepared`.
-
-    Raises:
-        ValueError, RuntimeError, OSError, ImportError: as `measure_intrinsic_dimension`, `prepare`, `LaunchedFit`.
-    """
-    return measure_prepared(prepare(options, question or {}), out, **run)
-
-
-def measure_prepared(
-    ready: Prepared,
-    out: str | os.PathLike,
+    plan: Mapping[str, Any] | None = None,
     launcher: str | None = None,
     engine: Callable[[], Engine] | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
-    known: Sequence[Mapping[str, Any]] = (),
 ) -> Result | None:
-    """Measure what is prepared, and write the report into `out`.
+    """Measure the intrinsic dimension of a task on text, and write the report into `out`.
 
     Args:
-        ready: what to measure.
-        out: folder of the run.
-        launcher: runs each trial, see `LaunchedFit`; None trains in the engine's processes.
-        engine: makes what runs the trials; None is this process.
-        overwrite: discard the stored trials of a folder that is in use.
-        dry_run: print the plan, run nothing, return None.
-        known: rows of full fine-tuning that another run has and that are the same here.
+        options, plan, launcher: See `prepare`.
+        out, engine, overwrite: See `TextMeasurement.run`.
+        dry_run: Print the plan, run nothing, and return None.
+
+    Raises:
+        ValueError, RuntimeError, OSError, ImportError: See `prepare`, `TextMeasurement.run`.
+
+    Example:
+        ```python
+        options = {"model": "bert-base-uncased", "task": "glue/mrpc"}
+        measure_text(options, "runs/mrpc", {"learning_rates": "auto"}).d
+        ```
     """
-    options, task, plan = ready.options, ready.task, ready.plan
-    ready.check(out, launcher, overwrite)
+    measurement = prepare(options, plan or {}, launcher)
+    if not overwrite:
+        check_folder(out, measurement.settings)
     if dry_run:
-        sizes = ", ".join(f"{len(task.data[split])} {split}" for split in task.data)
-        print(f"{options.model} by {options.method} on {sizes} examples, by {task.metric}\n{plan.told()}\nin {out}")
+        print(f"{measurement.describe()}\nin {out}")
         return None
-    fit = LaunchedFit(options, launcher, out) if launcher else LoadedFit(options, out, task)
-    common, made = ready.settings(launcher), engine() if engine else None
-    result = measured(fit, plan, out=out, overwrite=overwrite, settings=common, engine=made, known=known)
-    write_report(result, out)
-    return result
+    return measurement.run(out, engine, overwrite)

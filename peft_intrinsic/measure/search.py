@@ -1,19 +1,19 @@
-"""Which trial to run next: scan from below, bracket, and then where the interval is widest."""
+"""Which trial runs next: scan from below, bracket, and then the trials that narrow the interval most."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import t as student
 
 from ..trials.engine import Trial
+from ..trials.runner import Row
 from .curve import Curve
 from .evidence import Evidence
-from .plan import Plan
-from .rates import choose, first
+from .rates import list_first_trials, tune_rate
 
 AROUND = (0, -1, 1, -2, 2, -4, 4, -7, 7)
 """Grid steps from the crossing at which the fit is supported."""
@@ -21,8 +21,8 @@ AROUND = (0, -1, 1, -2, 2, -4, 4, -7, 7)
 RESERVE = 7
 """Dimensions around the crossing for which seeds of full fine-tuning leave room in the budget."""
 
-Evaluate = Callable[[Sequence[Trial]], Sequence[float]]
-"""Scores of trials that are independent of each other, so that an engine may run them at once; NaN if it diverged."""
+RunTrials = Callable[[Sequence[Trial]], Sequence[Row]]
+"""Runs trials that are independent of each other, so that an engine may run them at once. Returns their rows."""
 
 
 class Spent(Exception):
@@ -30,228 +30,230 @@ class Spent(Exception):
 
 
 class Search:
-    """Finds the least d of a grid that reaches a share of full fine-tuning.
+    """Finds the least d of a grid that reaches a fraction of full fine-tuning.
 
     Args:
-        evaluate: runs trials.
-        plan: what is asked.
-        found: scores of trials that are there; filled.
-        least, right: see `Evidence`.
-        slots: trials that run side by side; several d are then tried in one round.
-        progress: called before each round with what is done, and how many trials are left: at most, or of a sweep
-            beside the rates that are still to be tried.
-        start: of the minutes, on the clock of `time.monotonic`; None is now.
+        run: Runs trials.
+        evidence: View of the stored trials; new ones are added.
+        slots: Number of trials that run in parallel. Several d are then tried in one round.
+        progress: Called before each round with what is done and the number of trials left: at most, or for a sweep
+            without the learning rates still to be tried.
+        start: Start of the time budget, on the clock of `time.monotonic`; None is now.
     """
 
     def __init__(
         self,
-        evaluate: Evaluate,
-        plan: Plan,
-        found: MutableMapping[Trial, float] | None = None,
-        least: float | None = None,
-        right: Mapping[Trial, np.ndarray] | None = None,
+        run: RunTrials,
+        evidence: Evidence,
         slots: int = 1,
-        progress: Callable[[str, int], None] = lambda what, left: None,
+        progress: Callable[[str, int], None] = lambda doing, left: None,
         start: float | None = None,
     ) -> None:
-        self.evaluate, self.plan, self.slots, self.progress = evaluate, plan, slots, progress
-        self.at_once = max(slots // plan.seeds, 1)
-        self.found: MutableMapping[Trial, float] = {} if found is None else found
-        self.evidence = Evidence(self.found, plan, least, right)
-        self.grid, self.last = plan.dims, len(plan.dims) - 1
+        self.run_trials, self.evidence, self.slots, self.progress = run, evidence, slots, progress
+        self.plan = evidence.plan
+        self.at_once = max(slots // self.plan.seeds, 1)
+        self.grid, self.last = self.plan.dims, len(self.plan.dims) - 1
         self.start = time.monotonic() if start is None else start
         self.doing = ""
 
-    def run(self, begun: Callable[[], None] = lambda: None) -> str:
-        """Search, or measure the whole grid. Fills `found`, and says why it stopped.
+    def run(self, check_baseline: Callable[[], None] = lambda: None) -> str:
+        """Search, or measure the whole grid. Returns why it stopped.
 
         Args:
-            begun: called after the first seeds of full fine-tuning.
+            check_baseline: Called after the first seeds of full fine-tuning.
         """
         try:
-            self._full()
-            begun()
+            self._measure_baseline()
+            check_baseline()
             return self._sweep() if self.plan.sweep else self._search()
         except Spent as spent:
             return str(spent)
 
-    def _full(self) -> None:
-        """Full fine-tuning: its learning rate, and the first seeds."""
+    def _measure_baseline(self) -> None:
+        """Choose the learning rate of full fine-tuning, and run the first seeds."""
         if self.plan.baseline is not None:
             return
         self.doing = "full fine-tuning"
-        self._choose(None)
+        tune_rate(self.evidence, self._run, None, None)
         first = self.plan.baseline_seeds or (3 if self.plan.seeds > 1 else 1)
-        rates = [self.evidence.rate(None)]
+        rates = [self.evidence.get_rate(None)]
         for rate in rates:
-            self._ask([(None, seed, rate) for seed in range(first)])
-            if (better := self.evidence.tuned(None)) not in (None, *rates):
+            self._run([(None, seed, rate) for seed in range(first)])
+            if (better := self.evidence.choose_rate(None)) not in (None, *rates):
                 rates.append(better)  # runs at the last one collapsed
-        for seed in range(first, 2 * first):  # two at least that did not collapse: one says nothing of the spread
-            if self.plan.baseline_seeds is None and self.plan.seeds > 1 and self._sound() == 1:
-                self._ask([(None, seed, self.evidence.rate(None))])
+        for seed in range(first, 2 * first):  # one run that did not collapse says nothing of the spread
+            if self.plan.baseline_seeds is None and self.plan.seeds > 1 and self._count_baseline() == 1:
+                self._run([(None, seed, self.evidence.get_rate(None))])
 
-    def _ask(self, wanted: Sequence[Trial]) -> None:
-        """Run trials that were not run yet, the first ones if the budget allows no more."""
-        new = [trial for trial in dict.fromkeys(wanted) if trial not in self.found]
+    def _run(self, trials: Sequence[Trial]) -> None:
+        """Run trials that are not in view yet; the first of them if the budget allows no more."""
+        new = [trial for trial in dict.fromkeys(trials) if trial not in self.evidence.trials]
         if not new:
             return
-        left = None if self.plan.budget is None else self.plan.budget - len(self.found)
+        budget, minutes = self.plan.budget, self.plan.minutes
+        left = None if budget is None else budget - len(self.evidence.trials)
         if left is not None and left < 1:
-            raise Spent(f"the budget of {self.plan.budget} trials is spent")
-        self.progress(self.doing, self._rest() if left is None else left)
-        some = self.slots if self.plan.minutes is not None else len(new)
-        for place in range(0, len(new[:left]), some):
-            if self.plan.minutes is not None and time.monotonic() - self.start > 60 * self.plan.minutes:
-                raise Spent(f"the budget of {self.plan.minutes:g} minutes is spent")
-            round_ = new[:left][place : place + some]
-            self.found.update(zip(round_, map(float, self.evaluate(round_)), strict=True))
+            raise Spent(f"the budget of {budget} trials is spent")
+        self.progress(self.doing, self._count_left() if left is None else left)
+        size = self.slots if minutes is not None else len(new)
+        for i in range(0, len(new[:left]), size):
+            if minutes is not None and time.monotonic() - self.start > 60 * minutes:
+                raise Spent(f"the budget of {minutes:g} minutes is spent")
+            round_ = new[:left][i : i + size]
+            for trial, row in zip(round_, self.run_trials(round_), strict=True):
+                self.evidence.add(trial, row)
         if left is not None and len(new) > left:
-            raise Spent(f"the budget of {self.plan.budget} trials is spent")
+            raise Spent(f"the budget of {budget} trials is spent")
 
-    def _rest(self) -> int:
-        """Trials of a sweep that are left, beside rates that are still to be tried."""
-        counted = sum(d in self.grid and seed < self.plan.seeds for d, seed, _ in self.found)
+    def _count_left(self) -> int:
+        """Count the trials of a sweep that are left, without learning rates still to be tried."""
+        counted = sum(d in self.grid and seed < self.plan.seeds for d, seed, _ in self.evidence.trials)
         return max(self.plan.seeds * len(self.grid) - counted, 0)
 
-    def _choose(self, d: int | None, near: float | None = None) -> None:
-        choose(self.evidence, self._ask, d, near)
-
     def _measure(self, indexes: Sequence[int], seeds: int | None = None) -> None:
-        """As many seeds of these dimensions as are wanted."""
+        """Run as many seeds of these dimensions, by default as planned."""
         dims = [self.grid[i] for i in indexes]
-        self._ask([(d, seed, self.evidence.rate(d)) for d in dims for seed in range(seeds or self.plan.seeds)])
+        self._run([(d, seed, self.evidence.get_rate(d)) for d in dims for seed in range(seeds or self.plan.seeds)])
 
-    def _place(self, d: int) -> int:
-        """Index of the least d of the grid that is as great: of an earlier grid, d may lie between."""
+    def _find_index(self, d: int) -> int:
+        """Find the index of the least d of the grid that is as great. A d of an earlier grid may lie between."""
         return int(np.searchsorted(self.grid, d))
 
     def _reaches(self, index: int) -> bool:
-        curve = self.evidence.curve()
+        curve = self.evidence.build_curve()
         runs = curve.points.get(self.grid[index])
-        return runs is not None and curve.level(runs) >= curve.target
+        return runs is not None and curve.aggregate(runs) >= curve.target
 
     def _sweep(self) -> str:
         self.doing = "the whole grid"
-        near = None
-        for i in range(0, len(self.plan.coarse), self.at_once):
-            near = self._tune(self.plan.coarse[i : i + self.at_once], near)
+        near, scan = None, self.plan.scan
+        for i in range(0, len(scan), self.at_once):
+            near = self._tune(scan[i : i + self.at_once], near)
         for i in range(0, self.last + 1, self.at_once):
             self._measure(range(i, min(i + self.at_once, self.last + 1)))
         return "the whole grid was measured"
 
     def _search(self) -> str:
-        low, high = self._known()
+        low, high = self._find_known()
         if high is None:
             low, high = self._scan(low)
-            self._spend()
+            self._add_baseline_seeds()
             if high:
                 self._measure([low])
-        elif self.plan.learning_rates and any(self.evidence.rate(d) is None for d in self.grid[low : high + 1]):
-            self._tune([low, high], None)  # rates were tried outside of this grid, or not these
+        elif self.plan.learning_rates and any(self.evidence.get_rate(d) is None for d in self.grid[low : high + 1]):
+            self._tune([low, high], None)  # learning rates were tried outside of this grid, or others
         self._bracket(low, high)
         self._narrow()
-        curve = self.evidence.curve()
-        index = curve.index()
+        curve = self.evidence.build_curve()
+        index = curve.find_index()
         if index == 0:
             return "the target is reached at the smallest dimension"
         if index > self.last:
             return "the target is not reached at the largest dimensions"
-        low, high = curve.interval()
-        single = all(len(self.evidence.seeds(d)) == 1 for d in curve.dims)
+        low, high = curve.estimate_interval()
+        single = all(len(self.evidence.get_seeds(d)) == 1 for d in curve.dims)
         if high - low > 2 and not single:
             return "what is left of the interval is the sampling of the held-out examples"
         return f"the {'bracket' if single else 'interval'} spans at most two steps of the grid"
 
-    def _known(self) -> tuple[int, int | None]:
-        """What trials of an earlier question say: the greatest place that did not reach the target below the least that
-        did (or the first of all), and that one; None where no d, or every d, reached it."""
-        curve = self.evidence.curve()
-        reached = {d: curve.level(runs) >= curve.target for d, runs in curve.points.items()}
+    def _find_known(self) -> tuple[int, int | None]:
+        """Find the bracket in trials of an earlier plan: the greatest index below the target, and the least above.
+
+        The first is 0 if there is none. The second is None if no d, or every d, reaches the target.
+        """
+        curve = self.evidence.build_curve()
+        reached = {d: curve.aggregate(runs) >= curve.target for d, runs in curve.points.items()}
         high = min((d for d in reached if reached[d]), default=math.inf)
         below = [d for d in reached if d < high]
         low = int(np.searchsorted(self.grid, below[-1], "right")) - 1 if below else 0
-        return low, self._place(int(high)) if high in self.grid[:1] or (below and high < math.inf) else None
+        return low, self._find_index(int(high)) if high in self.grid[:1] or (below and high < math.inf) else None
 
-    def _tune(self, some: Sequence[int], near: float | None) -> float | None:
-        """Choose learning rates at several places; gives the one that is near for the next."""
-        self._ask([trial for place in some for trial in first(self.evidence, self.grid[place], near)])
-        for place in some:
-            self._choose(self.grid[place], near)
-        return self.evidence.tuned(self.grid[some[-1]]) or near
+    def _tune(self, indexes: Sequence[int], near: float | None) -> float | None:
+        """Choose learning rates at several indexes. Returns the last, from which the next start."""
+        dims = [self.grid[i] for i in indexes]
+        self._run([trial for d in dims for trial in list_first_trials(self.evidence, d, near)])
+        for d in dims:
+            tune_rate(self.evidence, self._run, d, near)
+        return self.evidence.choose_rate(dims[-1]) or near
 
     def _scan(self, low: int) -> tuple[int, int | None]:
-        """From below, until a d reaches the target: the last that did not (or `low`), and that one."""
-        near, coarse = None, [place for place in self.plan.coarse if place >= low]
-        for i in range(0, len(coarse), self.at_once):
-            some = coarse[i : i + self.at_once]
-            self.doing = f"scan at d = {self.grid[some[0]]}"
-            near = self._tune(some, near)
-            if not self.evidence.tried(self.grid[some[0]]):
-                self._measure(some, seeds=1)
-            target = self.evidence.curve().target
-            for place in some:
-                tried = self.evidence.tried(self.grid[place])
-                if self.evidence.best(self.grid[place]) >= target if tried else self._reaches(place):
-                    self._measure([place])
-                    if self._reaches(place):
-                        return low, place
-                low = place
+        """Scan from below until a d reaches the target. Returns the last that does not (or `low`), and that one."""
+        near, scan = None, [i for i in self.plan.scan if i >= low]
+        for start in range(0, len(scan), self.at_once):
+            indexes = scan[start : start + self.at_once]
+            self.doing = f"scan at d = {self.grid[indexes[0]]}"
+            near = self._tune(indexes, near)
+            if not self.evidence.get_tuning_scores(self.grid[indexes[0]]):
+                self._measure(indexes, seeds=1)
+            target = self.evidence.build_curve().target
+            for i in indexes:
+                tried = self.evidence.get_tuning_scores(self.grid[i])
+                if self.evidence.get_tuned_score(self.grid[i]) >= target if tried else self._reaches(i):
+                    self._measure([i])
+                    if self._reaches(i):
+                        return low, i
+                low = i
         return low, None
 
-    def _spend(self) -> None:
-        """Seeds of full fine-tuning, as long as they narrow the interval more than trials around the crossing will."""
+    def _add_baseline_seeds(self) -> None:
+        """Run seeds of full fine-tuning while they narrow the interval more than trials around the crossing will."""
         reserve = RESERVE * self.plan.seeds
-        curve = self.evidence.curve()
-        slope = 0.0  # of one step of the grid, between the two greatest measured d
+        curve = self.evidence.build_curve()
+        slope = 0.0  # per step of the grid, between the two greatest measured d
         if len(curve.dims) > 1:
-            (first, low), (second, high) = ((self._place(d), curve.level(curve.points[d])) for d in curve.dims[-2:])
+            (first, low), (second, high) = (
+                (self._find_index(d), curve.aggregate(curve.points[d])) for d in curve.dims[-2:]
+            )
             slope = max((high - low) / max(second - first, 1), 0.0)
-        while self._may_add() and len(self.found) + reserve < (self.plan.budget or math.inf):
-            full, around = self._gains(reserve)
-            curve = self.evidence.curve()
-            width = curve.share * curve.uncertainty() * _quantile(len(curve.baseline.scores))
-            if full <= around or width <= slope:  # a step of the grid
+        while self._may_add_baseline() and len(self.evidence.trials) + reserve < (self.plan.budget or math.inf):
+            full, around = self._estimate_gains(reserve)
+            curve = self.evidence.build_curve()
+            width = curve.share * curve.estimate_error() * _quantile(len(curve.baseline.scores))
+            if full <= around or width <= slope:  # less than a step of the grid
                 break
-            self._add_full()
+            self._add_baseline()
 
-    def _sound(self) -> int:
-        runs = self.evidence.runs(None)
-        return len(self.evidence.seeds(None)) - runs.collapsed
+    def _count_baseline(self) -> int:
+        """Count the runs of full fine-tuning that did not collapse."""
+        return len(self.evidence.get_seeds(None)) - self.evidence.get_runs(None).collapsed
 
-    def _may_add(self) -> bool:
-        return self.plan.baseline is None and self.plan.baseline_seeds is None and self._sound() > 1
+    def _may_add_baseline(self) -> bool:
+        return self.plan.baseline is None and self.plan.baseline_seeds is None and self._count_baseline() > 1
 
-    def _add_full(self) -> None:
+    def _add_baseline(self) -> None:
         self.doing = "more seeds of full fine-tuning"
-        done = len(self.evidence.seeds(None))
-        self._ask([(None, done + i, self.evidence.rate(None)) for i in range(self.at_once)])
+        done = len(self.evidence.get_seeds(None))
+        self._run([(None, done + i, self.evidence.get_rate(None)) for i in range(self.at_once)])
 
-    def _gains(self, around: int) -> tuple[float, float]:
-        """By how much one more trial lowers the square of the interval's half width, in the score's units: of full
-        fine-tuning, and of the curve where `around` trials determine it."""
-        curve = self.evidence.curve()
+    def _estimate_gains(self, around: int) -> tuple[float, float]:
+        """Estimate by how much one more trial lowers the squared half width of the interval of the score.
+
+        Args:
+            around: Number of trials that determine the curve at the crossing.
+
+        Returns:
+            For a trial of full fine-tuning, and for one of the curve.
+        """
+        curve = self.evidence.build_curve()
         seeds = len(curve.baseline.scores)
-        single = (curve.share * curve.uncertainty()) ** 2 * seeds
+        single = (curve.share * curve.estimate_error()) ** 2 * seeds
         full = single * (_quantile(seeds) ** 2 / seeds - _quantile(seeds + 1) ** 2 / (seeds + 1))
-        rest = (1.645**2) * float(curve.residuals().var()) * (math.pi / 2 if curve.center == "median" else 1.0)
+        rest = (1.645**2) * float(curve.pool_residuals().var()) * (math.pi / 2 if curve.center == "median" else 1.0)
         return full, rest * (1 / around - 1 / (around + self.plan.seeds)) / self.plan.seeds
 
     def _bracket(self, low: int, high: int | None) -> None:
-        """Bisect to two steps of the grid; where nothing reached the target, look at the best of the scan again."""
+        """Bisect to two steps of the grid; if no d reached the target, run seeds at the best of the scan."""
         if high is None:
-            if (
-                not any(self.evidence.rate(self.grid[i]) is not None for i in self.plan.coarse)
-                and self.plan.learning_rates
-            ):
-                raise ValueError(
-                    f"fit returned no finite score at any d and learning rate of {self.plan.learning_rates[1]}."
-                )
-            self.doing = "nothing reached the target: the best of the scan"
-            points = self.evidence.curve().points
-            level = {i: self.evidence.best(self.grid[i]) for i in self.plan.coarse if self.grid[i] not in points}
-            level |= {self._place(d): self.evidence.curve().level(runs) for d, runs in points.items()}
-            return self._measure(sorted(level, key=level.__getitem__)[-3:])
+            rates = self.plan.rates_for(self.grid[0])
+            if rates and all(self.evidence.get_rate(self.grid[i]) is None for i in self.plan.scan):
+                raise ValueError(f"fit returned no finite score at any d and learning rate of {rates}.")
+            self.doing = "no d of the scan reached the target: its best"
+            points = self.evidence.build_curve().points
+            scores = {
+                i: self.evidence.get_tuned_score(self.grid[i]) for i in self.plan.scan if self.grid[i] not in points
+            }
+            scores |= {self._find_index(d): self.evidence.build_curve().aggregate(runs) for d, runs in points.items()}
+            return self._measure(sorted(scores, key=scores.__getitem__)[-3:])
         while high - low > 2 and not self._reaches(low):
             self.doing = f"{self.grid[low]} ≤ d ≤ {self.grid[high]}"
             parts = self.at_once + 1
@@ -262,37 +264,38 @@ class Search:
         return None
 
     def _narrow(self) -> None:
-        """Support the fit around its crossing, look beyond what was measured where the interval does, add seeds."""
-        step = max(round(self.last / (len(self.plan.coarse) - 1)), 1)
+        """Run trials around the crossing, beyond the measured d if the interval extends there, and further seeds."""
+        step = max(round(self.last / (len(self.plan.scan) - 1)), 1)
         while True:
-            curve = self.evidence.curve()
-            index, places = curve.index(), [self._place(d) for d in curve.dims]
-            low, high = curve.interval(resamples=200, sampling=False)
+            curve = self.evidence.build_curve()
+            index, measured = curve.find_index(), [self._find_index(d) for d in curve.dims]
+            low, high = curve.estimate_interval(resamples=200, sampling=False)
             if low > self.last and curve.dims[-1] >= self.grid[-1]:
                 return
             if index > self.last:
-                index = self._place(curve.fit()[0][-1])
+                index = self._find_index(curve.fit()[0][-1])
             steps = dict.fromkeys(min(max(index + step, 0), self.last) for step in AROUND)
-            near = [i for i in steps if len(self.evidence.seeds(self.grid[i])) < self.plan.seeds]
+            near = [i for i in steps if len(self.evidence.get_seeds(self.grid[i])) < self.plan.seeds]
             support = [i for i in near if abs(i - index) <= (2 if high - low > 2 else 4)]
             self.doing = f"d = {self.grid[min(low, self.last)]} to {self.grid[min(high, self.last)]}"
             if high - low <= 2 and not support:
                 return
-            if high > places[-1] < self.last:
-                self._measure([min(places[-1] + step, self.last)])
-            elif low < places[0]:
-                self._measure([max(places[0] - step, 0)])
+            if high > measured[-1] < self.last:
+                self._measure([min(measured[-1] + step, self.last)])
+            elif low < measured[0]:
+                self._measure([max(measured[0] - step, 0)])
             elif support:
                 self._measure(support[: self.at_once])
             else:
                 self._improve(curve, index, near)
 
     def _improve(self, curve: Curve, index: int, near: list[int]) -> None:
+        """Run another seed: of full fine-tuning, or of the d near the crossing with the fewest."""
         window = range(max(index - 4, 0), min(index + 5, self.last + 1))
-        done = {i: len(self.evidence.seeds(self.grid[i])) for i in window}
-        full, around = self._gains(max(sum(done.values()), 1))
-        if self._may_add() and full > around:
-            self._add_full()
+        done = {i: len(self.evidence.get_seeds(self.grid[i])) for i in window}
+        full, around = self._estimate_gains(max(sum(done.values()), 1))
+        if self._may_add_baseline() and full > around:
+            self._add_baseline()
         elif near:
             self._measure(near[: self.at_once])
         else:
@@ -302,4 +305,5 @@ class Search:
 
 
 def _quantile(seeds: int) -> float:
+    """95 % quantile of Student's t."""
     return float(student.ppf(0.95, seeds - 1))

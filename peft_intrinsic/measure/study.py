@@ -1,4 +1,4 @@
-"""Studies of Aghajanyan et al. (2020): many measurements, one table and one plot."""
+"""Studies of Aghajanyan et al. (2020): several measurements, one table and one plot."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
 
-from ..trials.store import write_whole
+from ..trials.engine import Engine
+from ..trials.runner import Row
+from ..trials.store import check_folder, write_whole
 from .analysis import NothingToMeasure, Result
-from .evidence import TUNING, collapsed
-from .measure_text import measure_prepared, prepare
-from .report import save, task, told
+from .evidence import TUNING, is_collapsed
+from .measure_text import prepare
+from .report import format_answer, name_task, save_figure
+
+Kind = Literal["checkpoints", "models", "methods", "gap"]
 
 KINDS: dict[str, str] = {
     "checkpoints": "d90 over the checkpoints of one pretraining (section 5.1)",
@@ -27,107 +31,118 @@ KINDS: dict[str, str] = {
     "methods": "d90 by several methods (Table 1)",
     "gap": "d90 against the relative generalization gap (section 5.3)",
 }
+"""Titles of the studies by kind, with sections of Aghajanyan et al. (2020)."""
 
 
 def study(
-    kind: str,
+    kind: Kind,
     models: Sequence[str],
     methods: Sequence[str],
     options: Mapping[str, Any],
-    question: Mapping[str, Any],
+    plan: Mapping[str, Any],
     out: str | os.PathLike,
-    tell: Callable[[str], None] = print,
-    **run: Any,
+    launcher: str | None = None,
+    engine: Callable[[], Engine] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure each model by each method; write `study.json`, `.md`, `.csv`, and the plot, into `out`.
 
-    Every measurement has a folder of its own in `out`: the same call goes on where it stopped, and models can be added.
-    All are checked before the first begins. Full fine-tuning is measured once per model; where it is no better than the
-    majority class, the study notes so and goes on.
+    Every measurement has its own folder in `out`: the same call resumes, and models can be added. All are checked
+    before the first runs. Full fine-tuning is measured once per model. If it is no better than the majority-class
+    baseline, the study notes so and continues.
 
     Args:
-        kind: a key of `KINDS`.
-        models: names or folders.
-        methods: keys of `METHODS`.
-        options, question: of `prepare`, without model and method.
-        tell: is given a line per measurement.
-        run: of `measure_prepared`.
+        kind: A key of `KINDS`.
+        models: Names or folders of models.
+        methods: Keys of `METHODS`.
+        options, plan, launcher: See `prepare`; the options without model and method.
+        out: Folder of the study.
+        engine, overwrite: See `TextMeasurement.run`.
+        dry_run: Print the plans, run nothing, and return an empty list.
 
     Returns:
-        Per measurement: name, x (place on the axis), parameters, method, answers (by definition of the target: d,
-        interval), baseline, train, eval, gap, why_not. Nothing with `dry_run`.
+        Per measurement: name, x (coordinate in the plot), parameters, method, answers (by definition of the target: d,
+        interval), baseline, train, eval, gap, why_not.
+
+    Raises:
+        ValueError, RuntimeError, OSError, ImportError: See `prepare`, `TextMeasurement.run`.
     """
     if len(methods) > 1 and kind != "methods":
         raise ValueError(f"--method {','.join(methods)}: study {kind} has one. Use 'study methods' for several.")
     rows: list[dict[str, Any]] = []
-    out = Path(out)
-    places = [(place, model, method) for place, model in enumerate(models) for method in methods]
-    shared = {**options, "train_score": kind == "gap"}
-    ready = [prepare({**shared, "model": model, "method": method}, question) for _, model, method in places]
-    folders = [out / re.sub(r"[^\w.-]+", "_", f"{model} {method}".strip("./")) for _, model, method in places]
-    for one, folder in zip(ready, folders, strict=True):
-        one.check(folder, run.get("launcher"), run.get("overwrite", False))
-    full: dict[str, list[Mapping[str, Any]]] = {}
-    for (place, model, method), one, folder in zip(places, ready, folders, strict=True):
-        name = f"{model} {method}"
-        parameters = _parameters(model)
-        row: dict[str, Any] = {"name": name, "parameters": parameters, "method": method}
+    out, runs = Path(out), []
+    for i, model in enumerate(models):
+        for method in methods:
+            chosen = {**options, "model": model, "method": method, "train_score": kind == "gap"}
+            folder = out / re.sub(r"[^\w.-]+", "_", f"{model} {method}".strip("./"))
+            runs.append((i, prepare(chosen, plan, launcher), folder))
+    for _, measurement, folder in runs:
+        if not overwrite:
+            check_folder(folder, measurement.settings)
+        if dry_run:
+            print(f"{measurement.describe()}\nin {folder}")
+    full: dict[str, list[Row]] = {}
+    for i, measurement, folder in [] if dry_run else runs:
+        model, method = measurement.options.model, measurement.options.method
+        row: dict[str, Any] = {"name": f"{model} {method}", "parameters": _count_parameters(model), "method": method}
         why_not = next((known["why_not"] for known in rows if "why_not" in known and known["model"] == model), None)
         try:
-            if why_not:  # full fine-tuning is the same by either method
+            if why_not:  # full fine-tuning is the same for each method
                 raise NothingToMeasure(why_not)
-            result = measure_prepared(one, folder, **run, known=full.get(model, ()))
-            if result is None:
-                continue
+            result = measurement.run(folder, engine, overwrite, known=full.get(model, ()))
             full[model] = [trial for trial in result.trials if trial["d"] is None]
-            row |= _found(result)
+            row |= _describe_result(result)
         except NothingToMeasure as error:
             row["why_not"] = str(error)
         row["model"] = model
-        x = {"checkpoints": _step(model, place), "models": parameters, "gap": row.get("gap")}
+        x = {"checkpoints": _get_step(model, i), "models": row["parameters"], "gap": row.get("gap")}
         row["x"] = x.get(kind, len(rows))
         rows.append(row)
         write_whole(out / "study.json", json.dumps({"kind": kind, "rows": rows}, indent=1))
-        write_whole(out / "study.md", _markdown(kind, rows))
-        write_whole(out / "study.csv", _table(rows))
+        write_whole(out / "study.md", _format_markdown(kind, rows))
+        write_whole(out / "study.csv", _format_csv(rows))
         _plot(kind, rows, out)
-        tell("  ".join(cell for cell in _cells(row) if cell))
+        print("  ".join(cell for cell in _format_cells(row) if cell))
     return rows
 
 
-def _found(result: Result) -> dict[str, Any]:
+def _describe_result(result: Result) -> dict[str, Any]:
     answers = {
-        of: {"d": answer.d, "interval": answer.interval, "told": told(result, answer)}
-        for of, answer in result.answers.items()
+        name: {"d": answer.d, "interval": answer.interval, "text": format_answer(result, answer)}
+        for name, answer in result.answers.items()
     }
-    found = {"answers": answers, "relative_to": result.relative_to, "share": result.name, "seeds": result.seeds}
-    found["ends"] = result.ends
-    return {**found, "task": task(result), "baseline": result.baseline.level, **_gap(result)}
+    described = {"answers": answers, "relative_to": result.relative_to, "share": result.name, "seeds": result.seeds}
+    described |= {"ends": result.ends, "task": name_task(result), "baseline": result.baseline.level}
+    return {**described, **_compute_gap(result)}
 
 
-def _parameters(model: str) -> int:
+def _count_parameters(model: str) -> int:
     with torch.device("meta"):
         return AutoModel.from_config(AutoConfig.from_pretrained(model)).num_parameters()
 
 
-def _step(model: str, place: int) -> int:
-    """The number that a checkpoint's name ends with, or else its place."""
+def _get_step(model: str, index: int) -> int:
+    """Get the number that a checkpoint's name ends with, or else its index."""
     number = re.search(r"(\d+)\D*$", Path(model).name)
-    return int(number[1]) if number else place
+    return int(number[1]) if number else index
 
 
-def _gap(result: Result) -> dict[str, float]:
-    """Scores on training and held-out data at d90, or the next d that was measured, of runs that did not collapse;
-    their gap over what is left to the best (of a loss, the gap)."""
+def _compute_gap(result: Result) -> dict[str, float]:
+    """Compute the generalization gap of the runs that did not collapse at d90, or at the next measured d.
+
+    It is the training score minus the held-out score, relative to what the latter lacks to the best; for a loss, the
+    difference.
+    """
     above = [point for point in result.points if result.d is not None and point.d >= result.d]
-    where = (above[0].d, above[0].learning_rate) if above else None
+    at = (above[0].d, above[0].learning_rate) if above else None
     rows = [
         row
         for row in result.trials
-        if (row["d"], row["learning_rate"]) == where
+        if (row["d"], row["learning_rate"]) == at
         and row["seed"] != TUNING
         and row.get("train_score") is not None
-        and not collapsed(row["score"], result.least)
+        and not is_collapsed(row["score"], result.floor)
     ]
     if not rows:
         return {}
@@ -136,66 +151,63 @@ def _gap(result: Result) -> dict[str, float]:
     return {"train": train, "eval": held_out, "gap": (train - held_out) / left}
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def _format_cells(row: Mapping[str, Any]) -> list[str]:
     start = [row["name"], f"{row['parameters']:,}"]
     if "why_not" in row:
         return [*start, "", row["why_not"], "", ""]
-    by = [f"{d} {interval.removeprefix('90 % interval ')}" for d, interval in map(_words, ("score", "gain"), [row] * 2)]
+    answers = [row["answers"][name]["text"] if name in row["answers"] else ("", "") for name in ("score", "gain")]
+    by = [f"{d} {interval.removeprefix('90 % interval ')}" for d, interval in answers]
     return [*start, f"{row['baseline']:.4f}", *by, f"{row['gap']:.4f}" if "gap" in row else ""]
 
 
-def _words(of: str, row: Mapping[str, Any]) -> tuple[str, str]:
-    return row["answers"][of]["told"] if of in row["answers"] else ("", "")
-
-
-def _markdown(kind: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _format_markdown(kind: str, rows: Sequence[Mapping[str, Any]]) -> str:
     share = next((row["share"] for row in rows if "share" in row), "d90")
     lines = [
         f"# {KINDS[kind].replace('d90', share)}",
         "",
         f"| model, method | parameters | full fine-tuning | {share} by score [90 %] | by gain | gap at {share} |",
         "|---|---|---|---|---|---|",
-        *(f"| {' | '.join(_cells(row))} |" for row in rows),
+        *(f"| {' | '.join(_format_cells(row))} |" for row in rows),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["model", "method", "parameters", "full fine-tuning", "by", "d", "low", "high"])
     for row in rows:
-        for of, answer in row.get("answers", {}).items():
+        for name, answer in row.get("answers", {}).items():
             start = [row["model"], row["method"], row["parameters"], row["baseline"]]
-            writer.writerow([*start, of, answer["d"], *answer["interval"]])
+            writer.writerow([*start, name, answer["d"], *answer["interval"]])
     return text.getvalue()
 
 
 def _plot(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """Intervals as horizontal lines, a row for each measurement; an arrow where one is open."""
+    """Plot intervals as horizontal lines, a row for each measurement; open ones end in an arrow."""
     from matplotlib.figure import Figure
 
-    found = [row for row in rows if "answers" in row and row["x"] is not None]
-    found = sorted(found, key=lambda row: row["x"], reverse=True)
-    figure = Figure(figsize=(6.5, 1.5 + 0.4 * len(found)), layout="constrained")
+    measured = [row for row in rows if "answers" in row and row["x"] is not None]
+    measured = sorted(measured, key=lambda row: row["x"], reverse=True)
+    figure = Figure(figsize=(6.5, 1.5 + 0.4 * len(measured)), layout="constrained")
     axes = figure.subplots()
-    for place, row in enumerate(found):
+    for y, row in enumerate(measured):
         answer = row["answers"][row["relative_to"]]
         least, most = row["ends"]
         low, high = (most if end is None else end for end in answer["interval"])
         if row["seeds"] > 1:
-            axes.plot([low, high], [place, place], color="black")
+            axes.plot([low, high], [y, y], color="black")
             for at, mark, is_open in ((low, "<", low <= least), (high, ">", answer["interval"][1] is None)):
-                axes.plot(at, place, mark if is_open else "|", color="black")
+                axes.plot(at, y, mark if is_open else "|", color="black")
         if answer["d"] is not None:
-            axes.plot(answer["d"], place, "o", color="black")
+            axes.plot(answer["d"], y, "o", color="black")
     note = {"models": "parameters", "checkpoints": "step", "gap": "gap"}.get(kind)
     labels = [
-        f"{Path(row['model']).name}, {row['method']}" + (f"\n{note} {row['x']:.3g}" if note else "") for row in found
+        f"{Path(row['model']).name}, {row['method']}" + (f"\n{note} {row['x']:.3g}" if note else "") for row in measured
     ]
-    axes.set_yticks(range(len(found)), labels)
+    axes.set_yticks(range(len(measured)), labels)
     share = rows[0].get("share", "d90")
-    axes.set(xscale="log", xlabel=f"{share}, 90 % interval", ylim=(-0.6, max(len(found), 1) - 0.4))
-    axes.set_title(", ".join(dict.fromkeys(row["task"] for row in found)))
+    axes.set(xscale="log", xlabel=f"{share}, 90 % interval", ylim=(-0.6, max(len(measured), 1) - 0.4))
+    axes.set_title(", ".join(dict.fromkeys(row["task"] for row in measured)))
     axes.grid(axis="x", alpha=0.3)
-    save(figure, out, "study")
+    save_figure(figure, out, "study")

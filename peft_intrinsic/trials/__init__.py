@@ -1,4 +1,4 @@
-"""Running trials: where they run, how their rows are stored and resumed."""
+"""Trials: engines that run them, and the store of their rows."""
 
 from .engine import Engine as Engine
 from .engine import RayEngine as RayEngine

@@ -1,69 +1,92 @@
-"""Where trials run: here, one after another, or side by side through Ray."""
+"""Where trials run: in this process one after another, or in parallel through Ray."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
-from ..version import pip_install
-from .versions import versions
+from ..version import __version__, pip_install
 
 Trial = tuple[int | None, int, float | None]
-"""(d, seed, learning rate); d is None for full fine-tuning, the rate is None where the fit chooses it."""
+"""(d, seed, learning rate). d is None for full fine-tuning; the learning rate is None if the fit has its own."""
 
 Facts = dict[str, Any]
-"""Of a trial: seconds, the process that ran it (host and number), versions."""
+"""Facts of a trial: seconds, the process that ran it (host and number), versions."""
 
 
 class Engine(Protocol):
-    """Runs trials that are independent of each other."""
+    """Runs trials that are independent of each other.
+
+    Attributes:
+        slots: Number of trials that run in parallel.
+    """
 
     slots: int
-    """How many at a time."""
 
     def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, Facts]]:
-        """(place among the trials, what the fit returned, facts of the run), in the order in which they end."""
+        """Run trials. Yields (index of the trial, what the fit returned, facts) in the order in which they end."""
 
     def close(self) -> None:
-        """Give back what the trials held; `run` may be called again."""
+        """Release what the trials held. `run` may be called again."""
 
 
-def _timed(fit: Callable[..., Any], trial: Trial) -> tuple[Any, Facts]:
-    d, seed, rate = trial
+@cache
+def get_versions() -> dict[str, str]:
+    """Get the versions of this package (`git describe` in a checkout), Python, torch, PEFT and transformers."""
+    names = {"peft_intrinsic": __version__, "python": platform.python_version()}
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--tags"]
+        names["git"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {**names, **{name: version(name) for name in ("torch", "peft", "transformers")}}
+
+
+def _time_fit(fit: Callable[..., Any], trial: Trial) -> tuple[Any, Facts]:
+    d, seed, learning_rate = trial
     start = time.perf_counter()
-    found = fit(d, seed) if rate is None else fit(d, seed, rate)
+    result = fit(d, seed) if learning_rate is None else fit(d, seed, learning_rate)
     seconds = round(time.perf_counter() - start, 3)
-    return found, {"seconds": seconds, "process": f"{platform.node()} {os.getpid()}", "versions": versions()}
+    return result, {"seconds": seconds, "process": f"{platform.node()} {os.getpid()}", "versions": get_versions()}
 
 
 class InProcess:
-    """In the calling process."""
+    """Engine that runs trials in the calling process, one after another."""
 
     slots = 1
 
     def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, Facts]]:
         """See `Engine`."""
-        for place, trial in enumerate(trials):
-            yield place, *_timed(fit, trial)
+        for i, trial in enumerate(trials):
+            yield i, *_time_fit(fit, trial)
 
     def close(self) -> None:
         """See `Engine`."""
 
 
 class RayEngine:
-    """As many trials at a time as the cluster has room for; a worker loads the fit once.
+    """Engine that runs as many trials in parallel as a Ray cluster has room for. A worker loads the fit once.
 
     Args:
-        address: of a running cluster (`"auto"`, `"ray://host:10001"`); None starts one on this machine. A session that
-            is initialised already is used as it is.
-        cpus, gpus: of each trial; shares of a GPU are allowed.
+        address: Address of a running cluster (`"auto"`, `"ray://host:10001"`); None starts one on this machine. An
+            initialized Ray session is used as it is.
+        cpus, gpus: CPUs and GPUs of each trial; fractions of a GPU are allowed.
 
     Raises:
-        ImportError: Ray is missing, which the extra `ray` installs.
-        ValueError: the cluster has no room for a single trial.
+        ImportError: Ray is not installed. The extra `ray` installs it.
+        ValueError: The cluster has no room for a trial.
+
+    Example:
+        ```python
+        measure_intrinsic_dimension(fit, engine=RayEngine(cpus=2, gpus=0.25), out="runs/mine")
+        ```
     """
 
     def __init__(self, address: str | None = None, cpus: float = 1.0, gpus: float = 0.0) -> None:
@@ -74,16 +97,16 @@ class RayEngine:
 
         if not ray.is_initialized():
             ray.init(address=address, log_to_driver=False, include_dashboard=None if address else False)
-        room, shares = ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}
+        room, needs = ray.cluster_resources(), {"CPU": cpus, "GPU": gpus}
         if not (cpus >= 0 and gpus >= 0 and cpus + gpus):
             raise ValueError(f"cpus={cpus:g} and gpus={gpus:g} of a trial (--cpus, --gpus): one must be above 0.")
-        self.slots = min(int(room.get(name, 0.0) / share) for name, share in shares.items() if share)
+        self.slots = min(int(room.get(name, 0.0) / need) for name, need in needs.items() if need)
         if not self.slots:
-            had = {name: room.get(name, 0.0) for name in shares}
+            available = {name: room.get(name, 0.0) for name in needs}
             raise ValueError(
-                f"cpus={cpus:g} and gpus={gpus:g} for each trial (--cpus, --gpus), but Ray has {had}. Ask for less."
+                f"cpus={cpus:g} and gpus={gpus:g} for each trial (--cpus, --gpus) exceed {available} of Ray. Use less."
             )
-        # A worker that dies is started again and repeats its trial.
+        # Ray restarts a worker that dies, and repeats its trial.
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
         self.worker = ray.remote(**options)(_Worker)
         self.workers: list[Any] = []
@@ -99,24 +122,24 @@ class RayEngine:
         try:
             while waiting or pending:
                 while waiting and len(pending) < self.slots:
-                    place, trial = waiting.pop(0)
+                    i, trial = waiting.pop(0)
                     if not idle:
                         self.workers.append(self.worker.remote())
                         idle = self.workers[-1:]
                     worker = idle.pop()
-                    # In a list Ray hands over the reference, not the fit: the worker fetches it once.
-                    pending[worker.run.remote([self.sent], trial)] = place, worker
+                    # Ray passes the reference in a list, not the fit: the worker fetches it once.
+                    pending[worker.run.remote([self.sent], trial)] = i, worker
                 for done in ray.wait(list(pending))[0]:
-                    place, worker = pending.pop(done)
+                    i, worker = pending.pop(done)
                     idle.append(worker)
                     try:
-                        found = ray.get(done)
+                        result = ray.get(done)
                     except ray.exceptions.RayActorError as error:
                         raise RuntimeError(
-                            f"The worker of trial {trials[place]} (d, seed, learning rate) died again and again. Does "
-                            f"it need more memory, or a larger share of a GPU (--cpus, --gpus)? {error}"
+                            f"The worker of trial {trials[i]} (d, seed, learning rate) died repeatedly. Try more "
+                            f"memory, or a larger fraction of a GPU (--cpus, --gpus). {error}"
                         ) from None
-                    yield place, *found
+                    yield i, *result
         finally:
             if pending:  # after a failure
                 self.close()
@@ -138,4 +161,4 @@ class _Worker:
 
         if self.sent != sent[0]:
             self.fit, self.sent = ray.get(sent[0]), sent[0]
-        return _timed(self.fit, trial)
+        return _time_fit(self.fit, trial)

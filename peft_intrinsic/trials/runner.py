@@ -1,4 +1,4 @@
-"""Runs the trials that are not in the store yet."""
+"""Runs the trials that a store lacks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from numbers import Real
 from typing import Any
 
@@ -16,97 +17,103 @@ from .engine import Engine, Trial
 from .store import TRIAL, Store
 
 Fit = Callable[..., float | Mapping[str, Any]]
-"""`fit(d, seed)`, or `fit(d, seed, learning_rate)`: trains once, returns the score, or a mapping with a `score` that is
-stored whole. `d=None` is full fine-tuning. Where the score is a share of correct predictions, `correct` in the mapping
-says which they are, `[examples]` of bools: the interval then includes what other examples would change."""
+"""`fit(d, seed)`, or `fit(d, seed, learning_rate)`: trains once, and returns the score, or a mapping with a `score`,
+which is stored whole. `d=None` is full fine-tuning. If the score is an accuracy, `correct` in the mapping says which
+predictions are correct, `[examples]` of bools. The interval then includes the sampling of the examples."""
+
+Row = Mapping[str, Any]
+"""A stored trial: d, seed, learning_rate, score (None if not finite), right and examples where known, and others."""
 
 OWN = {"key", "sum", *TRIAL, "examples", "right", "seconds", "process", "versions"}
-"""What each row has beside what the fit returned."""
+"""Names in a row that a fit may not use."""
 
 
-def unpacked(row: Mapping[str, Any]) -> np.ndarray | None:
-    """Which held-out examples a run has right, `[examples]`; None where it is not known."""
-    if row.get("right") is None:
-        return None
-    return np.unpackbits(np.frombuffer(base64.b64decode(row["right"]), dtype=np.uint8), count=row["examples"])
+def unpack_correct(row: Row) -> np.ndarray | None:
+    """Unpack which predictions of a trial are correct, `[examples]` of 0 and 1; None where unknown."""
+    return None if row.get("right") is None else _unpack(row["right"], row["examples"])
+
+
+@lru_cache(maxsize=1024)
+def _unpack(right: str, examples: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(base64.b64decode(right), dtype=np.uint8), count=examples)
 
 
 class Runner:
-    """Trials of one fit, kept in one store; the bar counts them. `right` has what `unpacked` gives of those asked."""
+    """Runs the trials of a fit on an engine, and stores their rows.
+
+    Args:
+        fit: Trains once.
+        store: Store of the run.
+        engine: Runs trials.
+        bar: Progress bar of tqdm, which counts the trials.
+    """
 
     def __init__(self, fit: Fit, store: Store, engine: Engine, bar: Any) -> None:
         self.fit, self.store, self.engine, self.bar = fit, store, engine, bar
-        self.right: dict[Trial, np.ndarray] = {}
 
-    def finite(self, trials: Sequence[Trial]) -> list[float]:
-        """The score of each trial.
+    def run(self, trials: Sequence[Trial], finite: bool = False) -> Sequence[Row]:
+        """Run trials, except those that the store has. Returns their rows.
 
         Raises:
-            ValueError: one is not a finite number.
+            ValueError: The fit returned no score, or something that a row cannot store. With `finite` also, a score is
+                not finite.
         """
-        scores = self.run(trials)
-        for (d, seed, rate), score in zip(trials, scores, strict=True):
-            if not math.isfinite(score):
-                raise ValueError(f"fit returned no finite score for d={d}, seed={seed}, learning rate {rate}.")
-        return scores
-
-    def run(self, trials: Sequence[Trial]) -> list[float]:
-        """The score of each trial, NaN where it is not a finite number."""
         configurations = [dict(zip(TRIAL, trial, strict=True)) for trial in trials]
         keys = [self.store.key(configuration) for configuration in configurations]
-        new = [place for place, name in enumerate(keys) if name not in self.store.rows]
-        if not self.bar.disable:  # what is known tells nothing of the time that a trial takes
+        new = [i for i, key in enumerate(keys) if key not in self.store.rows]
+        if not self.bar.disable:  # stored trials took no time
             self.bar.initial += len(trials) - len(new)
         self.bar.update(len(trials) - len(new))
-        for place, found, facts in self.engine.run(self.fit, [trials[place] for place in new]):
-            configuration = configurations[new[place]]
-            self.store.add(configuration, {**_row(found, configuration), **facts})
+        for i, result, facts in self.engine.run(self.fit, [trials[i] for i in new]):
+            configuration = configurations[new[i]]
+            self.store.add(configuration, {**_build_row(result, configuration), **facts})
             self.bar.update()
-        for trial, name in zip(trials, keys, strict=True):
-            if (right := unpacked(self.store.rows[name])) is not None:
-                self.right[trial] = right
-        scores = [self.store.rows[name]["score"] for name in keys]
-        return [math.nan if score is None else score for score in scores]
+        rows = [self.store.rows[key] for key in keys]
+        for (d, seed, rate), row in zip(trials, rows, strict=True):
+            if finite and row["score"] is None:
+                raise ValueError(f"fit returned no finite score for d={d}, seed={seed}, learning rate {rate}.")
+        return rows
 
 
-def _row(found: Any, configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of what a fit returned; None stands for a number that is not finite, as JSON has none."""
+def _build_row(result: Any, configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the row of a trial from what the fit returned. Numbers that are not finite become None, as in JSON."""
     trial = ", ".join(f"{name}={value}" for name, value in configuration.items())
-    row = dict(found) if isinstance(found, Mapping) else {"score": found}
-    if taken := sorted(OWN & row.keys()):
-        raise ValueError(f"fit returned {', '.join(taken)} for {trial}, which every row has of its own. Rename it.")
-    right = row.pop("correct", None)
-    row = {name: _plain(value) for name, value in row.items()}
+    row = dict(result) if isinstance(result, Mapping) else {"score": result}
+    if reserved := sorted(OWN & row.keys()):
+        raise ValueError(f"fit returned {', '.join(reserved)} for {trial}, a name that every row has. Rename it.")
+    correct = row.pop("correct", None)
+    row = {name: _convert(value) for name, value in row.items()}
     score = row.get("score")
     row["score"] = float(score) if isinstance(score, int) else score
     if not isinstance(row["score"], float):
-        raise ValueError(f"fit returned {found!r} for {trial}: neither a number, nor a mapping with one as its score.")
+        raise ValueError(f"fit returned {result!r} for {trial}: neither a number, nor a mapping with one as its score.")
     for name, value in row.items():
         try:
             json.dumps(value)
         except TypeError:
             raise ValueError(
-                f"fit returned {name}={value!r} for {trial}: numbers, texts, lists and mappings can be kept."
+                f"fit returned {name}={value!r} for {trial}: a row stores numbers, texts, lists and mappings."
             ) from None
-    numbers = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
-    }
-    if right is None or numbers["score"] is None:
-        return numbers
-    return {**numbers, **_packed(np.asarray(right), row["score"], trial)}
+        if isinstance(value, float) and not math.isfinite(value):
+            row[name] = None
+    if correct is None or row["score"] is None:
+        return row
+    return {**row, **_pack_correct(np.asarray(correct), row["score"], trial)}
 
 
-def _packed(right: np.ndarray, score: float, trial: str) -> dict[str, Any]:
-    """Which examples a run has right: a bit for each."""
-    if right.ndim != 1 or not np.isin(right, (0, 1)).all() or not len(right) * abs(right.mean() - score) < 0.5:
+def _pack_correct(correct: np.ndarray, score: float, trial: str) -> dict[str, Any]:
+    """Pack which predictions are correct into a bit for each example."""
+    known = correct.ndim == 1 and np.isin(correct, (0, 1)).all()
+    if not known or not len(correct) * abs(correct.mean() - score) < 0.5:
         raise ValueError(
-            f"fit returned correct={right} for {trial}, with the score {score}: it must hold a bool for each held-out "
-            "example, and the score be the share that is right. Leave it out for other scores."
+            f"fit returned correct={correct} for {trial}, with the score {score}. It must hold a bool for each "
+            "held-out example, and the score must be their mean. Leave it out for other scores."
         )
-    return {"examples": len(right), "right": base64.b64encode(np.packbits(right.astype(bool)).tobytes()).decode()}
+    right = base64.b64encode(np.packbits(correct.astype(bool)).tobytes()).decode()
+    return {"examples": len(correct), "right": right}
 
 
-def _plain(value: Any) -> Any:
-    with suppress(AttributeError, ValueError, RuntimeError):  # a tensor's or an array's only number
+def _convert(value: Any) -> Any:
+    with suppress(AttributeError, ValueError, RuntimeError):  # the only number of a tensor or an array
         value = value.item()
     return float(value) if isinstance(value, Real) and not isinstance(value, int) else value

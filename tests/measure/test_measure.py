@@ -1,4 +1,4 @@
-"""The measurement as users call it: choices, refusals, reports, and going on after a crash."""
+"""The measurement as users call it: options, errors, reports, and resuming after a crash."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import pytest
 from helpers.steps import DIMS, step
 
 from peft_intrinsic.measure import NothingToMeasure, analyze, measure_intrinsic_dimension, write_report
-from peft_intrinsic.measure.report import markdown, summary
+from peft_intrinsic.measure.report import format_markdown, summarize
 from peft_intrinsic.trials.store import Store
 
 
-def test_a_step():
+def test_step_function_is_located_exactly_in_few_trials():
     result = measure_intrinsic_dimension(step, DIMS)
     assert result.d == next(d for d in DIMS if d >= 100)
     assert result.interval == (result.d, result.d)
@@ -32,10 +32,9 @@ def test_a_step():
 
 
 @pytest.mark.parametrize("center", ["median", "mean"])
-def test_collapsed_runs_are_open_marks(center, tmp_path, monkeypatch):
-    """Also where all of a d collapsed."""
+def test_plot_draws_collapsed_runs_as_open_marks(center, tmp_path, monkeypatch):
     figures: list = []
-    monkeypatch.setattr("peft_intrinsic.measure.report.save", lambda figure, *place: figures.append(figure))
+    monkeypatch.setattr("peft_intrinsic.measure.report.save_figure", lambda figure, *place: figures.append(figure))
     write_report(measure_intrinsic_dimension(step, DIMS, majority=0.4, sweep=True, center=center), tmp_path)
     marks = [line for line in figures[0].axes[0].lines if line.get_marker() == "o"]
     assert len(marks) == 3 * len(DIMS)
@@ -43,16 +42,16 @@ def test_collapsed_runs_are_open_marks(center, tmp_path, monkeypatch):
     assert {mark.get_fillstyle() for mark in marks if mark.get_xdata() >= 100} == {"full"}
 
 
-def test_beyond_and_below_the_grid():
+def test_d_beyond_and_below_the_grid_is_reported_as_such():
     never = measure_intrinsic_dimension(lambda d, seed: 0.8 if d is None else 0.4, DIMS)
     assert (never.d, never.interval) == (None, (None, None))
-    assert "d90 > 1000, 90 % interval [> 1000, > 1000]" in summary(never)
+    assert "d90 > 1000, 90 % interval [> 1000, > 1000]" in summarize(never)
     always = measure_intrinsic_dimension(lambda d, seed: 0.8, DIMS)
     assert always.d == DIMS[0]
-    assert "d90 ≤ 10, 90 % interval [≤ 10, ≤ 10]" in summary(always)
+    assert "d90 ≤ 10, 90 % interval [≤ 10, ≤ 10]" in summarize(always)
 
 
-def test_learning_rates_are_chosen_on_the_same_terms():
+def test_learning_rates_are_chosen_for_both_on_the_same_terms():
     tried = []
 
     def fit(d, seed, rate):
@@ -64,8 +63,8 @@ def test_learning_rates_are_chosen_on_the_same_terms():
     assert (result.baseline.learning_rate, {point.learning_rate for point in result.points}) == (1e-3, {0.1})
     assert len(tried) == len(set(tried))
     assert result.d == next(d for d in DIMS if d >= 100)
-    assert result.edges[0] is None  # the better of two is always at an edge
-    assert "| best rate at the edge of those tried | full fine-tuning, d = 10" in markdown(result)
+    assert result.edges[0] is None  # the better of two is always an end
+    assert "| best learning rate at the edge of those tried | full fine-tuning, d = 10" in format_markdown(result)
     assert not measure_intrinsic_dimension(fit, DIMS, learning_rates=("auto", "auto")).edges
 
 
@@ -81,7 +80,7 @@ def test_learning_rates_are_chosen_on_the_same_terms():
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"learning_rates": ([1], [1, 2])}, "as many for full fine-tuning as for the subspace"),
         ({"learning_rates": ("auto", [1, 2])}, "or be 'auto' for both"),
-        ({"learning_rates": "fast"}, "learning_rates must be 'auto', or those of full fine-tuning"),
+        ({"learning_rates": "fast"}, "learning_rates='fast' must be 'auto', or a pair"),
         ({"learning_rates": ([1, 1], [1, 2])}, "must be one or more, each once"),
         ({"learning_rates": ([], [])}, "must be one or more, each once"),
         ({"baseline": []}, r"baseline must be finite scores, one or more, got \[\]"),
@@ -93,16 +92,16 @@ def test_learning_rates_are_chosen_on_the_same_terms():
         ({"center": "mode"}, "center must be 'median' or 'mean', got 'mode'"),
         ({"majority": 0.8}, "no better than the majority class"),
         ({"trials": 2}, "trials must be at least 4, got 2: fewer do not measure a single d with seeds=3"),
-        ({"baseline": -1.0}, "a share of a negative score means nothing"),
+        ({"baseline": -1.0}, "a fraction of a negative score is no target"),
     ],
 )
-def test_refused(options, message):
+def test_invalid_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         measure_intrinsic_dimension(step, **{"dims": DIMS, **options})
 
 
-@pytest.mark.filterwarnings("ignore:.*is of a run with other settings")
-def test_a_row_of_other_settings_does_not_count(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*belongs to a run with other settings")
+def test_rows_of_other_settings_are_set_aside(tmp_path):
     fits = {5: lambda d, seed: step(None if d is None else 3 * d, seed), 6: step}
     for width, fit in fits.items():
         measure_intrinsic_dimension(fit, DIMS, out=tmp_path / str(width), settings={"width": width})
@@ -113,7 +112,7 @@ def test_a_row_of_other_settings_does_not_count(tmp_path):
     again, rows = [], second.read_text().splitlines()
     with second.open("a") as file:
         file.write(first.read_text())
-    with pytest.warns(UserWarning, match=f"line {len(rows) + 1}, is of a run with other settings: set aside"):
+    with pytest.warns(UserWarning, match=f"line {len(rows) + 1}, belongs to a run with other settings: set aside"):
         assert analyze(second.parent).d == measure_intrinsic_dimension(step, DIMS).d
     second.write_text(first.read_text())
     measure_intrinsic_dimension(
@@ -122,7 +121,7 @@ def test_a_row_of_other_settings_does_not_count(tmp_path):
     assert len(again) == len(rows)
 
 
-def test_a_folder_serves_one_run_at_a_time(tmp_path):
+def test_folder_is_locked_while_a_process_uses_it(tmp_path):
     code = f"""
     import peft_intrinsic.trials.store as s, time
     with s.Store({str(tmp_path)!r}, {{}}):
@@ -137,10 +136,10 @@ def test_a_folder_serves_one_run_at_a_time(tmp_path):
     finally:
         other.kill()
         other.communicate()
-    Store(tmp_path, {}).close()  # the lock dies with its process
+    Store(tmp_path, {}).close()  # the lock ends with its process
 
 
-def test_an_unwritable_folder(tmp_path):
+def test_unwritable_folder_raises(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         measure_intrinsic_dimension(step, DIMS, out=tmp_path / "file")
@@ -160,35 +159,35 @@ write_report(measure_intrinsic_dimension(fit, grid(10, 100_000, 40), out=sys.arg
 """
 
 
-def test_killed_at_random_and_resumed(tmp_path):
-    """`kill -9` twenty times and more: the same report as undisturbed, every finished trial run once."""
+def test_killed_run_resumes_with_the_same_report_and_no_trial_twice(tmp_path):
+    """It is killed twenty times by SIGKILL."""
     (tmp_path / "run.py").write_text(RUN)
-    quiet, shot = tmp_path / "quiet", tmp_path / "shot"
-    quiet.mkdir(), shot.mkdir()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
     command = [sys.executable, "-W", "ignore", str(tmp_path / "run.py")]
-    subprocess.run([*command, str(quiet)], check=True, capture_output=True)
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
     rng = random.Random(0)
     kills = 0
-    while not (shot / "report.json").exists() or kills < 20:
-        process = subprocess.Popen([*command, str(shot)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        lines = count(shot)
+    while not (killed / "report.json").exists() or kills < 20:
+        process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        lines = count(killed)
         started = time.monotonic()
-        # Let it finish between none and a few trials before it is shot.
-        while process.poll() is None and count(shot) < lines + rng.randrange(4) and time.monotonic() - started < 30:
+        # It finishes between none and a few trials before it is killed.
+        while process.poll() is None and count(killed) < lines + rng.randrange(4) and time.monotonic() - started < 30:
             time.sleep(rng.random() * 0.004)
         if process.poll() is None and kills < 22:
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
         process.wait()
-    assert (shot / "report.md").read_text() == (quiet / "report.md").read_text()
-    own, other = (json.loads((folder / "report.json").read_text()) for folder in (shot, quiet))
+    assert (killed / "report.md").read_text() == (whole / "report.md").read_text()
+    own, other = (json.loads((folder / "report.json").read_text()) for folder in (killed, whole))
     for row in (*own["trials"], *other["trials"]):
         del row["seconds"], row["process"]
     assert own == other
-    finished = [json.loads(line)["key"] for line in (shot / "trials.jsonl").read_text().splitlines()]
-    assert len(finished) == len(set(finished)) == count(quiet)
-    calls = (shot / "calls").read_text().splitlines()
-    assert len(calls) - len(set(calls)) <= kills  # at most the trial that was running when the shot fell
+    finished = [json.loads(line)["key"] for line in (killed / "trials.jsonl").read_text().splitlines()]
+    assert len(finished) == len(set(finished)) == count(whole)
+    calls = (killed / "calls").read_text().splitlines()
+    assert len(calls) - len(set(calls)) <= kills  # at most the trial that was running when the killed fell
     assert kills >= 20
 
 
@@ -197,7 +196,7 @@ def count(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_report(tmp_path):
+def test_report_has_every_trial_and_answer(tmp_path):
     fit = lambda d, seed: 0.3 if (d, seed) == (1000, 1) else step(d, seed)  # noqa: E731
     result = measure_intrinsic_dimension(fit, DIMS, majority=0.35, out=tmp_path, sweep=True)
     write_report(result, tmp_path)
@@ -217,7 +216,7 @@ def test_report(tmp_path):
     assert rows[0] == "d,seed,learning_rate,score,seconds,process"
     assert rows[1].startswith("full,0,,0.8,")
     assert len(rows) == 1 + count(tmp_path)
-    text = markdown(result)
+    text = format_markdown(result)
     assert f"d90 = {result.d}, 90 % interval [{result.d}, {result.d}]" in text
     assert "| majority class | 0.3500 |" in text
     assert f"| collapsed: full fine-tuning, subspace | 0, 1 of {3 * len(DIMS)} |" in text
@@ -226,8 +225,8 @@ def test_report(tmp_path):
     assert analyze(tmp_path, center="mean").points[-1].scores == [0.8, 0.3, 0.8]
 
 
-def test_gain_over_the_untrained_model():
-    """Of a negative loss: −3 before training, −1 after; 90 % of the gain is −1.2."""
+def test_gain_is_relative_to_the_untrained_model_without_a_majority():
+    """A negative loss is −3 before training and −1 after it; 90 % of the gain is −1.2."""
     asked = []
 
     def fit(d, seed):
@@ -238,18 +237,18 @@ def test_gain_over_the_untrained_model():
     assert (result.untrained, result.target) == (-3.0, pytest.approx(-1.2))
     assert result.d == next(d for d in DIMS if d >= 100)
     assert asked.count(0) == 1
-    assert "| before training | -3.0000 |" in markdown(result)
+    assert "| before training | -3.0000 |" in format_markdown(result)
     with pytest.raises(NothingToMeasure, match=r"no better than the untrained model \(-1.0000\)"):
         measure_intrinsic_dimension(lambda d, seed: -1.0, DIMS, relative_to="gain")
 
 
-def test_what_a_fit_notes_beside_the_score_is_kept(tmp_path):
+def test_values_that_a_fit_returns_beside_the_score_are_stored(tmp_path):
     result = measure_intrinsic_dimension(lambda d, seed: {"score": step(d, seed), "loss": 0.25}, DIMS, out=tmp_path)
     assert result.d == measure_intrinsic_dimension(step, DIMS).d
     assert {row["loss"] for row in result.trials} == {0.25}
 
 
-def test_the_untrained_model_is_asked_at_a_rate_too():
+def test_untrained_model_is_scored_with_a_learning_rate():
     result = measure_intrinsic_dimension(
         lambda d, seed, rate: -1.0 if d is None else -3.0 if d < 100 else -1.1,
         DIMS,
@@ -261,20 +260,20 @@ def test_the_untrained_model_is_asked_at_a_rate_too():
     assert all(row["d"] is not None for row in result.trials)
 
 
-def test_what_the_summary_warns_of():
+def test_summary_warns_of_a_low_target_and_of_one_seed():
     low = measure_intrinsic_dimension(lambda d, seed: 0.7, DIMS, majority=0.684)
-    assert "the target, 0.6300, is no better than the majority class" in summary(low)
-    assert "interval unknown with one seed" in summary(measure_intrinsic_dimension(step, DIMS, seeds=1))
+    assert "the target, 0.6300, is no better than the majority class" in summarize(low)
+    assert "interval unknown with one seed" in summarize(measure_intrinsic_dimension(step, DIMS, seeds=1))
 
 
-def test_beginning_anew_leaves_nothing_of_the_old_run(tmp_path):
+def test_overwrite_removes_all_files_of_the_old_run(tmp_path):
     write_report(measure_intrinsic_dimension(step, DIMS, out=tmp_path), tmp_path)
     with pytest.raises(NothingToMeasure):
         measure_intrinsic_dimension(step, DIMS, majority=0.9, out=tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} <= {"trials.jsonl", "settings.json", "plan.json", ".lock"}
 
 
-def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
+def test_full_disk_leaves_no_part_of_a_row(tmp_path, monkeypatch):
     write = os.write
     with Store(tmp_path, {}) as store:
         store.add({"d": 1}, {"score": 0.5})

@@ -1,14 +1,14 @@
-"""Which learning rate counts, from scores whose sums can be made by hand."""
+"""Which learning rate counts, for scores whose sums are computed by hand."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+from helpers.steps import build_search
 
 from peft_intrinsic.measure.evidence import TUNING, Evidence
 from peft_intrinsic.measure.plan import Plan
-from peft_intrinsic.measure.search import Search
 
 DIGITS = {
     22: {5e-5: 0.216, 2e-4: 0.352, 8e-4: 0.352, 3.2e-3: 0.280},
@@ -16,98 +16,101 @@ DIGITS = {
     95: {5e-5: 0.704, 2e-4: 0.810, 8e-4: 0.850, 3.2e-3: 0.854, 1.28e-2: 0.668},
     209: {8e-4: 0.914, 3.2e-3: 0.904, 1.28e-2: 0.922, 5.12e-2: 0.888},
 }
-"""Of a network on digits (benchmarks/digits_width.py), one seed."""
+"""Scores of a network on digits (benchmarks/digits_width.py), one seed."""
 
 
 def evidence(
-    tried: dict[int, dict[float, float]], *more: tuple[int, int, float, float], least: float | None = None
+    tried: dict[int, dict[float, float]], *more: tuple[int, int, float, float], majority: float | None = None
 ) -> Evidence:
-    found = {(d, TUNING, rate): score for d, scores in tried.items() for rate, score in scores.items()}
-    found |= {(d, seed, rate): score for d, seed, rate, score in more}
-    return Evidence(found, Plan((10, 1000), baseline=(0.98,), learning_rates=("auto", "auto")), least)
+    trials = [(d, TUNING, rate, score) for d, scores in tried.items() for rate, score in scores.items()]
+    rows = {
+        str(i): {"d": d, "seed": seed, "learning_rate": rate, "score": score}
+        for i, (d, seed, rate, score) in enumerate([*trials, *more])
+    }
+    return Evidence(Plan((10, 1000), baseline=0.98, learning_rates="auto", majority=majority), rows)
 
 
 @pytest.mark.parametrize(("d", "rate"), [(22, 8e-4), (43, 2e-4), (95, 8e-4), (209, 8e-4)])
-def test_two_d_below_have_a_say(d, rate):
-    """By hand: at 209 the rate 8e-4 loses .008 + .004 + .010, 3.2e-3 loses .018 + 0 + .050, and 1.28e-2, the best of
-    209 alone, 0 + .186 + .050 (of the nearest that 43 has). At 43, 2e-4 loses nothing. At 95, 8e-4 loses .004 + .010,
-    2e-4 .044, 3.2e-3 .050 + .072. At 22 two are equal: the upper one."""
-    assert evidence(DIGITS).tuned(d) == rate
+def test_learning_rates_of_two_smaller_dims_count(d, rate):
+    """At 209 the learning rate 8e-4 loses 0.008 + 0.004 + 0.010, 3.2e-3 loses 0.018 + 0 + 0.050, and 1.28e-2, the best
+    of 209 alone, 0 + 0.186 + 0.050 (that of the nearest at 43). At 43, 2e-4 loses nothing. At 95, 8e-4 loses
+    0.004 + 0.010, 2e-4 loses 0.044, 3.2e-3 loses 0.050 + 0.072. At 22 two are equal, and the upper one is chosen."""
+    assert evidence(DIGITS).choose_rate(d) == rate
 
 
-def test_those_above_have_none():
-    assert [evidence({at: DIGITS[at] for at in DIGITS if at <= d}).tuned(d) for d in DIGITS] == [
-        evidence(DIGITS).tuned(d) for d in DIGITS
+def test_learning_rates_of_larger_dims_do_not_count():
+    assert [evidence({at: DIGITS[at] for at in DIGITS if at <= d}).choose_rate(d) for d in DIGITS] == [
+        evidence(DIGITS).choose_rate(d) for d in DIGITS
     ]
 
 
-def test_between_two_d_the_one_that_loses_least_at_both():
-    """2e-4 is best at 100 and .09 behind at 400; 8e-4 is .03 behind and best: it loses less, also next to 100."""
+def test_between_two_dims_the_least_loss_at_both_decides():
+    """2e-4 is best at 100 and loses 0.09 at 400; 8e-4 loses 0.03 at 100 and is best at 400. Its loss is the least."""
     tried = {100: {2e-4: 0.63, 8e-4: 0.60}, 400: {2e-4: 0.71, 8e-4: 0.80}}
-    assert [evidence(tried).rate(d) for d in (50, 100, 101, 399, 400, 900)] == [2e-4, 2e-4, 8e-4, 8e-4, 8e-4, 8e-4]
+    assert [evidence(tried).get_rate(d) for d in (50, 100, 101, 399, 400, 900)] == [2e-4, 2e-4, 8e-4, 8e-4, 8e-4, 8e-4]
 
 
-def test_a_rate_that_was_measured_there_stays():
+def test_learning_rate_of_a_measured_d_is_unchanged():
     tried = {100: {2e-4: 0.63, 8e-4: 0.60}, 400: {2e-4: 0.71, 8e-4: 0.80}}
-    assert evidence(tried, (200, 0, 2e-4, 0.7)).rate(200) == 2e-4
+    assert evidence(tried, (200, 0, 2e-4, 0.7)).get_rate(200) == 2e-4
 
 
-def test_one_that_diverged_counts_as_the_worst():
-    """8e-4 loses nothing at 400 and, diverged, as much as the worst, .3, at 100; 2e-4 loses .2 and nothing."""
+def test_diverged_learning_rate_has_the_loss_of_the_worst():
+    """8e-4 loses nothing at 400 and, diverged, 0.3 as the worst at 100; 2e-4 loses 0.2 and nothing."""
     tried = {100: {5e-5: 0.3, 2e-4: 0.6, 8e-4: math.nan}, 400: {2e-4: 0.6, 8e-4: 0.8}}
-    assert evidence(tried).tuned(400) == 2e-4
-    assert evidence({400: tried[400]}).tuned(400) == 8e-4
+    assert evidence(tried).choose_rate(400) == 2e-4
+    assert evidence({400: tried[400]}).choose_rate(400) == 8e-4
 
 
-def test_where_all_diverged_there_is_none():
+def test_no_learning_rate_is_chosen_where_all_diverged():
     tried = {100: {2e-4: 0.6}, 400: {2e-4: math.nan, 8e-4: math.nan}}
-    assert evidence(tried).tuned(400) is None
-    assert evidence(tried).rate(400) == 2e-4
+    assert evidence(tried).choose_rate(400) is None
+    assert evidence(tried).get_rate(400) == 2e-4
 
 
 HIGHER = {400: {2e-4: 0.78, 8e-4: 0.80}}
-"""8e-4 is .02 ahead on one seed; the majority class has .5."""
+"""8e-4 is better by 0.02 on one seed; the majority-class baseline has 0.5."""
 
 
 @pytest.mark.parametrize(("collapsed", "runs", "rate"), [(0, 9, 8e-4), (3, 9, 2e-4), (1, 39, 8e-4)])
 def test_learning_rate_at_which_runs_collapse_is_expected_to_score_less(collapsed, runs, rate):
-    """By hand, the tuning run being one more: 3 of 10 runs at 8e-4 score .3 less, so it loses .09; 1 of 40 loses
-    .0075, which is less than the .02 of 2e-4."""
+    """With the tuning run, 3 of 10 runs at 8e-4 score 0.3 less, so it loses 0.09; 1 of 40 loses 0.0075, which is less
+    than the 0.02 of 2e-4."""
     more = [(450 + i, 0, 8e-4, 0.5 if i < collapsed else 0.8) for i in range(runs)]
-    found = evidence(HIGHER, *more, least=0.5)
-    assert found.collapses(400, 8e-4) == pytest.approx(collapsed / (runs + 1))
-    assert (found.tuned(400), found.rate(430)) == (rate, rate)
+    found = evidence(HIGHER, *more, majority=0.5)
+    assert found.get_collapsed_fraction(400, 8e-4) == pytest.approx(collapsed / (runs + 1))
+    assert (found.choose_rate(400), found.get_rate(430)) == (rate, rate)
 
 
 @pytest.mark.parametrize(("collapsed", "rate"), [(1, 8e-4), (2, 2e-4)])
 def test_unstable_learning_rate_is_chosen_only_where_no_other_is_stable(collapsed, rate):
-    """By hand: 2 of 10 runs lose .06 of .2, but that is more than one in ten. Then 2e-4 collapses as often, and its
-    loss decides."""
+    """2 of 10 runs lose 0.06 of 0.2, but that is more than one in ten. Then 2e-4 collapses as often, and its loss
+    decides."""
     tried = {400: {2e-4: 0.60, 8e-4: 0.80}}
     more = [(450 + i, 0, 8e-4, 0.5 if i < collapsed else 0.8) for i in range(9)]
-    assert evidence(tried, *more, least=0.5).tuned(400) == rate
+    assert evidence(tried, *more, majority=0.5).choose_rate(400) == rate
     more += [(450 + i, 0, 2e-4, 0.5 if i < 2 else 0.6) for i in range(9)]
-    assert evidence(tried, *more, least=0.5).tuned(400) == 8e-4
+    assert evidence(tried, *more, majority=0.5).choose_rate(400) == 8e-4
 
 
 def test_learning_rate_that_never_learned_is_not_stable():
     tried = {400: {5e-5: 0.5, 8e-4: 0.80}}
     more = [(450 + i, 0, 8e-4, 0.5 if i < 4 else 0.8) for i in range(9)]
-    assert evidence(tried, *more, least=0.5).tuned(400) == 8e-4
+    assert evidence(tried, *more, majority=0.5).choose_rate(400) == 8e-4
 
 
-def test_collapses_below_the_least_d_that_learns_are_not_blamed_on_the_learning_rate():
+def test_collapses_below_the_least_d_that_learns_do_not_count():
     more = [(d, seed, 8e-4, 0.5) for d in (100, 200, 300) for seed in range(3)]
-    found = evidence(HIGHER, *more, least=0.5)
-    assert found.collapses(400, 8e-4) == 0
-    assert found.tuned(400) == 8e-4
+    found = evidence(HIGHER, *more, majority=0.5)
+    assert found.get_collapsed_fraction(400, 8e-4) == 0
+    assert found.choose_rate(400) == 8e-4
 
 
 def test_diverged_runs_count_as_collapsed_without_a_majority_class():
-    """2 of 3 runs at 8e-4 lose the .3 between it and the worst of the d: .2 is more than .1."""
+    """2 of 3 runs at 8e-4 lose the 0.3 between it and the worst of the d: 0.2 is more than 0.1."""
     tried = {400: {5e-5: 0.5, 2e-4: 0.7, 8e-4: 0.8}}
-    assert evidence(tried).tuned(400) == 8e-4
-    assert evidence(tried, *[(450 + i, 0, 8e-4, math.nan) for i in range(2)]).tuned(400) == 2e-4
+    assert evidence(tried).choose_rate(400) == 8e-4
+    assert evidence(tried, *[(450 + i, 0, 8e-4, math.nan) for i in range(2)]).choose_rate(400) == 2e-4
 
 
 def test_full_fine_tuning_leaves_a_learning_rate_at_which_runs_collapse():
@@ -122,10 +125,10 @@ def test_full_fine_tuning_leaves_a_learning_rate_at_which_runs_collapse():
             0.2 if d else 0.5 if (rate, seed) in ((high, 0), (high, 2)) else scores[rate] for d, seed, rate in wanted
         ]
 
-    search = Search(evaluate, Plan((10, 1000), learning_rates=("auto", "auto")), least=0.5)
-    search._full()
+    search = build_search(evaluate, Plan((10, 1000), learning_rates="auto", majority=0.5))
+    search._measure_baseline()
     assert [(seed, rate) for _, seed, rate in seen if seed != TUNING] == [(i, high) for i in range(3)] + [
         (i, low) for i in range(3)
     ]
-    assert search.evidence.rate(None) == low
-    assert search.evidence.runs(None).scores == [0.88] * 3
+    assert search.evidence.get_rate(None) == low
+    assert search.evidence.get_runs(None).scores == [0.88] * 3

@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from peft_intrinsic.measure.analysis import Point
 from peft_intrinsic.measure.evidence import TUNING
-from peft_intrinsic.measure.study import _gap, _step
+from peft_intrinsic.measure.study import _compute_gap, _get_step
 from peft_intrinsic_cli import main
 
 
@@ -130,13 +130,13 @@ def test_gap_by_hand():
             {"d": 9, "seed": 0, "learning_rate": 0.1, "score": 0.0, "train_score": 0.0},
         ]
 
-    assert _gap(result)["gap"] == pytest.approx((0.8 - 0.6) / (1 - 0.6))
+    assert _compute_gap(result)["gap"] == pytest.approx((0.8 - 0.6) / (1 - 0.6))
     result.settings = {"metric": "loss"}
-    assert _gap(result)["gap"] == pytest.approx(0.2)
+    assert _compute_gap(result)["gap"] == pytest.approx(0.2)
 
 
 def test_a_checkpoint_s_step():
-    assert [_step(name, 7) for name in ("runs/checkpoint-200", "step_20000/", "1000-steps", "final")] == [
+    assert [_get_step(name, 7) for name in ("runs/checkpoint-200", "step_20000/", "1000-steps", "final")] == [
         200,
         20000,
         1000,

@@ -18,7 +18,7 @@ from sklearn.metrics import accuracy_score, mean_squared_error, recall_score
 from test_documents import tiny
 
 from peft_intrinsic.measure.analysis import Point
-from peft_intrinsic.measure.study import _gap
+from peft_intrinsic.measure.study import _compute_gap
 from peft_intrinsic.text.metrics import METRICS, load_metric
 from peft_intrinsic.text.options import TextOptions
 from peft_intrinsic.text.tasks import IGNORED, Task, load_files
@@ -287,4 +287,4 @@ def test_generalization_gap_is_relative_to_the_best_score():
         settings, points = {"metric": "mse", "best": 0.0}, [Point(8, -0.4, [-0.4], 1, 0, 0.1)]
         trials = [{"d": 8, "seed": 0, "learning_rate": 0.1, "score": -0.4, "train_score": -0.1}]  # noqa: RUF012
 
-    assert _gap(result)["gap"] == pytest.approx(0.3 / 0.4)
+    assert _compute_gap(result)["gap"] == pytest.approx(0.3 / 0.4)

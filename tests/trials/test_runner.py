@@ -1,4 +1,4 @@
-"""What a fit may return, and what becomes of it."""
+"""What a fit may return, and how it is stored."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from helpers.steps import DIMS, step
 from tqdm.auto import tqdm
 
 from peft_intrinsic.measure import NothingToMeasure, measure_intrinsic_dimension
-from peft_intrinsic.measure.report import markdown
+from peft_intrinsic.measure.report import format_markdown
 
 
-def test_scores_that_are_no_numbers():
+def test_scores_that_are_not_finite_raise():
     with pytest.raises(NothingToMeasure, match=r"Full fine-tuning scores 0\.0000"):
         measure_intrinsic_dimension(lambda d, seed: math.nan, DIMS)
     with pytest.raises(ValueError, match=r"fit returned no finite score for d=0, seed=0"):
@@ -27,31 +27,31 @@ def test_scores_that_are_no_numbers():
 
 
 @pytest.mark.parametrize(("center", "scores"), [("median", [0.8, 0.8]), ("mean", [0.8, 0.35, 0.8])])
-def test_a_trial_that_diverges_collapsed(center, scores, tmp_path):
-    """By the mean it counts as the trivial answer."""
+def test_diverged_trial_counts_as_collapsed(center, scores, tmp_path):
+    """In the mean it has the score of the majority-class baseline."""
     fit = lambda d, seed: math.nan if (d, seed) == (1000, 1) else step(d, seed)  # noqa: E731
     options = {"majority": 0.35, "out": tmp_path, "sweep": True, "center": center}
     result = measure_intrinsic_dimension(fit, DIMS, **options)
     assert (result.points[-1].scores, result.points[-1].collapsed) == (scores, 1)
-    assert f"| collapsed: full fine-tuning, subspace | 0, 1 of {3 * len(DIMS)} |" in markdown(result)
+    assert f"| collapsed: full fine-tuning, subspace | 0, 1 of {3 * len(DIMS)} |" in format_markdown(result)
     assert measure_intrinsic_dimension(fit, DIMS, **options) == result
     assert "NaN" not in (tmp_path / "trials.jsonl").read_text()
 
 
-def test_full_fine_tuning_that_diverges(tmp_path):
+def test_diverged_full_fine_tuning_counts_as_collapsed(tmp_path):
     result = measure_intrinsic_dimension(lambda d, seed: math.nan if (d, seed) == (None, 1) else step(d, seed), DIMS)
     assert (result.baseline.scores, result.baseline.collapsed) == ([0.8, 0.8], 1)
 
 
 @pytest.mark.parametrize("bad", [None, "good", {"accuracy": 0.8}, torch.ones(3)])
-def test_what_is_no_score_is_not_kept(bad, tmp_path):
+def test_result_without_a_score_raises_and_is_not_stored(bad, tmp_path):
     with pytest.raises((ValueError, RuntimeError), match=r"fit returned .* for d=None, seed=0|3 elements"):
         measure_intrinsic_dimension(lambda d, seed: bad, DIMS, out=tmp_path)
     assert measure_intrinsic_dimension(step, DIMS, out=tmp_path).d == measure_intrinsic_dimension(step, DIMS).d
 
 
 @pytest.mark.parametrize(
-    ("noted", "told"),
+    ("values", "message"),
     [
         ({"seed": 3}, "returned seed for d=None, seed=0.* Rename it"),
         ({"key": "x", "d": 1}, "returned d, key for"),
@@ -60,18 +60,18 @@ def test_what_is_no_score_is_not_kept(bad, tmp_path):
         ({"place": Path("x")}, "returned place=.* for d=None, seed=0"),
         ({"many": np.ones(2)}, "returned many="),
         ({"correct": 8}, "returned correct=8 .* a bool for each"),
-        ({"correct": [True, False]}, r"with the score 0\.8: .* the share"),
+        ({"correct": [True, False]}, r"with the score 0\.8. .* must be their mean"),
         ({"correct": [0.8, 0.8]}, "a bool for each"),
     ],
 )
-def test_what_cannot_be_noted(noted, told, tmp_path):
-    with pytest.raises(ValueError, match=told):
-        measure_intrinsic_dimension(lambda d, seed: {"score": 0.8, **noted}, DIMS, out=tmp_path)
+def test_result_that_a_row_cannot_store_raises(values, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        measure_intrinsic_dimension(lambda d, seed: {"score": 0.8, **values}, DIMS, out=tmp_path)
     assert measure_intrinsic_dimension(step, DIMS, out=tmp_path).d == measure_intrinsic_dimension(step, DIMS).d
 
 
-def test_a_fit_of_ones_own_tells_which_examples_are_right():
-    """Ten held-out examples, of which full fine-tuning has all: their sampling makes the interval wider."""
+def test_correct_predictions_widen_the_interval_by_their_sampling():
+    """Full fine-tuning predicts all of ten held-out examples correctly."""
 
     def fit(d, seed):
         right = np.arange(10) < (10 if d is None else 10 * min(d, 130) // 130)
@@ -89,19 +89,28 @@ def test_a_fit_of_ones_own_tells_which_examples_are_right():
     assert lost.points[-1].collapsed == 1
 
 
-def test_a_bar_that_is_switched_off(monkeypatch):
+def test_search_says_that_the_rest_of_the_interval_is_sampling():
+    def fit(d, seed):
+        correct = np.arange(50) < (45 if d is None else 15 + 30 * math.log(d / 10) / math.log(100))
+        return {"score": correct.mean(), "correct": correct}
+
+    result = measure_intrinsic_dimension(fit, DIMS)
+    assert result.stopped == "what is left of the interval is the sampling of the held-out examples"
+
+
+def test_measurement_works_without_a_progress_bar(monkeypatch):
     monkeypatch.setattr("peft_intrinsic.measure.measure.tqdm", partial(tqdm, disable=True))
     assert measure_intrinsic_dimension(step, DIMS).d == 112
 
 
 @pytest.mark.parametrize("kind", [np.float32, torch.tensor, lambda score: {"score": torch.tensor(score), "note": "x"}])
-def test_numbers_of_every_kind(kind, tmp_path):
+def test_scores_of_numpy_and_torch_are_stored_as_floats(kind, tmp_path):
     result = measure_intrinsic_dimension(lambda d, seed: kind(step(d, seed)), DIMS, out=tmp_path)
     assert result.baseline.scores == pytest.approx([0.8] * 3)
     assert {type(json.loads(row)["score"]) for row in (tmp_path / "trials.jsonl").read_text().splitlines()} == {float}
 
 
-def test_nothing_is_wasted_where_there_is_nothing_to_measure():
+def test_no_subspace_is_trained_where_there_is_nothing_to_measure():
     tried = []
     with pytest.raises(NothingToMeasure):
         measure_intrinsic_dimension(
@@ -110,8 +119,8 @@ def test_nothing_is_wasted_where_there_is_nothing_to_measure():
     assert tried == [None] * 5  # two rates, three seeds
 
 
-def test_minutes_count_from_the_call(monkeypatch):
-    """On a clock on which each trial takes a minute."""
+def test_time_budget_starts_with_the_call(monkeypatch):
+    """Each trial takes a minute on this clock."""
     minutes = [0]
     monkeypatch.setattr(time, "monotonic", lambda: 60.0 * minutes[0])
 
@@ -121,9 +130,9 @@ def test_minutes_count_from_the_call(monkeypatch):
 
     result = measure_intrinsic_dimension(fit, DIMS, minutes=10)
     assert result.stopped == "the budget of 10 minutes is spent"
-    assert minutes[0] == 11  # the trial that was running is finished
+    assert minutes[0] == 11  # the running trial ends
     minutes[0] = 0
-    with pytest.raises(ValueError, match="the budget of 2 minutes is spent before a single dimension was measured"):
+    with pytest.raises(ValueError, match="the budget of 2 minutes is spent before a d from 10 to 1000 was measured"):
         measure_intrinsic_dimension(fit, DIMS, minutes=2)
     minutes[0] = 0
     with pytest.raises(ValueError, match="the budget of 1 minutes is spent before full fine-tuning was measured"):
@@ -132,7 +141,7 @@ def test_minutes_count_from_the_call(monkeypatch):
         )
 
 
-def test_what_is_known_tells_nothing_of_the_time_that_is_left(tmp_path, monkeypatch):
+def test_progress_bar_estimates_time_from_new_trials_alone(tmp_path, monkeypatch):
     now, bars = [0.0], []
 
     class Bar(tqdm):

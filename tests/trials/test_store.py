@@ -27,7 +27,7 @@ def filled(folder) -> list[bytes]:
         lambda line: b"{}\n",
     ],
 )
-def test_a_damaged_row_is_set_aside_and_runs_again(tmp_path, damage):
+def test_damaged_row_is_set_aside_and_can_be_added_again(tmp_path, damage):
     lines = filled(tmp_path)
     bad = damage(lines[1])
     (tmp_path / "trials.jsonl").write_bytes(lines[0] + bad + lines[2])
@@ -42,8 +42,8 @@ def test_a_damaged_row_is_set_aside_and_runs_again(tmp_path, damage):
         assert all("sum" not in row for row in store.rows.values())
 
 
-def test_the_last_row_without_an_end_of_line(tmp_path):
-    """An editor may have dropped it; a killed process leaves half a row."""
+def test_last_row_without_a_line_break_counts_if_complete(tmp_path):
+    """An editor may drop it; a killed process leaves half a row."""
     lines, path = filled(tmp_path), tmp_path / "trials.jsonl"
     path.write_bytes(b"".join(lines)[:-1])
     with Store(tmp_path, {"model": "x"}) as store:
@@ -56,8 +56,7 @@ def test_the_last_row_without_an_end_of_line(tmp_path):
     assert (tmp_path / DAMAGED).read_bytes() == lines[2][:-20] + b"\n"
 
 
-def test_rows_without_a_checksum_count(tmp_path):
-    """As those of earlier versions."""
+def test_rows_of_earlier_versions_without_a_checksum_count(tmp_path):
     lines = [json.loads(line) for line in filled(tmp_path)]
     for line in lines:
         assert line.pop("sum")
@@ -66,7 +65,7 @@ def test_rows_without_a_checksum_count(tmp_path):
         assert len(store.rows) == 3
 
 
-def test_two_results_of_one_trial(tmp_path):
+def test_two_results_of_one_trial_raise(tmp_path):
     lines = filled(tmp_path)
     (tmp_path / "trials.jsonl").write_bytes(b"".join([*lines, lines[0]]))
     with Store(tmp_path, {"model": "x"}) as store:
@@ -76,13 +75,13 @@ def test_two_results_of_one_trial(tmp_path):
     other["score"] = 0.7
     (tmp_path / "trials.jsonl").write_bytes(b"".join([*lines, json.dumps(other).encode() + b"\n"]))
     before = (tmp_path / "trials.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"line 4, is another result of a trial .*Delete the wrong one"):
+    with pytest.raises(ValueError, match=r"line 4, is another result of a stored trial .*Delete the wrong one"):
         Store(tmp_path, {"model": "x"})
     assert (tmp_path / "trials.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("text", ["{", "[1, 2]", ""])
-def test_damaged_settings(tmp_path, text):
+def test_damaged_settings_raise_unless_overwritten(tmp_path, text):
     filled(tmp_path)
     (tmp_path / "settings.json").write_text(text)
     with pytest.raises(ValueError, match=r"settings\.json is damaged .*Put back a copy"):
