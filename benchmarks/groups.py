@@ -247,27 +247,42 @@ def table(rows: list[Row], name: str) -> None:
                     print_row(label, best[0]["numbers"], f"{best[0]['lr']:g}", format_cell(best), len(best))
 
 
+LABELS = {
+    "ours": "peft_intrinsic",
+    "unilora": "UniLoRA",
+    "tinylora": "TinyLoRA",
+    "head": "head alone",
+    "full": "full fine-tuning",
+    "lora": "LoRA, r = 1",
+    "ia3": "IA³",
+    "lntuning": "LayerNorm tuning",
+    "bitfit": "BitFit",
+    "vera": "VeRA",
+    "vblora": "VB-LoRA",
+    "beft": "BEFT",
+    "fourierft": "FourierFT",
+}
+"""Methods as the plot's legend names them."""
+
+
 def plot(rows: list[Row], path: str) -> None:
-    """Cross-entropy against trained numbers, each contestant at its best rate: a panel for each task."""
-    import matplotlib as mpl
+    """Cross-entropy against trainable parameters, each method at its best learning rate: a panel for each task."""
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    model = "all-MiniLM-L6-v2"
-    tasks = [t for t in ("sst2", "mrpc") if any(row["task"] == t and row["method"] == "unilora" for row in rows)]
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), layout="constrained", squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
+    model, tasks = "all-MiniLM-L6-v2", {"sst2": "SST-2", "mrpc": "MRPC"}
+    figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
+    axes = figure.subplots(1, len(tasks))
+    for axis, (task, title) in zip(axes, tasks.items(), strict=True):
         points = {}
         for label, run in {**peers(task), **smallest(task)}.items():
             if best := at_best(run, rows, model):
                 points[label] = best[0]["numbers"], mean(row["loss"] for row in best)
         for method in ("ours", "unilora", "tinylora"):
             curve = sorted(point for label, point in points.items() if label.startswith(f"{method} "))
-            axis.plot(*zip(*curve, strict=True), marker="o", label=method)
+            axis.plot(*zip(*curve, strict=True), marker="o", label=LABELS[method])
         for marker, label in zip("oXs^v<>PDd", smallest(task), strict=True):
             if label in points:
-                axis.plot(*points[label], color="black", linestyle="", marker=marker, label=label)
-        axis.set(xscale="log", xlabel="trained numbers", ylabel="cross-entropy, lower is better", title=task)
-    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+                axis.plot(*points[label], color="black", linestyle="", marker=marker, label=LABELS[label])
+        axis.set(xscale="log", xlabel="trainable parameters", ylabel="cross-entropy (lower is better)", title=title)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)

@@ -90,13 +90,11 @@ class Contestants:
 
     def plot(self, task: str) -> None:
         """Accuracy of every contestant, a point for each seed, as table.png beside the rows."""
-        import matplotlib as mpl
-
-        mpl.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
 
         done = {name: rows for name, method in self.made(task, self).items() if (rows := self.best(task, method))}
-        figure, axis = plt.subplots(figsize=(6, 0.8 + 0.3 * len(done)), layout="constrained")
+        figure = Figure(figsize=(6, 0.8 + 0.3 * len(done)), layout="constrained")
+        axis = figure.subplots()
         for place, rows in enumerate(reversed(done.values())):
             axis.plot([row["accuracy"] for row in rows], [place] * len(rows), "k.", alpha=0.6)
             axis.plot(sum(row["accuracy"] for row in rows) / len(rows), place, "|", color="tab:red", markersize=14)
