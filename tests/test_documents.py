@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from mktestdocs import check_md_file
 from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
     pipeline,
@@ -26,21 +29,45 @@ from transformers import (
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.codec import adapter_from_string
+from peft_intrinsic.version import REPOSITORY
 
 ROOT = Path(__file__).parents[1]
+OURS = rf"{REPOSITORY}/blob/main/|{REPOSITORY.replace('github.com', 'raw.githubusercontent.com')}/main/"
+LINK = re.compile(r"\]\(([^)]+)\)")
+HUB_NAME = "bert-base-uncased"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")  # by Trainer
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """With a tiny model wherever a page names a checkpoint of the Hub."""
     monkeypatch.chdir(tmp_path)
+    local = tiny("bert", tmp_path / "base")
+    for loader in (AutoModelForSequenceClassification, AutoTokenizer):
+        load = partial(
+            lambda load, name, **options: load({HUB_NAME: local}.get(name, name), **options), loader.from_pretrained
+        )
+        monkeypatch.setattr(loader, "from_pretrained", load)
     check_md_file(fpath=page, memory=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+def test_links_into_the_repository_name_files_and_headings(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        path, _, heading = re.sub(OURS, f"{ROOT.as_posix()}/", target).partition("#")
+        if not path.startswith("http"):
+            linked = page.parent / path if path else page
+            assert linked.exists(), target
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+            anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not heading or heading in anchors, target
+
+
+def test_readme_has_absolute_links_for_package_indexes():
+    targets = LINK.findall(PAGES[0].read_text(encoding="utf-8"))
+    assert targets
+    assert [target for target in targets if not target.startswith("https://")] == []
 
 
 def tiny(family: str, folder: Path) -> str:
