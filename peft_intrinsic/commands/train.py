@@ -24,7 +24,6 @@ from .inputs import ADAPTER_FILES, build_training_arguments, count_adapter_bytes
 
 SCORES = "scores.json"
 
-
 REPLACED = (*ADAPTER_FILES, "README.md", SCORES, "adapter.pia", "adapter.certificate.json")
 """Files of a former adapter, which `--overwrite` removes."""
 
