@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_documents import PAGES
 
 from peft_intrinsic import __version__
 from peft_intrinsic.text import methods
@@ -89,6 +90,18 @@ print({"torch", "numpy", "peft", "peft_intrinsic"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of_the_documentation_parse(page, monkeypatch):
+    calls: list[argparse.Namespace] = []
+    monkeypatch.setattr("peft_intrinsic_cli._run", calls.append)
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^ *(?:python -m peft_intrinsic|peft-intrinsic) (.+)", text, re.MULTILINE)
+    commands = [words for words in found if "…" not in words]
+    for words in commands:
+        main(shlex.split(words, comments=True))
+    assert len(calls) == len(commands) >= (page.name == "command_line.md")
 
 
 def test_python_m_runs_the_command(monkeypatch, capsys):
