@@ -121,6 +121,13 @@ def test_info_does_not_compare_where_the_base_model_is_not_on_this_machine(folde
     assert "peft-intrinsic: " in capsys.readouterr().err
 
 
+def test_info_does_not_compare_an_adapter_that_names_no_base_model(folder, capsys):
+    path = Path("adapter/adapter_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    assert info(capsys, "adapter")["fits"] == "not compared: the adapter does not name its base model. Pass --model."
+    assert info(capsys, "adapter", "--model", "base")["fits"].startswith("yes: ")
+
+
 def test_info_describes_a_supermask_and_compares_its_weights(folder, other, capsys):
     save_adapter(SupermaskConfig(target_modules=["query"], initial_sparsity=0.25, task_type="SEQ_CLS"), "mask")
     misfit = info(capsys, "mask", status=1)["fits"]  # its base model has 3 labels by default

@@ -35,23 +35,12 @@ def info(args: argparse.Namespace) -> None:
     path = Path(resolve_path(args.adapter))
     options = _read_packed_options(path) if path.is_file() else _read_options(path)
     options["num_labels"] = args.labels or options.get("num_labels")
-    for name, value in {**_describe(path, options), "certificate": _describe_certificates(path)}.items():
+    rows = {**_describe(path, options), "certificate": _describe_certificates(path)}
+    fits, rows["fits"] = _compare(path, options, args.model)
+    for name, value in rows.items():
         print(f"{name:<14}{value}")
-    base, reason = args.model or options["base_model_name_or_path"], None
-    try:
-        if not base:
-            raise OSError
-        reason = _compare(path, options, base, local_files_only=not args.model)
-    except OSError:
-        if args.model:
-            raise
-        print(f"fits          not compared: {base or 'its base model'} is not on this machine. Pass --model.")
-        return
-    if reason:
-        print(f"fits          no: {' '.join(reason.split())}")  # errors of PyTorch have several lines
+    if fits is False:
         raise SystemExit(1)
-    agree = "names, shapes and weights agree" if options.get("base_digest") else "names and shapes agree"
-    print(f"fits          yes: {agree} with {base}")
 
 
 def _read_options(path: Path) -> dict[str, Any]:
@@ -121,20 +110,42 @@ def _describe_certificates(path: Path) -> str:
     return "; ".join(claims) or "none"
 
 
-def _compare(path: Path, options: Mapping[str, Any], base: str, **more: Any) -> str | None:
-    """Load an adapter into a base model, and return why it does not fit, or `None` if it fits.
+def _compare(path: Path, options: Mapping[str, Any], base: str | None) -> tuple[bool | None, str]:
+    """Load an adapter into a base model.
+
+    Args:
+        path: of the adapter.
+        options: of the adapter.
+        base: the base model; `None` is the one that the adapter names, if it is on this machine.
+
+    Returns:
+        Whether the adapter fits, `None` if it was not compared; and what to print.
 
     Raises:
         OSError: there is no such base model.
     """
     task, labels = options["task_type"], options["num_labels"]
+    name = base or options["base_model_name_or_path"]
+    if not name:
+        return None, "not compared: the adapter does not name its base model. Pass --model."
     try:
-        model = load_base(base, task, labels, **more)
+        model = load_base(name, task, labels, local_files_only=base is None)
+    except OSError:
+        if base:
+            raise
+        return None, f"not compared: {name} is not on this machine. Pass --model."
     except (ValueError, RuntimeError) as error:
         loaded_as = MODEL_CLASSES.get(task or "", "AutoModel") + (f" with {labels} labels" if labels else "")
-        return f"{base} cannot be loaded as {loaded_as}. {error}"
+        return False, f"no: {name} cannot be loaded as {loaded_as}. {_join_lines(error)}"
     try:
         load_packed(model, path) if path.is_file() else PeftModel.from_pretrained(model, str(path))
     except (ValueError, RuntimeError) as error:
-        return f"{error}{'' if labels else ' For another number of labels: --labels.'}"
-    return None
+        return False, f"no: {_join_lines(error)}{'' if labels else ' For another number of labels: --labels.'}"
+    return (
+        True,
+        f"yes: names{', shapes and weights' if options.get('base_digest') else ' and shapes'} agree with {name}",
+    )
+
+
+def _join_lines(error: Exception) -> str:
+    return " ".join(str(error).split())
