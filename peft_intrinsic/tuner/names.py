@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 
@@ -15,6 +16,9 @@ VECTOR = "intrinsic"
 
 KEYWORDS = ("norms-and-biases", "all")
 """Values of `target_modules`, beside `"all-linear"`, that are no regular expression."""
+
+MAX_REPEATS = 10_000
+"""Limit of the product of all counts `{n}` in a regular expression: `regex` copies what they repeat."""
 
 MATCH_TIMEOUT = 0.2
 """Seconds that a regular expression may take for one name: an adapter's configuration is untrusted input."""
@@ -47,8 +51,11 @@ def is_match(option: str, pattern: str, key: str) -> bool:
     """Whether a regular expression matches a whole name.
 
     Raises:
-        ValueError: matching takes longer than `MATCH_TIMEOUT`, or `regex`, which is stricter than `re`, cannot read it.
+        ValueError: it repeats too much, takes longer than `MATCH_TIMEOUT`, or is invalid for `regex`, unlike for `re`.
     """
+    repeats = math.prod(max(1, int(count)) for count in re.findall(r"(?<=[{,])\d+(?=[,}])", pattern))
+    if repeats > MAX_REPEATS:
+        raise ValueError(f"{option}={pattern!r} repeats parts more than {MAX_REPEATS} times. Use a simpler expression.")
     try:
         return regex.fullmatch(pattern, key, timeout=MATCH_TIMEOUT) is not None
     except TimeoutError:

@@ -74,7 +74,7 @@ def test_a_lambda_for_each_module_or_tensor(name):
         (nn.Linear(4, 4), False),
     ],
 )
-def test_norms(module, expected):
+def test_norms_are_recognized(module, expected):
     assert is_norm(module) is expected
 
 
@@ -108,11 +108,18 @@ def test_a_parameter_is_seen_as_a_matrix(module, name, expected):
     assert matrix_view(module, name, head=True)[:3] == (*expected[:2], kind)
 
 
-def test_an_expression_that_never_ends_is_refused():
+def test_a_regular_expression_that_takes_too_long_raises():
     assert is_match("target_modules", r".*\.query", "layer.0.query")
     assert not is_match("target_modules", "query", "layer.0.query")
     with pytest.raises(ValueError, match=r"exclude_modules=.*takes too long"):
         is_match("exclude_modules", "(a|aa)+", "a" * 60 + "?")
+
+
+@pytest.mark.parametrize("pattern", ["a{99999999}", "(a{0,999}){99,}", "(a{1}b{,999}){99}"])
+def test_a_regular_expression_that_would_fill_the_memory_raises(pattern):
+    with pytest.raises(ValueError, match=r"target_modules=.* repeats parts more than 10000 times"):
+        is_match("target_modules", pattern, "layer.0.query")
+    assert is_match("target_modules", r"layer\.[0-9]{1,2}\.query", "layer.10.query")
 
 
 @pytest.mark.parametrize(
