@@ -146,7 +146,7 @@ def batch(family: str) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, family: str) -> torch.Tensor:
-    """Logits, for comparisons to the bit: with gradients torch may choose other kernels."""
+    """Logits without gradients, with which torch may choose other kernels, for bitwise comparisons."""
     return output(model, batch(family))
 
 
@@ -173,7 +173,7 @@ def output(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def same(a: torch.Tensor, b: torch.Tensor, family: str) -> bool:
-    """Equal to the bit; Mamba's convolution rounds by how its memory is aligned."""
+    """Whether values are bitwise equal; for Mamba nearly, as its convolution rounds by memory alignment."""
     return torch.equal(a, b) if family != "mamba" else torch.allclose(a, b, rtol=0, atol=1e-6)
 
 
@@ -195,5 +195,5 @@ def data(tmp_path) -> dict[str, str]:
 WANTED = transformers.integrations.peft.MIN_PEFT_VERSION
 adapter_calls = pytest.mark.skipif(
     Version(version("peft")) < Version(WANTED),
-    reason=f"transformers {transformers.__version__} refuses its own adapter calls below PEFT {WANTED}, for LoRA too",
+    reason=f"transformers {transformers.__version__} needs PEFT {WANTED} for its own adapter calls, for LoRA too",
 )

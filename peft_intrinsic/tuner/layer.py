@@ -27,7 +27,7 @@ class Offset:
         shape: of the parameter itself.
         transposed: whether the matrix view is the parameter's transpose (Conv1D of GPT-2).
         group: index of its λ, or None.
-        merges: whether this module merges it, which one of those does that share the parameter.
+        merges: whether this module merges it, as one of all with the same parameter does.
     """
 
     name: str

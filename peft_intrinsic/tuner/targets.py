@@ -311,7 +311,7 @@ def _specify(config: Any, count: int, shapes: Shapes) -> Spec:
 
 
 def identify(module: nn.Module, own: str) -> Any:
-    """An identity that is equal for all modules that share a parameter."""
+    """Identify a parameter: the result is equal for all modules that have it."""
     # Some quantized layers have none for `weight`, an added bias has none, and scripted modules hold no dictionary.
     parameter = dict(module._parameters).get(own)
     return (id(module), own) if parameter is None else id(parameter)

@@ -73,7 +73,7 @@ class IntrinsicVector(nn.Module):
                 vectors[adapter].to(like.dtype)
 
     def move_to_base(self, adapter: str, device: torch.device | None = None) -> None:
-        """Move θ and λ to the base model's device, in their dtype, after loading without a copy in memory."""
+        """Put θ and λ on the base model's device, in their dtype, after loading without a copy in memory."""
         (like,) = self._like
         for vectors in (self.intrinsic_theta, self.intrinsic_lambda):
             if adapter in vectors and not like.is_meta:

@@ -67,5 +67,5 @@ def main(kind: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(180, exit=True)  # where it hangs, instead of for ever
+    faulthandler.dump_traceback_later(180, exit=True)  # prints where it hangs
     main(sys.argv[1], Path(sys.argv[2]))

@@ -21,7 +21,7 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.skipif(not hasattr(save_and_load, "get_base_model_state_dict"), reason="this PEFT has no such call")
-def test_the_state_of_the_base_holds_nothing_of_the_adapter():
+def test_the_state_dict_of_the_base_contains_nothing_of_the_adapter():
     state = save_and_load.get_base_model_state_dict(trained("bert", said=True))
     plain = build("bert").state_dict()
     assert state.keys() == plain.keys()
@@ -29,7 +29,7 @@ def test_the_state_of_the_base_holds_nothing_of_the_adapter():
 
 
 @torch.no_grad()
-def test_merge_and_unmerge(family):
+def test_merge_then_unmerge_restores_base_weights_bitwise(family):
     model = trained(family)
     before, expected = parameters(model), evaluate(model, family)
     model.merge_adapter()
@@ -60,7 +60,7 @@ def test_unload_restores_the_base(family):
 
 
 @torch.no_grad()
-def test_disable(family):
+def test_disabled_adapters_give_the_output_of_the_base(family):
     expected = evaluate(build(family), family)
     model = trained(family)
     adapted = evaluate(model, family)
@@ -76,7 +76,7 @@ def test_disable(family):
 
 
 @torch.no_grad()
-def test_several_adapters(family):
+def test_adapters_can_be_added_switched_combined_and_deleted(family):
     """Different d, seed and targets; switching, both at once, deletion."""
     model = trained(family)
     first = evaluate(model, family)
@@ -100,7 +100,7 @@ def test_several_adapters(family):
     assert model.get_model_status().available_adapters == ["default"]
 
 
-def test_trained_numbers_follow_the_active_adapter():
+def test_trainable_parameters_are_those_of_the_active_adapter():
     model = get_peft_model(build("bert"), IntrinsicConfig(d=20, target_modules="all"))
     model.add_adapter("second", IntrinsicConfig(d=31, said=True, target_modules="all"))
     assert model.get_nb_trainable_parameters()[0] == 20
@@ -109,7 +109,7 @@ def test_trained_numbers_follow_the_active_adapter():
     assert model.get_model_status().requires_grad == {"default": False, "second": True}
 
 
-def test_adapters_keep_their_names_when_loaded_under_another(tmp_path):
+def test_an_adapter_can_be_loaded_under_another_name(tmp_path):
     model = trained("bert")
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build("bert"), tmp_path, adapter_name="renamed")
@@ -121,8 +121,8 @@ def test_adapters_keep_their_names_when_loaded_under_another(tmp_path):
 
 
 @torch.no_grad()
-def test_a_configuration_serves_two_models():
-    """It is filled in for the first, and the second begins again from what was asked for."""
+def test_a_configuration_can_be_used_for_several_models():
+    """It stores the options of the first model. The adapter of the second starts from the requested options."""
     config = IntrinsicConfig(d=20, target_modules="all-linear")
     first = get_peft_model(build("bert"), config)
     assert first.peft_config["default"] is config
@@ -169,13 +169,13 @@ def test_weighted_sum_is_exact(said):
     [
         ((["default", "wider"], [1, 1], "sum"), r"no exact sum.*d \(60 and 61\)"),
         ((["default", "elsewhere"], [1, 1], "sum"), r"no exact sum.*seed \(0 and 1\)"),
-        ((["default", "nobody"], [1, 1], "sum"), r"adapters=\['nobody'\] are not attached"),
+        ((["default", "absent"], [1, 1], "sum"), r"adapters=\['absent'\] are not attached"),
         ((["default", "second"], [1], "sum"), "must be as many"),
         ((["default", "second"], [1, 1], "wider"), "adapter_name='wider' is taken"),
         ((["default", "second"], [1, 1], "sum", "svd"), "combination_type must be 'linear'"),
     ],
 )
-def test_sums_that_do_not_exist(arguments, message):
+def test_sums_of_different_projections_raise(arguments, message):
     model = several()
     before = list(model.peft_config)
     with pytest.raises(ValueError, match=message):
@@ -183,19 +183,19 @@ def test_sums_that_do_not_exist(arguments, message):
     assert list(model.peft_config) == before
 
 
-def test_adapters_with_different_scales_have_no_sum():
+def test_sums_of_adapters_with_different_scales_raise():
     model = several(said=True)
     model.get_base_model().intrinsic.intrinsic_lambda["second"].weight.data[0] = 2.0
     with pytest.raises(ValueError, match=r"different λ.*set_adapter"):
         model.base_model.add_weighted_adapter(["default", "second"], [1, 1], "sum")
 
 
-def test_requires_grad():
+def test_adapters_are_frozen_and_unfrozen_by_name():
     model = several()
-    numbers = model.get_base_model().intrinsic.intrinsic_theta
-    assert {name for name, vector in numbers.items() if vector.weight.requires_grad} == {"default"}
+    thetas = model.get_base_model().intrinsic.intrinsic_theta
+    assert {name for name, vector in thetas.items() if vector.weight.requires_grad} == {"default"}
     model.set_requires_grad("second")
-    assert {name for name, vector in numbers.items() if vector.weight.requires_grad} == {"default", "second"}
+    assert {name for name, vector in thetas.items() if vector.weight.requires_grad} == {"default", "second"}
     model.set_requires_grad(["default", "second"], requires_grad=False)
     assert model.get_nb_trainable_parameters()[0] == 0
     model.set_adapter("wider", inference_mode=True)
@@ -204,13 +204,13 @@ def test_requires_grad():
     assert model.get_nb_trainable_parameters()[0] == 61
 
 
-def test_inference_mode():
+def test_an_adapter_in_inference_mode_has_no_trainable_parameters():
     model = get_peft_model(build("bert"), IntrinsicConfig(d=20, inference_mode=True, target_modules="all"))
     assert model.get_nb_trainable_parameters()[0] == 0
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_status():
+def test_model_and_layer_status_describe_the_adapters():
     model = several()
     model.base_model.set_adapter(["default", "second"])
     status = model.get_model_status()
@@ -226,8 +226,8 @@ def test_status():
     assert all(layer.merged_adapters == ["second"] for layer in model.get_layer_status())
 
 
-def test_disabled_in_training_mode_too():
-    """Dropout draws the same numbers, so even then the output is the base model's to the bit."""
+def test_disabled_adapters_give_the_output_of_the_base_in_training_mode():
+    """Dropout is seeded, so the output is bitwise that of the base model."""
     base, model = build("bert").train(), trained("bert").train()
     inputs = batch("bert")
     with model.disable_adapter():
@@ -250,13 +250,13 @@ def test_deleting_the_active_adapter_activates_another():
     assert len(model.get_base_model().intrinsic.intrinsic_theta["second"].weight) == 10
 
 
-def test_adapters_of_different_types():
+def test_adapters_of_different_dtypes_can_be_active_together():
     model = get_peft_model(build("llama"), IntrinsicConfig(d=60, init_weights=False, target_modules="all"))
     small = IntrinsicConfig(d=31, init_weights=False, target_modules="all")
     model.add_adapter("small", small, autocast_adapter_dtype=False)
     model.base_model.set_adapter(["default", "small"])
-    numbers = model.get_base_model().intrinsic.intrinsic_theta
-    numbers["small"].to(torch.bfloat16)
+    thetas = model.get_base_model().intrinsic.intrinsic_theta
+    thetas["small"].to(torch.bfloat16)
     found = evaluate(model.eval(), "llama")
     merged = evaluate(copy.deepcopy(model).merge_and_unload(), "llama")
     base = evaluate(build("llama"), "llama")

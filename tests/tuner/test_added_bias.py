@@ -16,13 +16,13 @@ LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def biased(family: str = "llama", **options) -> PeftModel:
-    """An adapter that moves norms and added biases, with a θ of its own."""
+    """An adapter of norms and added biases, with a random θ."""
     config = IntrinsicConfig(**{"d": 60, "add_bias": True, "init_weights": False, **options})
     return get_peft_model(build(family), config).eval()
 
 
-def moved(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Offset of every moved parameter, by its name."""
+def offsets_of(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Offset of every adapted parameter, by its name."""
     layers = model.base_model.tuner_layers()
     return {
         o.name: layer.get_delta_weight("default", own)
@@ -44,9 +44,9 @@ def with_biases() -> transformers.PreTrainedModel:
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "norm"], "all"])
-def test_which_get_one(targets):
-    names = set(moved(biased(target_modules=targets)))
-    plain = set(moved(biased(target_modules=targets, add_bias=False)))
+def test_targeted_linear_layers_without_a_bias_get_one(targets):
+    names = set(offsets_of(biased(target_modules=targets)))
+    plain = set(offsets_of(biased(target_modules=targets, add_bias=False)))
     linear = {name for name in names - plain if name.rsplit(".", 2)[1] in LINEAR}
     assert names - plain == linear  # and so not lm_head
     assert len(linear) == (2 if isinstance(targets, list) else 14)
@@ -56,11 +56,11 @@ def test_which_get_one(targets):
 
 
 def test_heads_and_layers_that_have_a_bias_get_none():
-    assert set(moved(biased("bert"))) == set(moved(biased("bert", add_bias=False)))
+    assert set(offsets_of(biased("bert"))) == set(offsets_of(biased("bert", add_bias=False)))
     torch.manual_seed(0)
     base = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**SIZES, num_labels=3))
     config = IntrinsicConfig(d=60, add_bias=True, task_type="SEQ_CLS", reinitialized=[])
-    names = set(moved(get_peft_model(base, config)))
+    names = set(offsets_of(get_peft_model(base, config)))
     assert "score.weight" in names
     assert "score.bias" not in names
     assert sum(name.endswith(".bias") for name in names) == 14
@@ -74,7 +74,7 @@ def test_outputs_and_gradients_are_those_of_a_model_with_biases():
     (logits * weights).sum().backward()
     gradient, theta.grad = theta.grad, None
 
-    offsets = moved(model)
+    offsets = offsets_of(model)
     base = dict(reference.named_parameters())
     values = {name: base[name].detach() + offset for name, offset in offsets.items()}
     expected = functional_call(reference, values, (), batch("llama")).logits
@@ -84,7 +84,7 @@ def test_outputs_and_gradients_are_those_of_a_model_with_biases():
     torch.testing.assert_close(gradient, theta.grad, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
-def test_theta_zero_is_the_base_to_the_bit_and_readers_see_the_bias():
+def test_at_theta_zero_the_output_is_the_base_s_bitwise_and_the_bias_can_be_read():
     model = biased(init_weights=True)
     assert torch.equal(evaluate(model, "llama"), evaluate(build("llama"), "llama"))
     model = biased()
@@ -94,7 +94,7 @@ def test_theta_zero_is_the_base_to_the_bit_and_readers_see_the_bias():
         assert layer.bias is None
 
 
-def test_saved_and_loaded(tmp_path):
+def test_added_biases_are_saved_and_loaded(tmp_path):
     model = biased()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
@@ -102,7 +102,7 @@ def test_saved_and_loaded(tmp_path):
     assert sum(p.numel() for n, p in loaded.named_parameters() if "intrinsic_" in n) == 60
 
 
-def test_merged_in_memory_and_put_back():
+def test_merge_then_unmerge_adds_and_removes_biases():
     model = biased()
     expected = evaluate(model, "llama")
     names = list(model.state_dict())
@@ -119,7 +119,7 @@ def test_merged_in_memory_and_put_back():
 
 
 @pytest.mark.parametrize("merged_before", [False, True])
-def test_merged_for_good_where_the_class_has_a_place(tmp_path, merged_before):
+def test_merge_and_unload_saves_biases_that_the_class_supports(tmp_path, merged_before):
     model = biased()
     expected = evaluate(model, "llama")
     if merged_before:
@@ -132,7 +132,7 @@ def test_merged_for_good_where_the_class_has_a_place(tmp_path, merged_before):
     torch.testing.assert_close(evaluate(loaded, "llama"), expected, **CLOSE)
 
 
-def test_a_merge_that_fails_leaves_the_configuration():
+def test_a_failed_merge_leaves_the_configuration_unchanged():
     model = biased()
     with torch.no_grad():
         model.get_base_model().intrinsic.intrinsic_theta["default"].weight.fill_(float("nan"))
@@ -142,7 +142,7 @@ def test_a_merge_that_fails_leaves_the_configuration():
     assert model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.bias is None
 
 
-def test_only_the_flags_that_are_needed():
+def test_merge_and_unload_sets_only_the_flags_that_are_needed():
     plain = biased(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]).merge_and_unload()
     assert plain.config.attention_bias
     assert not plain.config.mlp_bias
@@ -151,8 +151,8 @@ def test_only_the_flags_that_are_needed():
         model.merge_and_unload()
 
 
-def test_refused_where_a_saved_model_would_lose_them():
-    model = biased("qwen2")  # q, k and v have biases, the others have no place for one
+def test_merge_and_unload_raises_where_a_saved_model_would_lose_biases():
+    model = biased("qwen2")  # q, k and v have biases, the class has none for the others
     expected = evaluate(model, "qwen2")
     with pytest.raises(ValueError, match=r"add_bias=True: a saved Qwen2ForCausalLM cannot hold .*mlp.down_proj.bias, "):
         model.merge_and_unload()
@@ -166,7 +166,7 @@ def test_refused_where_a_saved_model_would_lose_them():
 
 
 @torch.no_grad()
-def test_every_sample_its_own():
+def test_samples_can_have_different_added_biases():
     model = biased()
     numbers = torch.randn(4, 60, generator=torch.Generator().manual_seed(0)) / 300
     expected = []
@@ -177,6 +177,6 @@ def test_every_sample_its_own():
         torch.testing.assert_close(output(model, batch("llama")), torch.cat(expected), **CLOSE)
 
 
-def test_the_option_is_true_or_false():
+def test_add_bias_must_be_true_or_false():
     with pytest.raises(TypeError, match="add_bias must be True or False, got 1"):
         IntrinsicConfig(add_bias=1)

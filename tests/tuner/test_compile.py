@@ -49,7 +49,7 @@ def test_whole_graph_forward_and_backward_without_recompilation(name):
     assert graphs() == 1
 
 
-def test_generated_code():
+def test_the_default_backend_gives_the_same_output():
     """The default back end, with its own kernels."""
     model = trained("llama")
     expected = output(model, batch("llama"))
@@ -57,7 +57,7 @@ def test_generated_code():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(OLD, reason="torch's compiler does not read values that belong to a thread; the call is refused")
+@pytest.mark.skipif(OLD, reason="torch's compiler does not read values that belong to a thread; the call raises")
 def test_mixed_batches_compile_once():
     model = trained("llama")
     bank = AdapterBank(model, torch.randn(5, 200, generator=torch.Generator().manual_seed(0)) / 500)
@@ -73,7 +73,7 @@ def test_mixed_batches_compile_once():
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", CHECKPOINTED)
-def test_gradient_checkpointing(name, reentrant):
+def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
     gradients = []
     for checkpointing in (False, True):
         model = get_peft_model(build(name), IntrinsicConfig(d=60, said=True, init_weights=False, target_modules="all"))
@@ -91,7 +91,7 @@ def test_gradient_checkpointing(name, reentrant):
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "vit", "custom"])
-def test_export_of_a_merged_model(name):
+def test_a_merged_model_can_be_exported(name):
     merged = trained(name).merge_and_unload()
     inputs = batch(name)
     options = {} if name != "llama" else {"use_cache": False}

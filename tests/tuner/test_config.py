@@ -1,4 +1,4 @@
-"""Bad input is refused with a message that names the option, its value and what to do."""
+"""Options of the configuration, and errors that name the option, its value and what to do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from peft_intrinsic.projection import PROJECTIONS
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"block_size": 48}, ValueError, "block_size must be a power of two, got 48. Try 32 or 64"),
         ({"block_size": 0}, ValueError, "block_size must be at least 1"),
-        ({"scale": "unit"}, ValueError, r"scale must be one of \('fan_in', 'isometric'\), got 'unit'"),
+        ({"scale": "none"}, ValueError, r"scale must be one of \('fan_in', 'isometric'\), got 'none'"),
         ({"projection": "sparse"}, ValueError, "projection must be one of .* got 'sparse'"),
         ({"lambda_granularity": "head"}, ValueError, "lambda_granularity must be one of"),
         ({"head": "train"}, ValueError, "head must be one of"),
@@ -40,7 +40,7 @@ from peft_intrinsic.projection import PROJECTIONS
         ({"task_type": "SEQ_CLASS"}, ValueError, "Invalid task type"),
     ],
 )
-def test_options(options, error, message):
+def test_invalid_options_raise_and_are_named(options, error, message):
     with pytest.raises(error, match=message):
         IntrinsicConfig(**options)
 
@@ -57,7 +57,7 @@ def test_options(options, error, message):
         ({"block_size": 2**26}, r"block_size=67108864 needs .* random numbers for \d+ adapted weights"),
     ],
 )
-def test_refused_at_attachment_leaves_the_model_as_it_was(options, message):
+def test_a_failed_attachment_leaves_the_model_unchanged(options, message):
     model = build("bert")
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match=message):
@@ -66,7 +66,7 @@ def test_refused_at_attachment_leaves_the_model_as_it_was(options, message):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_refused_second_adapter_leaves_the_first():
+def test_a_failed_second_adapter_leaves_the_first_unchanged():
     model = get_peft_model(build("vit"), IntrinsicConfig(d=20, init_weights=False)).eval()
     expected = evaluate(model, "vit")
     with pytest.raises(ValueError, match="d=3 must exceed"):
@@ -75,14 +75,14 @@ def test_a_refused_second_adapter_leaves_the_first():
     assert torch.equal(evaluate(model, "vit"), expected)
 
 
-def test_taken_attribute():
+def test_a_model_with_an_attribute_of_the_same_name_raises():
     model = nn.Sequential(nn.Linear(3, 3))
     model.intrinsic = nn.Identity()
     with pytest.raises(ValueError, match="attribute 'intrinsic'"):
         get_peft_model(model, IntrinsicConfig(d=2))
 
 
-def test_a_refused_configuration_is_not_changed():
+def test_a_failed_attachment_leaves_the_configuration_unchanged():
     config = IntrinsicConfig(d=2, said=True, target_modules=["query"])
     before = config.to_dict()
     with pytest.raises(ValueError, match="d=2 must exceed"):
@@ -90,7 +90,7 @@ def test_a_refused_configuration_is_not_changed():
     assert {**config.to_dict(), "base_model_name_or_path": None} == {**before, "base_model_name_or_path": None}
 
 
-def test_replace_keeps_what_was_asked_for():
+def test_replace_copies_the_options():
     config = IntrinsicConfig(d=20, task_type="SEQ_CLS")
     other = dataclasses.replace(config, seed=1)
     assert get_peft_model(build("bert"), other).get_nb_trainable_parameters()[0] == 20
@@ -125,18 +125,18 @@ def test_a_file_with_an_option_of_a_later_version_keeps_its_manifest(tmp_path):
 
 
 @pytest.mark.parametrize("names", [None, "query", ["query", "key", "query"]])
-def test_names_of_modules_are_held_as_lora_holds_them(names):
+def test_names_of_modules_are_stored_as_in_lora(names):
     for option in ("target_modules", "exclude_modules"):
         assert getattr(IntrinsicConfig(**{option: names}), option) == getattr(LoraConfig(**{option: names}), option)
 
 
-def test_numpy_integers(tmp_path):
+def test_numpy_integers_can_be_saved(tmp_path):
     config = IntrinsicConfig(d=np.int64(20), seed=np.int32(3), block_size=np.uint8(16))
     get_peft_model(build("bert"), config).save_pretrained(tmp_path)
     assert (PeftConfig.from_pretrained(tmp_path).d, PeftConfig.from_pretrained(tmp_path).seed) == (20, 3)
 
 
-def moved(options: dict) -> set[str]:
+def adapted_names(options: dict) -> set[str]:
     """Names of the parameters that get an offset."""
     model = get_peft_model(build("bert"), IntrinsicConfig(**{"d": 30, **options}))
     names = {}
@@ -146,30 +146,30 @@ def moved(options: dict) -> set[str]:
     return set(names)
 
 
-def test_targets():
-    everything = moved({"target_modules": "all"})
+def test_options_select_parameters_as_documented():
+    everything = adapted_names({"target_modules": "all"})
     vectors = {name for name, p in build("bert").named_parameters() if p.dim() < 2}
-    assert moved({}) == moved({"target_modules": "norms-and-biases"}) == vectors
-    assert moved({"task_type": "SEQ_CLS"}) == vectors | {"classifier.weight"}
-    assert moved({"d": 3_000}) == everything  # more than the vectors have weights
+    assert adapted_names({}) == adapted_names({"target_modules": "norms-and-biases"}) == vectors
+    assert adapted_names({"task_type": "SEQ_CLS"}) == vectors | {"classifier.weight"}
+    assert adapted_names({"d": 3_000}) == everything  # more than the vectors have weights
     held = {"d": 500, "exclude_modules": r".*(LayerNorm|attention|pooler).*"}  # more than the vectors that are left
-    assert any("embeddings" in name and "LayerNorm" not in name for name in moved(held))
+    assert any("embeddings" in name and "LayerNorm" not in name for name in adapted_names(held))
     assert everything == {name for name, _ in build("bert").named_parameters()}
     task = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}  # PEFT leaves the head of such a model out
-    assert moved(task) - moved({**task, "head": "keep"}) == {"classifier.weight", "classifier.bias"}
-    assert moved({"target_modules": ["query"]}) == {
+    assert adapted_names(task) - adapted_names({**task, "head": "keep"}) == {"classifier.weight", "classifier.bias"}
+    assert adapted_names({"target_modules": ["query"]}) == {
         f"bert.encoder.layer.{i}.attention.self.query.{name}" for i in (0, 1) for name in ("weight", "bias")
     }
-    assert moved({"target_modules": r".*\.1\..*LayerNorm"}) == {
+    assert adapted_names({"target_modules": r".*\.1\..*LayerNorm"}) == {
         name for name in everything if ".1." in name and "LayerNorm" in name
     }
-    assert moved({"exclude_modules": r".*embeddings.*"}) == {n for n in vectors if "embeddings" not in n}
+    assert adapted_names({"exclude_modules": r".*embeddings.*"}) == {n for n in vectors if "embeddings" not in n}
     block = {n for n in everything if "layer.1." in n}
     head = {"classifier.weight", "classifier.bias"}
-    assert moved({"layers_to_transform": [1]}) == block & vectors
+    assert adapted_names({"layers_to_transform": [1]}) == block & vectors
     every = {"target_modules": "all", "layers_to_transform": 1}
-    assert moved({**every, "layers_pattern": "layer", "task_type": "SEQ_CLS"}) == block | head
-    assert moved({"target_parameters": ["query.weight"]}) == {
+    assert adapted_names({**every, "layers_pattern": "layer", "task_type": "SEQ_CLS"}) == block | head
+    assert adapted_names({"target_parameters": ["query.weight"]}) == {
         f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (0, 1)
     }
 
@@ -186,7 +186,7 @@ def test_modules_to_save_trains_and_stores_the_head(tmp_path):
 
 
 @pytest.mark.parametrize(("granularity", "count"), [("layer", 4), ("module", 19), ("tensor", 24)])
-def test_lambda_granularity(granularity, count):
+def test_lambda_granularity_sets_the_number_of_scales(granularity, count):
     config = IntrinsicConfig(d=100, said=True, lambda_granularity=granularity)
     model = get_peft_model(build("bert"), config)
     holder = model.get_base_model().intrinsic

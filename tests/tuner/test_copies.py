@@ -1,4 +1,4 @@
-"""Copies of a model, and threads that share one."""
+"""Copies of a model, and threads that use the same model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from conftest import build, evaluate, same, trained
 from peft_intrinsic import AdapterBank
 
 
-def test_deepcopy_does_not_alias(family):
+def test_a_deep_copy_has_its_own_parameters(family):
     model = trained(family)
     expected = evaluate(model, family)
     copied = copy.deepcopy(model)
@@ -26,7 +26,7 @@ def test_deepcopy_does_not_alias(family):
     assert same(evaluate(copied, family), evaluate(build(family), family), family)
 
 
-def test_pickle_and_torch_save_of_the_whole_model(family):
+def test_pickle_and_torch_save_preserve_the_whole_model(family):
     model = trained(family, said=True)
     expected = evaluate(model, family)
     assert same(evaluate(pickle.loads(pickle.dumps(model)), family), expected, family)
@@ -61,7 +61,7 @@ def run_at_once(work, count: int = 4) -> list[BaseException]:
 
 @pytest.mark.parametrize("name", ["custom", "vit", "llama"])
 def test_threads_share_a_model(name):
-    """Convolutions, norms and hooks put effective parameters in place for a while: not for each other."""
+    """Convolutions, norms and hooks replace parameters temporarily, in their own thread only."""
     model = trained(name)
     expected = evaluate(model, name)
 
@@ -95,24 +95,24 @@ def test_coroutines_choose_their_own_adapters():
                 await asyncio.sleep(0)
                 assert torch.equal(evaluate(model, "bert"), expected[i])
 
-    async def nobody() -> None:
+    async def without_choice() -> None:
         for _ in range(4):
             await asyncio.sleep(0)
             assert torch.equal(evaluate(model, "bert"), plain)
 
     async def all_at_once() -> None:
-        await asyncio.gather(*map(user, range(4)), nobody())
+        await asyncio.gather(*map(user, range(4)), without_choice())
 
     asyncio.run(all_at_once())
     assert torch.equal(evaluate(model, "bert"), plain)
 
 
-def test_a_thread_started_inside_a_choice():
-    """It does not inherit the choice, and is told so; in a copy of the context it has it."""
+def test_a_thread_started_inside_a_choice_does_not_inherit_it():
+    """It gets an error; in a copy of the context it has the choice."""
     model, bank, expected = with_bank()
     with bank.select([1] * 4):
-        (refused,) = run_at_once(lambda i: evaluate(model, "bert"), 1)
-        assert "not in this thread" in str(refused)
+        (error,) = run_at_once(lambda i: evaluate(model, "bert"), 1)
+        assert "not in this thread" in str(error)
         context = contextvars.copy_context()
         found: list[torch.Tensor] = []
         thread = threading.Thread(target=context.run, args=(lambda: found.append(evaluate(model, "bert")),))
@@ -122,7 +122,7 @@ def test_a_thread_started_inside_a_choice():
     assert run_at_once(lambda i: evaluate(model, "bert"), 1) == []
 
 
-def test_a_copy_starts_without_a_choice():
+def test_a_copy_has_no_choice():
     model, bank, _ = with_bank()
     plain = evaluate(model, "bert")
     with bank.select([1] * 4):
@@ -141,7 +141,7 @@ def test_threads_choose_their_own_adapters():
     assert run_at_once(work) == []
 
 
-def test_models_do_not_wait_for_each_other():
+def test_models_do_not_block_each_other():
     """Two models are inside the same kind of layer at the same time, each in a thread of its own."""
     barrier = threading.Barrier(2, timeout=60)
     models = [trained("custom"), trained("custom")]

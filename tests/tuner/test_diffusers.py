@@ -39,7 +39,7 @@ class Mixin(nn.Module):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["intrinsic", "supermask"])
-def test_adding_an_adapter_by_the_mixin_raises_and_leaves_the_other_ways_open(config):
+def test_add_adapter_of_the_mixin_raises_and_get_peft_model_still_works(config):
     model = Mixin()
     for _ in range(2):
         with pytest.raises(ValueError, match=WORDS):
@@ -50,7 +50,7 @@ def test_adding_an_adapter_by_the_mixin_raises_and_leaves_the_other_ways_open(co
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["intrinsic", "supermask"])
-def test_adding_an_adapter_to_a_model_of_diffusers(config, tmp_path):
+def test_add_adapter_of_a_diffusers_model_raises(config, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
     def unet() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Two processes of `torchrun`, with Accelerate, against one, and what is refused there."""
+"""Two processes of `torchrun`, with Accelerate, against one, and setups that raise."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def launch(kind: str, folder: Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     options = {"capture_output": True, "text": True, "check": False, "env": environment}
     done = subprocess.run([*command, str(SCRIPT), kind, str(folder)], **options)
-    if HUNG in done.stderr:  # seen once in some hundred launches: the sockets'. A fault of ours would stay
+    if HUNG in done.stderr:  # the sockets', once in some hundred launches; others occur again
         done = subprocess.run([*command, str(SCRIPT), kind, str(folder)], **options)
     return done
 
@@ -47,7 +47,7 @@ def one_process() -> tuple[list[float], PeftModel]:
 @pytest.mark.parametrize(
     ("kind", "wrapped"), [("plain", "DistributedDataParallel"), ("fsdp2", "FSDPPeftModelForCausalLM")]
 )
-def test_two_processes_learn_as_one(kind, wrapped, one_process, tmp_path):
+def test_two_processes_learn_the_same_as_one(kind, wrapped, one_process, tmp_path):
     done = launch(kind, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "losses.json").read_text())
@@ -61,15 +61,15 @@ def test_two_processes_learn_as_one(kind, wrapped, one_process, tmp_path):
         torch.testing.assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_reentrant_checkpointing_is_refused(tmp_path):
+def test_reentrant_checkpointing_raises(tmp_path):
     done = launch("reentrant", tmp_path)
     assert done.returncode != 0
     assert "Reentrant gradient checkpointing in several processes gives wrong gradients" in done.stderr
     assert not (tmp_path / "losses.json").exists()
 
 
-def test_zero_3_is_refused():
-    """DeepSpeed marks the parameters that it takes apart."""
+def test_zero_3_raises():
+    """DeepSpeed marks the parameters that it splits."""
     model = trained("bert")
     for parameter in model.parameters():
         parameter.ds_id = 0
@@ -98,7 +98,7 @@ torch.testing.assert_close(theta.grad, gradient)
 
 
 @pytest.mark.parametrize("name", ["vit", "bert"])
-def test_fsdp_1_sees_its_own_parameters(name, tmp_path):
+def test_fsdp_1_reads_its_own_parameters(name, tmp_path):
     code = FSDP_1.format(tests=str(Path(__file__).parents[1]), folder=tmp_path, name=name)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -84,7 +84,7 @@ def test_a_scripted_module_is_named_with_the_option_that_leaves_it_out(way, targ
 
 
 def test_a_scripted_copy_that_shares_its_weights_is_named_with_the_original():
-    """It would go on computing with the base weights."""
+    """It would silently compute with the base weights."""
     model = Net()
     model.twin = torch.jit.script(model.first[0])
     with pytest.raises(ValueError, match=r"first\.0, twin: .* exclude_modules=\['first\.0', 'twin'\]"):

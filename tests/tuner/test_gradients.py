@@ -70,7 +70,7 @@ def test_gradient_is_the_transposed_projection_of_the_full_gradient(family, said
     full_gradient = {name: p.grad for name, p in full.named_parameters() if p.grad is not None}
     (output(model, inputs) * weights).sum().backward()
 
-    # The columns of P: what moves when one number moves. Everything is linear in θ, and in λ.
+    # The columns of P: the offset for a unit vector θ. Everything is linear in θ, and in λ.
     trained = [theta, scales] if said else [theta]
     for parameter in trained:
         for j in range(len(parameter)):
@@ -86,14 +86,14 @@ def test_gradient_is_the_transposed_projection_of_the_full_gradient(family, said
             assert abs(parameter.grad[j] - slope) <= 2e-3 * scale, (j, parameter.grad[j], slope)
 
 
-def test_every_parameter_is_moved(family):
+def test_every_parameter_is_adapted(family):
     model = get_peft_model(build(family), IntrinsicConfig(d=30, init_weights=False, target_modules="all"))
     still = [name for name, offset in offsets(model).items() if not offset.abs().max() > 0]
     assert still == []
 
 
-def test_the_paper_s_projection_is_one_option_away():
-    """DID of the paper: every weight mixes all of θ, and the whole model moves as far as θ does."""
+def test_the_global_projection_is_that_of_the_paper():
+    """DID of the paper: every weight mixes all of θ, and P preserves norms over the whole model."""
     d = 200
     paper = {"target_modules": "all", "projection": "global", "scale": "isometric", "block_size": 256}
     model = get_peft_model(build("bert"), IntrinsicConfig(d=d, **paper))
@@ -103,12 +103,12 @@ def test_the_paper_s_projection_is_one_option_away():
             theta.copy_(torch.randn(d, generator=torch.Generator().manual_seed(seed)))
         moved = offsets(model)
         length = sum(offset.double().square().sum() for offset in moved.values()).sqrt()
-        assert 0.85 < length / theta.norm() < 1.15  # 13,000 weights for 200 numbers
+        assert 0.85 < length / theta.norm() < 1.15  # 13,000 weights for 200 parameters
         assert all(offset.count_nonzero() == offset.numel() for offset in moved.values())
 
 
-def test_vectors_are_norms_biases_and_head(family):
-    """The offsets of the default, factored against merged; each tensor has numbers of its own."""
+def test_the_default_adapts_norms_biases_and_head(family):
+    """The offsets of the default, factored against merged; each tensor has entries of its own."""
     base = build(family)
     vectors = {name for name, p in base.named_parameters() if p.dim() < 2}
     if not vectors:
@@ -123,14 +123,14 @@ def test_vectors_are_norms_biases_and_head(family):
     assert close(output(model, batch(family)), expected)
 
 
-def test_at_theta_zero_the_model_is_the_base_to_the_bit(family):
+def test_at_theta_zero_the_output_is_the_base_s_bitwise(family):
     expected = output(build(family), batch(family))
     for said in (False, True):
         model = get_peft_model(build(family), IntrinsicConfig(d=30, said=said, target_modules="all")).eval()
         assert same(output(model, batch(family)), expected, family)
 
 
-def test_exactly_d_numbers_are_trained(family, capsys):
+def test_exactly_d_parameters_are_trainable(family, capsys):
     for said in (False, True):
         model = get_peft_model(build(family), IntrinsicConfig(d=200, said=said, target_modules="all"))
         assert model.get_nb_trainable_parameters()[0] == 200
@@ -140,7 +140,7 @@ def test_exactly_d_numbers_are_trained(family, capsys):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_reentrant_checkpointing_in_several_processes_is_refused_while_training(reentrant, monkeypatch):
+def test_reentrant_checkpointing_in_several_processes_raises_in_training(reentrant, monkeypatch):
     model = get_peft_model(build("llama"), IntrinsicConfig(d=30, target_modules="all"))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     processes = [1]

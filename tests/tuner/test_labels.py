@@ -72,7 +72,7 @@ def test_a_pipeline_of_an_adapter_has_its_labels(expected):
         (lambda: BertForSequenceClassification.from_pretrained("adapter", num_labels=5), 5),
     ],
 )
-def test_another_number_of_labels_is_named_first(load, here, expected):
+def test_another_number_of_labels_is_the_first_error(load, here, expected):
     with pytest.raises(ValueError, match=rf"^The adapter has 3 labels, this model {here}\. .* num_labels=3\.$"):
         load()
 
@@ -109,7 +109,7 @@ def test_adapters_without_a_number_of_labels_load(expected):
 
 
 @pytest.mark.parametrize("labels", [2**40, -1, 0, "3", [3], None])
-def test_a_file_cannot_ask_for_a_head_that_fills_the_memory(labels, expected):
+def test_a_file_cannot_request_a_head_that_fills_the_memory(labels, expected):
     Path("adapter", "adapter_config.json").write_text(json.dumps({**stored(), "num_labels": labels}))
     with pytest.raises((ValueError, TypeError), match=r"num_labels|number of labels"):
         AutoModelForSequenceClassification.from_pretrained("adapter")

@@ -1,4 +1,4 @@
-"""Every way in which people load an adapter, and every way in which its file can be wrong."""
+"""All ways to load an adapter, and all ways in which its file can be wrong."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def saved(name: str, folder: Path, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", AUTO)
-def test_auto_classes(name, tmp_path):
+def test_auto_classes_load_an_adapter(name, tmp_path):
     expected = saved(name, tmp_path, said=True)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     if name == "electra":
@@ -63,7 +63,7 @@ def test_auto_classes(name, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"torch_device": "cpu"}, {"is_trainable": True}])
-def test_options_of_from_pretrained(options, tmp_path):
+def test_options_of_from_pretrained_work(options, tmp_path):
     expected = saved("llama", tmp_path)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", **options).eval()
@@ -74,7 +74,7 @@ def test_options_of_from_pretrained(options, tmp_path):
     assert torch.equal(evaluate(loaded, "llama"), expected)
 
 
-def test_transformers_load_an_adapter(tmp_path):
+def test_transformers_loads_an_adapter(tmp_path):
     expected = saved("llama", tmp_path)
     assert torch.equal(evaluate(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"), "llama"), expected)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -83,7 +83,7 @@ def test_transformers_load_an_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"target_modules": ["query"]}, {"target_modules": "all", "said": True}])
-def test_transformers_freezes_a_loaded_adapter_unless_it_is_to_be_trained(options, tmp_path):
+def test_transformers_freezes_a_loaded_adapter_unless_is_trainable(options, tmp_path):
     trained("bert", **options).save_pretrained(tmp_path)
     for is_trainable in (False, True):
         model = build("bert")
@@ -95,7 +95,7 @@ def test_transformers_freezes_a_loaded_adapter_unless_it_is_to_be_trained(option
 
 @adapter_calls
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
-def test_transformers_own_calls(tmp_path):
+def test_adapter_methods_of_transformers_work(tmp_path):
     expected = saved("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     plain = evaluate(model, "llama")
@@ -117,7 +117,7 @@ def test_transformers_own_calls(tmp_path):
     assert torch.equal(evaluate(again, "llama"), expected)
 
 
-def test_pipeline(tmp_path):
+def test_an_adapter_works_in_a_pipeline(tmp_path):
     (tmp_path / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"])
     )
@@ -132,8 +132,8 @@ def test_pipeline(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["disk", "cpu"])
-def test_layers_in_several_places(where, tmp_path, monkeypatch):
-    """Layers that accelerate keeps on disk, or in memory away from the device that runs: inference and merging."""
+def test_offloaded_layers_infer_and_merge(where, tmp_path, monkeypatch):
+    """Layers that accelerate stores on disk, or in memory away from the device that computes."""
     monkeypatch.chdir(tmp_path)  # PEFT writes the merged layers on disk below the current folder
     expected = saved("llama", tmp_path)
     places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
@@ -206,15 +206,15 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_push_to_hub(tmp_path, monkeypatch):
-    """Against a stand-in on this machine: what arrives there is a complete adapter."""
+def test_push_to_hub_uploads_a_complete_adapter(tmp_path, monkeypatch):
+    """A stub server on this machine receives a complete adapter."""
     server = HTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"files": {}}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     monkeypatch.setattr(huggingface_hub.hf_api, "ENDPOINT", address, raising=False)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
-    monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # kept from an earlier call to the Hub
+    monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # cached by an earlier call to the Hub
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     model = trained("bert", said=True, task_type="SEQ_CLS")
     expected = evaluate(model, "bert")
@@ -253,14 +253,14 @@ def damaged(folder: Path, change) -> None:
         (lambda t: t.update({"x": t.pop(THETA)}), "the file contains nothing"),
     ],
 )
-def test_files_that_are_wrong(change, message, tmp_path):
+def test_wrong_files_raise(change, message, tmp_path):
     trained("bert").save_pretrained(tmp_path)
     damaged(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(build("bert"), tmp_path)
 
 
-def test_truncated_file(tmp_path):
+def test_a_truncated_file_raises(tmp_path):
     trained("bert").save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-7])

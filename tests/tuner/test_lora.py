@@ -30,7 +30,7 @@ HELD = {  # what a LoRA can hold of each family
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's LoRA, of merging
 @pytest.mark.parametrize("name", HELD)
 @pytest.mark.parametrize("said", [False, True])
-def test_exact(name, said, tmp_path):
+def test_a_lora_has_the_same_outputs(name, said, tmp_path):
     model = trained(name, said=said, target_modules=HELD[name])
     expected = evaluate(model, name)
     save_as_lora(tmp_path, model)
@@ -40,7 +40,7 @@ def test_exact(name, said, tmp_path):
     assert (expected - evaluate(build(name), name)).abs().max() > 1e-3
 
 
-def test_conv1d_with_what_it_cannot_hold_left_out(tmp_path):
+def test_conv1d_converts_without_what_a_lora_cannot_represent(tmp_path):
     """GPT-2's linear layers store the transpose and have biases."""
     model = trained("gpt2", target_modules=["c_attn", "c_fc", "c_proj"])
     with pytest.raises(ValueError, match=r"cannot represent 8 of the adapted.*c_attn.bias.*accept_loss=True"):
@@ -57,7 +57,7 @@ def test_conv1d_with_what_it_cannot_hold_left_out(tmp_path):
     torch.testing.assert_close(evaluate(lora, "gpt2"), evaluate(without, "gpt2"), **CLOSE)
 
 
-def test_the_share_that_is_lost():
+def test_the_error_states_the_lost_fraction_of_the_norm():
     """Against the norms of the merged and the plain model's difference."""
     model = trained("bert")
     with pytest.raises(ValueError, match="cannot represent") as raised:
@@ -84,7 +84,7 @@ def test_chunks_of_a_tall_matrix_get_a_rank_of_their_own(tmp_path):
     torch.testing.assert_close(PeftModel.from_pretrained(model.unload(), tmp_path)(x), expected, **CLOSE)
 
 
-def test_a_fresh_head_goes_along_in_full(tmp_path):
+def test_a_new_head_is_stored_in_modules_to_save(tmp_path):
     build("bert").bert.save_pretrained(tmp_path / "encoder")
 
     def base(seed: int) -> nn.Module:
@@ -108,7 +108,7 @@ def test_a_fresh_head_goes_along_in_full(tmp_path):
     torch.testing.assert_close(found.bias, merged.bias, **CLOSE)
 
 
-def test_refused():
+def test_conversions_that_cannot_work_raise():
     with pytest.raises(ValueError, match="no linear layer or embedding"):
         convert_to_lora(trained("llama", target_modules=["norm"], d=20), accept_loss=True)
     with pytest.raises(ValueError, match="cannot represent"):
@@ -117,7 +117,7 @@ def test_refused():
         convert_to_lora(trained("llama"), "nope")
 
 
-def test_peft_s_own_converter(tmp_path):
+def test_peft_s_own_converter_is_exact_at_full_rank(tmp_path):
     """By singular values; at the full rank it is exact too."""
     model = trained("llama", target_modules=HELD["llama"][:-1], block_size=8)
     expected = evaluate(model, "llama")
@@ -129,10 +129,10 @@ def test_peft_s_own_converter(tmp_path):
     lora = PeftModel.from_pretrained(build("llama"), tmp_path).eval()
     torch.testing.assert_close(evaluate(lora, "llama"), expected, rtol=1e-3, atol=1e-4)
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
-        peft_convert(trained("bert", target_modules=["query"]), rank=8)  # moves the biases too
+        peft_convert(trained("bert", target_modules=["query"]), rank=8)  # adapts the biases too
 
 
-def test_the_result_needs_no_plugin(tmp_path):
+def test_a_converted_lora_loads_without_this_package(tmp_path):
     model = trained("llama", target_modules=["q_proj"])
     save_as_lora(tmp_path, model)
     torch.save(evaluate(model, "llama"), tmp_path / "expected")
@@ -150,8 +150,8 @@ assert config.peft_type == "LORA" and "peft_intrinsic" not in sys.modules
     torch.testing.assert_close(found, torch.load(tmp_path / "expected"), **CLOSE)
 
 
-def test_type_of_the_export(tmp_path):
-    """The base model's, or what was asked for."""
+def test_the_lora_has_the_dtype_of_the_base_or_the_requested_one(tmp_path):
+    """By default that of the base model."""
     model = get_peft_model(build("llama").bfloat16(), IntrinsicConfig(d=60, target_modules=["q_proj"])).eval()
     for dtype, expected in ((None, torch.bfloat16), (torch.float16, torch.float16)):
         assert {value.dtype for value in convert_to_lora(model, dtype=dtype)[1].values()} == {expected}

@@ -39,7 +39,7 @@ def test_safe_merge_is_all_or_nothing(bad, unload):
     assert model.get_nb_trainable_parameters()[0] == 200
 
 
-def test_a_failed_merge_keeps_what_was_merged_before():
+def test_a_failed_merge_preserves_earlier_merges():
     model = trained("bert")
     model.add_adapter("broken", IntrinsicConfig(d=20, target_modules="all"))
     model.merge_adapter(["default"])
@@ -55,7 +55,7 @@ def test_a_failed_merge_keeps_what_was_merged_before():
     assert model.get_model_status().merged_adapters == ["default"]
 
 
-def test_several_adapters_at_once_and_one_after_the_other(family):
+def test_several_adapters_merge_together_or_one_after_the_other(family):
     model = trained(family)
     model.add_adapter("second", IntrinsicConfig(d=31, seed=5, said=True, init_weights=False, target_modules="all"))
     model.base_model.set_adapter(["default", "second"])
@@ -74,8 +74,8 @@ def test_several_adapters_at_once_and_one_after_the_other(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_told(dtype):
-    """The share in the warning against one computed here, from the weights themselves."""
+def test_merging_warns_of_the_fraction_lost_to_rounding(dtype):
+    """Compare the fraction in the warning with one computed from the weights."""
     model = get_peft_model(build("llama").to(dtype), IntrinsicConfig(d=200, target_modules="all"))
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     with torch.no_grad():
@@ -98,14 +98,14 @@ def test_rounding_is_told(dtype):
     assert equal(model, before)
 
 
-def test_float32_merges_without_a_word(family):
+def test_merging_in_float32_does_not_warn(family):
     model = trained(family)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.merge_and_unload(safe_merge=True)
 
 
-def test_unmerge_after_the_model_changed_its_type():
+def test_unmerge_works_after_the_dtype_changed():
     model = trained("bert")
     original = values(model)
     model.merge_adapter()
@@ -127,7 +127,7 @@ def test_merging_some_rows_at_a_time_gives_the_same_weights(name, monkeypatch):
         torch.testing.assert_close(value, results[1][key], rtol=1e-5, atol=1e-6)
 
 
-def test_a_layer_that_fails_to_merge_is_left_as_it_was():
+def test_a_layer_that_fails_to_merge_is_unchanged():
     model = trained("llama", target_modules=["q_proj"])
     (layer, *_) = model.base_model.tuner_layers()
     before = layer.base_layer.weight.clone()
@@ -138,7 +138,7 @@ def test_a_layer_that_fails_to_merge_is_left_as_it_was():
     assert not layer.merged
 
 
-def test_merging_an_unknown_adapter_marks_nothing():
+def test_merging_an_unknown_adapter_raises_and_changes_nothing():
     model = trained("bert")
     with pytest.raises(ValueError, match="adapter='typo' is not attached"):
         model.merge_adapter(["typo"])

@@ -80,7 +80,7 @@ def alone(model: PeftModel, name: str, adapters: list[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", MIXABLE)
 @pytest.mark.parametrize("said", [False, True])
-def test_adapter_names(name, said):
+def test_adapter_names_gives_each_sample_its_adapter(name, said):
     model = several(name, said=said)
     adapters = ["third", "__base__", "other", "default"]
     expected = alone(model, name, adapters)
@@ -91,7 +91,7 @@ def test_adapter_names(name, said):
 
 
 @pytest.mark.parametrize("name", MIXABLE)
-def test_bank(name):
+def test_a_bank_gives_each_sample_its_adapter(name):
     model = several(name, said=True)
     vector = model.get_base_model().intrinsic
     bank = AdapterBank(model, torch.stack([vector.concatenate(a) for a in ("third", "default", "second")]))
@@ -102,7 +102,7 @@ def test_bank(name):
 
 
 @pytest.mark.parametrize("projection", ["fastfood", "dense"])
-def test_either_projection_and_single_targets(projection):
+def test_a_bank_works_with_every_projection_and_target(projection):
     for targets in (None, "all-linear", ["embed_tokens"], ["norm", "input_layernorm"]):
         model = several("llama", projection=projection, target_modules=targets)
         adapters = ["third", "__base__", "other", "default"]
@@ -123,7 +123,7 @@ class OneInput(nn.Module):
 
 
 @pytest.mark.parametrize("last", [nn.RMSNorm, nn.LayerNorm, partial(nn.LayerNorm, bias=False), OneInput])
-def test_modules_of_torch(last):
+def test_modules_of_torch_can_be_mixed(last):
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(6, 6), last(6)), IntrinsicConfig(d=10)).eval()
     bank = AdapterBank(model, torch.randn(3, 10) / 500)
@@ -138,7 +138,7 @@ def test_modules_of_torch(last):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_many_vectors_through_vmap(grad):
+def test_vmap_over_many_vectors_equals_a_loop(grad):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
     model = get_peft_model(base, IntrinsicConfig(d=50, target_modules="all"))
@@ -153,7 +153,7 @@ def test_many_vectors_through_vmap(grad):
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
-def test_generation(name, how):
+def test_each_sample_generates_with_its_adapter(name, how):
     model = several(name)
     ids = batch(name)["input_ids"]
     fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1, **how}
@@ -173,7 +173,7 @@ def test_generation(name, how):
     assert not torch.equal(found[0], found[1])
 
 
-def test_bank_of_saved_adapters(tmp_path):
+def test_a_bank_loads_saved_adapters(tmp_path):
     model = several("bert", said=True)
     model.save_pretrained(tmp_path, selected_adapters=["default", "second", "third", "other"])
     paths = [str(tmp_path), str(tmp_path / "third")]
@@ -205,7 +205,7 @@ def test_modules_to_save_follow_the_sample():
         ("moe", "experts.*exclude_modules"),
     ],
 )
-def test_what_cannot_be_mixed_is_named(name, message):
+def test_modules_that_cannot_be_mixed_are_listed(name, message):
     model = trained(name)
     with pytest.raises(ValueError, match=message):
         model(**batch(name), adapter_names=["default"] * 4)
@@ -213,11 +213,11 @@ def test_what_cannot_be_mixed_is_named(name, message):
         AdapterBank(model, torch.zeros(3, 200))
 
 
-def test_bad_choices():
+def test_invalid_choices_raise():
     model = several("bert")
     names = ["default"] * 4
-    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): nobody"):
-        model(**batch("bert"), adapter_names=["nobody", *names[1:]])
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): absent"):
+        model(**batch("bert"), adapter_names=["absent", *names[1:]])
     for short in (names[:3], names[:2]):
         with pytest.raises(ValueError, match=f"but got {len(short)} and 4 respectively"):
             model(**batch("bert"), adapter_names=short)
@@ -240,15 +240,15 @@ def test_bad_choices():
         pass
 
 
-def test_an_unknown_adapter_lends_nothing():
+def test_a_bank_of_an_unknown_adapter_raises():
     with pytest.raises(ValueError, match=r"adapter='nope' is not attached. Attached are \['default'\]"):
         AdapterBank(
             get_peft_model(build("bert"), IntrinsicConfig(d=20, task_type="SEQ_CLS")), torch.zeros(2, 20), "nope"
         )
 
 
-def test_a_choice_ends_for_all_threads():
-    """Within it, a thread that has not chosen is refused; after it, all run the active adapter."""
+def test_a_choice_applies_to_its_own_thread_and_ends():
+    """During it, a thread without a choice gets an error; afterwards, all use the active adapter."""
     model = trained("bert")
     expected = evaluate(model, "bert")
     bank = AdapterBank(model, torch.zeros(1, 200))
@@ -302,7 +302,7 @@ def test_transformers_models_are_batch_first():
             torch.testing.assert_close(found[i : i + 1], output(model, {"input_ids": ids[i : i + 1]}), **CLOSE)
 
 
-def test_a_weight_that_others_read_cannot_differ():
+def test_a_weight_that_another_module_reads_cannot_be_mixed():
     class Reader(Positions):
         def forward(self, index: torch.Tensor) -> torch.Tensor:
             return self.wte(index) @ self.wte.weight.T
@@ -333,7 +333,7 @@ LAYOUTS = {  # whether all linear layers get the samples first
 
 @pytest.mark.parametrize("tokens", [4, 6])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_sample_gets_its_own_adapter_or_the_layer_is_named_in_models_of_any_layout(layout, tokens):
+def test_every_sample_gets_its_own_adapter_or_the_layer_is_listed_in_any_layout(layout, tokens):
     first, make = LAYOUTS[layout]
     torch.manual_seed(0)
     base = make()

@@ -101,7 +101,7 @@ def test_merged_as_unmerged_with_and_without_gradients(kind):
 
 
 @pytest.mark.parametrize("kind", ["Conv1d", "Conv2d", "LSTM", "attention", "TransformerEncoder", "weight_norm"])
-def test_gradient_by_finite_differences(kind):
+def test_gradients_equal_finite_differences(kind):
     make, x = KINDS[kind]
     torch.manual_seed(0)
     config = IntrinsicConfig(d=5, block_size=8, init_weights=False, target_modules="all")
@@ -122,8 +122,8 @@ def test_gradient_by_finite_differences(kind):
 
 
 @pytest.mark.parametrize("options", [{"padding_idx": 0}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}])
-def test_embedding_options_as_in_full_fine_tuning(options):
-    """Output and gradient against a plain embedding that holds W0 + ΔW."""
+def test_embedding_options_work_as_without_an_adapter(options):
+    """Output and gradient against a plain embedding with the weight W0 + ΔW."""
     torch.manual_seed(0)
     index = torch.tensor([[0, 1, 2, 2], [4, 0, 1, 0]])
     model = get_peft_model(
@@ -152,7 +152,7 @@ def test_embedding_options_as_in_full_fine_tuning(options):
     torch.testing.assert_close(theta.grad, expected, **CLOSE)
 
 
-def test_what_is_wrapped_how():
+def test_modules_get_the_wrapper_of_their_kind():
     model = trained("whisper").get_base_model()
     assert isinstance(model.model.decoder.embed_tokens, IntrinsicEmbedding)
     assert isinstance(model.model.decoder.layers[0].fc1, IntrinsicLinear)
@@ -161,7 +161,7 @@ def test_what_is_wrapped_how():
     assert isinstance(trained("mamba").get_base_model().backbone.layers[0].mixer.conv1d, nn.Conv1d)
 
 
-def test_what_a_wrapper_lacks_is_its_layer_s():
+def test_a_wrapper_has_the_attributes_of_its_layer():
     layer = trained("bert").get_base_model().bert.embeddings.word_embeddings
     assert (layer.num_embeddings, layer.padding_idx) == (97, 0)
     with pytest.raises(AttributeError, match="nowhere"):
@@ -169,7 +169,7 @@ def test_what_a_wrapper_lacks_is_its_layer_s():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_each_layer_keeps_its_mode(training):
+def test_wrappers_preserve_the_training_mode_of_their_layers(training):
     base = build("bert").train(training)
     base.classifier.train(not training)
     before = {name: module.training for name, module in base.named_modules() if not list(module.children())}
@@ -178,7 +178,7 @@ def test_each_layer_keeps_its_mode(training):
     assert model.classifier.base_layer.training is not training
 
 
-def test_mamba_decodes_as_the_merged_model():
+def test_mamba_decodes_like_the_merged_model():
     """Its step-by-step decoding reads the convolution's weight."""
     model = trained("mamba")
     model.get_base_model().intrinsic.intrinsic_theta["default"].weight.data.mul_(5)
@@ -190,7 +190,7 @@ def test_mamba_decodes_as_the_merged_model():
     assert not torch.equal(found, base)
 
 
-def test_experts_through_target_parameters():
+def test_target_parameters_adapts_experts():
     """Three-dimensional parameters of a mixture of experts, alone, and a second adapter on top."""
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     model = trained("moe", target_parameters=names)
@@ -238,8 +238,8 @@ def test_fast_path_of_torch_encoders_is_not_silently_unadapted():
 
 
 @torch.no_grad()
-def test_tied_weights_move_together():
-    """Targeting one of a tied pair moves the other: merging does not change the model, and the tie holds."""
+def test_tied_weights_share_one_offset():
+    """Targeting one of a tied pair adapts both: merging does not change the output, and they remain tied."""
     model = trained("llama", target_modules=["embed_tokens"])
     expected = evaluate(model, "llama")
     merged = model.merge_and_unload()
@@ -281,7 +281,7 @@ READERS = {  # what a module has, and how it uses it without calling it
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_parameters_that_are_read_without_a_call(kind):
+def test_parameters_that_are_read_without_a_call_have_their_offsets(kind):
     make, use = READERS[kind]
 
     class Model(nn.Module):
@@ -312,7 +312,7 @@ class Normalized(nn.Module):
         return self.linear(self.normalization(x))
 
 
-def test_running_statistics_are_reported_and_come_back_with_modules_to_save(tmp_path):
+def test_running_statistics_warn_and_are_saved_with_modules_to_save(tmp_path):
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)) * 3 + 1
     with pytest.warns(UserWarning, match=r"running statistics of 1 modules \(normalization\).*modules_to_save"):
         get_peft_model(Normalized(), IntrinsicConfig(d=2))

@@ -13,7 +13,7 @@ HALVES = [torch.bfloat16, torch.float16]
 
 
 @torch.no_grad()
-def test_bfloat16_base_moves_below_its_rounding_step():
+def test_offsets_below_the_rounding_step_have_an_effect():
     """W0 + ΔW would round the offset away; the factored form does not."""
     model = get_peft_model(build("llama").bfloat16(), IntrinsicConfig(d=200, target_modules="all-linear")).eval()
     base = evaluate(model, "llama")
@@ -26,7 +26,7 @@ def test_bfloat16_base_moves_below_its_rounding_step():
     assert not torch.equal(evaluate(model, "llama"), base)
 
 
-def test_dtype_without_autocast_is_the_base_dtype():
+def test_without_autocast_theta_has_the_dtype_of_the_base():
     model = get_peft_model(
         build("bert").bfloat16(), IntrinsicConfig(d=20, said=True, target_modules="all"), autocast_adapter_dtype=False
     )
@@ -41,7 +41,7 @@ INPUTS = {"input_ids": IDS, "labels": IDS}
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", "all"])
-def test_half_precision_learns_as_float32(dtype, autocast, targets):
+def test_half_precision_learns_like_float32(dtype, autocast, targets):
     """θ stays float32, under autocast and on a base of half precision; the losses follow those of float32."""
     base = build("llama")
     model = get_peft_model(base if autocast else base.to(dtype), IntrinsicConfig(d=60, target_modules=targets))
@@ -55,7 +55,7 @@ def test_half_precision_learns_as_float32(dtype, autocast, targets):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_learning_below_the_rounding_step(dtype):
+def test_steps_below_the_rounding_step_are_learned(dtype):
     """Steps of 1e-9 would change no weight of the base, and still θ goes the way that it goes in float64."""
     learnt = {}
     for kind in (dtype, torch.float64):
@@ -71,7 +71,7 @@ def test_learning_below_the_rounding_step(dtype):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "all"])
-def test_no_copy_of_the_input_in_another_type_is_kept(targets):
+def test_no_copy_of_the_input_in_another_dtype_is_stored(targets):
     """Of a bfloat16 model, backward needs the inputs as they are."""
     model = get_peft_model(build("llama").bfloat16(), IntrinsicConfig(d=60, target_modules=targets))
     kept: list[torch.Tensor] = []

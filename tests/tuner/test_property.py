@@ -44,7 +44,7 @@ BASE = evaluate(build("bert"), "bert")
 @pytest.mark.filterwarnings("ignore")  # PEFT warns of names that match nothing
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.fixed_dictionaries({}, optional=OPTIONS), st.one_of(st.just({}), st.just({}), WRONG))
-def test_a_working_adapter_or_a_clear_error(options, wrong):
+def test_random_options_give_a_working_adapter_or_name_an_option(options, wrong):
     options |= wrong
     try:
         model = get_peft_model(build("bert"), IntrinsicConfig(**options))

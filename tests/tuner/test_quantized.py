@@ -1,4 +1,4 @@
-"""Quantised bases: 8 and 4 bits of bitsandbytes, int8 of torchao, and linear layers nobody knows."""
+"""Quantized bases: 8 and 4 bits of bitsandbytes, int8 of torchao, and unsupported linear layers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory) -> str:
     return str(folder)
 
 
-def quantised(kind: str, checkpoint: str) -> nn.Module:
+def quantized(kind: str, checkpoint: str) -> nn.Module:
     if kind.startswith("bnb"):
         pytest.importorskip("bitsandbytes")
         bits = (
@@ -55,14 +55,14 @@ def kind(request) -> str:
 
 
 def attached(kind: str, checkpoint: str, **options) -> PeftModel:
-    base = quantised(kind, checkpoint)
+    base = quantized(kind, checkpoint)
     torch.manual_seed(1)  # of θ
     return get_peft_model(base, IntrinsicConfig(d=60, **{**LINEAR, **options})).eval()
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "all"])
 def test_inference_adds_the_same_offset_as_on_the_plain_base(kind, checkpoint, targets, tmp_path):
-    """One linear layer of a quantised model: its output moves by x ΔWᵀ, ΔW taken from the unquantised model."""
+    """The output of a quantized linear layer changes by x ΔWᵀ, with ΔW of the model in full precision."""
     model = attached(kind, checkpoint, init_weights=False, target_modules=targets)
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     torch.manual_seed(1)
@@ -76,13 +76,13 @@ def test_inference_adds_the_same_offset_as_on_the_plain_base(kind, checkpoint, t
     torch.testing.assert_close(moved, x @ delta.T, rtol=1e-3, atol=1e-4)
     # The same adapter on both bases.
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(quantised(kind, checkpoint), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(quantized(kind, checkpoint), tmp_path).eval()
     assert torch.equal(evaluate(loaded, "llama"), evaluate(model, "llama"))
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path)
 
 
-def test_training_learns(kind, checkpoint):
-    base = prepare_model_for_kbit_training(quantised(kind, checkpoint), use_gradient_checkpointing=False)
+def test_training_on_a_quantized_base_learns(kind, checkpoint):
+    base = prepare_model_for_kbit_training(quantized(kind, checkpoint), use_gradient_checkpointing=False)
     model = get_peft_model(base, IntrinsicConfig(d=60, **LINEAR))
     theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
     assert theta.dtype == torch.float32
@@ -92,7 +92,7 @@ def test_training_learns(kind, checkpoint):
 
 
 @pytest.mark.filterwarnings("ignore:Rounding to the base model's precision")
-def test_merge_and_exact_unmerge(kind, checkpoint):
+def test_merge_then_unmerge_restores_quantized_weights_bitwise(kind, checkpoint):
     model = attached(kind, checkpoint)
     with torch.no_grad():
         theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
@@ -102,7 +102,7 @@ def test_merge_and_exact_unmerge(kind, checkpoint):
         base = evaluate(model, "llama")
     model.merge_adapter(safe_merge=True)
     merged = evaluate(model, "llama")
-    # Quantising again moves every weight by up to half a step, which is large in 4 bits.
+    # Quantizing again changes every weight by up to half a step, which is large in 4 bits.
     assert (merged - expected).norm() < (0.7 if "4" in kind else 0.35) * (base - expected).norm()
     model.unmerge_adapter()
     assert torch.equal(evaluate(model, "llama"), expected)
@@ -113,11 +113,11 @@ def test_merge_and_exact_unmerge(kind, checkpoint):
 
 
 @pytest.mark.filterwarnings("ignore:Rounding to the base model's precision")
-def test_what_rounding_lost_is_measured(kind, checkpoint):
+def test_merging_measures_the_rounding_error(kind, checkpoint):
     """Weights are read off a layer's own output, those before the merge on a model of their own."""
     path = "model.layers.1.mlp.up_proj"
     model = attached(kind, checkpoint, init_weights=False, target_modules=["up_proj"])
-    layer, plain = model.get_base_model().get_submodule(path), quantised(kind, checkpoint).get_submodule(path)
+    layer, plain = model.get_base_model().get_submodule(path), quantized(kind, checkpoint).get_submodule(path)
     model.merge_adapter()
     with torch.no_grad():
         offset = layer.get_delta_weight("default")
@@ -128,7 +128,7 @@ def test_what_rounding_lost_is_measured(kind, checkpoint):
 
 
 class CodeBookLinear(nn.Module):
-    """A quantised linear layer of a library that neither PEFT nor this package knows."""
+    """A quantized linear layer of a library that neither PEFT nor this package supports."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def unknown() -> nn.Module:
     return model
 
 
-def test_quantised_layers_that_nobody_knows_stay_still(caplog):
+def test_unsupported_quantized_layers_stay_frozen_and_are_reported(caplog):
     """Their weight cannot be read, and whether they compute x·Wᵀ is not known."""
     with pytest.raises(ValueError, match=r"target_modules=.*up_proj.* matched no module with parameters of its own"):
         get_peft_model(unknown(), IntrinsicConfig(d=60, target_modules=["up_proj"]))
@@ -160,7 +160,7 @@ def test_quantised_layers_that_nobody_knows_stay_still(caplog):
     torch.testing.assert_close(evaluate(model.merge_and_unload(), "llama"), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_merge_that_meets_a_quantised_layer_midway_changes_nothing(checkpoint, monkeypatch):
+def test_a_merge_that_fails_at_a_quantized_layer_changes_nothing(checkpoint, monkeypatch):
     """A backend that cannot write, as PEFT has for some types of torchao."""
     model = attached("bnb 8 bit", checkpoint, init_weights=False, target_modules="all")
     expected = evaluate(model, "llama")
@@ -170,8 +170,8 @@ def test_a_merge_that_meets_a_quantised_layer_midway_changes_nothing(checkpoint,
     assert torch.equal(evaluate(model, "llama"), expected)
 
 
-def test_added_biases_are_merged_in_memory_and_leave(kind, checkpoint):
-    """The bias alone, outside of quantisation: merged, it is the same number."""
+def test_added_biases_of_quantized_layers_merge_and_unmerge(kind, checkpoint):
+    """Only the bias, which is not quantized: merged, it has the same values."""
     model = attached(kind, checkpoint, init_weights=False, target_modules="norms-and-biases", add_bias=True)
     layer = model.get_base_model().model.layers[1].mlp.up_proj
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))

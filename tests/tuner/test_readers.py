@@ -97,7 +97,7 @@ def merged_as_unmerged(base: nn.Module, x: torch.Tensor, **options) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("kind", ODD)
-def test_layers_that_are_not_linear(kind):
+def test_linear_subclasses_compute_with_their_offsets(kind):
     def use(part: nn.Module, x: torch.Tensor) -> torch.Tensor:
         result = part(x)
         return result[0].float() if isinstance(result, tuple) else result
@@ -107,8 +107,8 @@ def test_layers_that_are_not_linear(kind):
     merged_as_unmerged(Inside(part, use), noise(3, 6))
 
 
-def test_parametrised_layers_many_times():
-    """Their weights are made anew at each look, so they have no identity."""
+def test_new_parametrized_layers_can_be_adapted_many_times():
+    """Their weights are computed at each read, so they have no identity."""
     for _ in range(60):
         base = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6)))
         get_peft_model(base, IntrinsicConfig(d=5, target_modules="all"))
@@ -124,7 +124,7 @@ class Embedder(nn.Module):
 
 
 class Tied(nn.Module):
-    """nanoGPT's way: the parent asks for the device, the grandparent multiplies by the weight."""
+    """As in nanoGPT: the parent reads the device, the grandparent multiplies by the weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,12 +138,12 @@ class Tied(nn.Module):
         return x @ self.body.wte.weight
 
 
-def test_a_weight_that_is_read_by_a_grandparent():
+def test_a_weight_that_a_grandparent_reads_has_its_offset():
     merged_as_unmerged(Tied(), torch.tensor([[0, 1, 5]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_weight_that_is_read_in_any_precision(dtype):
+def test_a_weight_that_is_read_has_the_dtype_of_the_base(dtype):
     model = get_peft_model(build("bert").to(dtype), IntrinsicConfig(d=30, init_weights=False, target_modules="all"))
     layer = model.get_base_model().classifier
     for name in ("weight", "bias"):
@@ -164,7 +164,7 @@ class Scaled(Tied):
 
 
 @pytest.mark.parametrize("kind", [Tied, Scaled])
-def test_a_weight_that_is_read_outside_forward(kind):
+def test_a_weight_that_is_read_outside_forward_has_its_offset(kind):
     model = get_peft_model(kind(), IntrinsicConfig(d=12, init_weights=False, target_modules="all")).eval()
     base = model.get_base_model()
     x = noise(3, 6)
@@ -189,7 +189,7 @@ class Product(torch.autograd.Function):
         return grad @ weight, grad.T @ x
 
 
-def test_gradients_through_a_custom_function():
+def test_gradients_pass_through_a_custom_function():
     gradients = []
     for product in (Product.apply, nn.functional.linear):
         torch.manual_seed(4)
@@ -202,7 +202,7 @@ def test_gradients_through_a_custom_function():
 
 
 class Int8Child(nn.Module):
-    """A quantised layer of which its parent takes the weight itself."""
+    """A quantized layer whose parent reads the weight itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class Int8Child(nn.Module):
         return nn.functional.linear(self.first(x), self.codes.weight.float() / 40)
 
 
-def test_a_quantised_weight_that_is_read_keeps_its_numbers():
+def test_a_quantized_weight_that_is_read_is_the_base_s():
     model = get_peft_model(Int8Child(), IntrinsicConfig(d=12, init_weights=False, target_modules="all")).eval()
     base, x = model.get_base_model(), noise(3, 6)
     expected = nn.functional.linear(base.first(x), noise(6, 6).mul(40).to(torch.int8).float() / 40)
@@ -232,7 +232,7 @@ class Children(nn.ModuleDict):
         return sum(part(x) for part in self.children())
 
 
-def test_a_root_that_runs_its_items():
+def test_a_container_that_runs_its_items_skips_the_adapter():
     for kind in (Parts, nn.Sequential):
         torch.manual_seed(0)
         parts = [nn.Linear(6, 6), nn.Linear(6, 6)]
@@ -248,7 +248,7 @@ def test_a_root_that_runs_its_items():
 
 
 @pytest.mark.parametrize("name", ["vit", "mamba"])
-def test_offloaded_models_with_parameters_of_their_own(name):
+def test_offloaded_models_with_direct_parameters_are_adapted(name):
     torch.manual_seed(0)
     model = get_peft_model(build(name), IntrinsicConfig(d=60, init_weights=False, target_modules="all")).eval()
     expected = evaluate(model, name)
@@ -262,8 +262,8 @@ def test_offloaded_models_with_parameters_of_their_own(name):
     torch.testing.assert_close(evaluate(offloaded, name), expected, **CLOSE)
 
 
-def test_a_type_is_told_without_making_the_weight(monkeypatch):
-    """T5 asks its layers for the dtype of a weight alone."""
+def test_reading_a_dtype_does_not_materialize_the_weight(monkeypatch):
+    """T5 only reads the dtype of a weight."""
     layer = trained("t5").get_base_model().encoder.block[0].layer[1].DenseReluDense.wo
     assert isinstance(layer, IntrinsicLinear)
     expected = layer.base_layer.weight + layer.get_delta_weight("default")

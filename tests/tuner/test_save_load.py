@@ -1,4 +1,4 @@
-"""Saving and loading: complete, small, the same logits everywhere, and refused where it does not fit."""
+"""Saving and loading: complete and small files, the same logits everywhere, and errors for other models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TESTS = str(Path(__file__).parents[1])
 
 
 @pytest.mark.parametrize("said", [False, True])
-def test_round_trip(family, said, tmp_path):
+def test_a_loaded_adapter_gives_the_same_output(family, said, tmp_path):
     model = trained(family, said=said)
     expected = evaluate(model, family)
     model.save_pretrained(tmp_path)
@@ -33,7 +33,7 @@ def test_round_trip(family, said, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit"])
-def test_load_through_transformers(name, tmp_path):
+def test_transformers_loads_the_same_output(name, tmp_path):
     model = trained(name, said=True)
     expected = evaluate(model, name)
     model.save_pretrained(tmp_path)
@@ -42,7 +42,7 @@ def test_load_through_transformers(name, tmp_path):
     assert torch.equal(evaluate(native, name), expected)
 
 
-def test_files_are_small_and_hold_no_embeddings(tmp_path):
+def test_files_are_small_and_contain_no_embeddings(tmp_path):
     for targets in (None, ["query", "word_embeddings"], ".*embeddings.*|.*query"):
         folder = tmp_path / str(targets)[:5]
         trained("bert", target_modules=targets, task_type="SEQ_CLS").save_pretrained(folder)
@@ -75,7 +75,7 @@ torch.save(evaluate(model, "bert").float(), {folder!r} + "/logits")
 @pytest.mark.parametrize(
     ("threads", "dtype", "tolerance"), [(1, "float32", 1e-6), (4, "float32", 1e-6), (4, "bfloat16", 2e-2)]
 )
-def test_same_logits_in_a_fresh_process(tmp_path, threads, dtype, tolerance):
+def test_a_new_process_computes_the_same_logits(tmp_path, threads, dtype, tolerance):
     model = trained("bert", said=True)
     model.save_pretrained(tmp_path)
     code = PROCESS.format(tests=TESTS, threads=threads, dtype=f"torch.{dtype}", folder=str(tmp_path))
@@ -85,8 +85,8 @@ def test_same_logits_in_a_fresh_process(tmp_path, threads, dtype, tolerance):
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_fresh_head_is_reproduced(tmp_path):
-    """Two loads of one checkpoint draw two random heads; the adapter must not depend on which."""
+def test_a_new_head_is_reproducible(tmp_path):
+    """Two loads of one checkpoint make two random heads, on which the adapter must not depend."""
     build("bert").bert.save_pretrained(tmp_path / "encoder")
 
     def base(seed: int) -> torch.nn.Module:
@@ -109,7 +109,7 @@ def test_fresh_head_is_reproduced(tmp_path):
     assert torch.equal(evaluate(loaded, "bert"), expected)
 
 
-def test_head_that_the_checkpoint_brought_is_kept(tmp_path):
+def test_a_head_from_the_checkpoint_keeps_its_values(tmp_path):
     build("bert").save_pretrained(tmp_path)
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     before = base.classifier.weight.clone()
@@ -118,7 +118,7 @@ def test_head_that_the_checkpoint_brought_is_kept(tmp_path):
     assert model.peft_config["default"].reinitialized == []
 
 
-def test_refuses_another_model(tmp_path):
+def test_loading_onto_another_model_raises(tmp_path):
     trained("bert").save_pretrained(tmp_path)
     other = build("bert")
     other.classifier = torch.nn.Linear(24, 5)
@@ -129,7 +129,7 @@ def test_refuses_another_model(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 100])
-def test_refuses_theta_of_another_length(tmp_path, keep):
+def test_loading_theta_of_another_length_raises(tmp_path, keep):
     trained("bert").save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     save_file({name: t[:keep].clone() for name, t in load_file(path).items() if keep} or {"x": torch.ones(1)}, path)
@@ -137,7 +137,7 @@ def test_refuses_theta_of_another_length(tmp_path, keep):
         PeftModel.from_pretrained(build("bert"), tmp_path)
 
 
-def test_refuses_a_newer_algorithm(tmp_path):
+def test_loading_a_newer_algorithm_raises(tmp_path):
     trained("bert").save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "algorithm_version": 99}))
@@ -145,8 +145,8 @@ def test_refuses_a_newer_algorithm(tmp_path):
         PeftModel.from_pretrained(build("bert"), tmp_path)
 
 
-def test_golden_configuration_and_file(tmp_path):
-    """What an adapter of version 1 looks like on disk. A change here breaks the adapters that people have."""
+def test_files_have_their_golden_contents(tmp_path):
+    """The files of an adapter of version 1. A change here breaks the adapters of users."""
     trained("bert", said=True, task_type="SEQ_CLS").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
@@ -159,15 +159,15 @@ def test_golden_configuration_and_file(tmp_path):
 
 
 def headless(folder: Path, seed: int = 1) -> torch.nn.Module:
-    """A classifier whose head the checkpoint did not bring."""
+    """A classifier whose head is missing from the checkpoint."""
     if not folder.exists():
         build("bert").bert.save_pretrained(folder)
     torch.manual_seed(seed)
     return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3).eval()
 
 
-def test_a_head_in_modules_to_save_is_its_own(tmp_path):
-    """A second adapter neither draws it again nor moves it; both are saved, loaded, merged."""
+def test_a_head_in_modules_to_save_belongs_to_its_adapter(tmp_path):
+    """A second adapter neither re-initializes nor adapts it; both are saved, loaded and merged."""
     base = headless(tmp_path / "encoder")
     full = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"], "d": 40, "init_weights": False}
     model = get_peft_model(base, IntrinsicConfig(**full)).eval()
@@ -191,7 +191,7 @@ def test_a_head_in_modules_to_save_is_its_own(tmp_path):
     torch.testing.assert_close(evaluate(again, "bert"), first, rtol=1e-4, atol=1e-5)
 
 
-def test_a_head_that_others_rely_on_is_not_drawn_again(tmp_path):
+def test_a_head_that_another_adapter_uses_is_not_reinitialized(tmp_path):
     model = get_peft_model(
         headless(tmp_path / "a"), IntrinsicConfig(d=40, task_type="SEQ_CLS", head="keep", target_modules="all")
     )
@@ -208,7 +208,7 @@ def test_a_head_that_others_rely_on_is_not_drawn_again(tmp_path):
     assert torch.equal(evaluate(again, "bert"), expected)
 
 
-def test_a_moved_head_cannot_be_saved_in_full_by_another():
+def test_an_adapted_head_cannot_be_fully_trained_by_another_adapter():
     model = get_peft_model(build("bert"), IntrinsicConfig(d=40, task_type="SEQ_CLS", target_modules="all"))
     with pytest.raises(
         ValueError, match=r"modules_to_save=.*another adapter already adapts classifier.bias, classifier.weight"
@@ -218,8 +218,8 @@ def test_a_moved_head_cannot_be_saved_in_full_by_another():
         )
 
 
-def test_options_of_a_saved_adapter_begin_another(tmp_path):
-    """Its numbers are new ones, which a Trainer saves and loads again at the end."""
+def test_the_configuration_of_a_saved_adapter_can_be_trained_again(tmp_path):
+    """It has a new θ, which a Trainer saves and loads again at the end."""
     trained("bert").save_pretrained(tmp_path / "old")
     model = get_peft_model(build("bert"), IntrinsicConfig.from_pretrained(tmp_path / "old"))
     model.get_base_model().intrinsic.intrinsic_theta["default"].weight.data.fill_(0.01)
@@ -230,7 +230,7 @@ def test_options_of_a_saved_adapter_begin_another(tmp_path):
     assert torch.equal(evaluate(model.eval(), "bert"), expected)
 
 
-def test_a_container_whose_inner_module_is_adapted_cannot_be_trained_in_full_by_another_adapter():
+def test_a_container_with_an_adapted_module_cannot_be_fully_trained_by_another_adapter():
     model = get_peft_model(build("bert"), IntrinsicConfig(d=40))  # adapts bert.pooler.dense.bias in place
     before = evaluate(model, "bert")
     config = IntrinsicConfig(d=40, target_modules=["query"], head="keep", modules_to_save=["pooler"])
@@ -262,7 +262,7 @@ def test_adapter_names_that_are_parts_of_a_fully_trained_module_raise_whichever_
 
 
 @pytest.mark.parametrize("said", [False, True])
-def test_saving_raises_instead_of_writing_what_loading_refuses(said, tmp_path):
+def test_saving_raises_instead_of_writing_a_file_that_cannot_be_loaded(said, tmp_path):
     model = trained("bert", said=said)
     model.save_pretrained(tmp_path)
     files = [tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"]

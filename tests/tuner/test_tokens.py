@@ -1,4 +1,4 @@
-"""`trainable_token_indices`: rows of embeddings that are trained in full, as LoRA does it."""
+"""`trainable_token_indices`: rows of embeddings that are fully trained, as in LoRA."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def tuned(family, indices, **options):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # output layer of its own, and tied
 @pytest.mark.parametrize("form", ["list", "dictionary"])
-def test_token_rows_come_back_and_equal_a_base_with_these_rows(family, form, tmp_path):
+def test_token_rows_are_loaded_and_equal_a_base_with_these_rows(family, form, tmp_path):
     model = tuned(family, [2, 5] if form == "list" else {NAME[family]: [2, 5]})
     expected = logits(model)
     rows = next(p for name, p in model.named_parameters() if "trainable_tokens_delta" in name)
@@ -62,7 +62,7 @@ def test_indices_set_after_the_configuration_was_made_are_used(tmp_path):
     assert IntrinsicConfig.from_pretrained(tmp_path).trainable_token_indices == {"embed_tokens": [1]}
 
 
-def test_token_rows_go_along_in_a_lora(tmp_path):
+def test_token_rows_are_stored_in_a_lora(tmp_path):
     model = tuned("llama", [2, 5], target_modules=["q_proj"])
     expected = logits(model)
     save_as_lora(tmp_path, model)
@@ -85,7 +85,7 @@ def test_samples_with_different_token_rows_get_their_own():
     torch.testing.assert_close(mixed[1], alone["default"][1], rtol=1e-5, atol=1e-5)
 
 
-def test_what_holds_d_parameters_alone_does_not_take_token_rows():
+def test_packing_banks_and_sums_raise_for_token_rows():
     model = tuned("llama", [2], projection="global", block_size=64)
     with pytest.raises(ValueError, match=r"trainable_token_indices=\[2\] of adapter 'default'"):
         AdapterBank(model, torch.zeros(1, 40))
@@ -107,7 +107,7 @@ def test_what_holds_d_parameters_alone_does_not_take_token_rows():
         ({"embed_tokens": "12"}, TypeError, "list of ints"),
     ],
 )
-def test_wrong_indices_are_named(indices, error, message):
+def test_invalid_indices_raise(indices, error, message):
     with pytest.raises(error, match=message):
         get_peft_model(build("llama"), IntrinsicConfig(d=40, trainable_token_indices=indices))
 

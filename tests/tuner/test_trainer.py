@@ -52,7 +52,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("said", [False, True])
-def test_train_resume_reload_merge(tmp_path, said):
+def test_trainer_trains_resumes_reloads_and_merges(tmp_path, said):
     whole = trainer(tmp_path / "whole", 8, said)
     start = logits(whole.model)
     whole.train()
@@ -72,7 +72,7 @@ def test_train_resume_reload_merge(tmp_path, said):
     torch.testing.assert_close(logits(reloaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_load_best_model_at_end(tmp_path):
+def test_load_best_model_at_end_restores_the_best_checkpoint(tmp_path):
     """The second of three checkpoints is the best, because the metric says so."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
     run = trainer(tmp_path, 12, False, eval_strategy="steps", eval_steps=4, **best)

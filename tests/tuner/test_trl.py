@@ -86,7 +86,7 @@ def test_preference_training_of_a_trained_adapter_starts_at_the_loss_log_2(tmp_p
     """The reference model is a copy of the adapter, so that their first difference is zero."""
     torch.manual_seed(0)
     model = get_peft_model(build("llama"), config)
-    with torch.no_grad():  # stands for a first training
+    with torch.no_grad():  # in place of a first training
         for name, parameter in model.named_parameters():
             if "supermask_scores" in name:
                 parameter.add_(0.02 * torch.randn(parameter.shape))

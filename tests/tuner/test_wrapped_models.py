@@ -64,7 +64,7 @@ def test_an_adapter_fits_the_wrapped_and_the_plain_model(wrapped, options, tmp_p
     assert len(manifests) == 1
 
 
-def test_modules_trained_in_full_fit_models_with_wrapped_blocks(tmp_path):
+def test_fully_trained_modules_work_in_models_with_wrapped_blocks(tmp_path):
     config = IntrinsicConfig(d=64, init_weights=False, head="keep", modules_to_save=["classifier"])
     model = get_peft_model(WRAPPED["both"](), config)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_a_module_called_module_is_left_out_of_names_only_under_a_data_parallel_
     assert names == [["module.0.weight"]] * 2
 
 
-def test_names_that_only_begin_like_a_wrapper_s_stay():
+def test_names_that_only_begin_like_a_wrapper_s_are_unchanged():
     assert canonical("encoder.base_layer_norm.weight") == "encoder.base_layer_norm.weight"
     assert canonical("base_layer.weight") == "base_layer.weight"
     assert canonical("query.base_layer.weight") == "query.weight"

@@ -1,4 +1,4 @@
-"""An adapter's folder can come from a stranger: a clear error or the adapter that was saved, and nothing else."""
+"""An adapter's folder is untrusted input: loading raises a clear error or gives the adapter that was saved."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def saved():
     shutil.rmtree(path)
 
 
-def refused_or_right(path: Path) -> None:
+def check_error_or_saved_output(path: Path) -> None:
     try:
         model = PeftModel.from_pretrained(build("bert"), path).eval()
     except CLEAR:
@@ -64,18 +64,18 @@ FIELDS = list(IntrinsicConfig(d=1).to_dict())
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=150, **SEARCH)
 @given(st.sampled_from(FIELDS), VALUES)
-def test_every_field_with_hostile_values(saved, field, value):
+def test_hostile_values_of_any_field_raise_or_load_the_saved_adapter(saved, field, value):
     with tempfile.TemporaryDirectory() as name:
         path = Path(shutil.copytree(saved, name, dirs_exist_ok=True))
         config = json.loads((path / "adapter_config.json").read_text())
         (path / "adapter_config.json").write_text(json.dumps({**config, field: value}))
-        refused_or_right(path)
+        check_error_or_saved_output(path)
 
 
 @settings(max_examples=100, **SEARCH)
 @given(st.data())
-def test_every_bit_flip_of_the_weights(saved, data):
-    """Either it is refused, or the flipped bit says nothing (white space of the header)."""
+def test_any_bit_flip_of_the_weights_raises_or_loads_the_saved_adapter(saved, data):
+    """It may load only if the flipped bit means nothing, such as white space of the header."""
     whole = (saved / "adapter_model.safetensors").read_bytes()
     position = data.draw(st.integers(0, 8 * len(whole) - 1))
     with tempfile.TemporaryDirectory() as name:
@@ -83,16 +83,16 @@ def test_every_bit_flip_of_the_weights(saved, data):
         changed = bytearray(whole)
         changed[position // 8] ^= 1 << position % 8
         (path / "adapter_model.safetensors").write_bytes(changed)
-        refused_or_right(path)
+        check_error_or_saved_output(path)
 
 
 @settings(max_examples=60, **SEARCH)
 @given(st.data())
-def test_every_truncation(saved, data):
+def test_any_truncation_raises_or_loads_the_saved_adapter(saved, data):
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         whole = (saved / file).read_bytes()
         keep = data.draw(st.integers(0, len(whole) - 1))
         with tempfile.TemporaryDirectory() as name:
             path = Path(shutil.copytree(saved, name, dirs_exist_ok=True))
             (path / file).write_bytes(whole[:keep])
-            refused_or_right(path)
+            check_error_or_saved_output(path)

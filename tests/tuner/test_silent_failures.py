@@ -1,4 +1,4 @@
-"""What would otherwise give other numbers without a word."""
+"""Errors instead of silently wrong results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WHOLE = {"d": 40, "target_modules": ["query", "value"], "modules_to_save": ["cla
 
 
 def with_whole(family: str, **options) -> PeftModel:
-    """An adapter, and a module that was trained in full."""
+    """An adapter with a fully trained module."""
     model = get_peft_model(build(family), IntrinsicConfig(**{**WHOLE, **options})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -28,7 +28,7 @@ def with_whole(family: str, **options) -> PeftModel:
     return model
 
 
-def test_a_bank_of_adapters_with_modules_trained_in_full(tmp_path):
+def test_a_bank_of_adapters_with_fully_trained_modules_raises(tmp_path):
     model = with_whole("bert")
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\] of adapter 'default': a bank stores d"):
@@ -47,7 +47,7 @@ def test_a_bank_of_adapters_with_modules_trained_in_full(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
-def test_a_bank_whose_model_changed():
+def test_a_bank_raises_after_its_adapter_was_merged_or_deleted():
     model = trained("bert")
     bank = AdapterBank(model, torch.zeros(1, 200))
     model.merge_adapter()
@@ -63,14 +63,14 @@ def test_a_bank_whose_model_changed():
         bank.select([0]).__enter__()
 
 
-def test_a_sum_with_modules_trained_in_full():
+def test_a_sum_with_fully_trained_modules_raises():
     model = get_peft_model(build("bert"), IntrinsicConfig(**{**WHOLE, "modules_to_save": None}))
     model.add_adapter("whole", IntrinsicConfig(**WHOLE))
     with pytest.raises(ValueError, match=r"\['classifier'\] of adapter 'whole' cannot be combined"):
         model.base_model.add_weighted_adapter(["default", "whole"], [0.0, 1.0], "sum")
 
 
-def test_modules_trained_in_full_go_with_a_lora(tmp_path):
+def test_fully_trained_modules_are_stored_in_a_lora(tmp_path):
     model = with_whole("llama", target_modules=["q_proj", "v_proj"], modules_to_save=["model.norm"])
     expected = evaluate(model, "llama")
     model.merge_adapter()
@@ -82,8 +82,8 @@ def test_modules_trained_in_full_go_with_a_lora(tmp_path):
     torch.testing.assert_close(evaluate(lora, "llama"), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_fresh_head_that_stays_goes_with_a_lora(tmp_path):
-    """A plain base model draws another one."""
+def test_a_new_head_that_is_not_adapted_is_stored_in_a_lora(tmp_path):
+    """A plain base model has another random head."""
     build("bert").bert.save_pretrained(tmp_path / "encoder")
     base = BertForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=3)
     options = {"d": 40, "task_type": "SEQ_CLS", "exclude_modules": ["classifier"], "target_modules": ["query"]}
@@ -94,8 +94,8 @@ def test_a_fresh_head_that_stays_goes_with_a_lora(tmp_path):
     assert torch.equal(lora.classifier.modules_to_save["default"].weight, base.classifier.weight)
 
 
-def test_writing_into_a_moved_weight():
-    """It would be lost: the weight is computed anew at each read."""
+def test_writing_into_an_adapted_weight_raises():
+    """The value would be lost, because the weight is computed at each read."""
     model = trained("bert")
     weight = model.get_base_model().classifier.weight
     for write in (lambda: weight.copy_(torch.ones_like(weight)), lambda: nn.init.ones_(weight), lambda: weight.zero_()):
@@ -106,7 +106,7 @@ def test_writing_into_a_moved_weight():
     assert torch.equal(out, weight)
 
 
-def test_replicas_of_data_parallel():
+def test_replicas_of_data_parallel_raise():
     """Its copies of modules would read the parameters of the first device."""
     norm = trained("bert").get_base_model().bert.embeddings.LayerNorm
     with pytest.raises(RuntimeError, match=r"DistributedDataParallel .*CUDA_VISIBLE_DEVICES=0"):
@@ -135,7 +135,7 @@ def test_unknown_adapters_raise(call):
     assert torch.equal(evaluate(model, "bert"), expected)
 
 
-def test_without_casting_of_inputs_outputs_are_the_same():
+def test_disabling_input_casting_does_not_change_outputs():
     model = trained("bert")
     expected = evaluate(model, "bert")
     with disable_input_dtype_casting(model):
@@ -163,13 +163,13 @@ class Tokens(nn.Module):
         ({"target_modules": None, "exclude_modules": ["cls"]}, {"layers.0.up.bias", "layers.1.up.bias"}),
     ],
 )
-def test_parameters_at_the_root_are_left_out_as_others(options, moved):
+def test_parameters_of_the_root_can_be_excluded(options, moved):
     model = get_peft_model(Tokens(), IntrinsicConfig(**{"d": 20, "target_modules": "all", **options}))
     offsets = [layer.offsets["default"] for layer in model.base_model.tuner_layers()]
     assert {offset.name for each in offsets for offset in each.values()} == moved
 
 
-def test_unfrozen_parameters_get_their_gradient():
+def test_unfrozen_base_parameters_get_their_gradient():
     """As those of a plain layer do, however they are read."""
     torch.manual_seed(0)
     conv = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 2))
