@@ -44,11 +44,7 @@ def _checksum(config: IntrinsicConfig, vectors: Mapping[str, torch.Tensor]) -> s
 def vectors_to_save(
     config: IntrinsicConfig, adapter: str, state: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Select θ and λ of an adapter from a model's state dict, and store their checksum for the configuration's file.
-
-    Raises:
-        ValueError: the file could not be loaded, as θ or λ is incomplete or not finite, or the subspace file changed.
-    """
+    """Select θ and λ of an adapter from a model's state dict, and store their checksum for the configuration's file."""
     if config.embed_subspace and Subspace(str(config.subspace)).digest != config.subspace_digest:
         raise ValueError(
             f"subspace={config.subspace!r} has changed since the adapter was trained, so it cannot be embedded. "

@@ -15,11 +15,7 @@ STEP = 2**20
 
 
 def _backend(layer: Any, name: str) -> Any:
-    """PEFT's access to a quantized weight; None if the parameter is plain.
-
-    Raises:
-        ValueError: PEFT cannot merge into a weight that is quantized in this way.
-    """
+    """PEFT's access to a quantized weight; None if the parameter is plain."""
     base = layer.get_base_layer()
     data = layer.base_parameter(name).data
     if type(data) is torch.Tensor and data.is_floating_point() and data.element_size() > 1:

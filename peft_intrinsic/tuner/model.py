@@ -293,11 +293,7 @@ class IntrinsicModel(CheckedTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Apply `adapter_names`, one adapter for each sample of the batch.
-
-        Raises:
-            ValueError: `alora_offsets` is given.
-        """
+        """Apply `adapter_names`, one adapter for each sample of the batch."""
         if (offsets := kwargs.get("alora_offsets")) is not None:
             raise ValueError(f"alora_offsets={offsets!r} is only for activated LoRAs. Leave it out.")
         names = kwargs.get("adapter_names")

@@ -71,11 +71,7 @@ def is_excluded(config: Any, key: str) -> bool:
 
 
 def is_targeted(config: Any, key: str) -> bool:
-    """Whether `target_modules`, `layers_to_transform` and `layers_pattern` select a module, as in LoRA.
-
-    Raises:
-        ValueError: a regular expression takes too long.
-    """
+    """Whether `target_modules`, `layers_to_transform` and `layers_pattern` select a module, as in LoRA."""
     targets = config.target_modules
     if targets in KEYWORDS:
         targets = None
@@ -100,11 +96,7 @@ def is_targeted(config: Any, key: str) -> bool:
 
 
 def match_module(config: Any, key: str, model: nn.Module) -> Any:
-    """Answer PEFT's question whether a configuration targets a module: True, False, or PEFT's mark of an excluded one.
-
-    Raises:
-        ValueError: a regular expression takes too long.
-    """
+    """Answer PEFT whether a configuration targets a module: True, False, or PEFT's mark of an excluded one."""
     if is_foreign(key):
         return False
     key = canonical(key, model)
