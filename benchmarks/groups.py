@@ -135,7 +135,7 @@ def smallest(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
 
 
 def list_methods(kind: str, task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
-    """Methods of a group. `free` are the peers at d = 256 with a free head, at one learning rate or its own."""
+    """Methods of a group. `free` are those at d = 256 with a free head, at one learning rate or its own."""
     if kind == "smallest":
         return smallest(task)
     methods = peers(task)

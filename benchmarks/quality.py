@@ -12,7 +12,7 @@ Protocol: AdamW without weight decay, Trainer's default schedule (linear decay, 
 sentences of about the same length, bfloat16 autocast, on the accelerator where there is one (rows without "device" are
 of a CPU). sst2: 4,000 phrases, 250 batches of 32, accuracy and cross-entropy on the 872 of the validation set;
 sst2_150, for larger encoders: 150 batches. rotten_tomatoes: 4,000 sentences, as many batches, 1,000 held out;
-rotten_tomatoes_apart: without those that share a sentence with sst2's validation set. mrpc: 3,668 pairs, 500 batches of
+rotten_tomatoes_apart: without those that contain a sentence of sst2's validation set. mrpc: 3,668 pairs, 500 batches of
 16, on validation and test together (2,133); mrpc_250: 250 of them. reviews, for decoders: the words of rotten_tomatoes,
 150 batches of 8, accuracy and cross-entropy of the next token.
 sst2 and mrpc are read from --data, which has GLUE's files as JSON lines. The encoders are sentence encoders, tuned on

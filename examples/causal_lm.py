@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model through d numbers with Trainer.
+"""Fine-tune a causal language model with Trainer by training only d parameters.
 
 python examples/causal_lm.py --model HuggingFaceTB/SmolLM2-135M --dataset wikitext/wikitext-2-raw-v1
 python examples/causal_lm.py --model PATH --train corpus.txt
@@ -18,7 +18,7 @@ from peft_intrinsic import IntrinsicConfig
 
 
 def blocks(data: Dataset, tokenizer: Any, length: int) -> Dataset:
-    """The text as token blocks of equal length."""
+    """Cut the text into token blocks of equal length."""
 
     def cut(rows: dict[str, list]) -> dict[str, list]:
         tokens = list(chain.from_iterable(tokenizer(rows["text"])["input_ids"]))
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--dataset", help="Hub name, with its configuration after a colon")
     parser.add_argument("--train", help="text file")
     parser.add_argument("--d", type=int, default=1000)
-    parser.add_argument("--targets", help="such as all-linear; without it norms, biases and head")
+    parser.add_argument("--targets", help="such as all-linear (default: norms, biases and head)")
     parser.add_argument("--length", type=int, default=128, help="tokens in a block")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=2e-4)
@@ -46,7 +46,7 @@ def main() -> None:
     elif args.train:
         data = load_dataset("text", data_files=args.train, split="train")
     else:
-        parser.error("name the data: --dataset or --train")
+        parser.error("no data: pass --dataset or --train")
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")

@@ -1,4 +1,4 @@
-"""Whether a classifier collapsed in training, and what to try then."""
+"""Report of a collapsed training run, with advice."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def report_collapse(predicted: ArrayLike, labels: ArrayLike, learning_rate: floa
     """Print a warning if a model is no better than the majority class, or predicts one class for all examples.
 
     Args:
-        predicted, labels: the class of each example, from 0.
-        learning_rate: of the training, for the advice.
+        predicted, labels: class of each example, from 0.
+        learning_rate: learning rate of the run, for the advice.
     """
     predicted, labels = np.asarray(predicted), np.asarray(labels)
     accuracy, majority = float(np.mean(predicted == labels)), float(np.bincount(labels).max() / len(labels))

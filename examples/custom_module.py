@@ -1,4 +1,4 @@
-"""A plain torch module trained through d numbers, in a plain training loop: handwritten digits from scikit-learn.
+"""Train a torch module on scikit-learn's handwritten digits with d parameters, in a plain training loop.
 
 python examples/custom_module.py --d 300
 """
@@ -17,7 +17,7 @@ from peft_intrinsic import IntrinsicConfig
 
 
 def network() -> nn.Module:
-    """The start of a random network is part of the adapter's base: fix it."""
+    """Build the network. Its random start is part of the adapter's base, so it has a fixed seed."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Unflatten(1, (1, 8)),

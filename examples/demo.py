@@ -36,7 +36,7 @@ from datasets import DatasetDict
 from matplotlib.figure import Figure
 from peft import get_peft_model
 from sklearn.linear_model import LogisticRegression
-from text_classification import accuracy_after, adapter_size, evaluate, save, tokenised, trainer
+from text_classification import accuracy_after, adapter_size, evaluate, save, tokenize, trainer
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from peft_intrinsic import IntrinsicConfig
@@ -103,7 +103,7 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(path, **task.head_options())
     model = get_peft_model(model, IntrinsicConfig(d=args.d, task_type="SEQ_CLS"))
     model.print_trainable_parameters()
-    data = tokenised(task, tokenizer, model.config.label2id)
+    data = tokenize(task, tokenizer, model.config.label2id)
     # Batches of sentences of similar length waste little time on padding.
     options = {"train_sampling_strategy": "group_by_length", "disable_tqdm": False}
     # The learning rate is the best on validation data (benchmarks/demos.py).

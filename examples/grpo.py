@@ -1,9 +1,10 @@
-"""Teach a chat model to answer, through d numbers, with TRL's GRPOTrainer: sums that end with the right number.
+"""Train d parameters of a chat model with TRL's GRPOTrainer, so that its answers to sums end with the total.
 
     python examples/grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-Much of what such training gains is a form of answer that one can also ask for. So the untrained model is scored twice:
-on the bare question, and on the one that training sees, which asks for the form. The second is what no number buys.
+Much of the gain of such training is the form of the answer, which a prompt can request as well. So the untrained model
+is scored twice: on the bare question, and on the question of training, which requests the form. The second score is the
+baseline.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ FORM = " Answer with the sum alone and stop."
 
 
 def questions(count: int, seed: int, form: str = "") -> Dataset:
-    """Sums of two numbers up to 20, as chats: columns `prompt` and `total`."""
-    draw = Random(seed)
-    pairs = [(draw.randint(1, 20), draw.randint(1, 20)) for _ in range(count)]
+    """Make chats about sums of two numbers up to 20: columns `prompt` and `total`."""
+    random = Random(seed)
+    pairs = [(random.randint(1, 20), random.randint(1, 20)) for _ in range(count)]
     chats = [[{"role": "user", "content": f"What is {a} + {b}?{form}"}] for a, b in pairs]
     return Dataset.from_dict({"prompt": chats, "total": [a + b for a, b in pairs]})
 
 
 def ends_with_the_total(completions: list[Any], total: list[int], **rest: Any) -> list[float]:
-    """1 where the answer ends with the right number, with or without a full stop, else 0."""
+    """Reward 1 if the answer ends with the total, with or without a period, else 0."""
     answers = [chat[0]["content"].strip() for chat in completions]
     return [float(re.search(rf"\b{n}\.?$", answer) is not None) for answer, n in zip(answers, total, strict=True)]
 
 
 @torch.no_grad()
 def score(model: Any, tokenizer: Any, data: Dataset, length: int) -> float:
-    """Mean reward of greedy answers."""
+    """Compute the mean reward of greedy answers."""
     inputs = tokenizer.apply_chat_template(
         data["prompt"][:], add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
     ).to(model.device)
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--batch", type=int, default=32, help="answers in a step, 8 to each question")
-    parser.add_argument("--eval", type=int, default=100, help="questions of the score, sums of the same range")
+    parser.add_argument("--eval", type=int, default=100, help="questions for the score")
     parser.add_argument("--length", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--out", default="runs/grpo")
     args = parser.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
     model = get_peft_model(model, IntrinsicConfig(d=args.d, task_type="CAUSAL_LM"))
     model.print_trainable_parameters()
-    bare, asked = (score(model, tokenizer, questions(args.eval, 1, form), args.length) for form in ("", FORM))
+    bare, prompted = (score(model, tokenizer, questions(args.eval, 1, form), args.length) for form in ("", FORM))
 
     trainer = GRPOTrainer(
         model=model,
@@ -90,7 +91,7 @@ def main() -> None:
     trainer.train()
     model.save_pretrained(args.out)
     after = score(model, tokenizer, questions(args.eval, 1, FORM), args.length)
-    print(f"right: {bare:.2f} untrained, {asked:.2f} asked for the form, {after:.2f} trained with d={args.d}")
+    print(f"reward: {bare:.2f} untrained, {prompted:.2f} prompted for the form, {after:.2f} trained with d={args.d}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""d90 of your own network and training loop: how few numbers train a classifier of digits.
+"""Measure d90 of a torch module in a plain training loop: a classifier of digits.
 
     python examples/measure.py [--ray] [--out runs/digits]
 
-Needs the extra `measure` (in the clone: `pip install '.[measure]'`). --ray runs trials side by side and needs `ray`.
-Stop it and start it again: it goes on where it was. The report and the plot are in the folder.
+Needs the extra `measure` (in the clone: `pip install '.[measure]'`). --ray runs trials in parallel and needs `ray`. An
+interrupted run resumes. Report and plot are written to the folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft_intrinsic.measure import RayEngine, grid, measure_intrinsic_dimension,
 
 
 def fit(d: int | None, seed: int, learning_rate: float) -> float:
-    """Train once, d numbers or (None) all weights, and return the accuracy on held-out digits."""
+    """Train once, d parameters or (None) all weights, and return the accuracy on held-out digits."""
     x, y = load_digits(return_X_y=True)
     parts = train_test_split(x / 8 - 1, y, test_size=500, stratify=y, random_state=0)
     train_x, test_x = (torch.tensor(part, dtype=torch.float32) for part in parts[:2])

@@ -1,4 +1,4 @@
-"""d90 of an existing Trainer script: a function `fit` and the call that takes it are all that is added.
+"""Measure d90 with an existing Trainer script, by adding a function `fit` and one call.
 
     python examples/measure_trainer.py --model PATH --train train.csv --eval dev.csv --text text --label label
 
@@ -35,17 +35,17 @@ def main() -> None:
     def fit(d: int | None, seed: int, learning_rate: float) -> float:
         model = AutoModelForSequenceClassification.from_pretrained(args.model, **head)
         paper = IntrinsicConfig(d=d or 1000, seed=seed, target_modules="all", projection="global", task_type="SEQ_CLS")
-        adapted = get_peft_model(model, paper)  # θ is zero, and the fresh head that of every trial
+        adapted = get_peft_model(model, paper)  # θ is zero, and the new head is the same in every trial
         started = adapted if d else adapted.merge_and_unload().requires_grad_(True)
         run = trainer(started, tokenizer, data, learning_rate=learning_rate, seed=seed, num_train_epochs=args.epochs)
         run.train()
         return run.evaluate()["eval_accuracy"]
 
-    shares = np.bincount(data["eval"]["labels"]) / len(data["eval"])
+    fractions = np.bincount(data["eval"]["labels"]) / len(data["eval"])
     result = measure_intrinsic_dimension(
         fit,
         grid(*args.dims),
-        majority=float(shares.max()),
+        majority=float(fractions.max()),
         learning_rates=("auto", "auto"),
         trials=args.trials,
         out=args.out,

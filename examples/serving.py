@@ -1,10 +1,10 @@
-"""One model, many users: every request of a batch is answered with its own user's adapter.
+"""Serve many users with one model: each request of a batch uses its own adapter.
 
 python examples/serving.py --model HuggingFaceTB/SmolLM2-135M-Instruct --adapters runs/ann runs/bob \\
     --ask "0:How was the film?" "1:How was the film?" "base:How was the film?"
 
-A request is the number of an adapter, in the order given, or `base` for the plain model, a colon, and a prompt. The
-adapters must share their configuration (d, seed, targets …), as adapters of one service do.
+A request is the index of an adapter (from 0) or `base`, a colon, and a prompt. The adapters must have the same
+configuration (d, seed, targets …).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     base = AutoModelForCausalLM.from_pretrained(args.model)
-    model = PeftModel.from_pretrained(base, args.adapters[0]).eval()  # lends its projection to all
+    model = PeftModel.from_pretrained(base, args.adapters[0]).eval()  # its projection is used for all
     bank = AdapterBank.from_pretrained(model, args.adapters)
 
     batch = tokenizer([prompt for _, prompt in requests], return_tensors="pt", padding=True)

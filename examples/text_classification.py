@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier through d numbers with Trainer.
+"""Fine-tune a text classifier with Trainer by training only d parameters.
 
     python examples/text_classification.py --dataset nyu-mll/glue:mrpc --text sentence1,sentence2
     python examples/text_classification.py --model PATH --train train.csv --eval dev.csv --text text --label label
@@ -36,12 +36,12 @@ LABELS = "labels.json"
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
-    """Share of right answers."""
+    """Compute the fraction of correct predictions."""
     return {"accuracy": float(np.mean(prediction.predictions.argmax(-1) == prediction.label_ids))}
 
 
 def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Options that name the data, for `load`."""
+    """Add options that name the data, for `load`."""
     kinds = "CSV, TSV, JSON-lines or Parquet file"
     parser.add_argument("--train", required=required, help=kinds)
     parser.add_argument("--eval", required=required, help=f"{kinds} that training does not see")
@@ -52,7 +52,7 @@ def add_data_options(parser: argparse.ArgumentParser, required: bool = True) -> 
 
 
 def load(train: str, eval: str, text: list[str], label: str, dataset: str | None = None) -> Task:
-    """Checked data of files, or of splits of a dataset.
+    """Load and check data of files, or of splits of a dataset.
 
     Raises:
         SystemExit: the data cannot be used.
@@ -63,17 +63,17 @@ def load(train: str, eval: str, text: list[str], label: str, dataset: str | None
         raise SystemExit(str(error)) from None
 
 
-def tokenised(task: Task, tokenizer: Any, label2id: dict[str, int]) -> DatasetDict:
-    """Model inputs, and `labels` as indexes.
+def tokenize(task: Task, tokenizer: Any, label2id: dict[str, int]) -> DatasetDict:
+    """Tokenize the data into model inputs, with `labels` as indices.
 
     Raises:
-        SystemExit: the data have a label that the model does not.
+        SystemExit: the data have a label that the model lacks.
     """
 
     def inputs(rows: dict[str, list[Any]]) -> dict[str, Any]:
         names = [task.name_class(value) for value in rows[str(task.label)]]
         if unknown := sorted({*names} - {*label2id}):
-            raise SystemExit(f"labels {unknown} are none of the model's, {list(label2id)}.")
+            raise SystemExit(f"The model has no labels {unknown}, only {list(label2id)}. Use data with its labels.")
         texts = [rows[column] for column in task.columns]
         return {**tokenizer(*texts, truncation=True, max_length=128), "labels": [label2id[name] for name in names]}
 
@@ -81,13 +81,13 @@ def tokenised(task: Task, tokenizer: Any, label2id: dict[str, int]) -> DatasetDi
 
 
 def from_files(args: argparse.Namespace, tokenizer: Any) -> tuple[DatasetDict, dict[str, Any]]:
-    """Model inputs of `--train` and `--eval`, and the arguments of `from_pretrained` that name the labels."""
+    """Load `--train` and `--eval` as model inputs, with the arguments of `from_pretrained` that name the labels."""
     task = load(args.train, args.eval, args.text, args.label)
-    return tokenised(task, tokenizer, task.head_options()["label2id"]), task.head_options()
+    return tokenize(task, tokenizer, task.head_options()["label2id"]), task.head_options()
 
 
 def trainer(model: Any, tokenizer: Any, data: DatasetDict, **arguments: Any) -> Trainer:
-    """A Trainer with the documented learning rate."""
+    """Make a Trainer with the documented learning rate."""
     options: dict[str, Any] = {
         "output_dir": "runs/trainer",
         "learning_rate": LEARNING_RATE,
@@ -110,25 +110,25 @@ def trainer(model: Any, tokenizer: Any, data: DatasetDict, **arguments: Any) -> 
 
 
 def adapter_size(folder: str | Path) -> int:
-    """Bytes of an adapter's weights and configuration."""
+    """Return the size of an adapter's weights and configuration in bytes."""
     return sum(Path(folder, name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json"))
 
 
 def accuracy_after(run: Trainer) -> float:
-    """Accuracy of a trained model on the eval part; a collapse is reported."""
-    found = run.predict(run.eval_dataset, metric_key_prefix="eval")
-    report_collapse(found.predictions.argmax(-1), found.label_ids, run.args.learning_rate)
-    return found.metrics["eval_accuracy"]
+    """Compute the accuracy of a trained model on the eval part, and report a collapse."""
+    output = run.predict(run.eval_dataset, metric_key_prefix="eval")
+    report_collapse(output.predictions.argmax(-1), output.label_ids, run.args.learning_rate)
+    return output.metrics["eval_accuracy"]
 
 
 def save(model: Any, folder: str | Path) -> None:
-    """The adapter, with the names of the labels: an adapter's own files do not have them."""
+    """Save the adapter with the names of the labels, which its own files lack."""
     model.save_pretrained(folder)
     Path(folder, LABELS).write_text(json.dumps(list(model.config.label2id)), encoding="utf-8")
 
 
 def evaluate(folder: str, task: Task) -> float:
-    """Accuracy of a saved adapter on the eval part."""
+    """Compute the accuracy of a saved adapter on the eval part."""
     if (saved := Path(folder, LABELS)).exists():
         names = json.loads(saved.read_text(encoding="utf-8"))
         head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -136,7 +136,7 @@ def evaluate(folder: str, task: Task) -> float:
         head = task.head_options()
     model = AutoPeftModelForSequenceClassification.from_pretrained(folder, **head)
     tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)
-    return trainer(model, tokenizer, tokenised(task, tokenizer, head["label2id"])).evaluate()["eval_accuracy"]
+    return trainer(model, tokenizer, tokenize(task, tokenizer, head["label2id"])).evaluate()["eval_accuracy"]
 
 
 def main() -> None:
@@ -159,7 +159,7 @@ def main() -> None:
     held_out = args.eval or (args.dataset and "validation")
     train = held_out if args.evaluate else args.train or (args.dataset and "train")
     if not (train and held_out):
-        parser.error("name the data: --dataset, or --train and --eval")
+        parser.error("no data: pass --dataset, or --train and --eval")
     task = load(train, held_out, args.text, args.label, args.dataset)
     if args.evaluate:
         print(f"accuracy {evaluate(args.evaluate, task):.4f}")
@@ -173,7 +173,7 @@ def main() -> None:
     run = trainer(
         model,
         tokenizer,
-        tokenised(task, tokenizer, model.config.label2id),
+        tokenize(task, tokenizer, model.config.label2id),
         learning_rate=args.lr,
         num_train_epochs=args.epochs,
     )

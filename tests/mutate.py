@@ -1,7 +1,7 @@
-"""A mutation check: small faults are put into projection/ and tuner/ one at a time, and the tests must notice each.
+"""Mutation check: small faults are put into the package one at a time, and the tests must notice each.
 
-The list of faults is the same at every run. One that no test notices is printed as `survived`: either the program means
-the same with it, or an assertion is missing. It works where processes can be forked (Linux, macOS).
+The list of faults is the same in every run. A fault that no test notices is printed as `survived`: either it changes
+nothing, or an assertion is missing. Processes are forked, which works on Linux and macOS.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ TESTS = {
     "tuner/to_lora.py": "tuner/test_lora",
     "tuner/vector.py": "tuner/test_mixed tuner/test_precision tuner/test_gradients tuner/test_loading",
 }
-"""The tests that belong to a file, fastest first."""
+"""Tests of each file, fastest first."""
 
 FEWER = "not (roberta or distilbert or electra or qwen2 or gemma or bart or whisper or mamba or moe or n8192)"
-"""Pytest's choice among them: fewer families and no huge block, for speed."""
+"""Selection of tests by pytest: fewer families and no huge block, for speed."""
 
 NAMED = r"""
 tuner/head.py    | words(0, "head", name, parameter.numel())) * std | words(0, "other", name, parameter.numel())) * 0.06
@@ -82,7 +82,7 @@ tuner/modules.py | self.train(base_layer.training)                  | pass
 tuner/vector.py  | if not self.training or not distributed          | if not distributed
 tuner/vector.py  | if not self.training or not distributed          | if self.training or not distributed
 """
-"""Faults that once went unnoticed: file, text, and what takes its place."""
+"""Faults that once went unnoticed: file, text and replacement."""
 
 HEAVY = ["torch", "torch._dynamo", "scipy.special", "transformers", "peft", "regex", "hypothesis", "pytest"]
 HEAVY += [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "gpt2", "llama", "t5", "vit")]
@@ -95,7 +95,7 @@ NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: a file's text from `start` to `stop`, in bytes, becomes `new`."""
+    """A fault: the bytes `start` to `stop` of a file are replaced by `new`."""
 
     file: str
     start: int
@@ -113,8 +113,8 @@ class Mutant:
         return f"{self.file}:{line}  {' '.join(old.split())}  →  {self.new}"
 
 
-def altered(node: ast.AST) -> Iterator[str]:
-    """What may take the place of a node."""
+def alter(node: ast.AST) -> Iterator[str]:
+    """Yield replacements of a node."""
     if isinstance(node, ast.Compare):
         for i, operator in enumerate(node.ops):
             ops = [*node.ops[:i], OPERATORS[type(operator)](), *node.ops[i + 1 :]]
@@ -134,40 +134,40 @@ def altered(node: ast.AST) -> Iterator[str]:
 
 
 def nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """A node and all below it that can be altered: no annotation, no error that is raised, no text."""
+    """Yield a node and its descendants without annotations, raised errors and texts."""
     yield node
     for field, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
-            left_out = field in ("annotation", "returns", "exc") or isinstance(child, ast.JoinedStr)
-            if isinstance(child, ast.AST) and not left_out:
+            skipped = field in ("annotation", "returns", "exc") or isinstance(child, ast.JoinedStr)
+            if isinstance(child, ast.AST) and not skipped:
                 yield from nodes(child)
 
 
-def mutants(file: str, count: int) -> list[Mutant]:
-    """The named faults of a file, then at most `count` others, in the order of the text.
+def make_mutants(file: str, count: int) -> list[Mutant]:
+    """Make the named faults of a file, then at most `count` others in the order of the text.
 
     Raises:
-        LookupError: the text of a named fault is not there, or more than once.
+        LookupError: the text of a named fault does not occur exactly once.
     """
     source = (PACKAGE / file).read_bytes()
-    found = []
+    named = []
     for own, old, new in (map(str.strip, line.split(" | ")) for line in NAMED.strip().splitlines()):
         if own == file:
             before, *rest = source.split(old.encode())
             if len(rest) != 1:
-                raise LookupError(f"{file} has {old!r} {len(rest)} times, not once: change NAMED.")
-            found.append(Mutant(file, len(before), len(source) - len(rest[0]), new))
+                raise LookupError(f"{file} has {old!r} {len(rest)} times. Update NAMED.")
+            named.append(Mutant(file, len(before), len(source) - len(rest[0]), new))
     starts = [0, *accumulate(map(len, source.splitlines(keepends=True)))]
     others = [
         Mutant(file, starts[n.lineno - 1] + n.col_offset, starts[n.end_lineno - 1] + n.end_col_offset, new)
         for n in nodes(ast.parse(source))
-        for new in altered(n)
+        for new in alter(n)
     ]
-    return found + sorted(random.Random(file).sample(others, min(count, len(others))), key=lambda other: other.start)
+    return named + sorted(random.Random(file).sample(others, min(count, len(others))), key=lambda other: other.start)
 
 
-def tested(mutant: Mutant | None, paths: list[str], limit: int) -> str:
-    """Run tests on a copy of the package, in a process of its own: `survived`, `killed` or `timed out`."""
+def run_tests(mutant: Mutant | None, paths: list[str], limit: int) -> str:
+    """Run tests on a copy of the package in a new process. Return `survived`, `killed` or `timed out`."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(PACKAGE, Path(folder, PACKAGE.name))
         if mutant:
@@ -186,7 +186,7 @@ def tested(mutant: Mutant | None, paths: list[str], limit: int) -> str:
 
 
 def main() -> None:
-    """Make the faults, run the tests on each, print what came of it."""
+    """Run the tests with each fault, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*", metavar="FILES", help=f"such as {next(iter(TESTS))}; by default all")
     parser.add_argument("--per-file", type=int, default=6, metavar="N", help="faults of each file (default 6)")
@@ -194,7 +194,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.files) - set(TESTS):
         parser.error(f"no tests belong to {', '.join(sorted(unknown))}")
-    chosen = {file: mutants(file, options.per_file) for file in options.files or TESTS}
+    chosen = {file: make_mutants(file, options.per_file) for file in options.files or TESTS}
 
     os.chdir(ROOT)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -205,11 +205,11 @@ def main() -> None:
     for file, faults in chosen.items():
         paths = [f"tests/{path}.py" for path in TESTS[file].split()]
         began = time.monotonic()
-        if tested(None, paths, 1800) != "survived":
+        if run_tests(None, paths, 1800) != "survived":
             raise RuntimeError(f"{' '.join(paths)} fail without any fault.")
         limit = 20 + 3 * int(time.monotonic() - began)
         for mutant in faults:
-            counts[result := tested(mutant, paths, limit)] += 1
+            counts[result := run_tests(mutant, paths, limit)] += 1
             print(f"{result:10}{mutant}", flush=True)
     print(", ".join(f"{counts[result]} {result}" for result in ("killed", "survived", "timed out")))
 

@@ -1,7 +1,7 @@
-"""Programs that never import this package load its adapters: `python tests/programs.py [PROGRAM …]`, without pytest.
+"""Check that other programs load adapters without importing this package: `python tests/programs.py [PROGRAM …]`.
 
-`make test-programs` runs it in an environment of its own. Each program runs on a tiny random model as it is, with an
-adapter, and with the adapter merged; the second and third result must agree, and differ from the first.
+`make test-programs` runs it in its own environment, without pytest. Each program runs on a tiny random model, on the
+model with an adapter, and with the adapter merged. The last two results must agree, and differ from the first.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ print(json.dumps(model.encode(["a very good film", "bad"]).tolist()))
 
 
 def save(model: PreTrainedModel, folder: Path) -> str:
-    """A model and its tokenizer. Its matrices are as large as trained ones, so that its output depends on them."""
+    """Save a model and its tokenizer. Its weights are scaled to trained ones, so that its output depends on them."""
     for parameter in model.parameters():
         parameter.data.mul_(8 if parameter.dim() > 1 else 1)
     model.save_pretrained(folder)
@@ -71,8 +71,8 @@ def save(model: PreTrainedModel, folder: Path) -> str:
     return str(folder)
 
 
-def decoders(folder: Path) -> tuple[str, str, str]:
-    """A base model, an adapter, and both merged, on disk."""
+def save_decoders(folder: Path) -> tuple[str, str, str]:
+    """Save a base model, an adapter, and both merged."""
     base = save(LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **SIZES)), folder / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), IntrinsicConfig(**OPTIONS))
     model.save_pretrained(folder / "adapter")
@@ -84,13 +84,13 @@ def decoders(folder: Path) -> tuple[str, str, str]:
     return base, str(folder / "adapter"), str(folder / "merged")
 
 
-def ran(*command: str, cwd: Path) -> str:
-    """What a program prints. It finds the installed package alone, and no Hub."""
-    there = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+def run(*command: str, cwd: Path) -> str:
+    """Run a program with the installed package and without the Hub. Return its output."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = (str(Path(sys.executable).parent / command[0]), *command[1:])
     print("$", *command, flush=True)
     done = subprocess.run(
-        command, cwd=cwd, env={**there, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
+        command, cwd=cwd, env={**environment, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
     )
     if done.returncode:
         sys.exit(done.stderr)
@@ -98,20 +98,20 @@ def ran(*command: str, cwd: Path) -> str:
 
 
 def compare(name: str, base: float, adapter: float, merged: float) -> None:
-    """Print three results, and stop where they are not what they must be."""
+    """Print three results, and exit with an error if they are wrong."""
     print(f"{name}: base {base:.6f}, adapter {adapter:.6f}, merged {merged:.6f}", flush=True)
     if not math.isclose(adapter, merged, rel_tol=1e-4) or math.isclose(adapter, base, rel_tol=1e-2):
         sys.exit(f"{name} did not use the adapter")
 
 
 def lm_eval(folder: Path) -> None:
-    """The evaluation harness, on a local task."""
-    base, adapter, merged = decoders(folder)
+    """Run the evaluation harness on a local task."""
+    base, adapter, merged = save_decoders(folder)
     (folder / "films.yaml").write_text(LM_EVAL_TASK)
     perplexities = []
     for model in (base, f"{base},peft={adapter}", merged):
         options = ["--tasks", "films", "--include_path", ".", "--device", "cpu", "--output_path", "out.json"]
-        ran("lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32", *options, cwd=folder)
+        run("lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32", *options, cwd=folder)
         [path] = folder.glob("out*.json")
         perplexities.append(json.loads(path.read_text())["results"]["films"]["word_perplexity,none"])
         path.unlink()
@@ -119,8 +119,8 @@ def lm_eval(folder: Path) -> None:
 
 
 def trl(folder: Path) -> None:
-    """TRL's `sft` command. It takes an adapter from a `--model_name_or_path` that has the base model's files too."""
-    base, adapter, merged = decoders(folder)
+    """Run TRL's `sft` command. Its `--model_name_or_path` has the files of an adapter and of the base model."""
+    base, adapter, merged = save_decoders(folder)
     shutil.copytree(base, adapter, dirs_exist_ok=True)
     losses = []
     for model in (base, adapter, merged):
@@ -128,7 +128,7 @@ def trl(folder: Path) -> None:
         options |= {"dtype": "float32", "bf16": False, "logging_steps": 1, "save_steps": 1, "report_to": "none"}
         options |= {"per_device_train_batch_size": len(ROWS), "seed": 0}
         arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        ran("trl", "sft", "--model_name_or_path", model, *arguments, cwd=folder)
+        run("trl", "sft", "--model_name_or_path", model, *arguments, cwd=folder)
         state = json.loads((folder / "out/checkpoint-1/trainer_state.json").read_text())
         losses.append(state["log_history"][0]["loss"])
         if model == adapter:
@@ -139,7 +139,7 @@ def trl(folder: Path) -> None:
 
 
 def sentence_transformers(folder: Path) -> None:
-    """A model saved with its adapter, and an adapter loaded into a model."""
+    """Load a model saved with its adapter, and an adapter into a model."""
     base = save(BertModel(BertConfig(vocab_size=len(WORDS), **SIZES)), folder / "base")
     model = SentenceTransformer(modules=[Transformer(base), Pooling(SIZES["hidden_size"])], device="cpu")
     model.save(str(folder / "plain"))
@@ -151,14 +151,14 @@ def sentence_transformers(folder: Path) -> None:
 
     (folder / "encode.py").write_text(SENTENCES)
 
-    def embedded(*arguments: str) -> torch.Tensor:
-        return torch.tensor(json.loads(ran("python", "encode.py", *arguments, cwd=folder)))
+    def embed(*arguments: str) -> torch.Tensor:
+        return torch.tensor(json.loads(run("python", "encode.py", *arguments, cwd=folder)))
 
-    plain = (embedded("plain") - expected).abs().max().item()
+    plain = (embed("plain") - expected).abs().max().item()
     print(f"sentence-transformers, largest difference: base {plain:.6f}")
     assert plain > 0.01
     for arguments in (["model"], ["plain", "model"]):
-        torch.testing.assert_close(embedded(*arguments), expected)
+        torch.testing.assert_close(embed(*arguments), expected)
     print("sentence-transformers, largest difference: adapter 0")
 
 

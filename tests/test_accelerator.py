@@ -1,4 +1,4 @@
-"""The same on a CUDA device as on the processor: outputs, gradients, files, masks, banks, other code's devices."""
+"""Outputs, gradients, files, masks and banks are the same on a CUDA device as on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEVICE = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
-"""Other kernels add up in another order; float32 throughout."""
+"""Tolerance of float32, because other kernels add up in another order."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,43 +26,43 @@ def _plain_float32():
         yield
 
 
-def there(inputs):
+def to_device(inputs):
     return {name: value.to(DEVICE) for name, value in inputs.items()}
 
 
 def run(model, inputs):
-    """Logits, and the gradient of every trained parameter."""
+    """Return the logits, and the gradient of every trainable parameter."""
     model.zero_grad()
-    found = model(**inputs)
-    logits = found if isinstance(found, torch.Tensor) else found.logits
+    output = model(**inputs)
+    logits = output if isinstance(output, torch.Tensor) else output.logits
     logits.square().mean().backward()
     grads = {n: p.grad.clone().cpu() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     return logits.detach().cpu(), grads
 
 
 def compare(model, family):
-    here, grads = run(model, batch(family))
-    other, moved = run(model.to(DEVICE), there(batch(family)))
-    torch.testing.assert_close(other, here, **CLOSE)
+    expected, grads = run(model, batch(family))
+    actual, others = run(model.to(DEVICE), to_device(batch(family)))
+    torch.testing.assert_close(actual, expected, **CLOSE)
     assert grads
-    assert grads.keys() == moved.keys()
+    assert grads.keys() == others.keys()
     for name, grad in grads.items():
-        torch.testing.assert_close(moved[name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()), msg=name)
+        torch.testing.assert_close(others[name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()), msg=name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "options", [{}, {"said": True}, {"target_modules": "norms-and-biases", "d": 40}], ids=["did", "said", "vectors"]
 )
-def test_a_model_that_moves_there_gives_the_same(family, options):
+def test_a_model_moved_to_the_device_has_the_same_outputs_and_gradients(family, options):
     compare(trained(family, **options), family)
 
 
-def test_an_adapter_made_there_is_the_same_adapter(tmp_path):
+def test_an_adapter_saved_on_the_device_loads_on_either(tmp_path):
     config = {"d": 200, "target_modules": "all", "init_weights": False}
     here = get_peft_model(build("bert"), IntrinsicConfig(**config))
     model = get_peft_model(build("bert").to(DEVICE), IntrinsicConfig(**config))
-    expected = model(**there(batch("bert"))).logits
+    expected = model(**to_device(batch("bert"))).logits
     model.save_pretrained(tmp_path)
     for base in (build("bert"), build("bert").to(DEVICE)):
         loaded = PeftModel.from_pretrained(base, tmp_path)
@@ -73,10 +73,10 @@ def test_an_adapter_made_there_is_the_same_adapter(tmp_path):
     torch.testing.assert_close(here(**batch("bert")).logits, expected.cpu(), **CLOSE)
 
 
-def test_merging_there_and_back():
+def test_merge_then_unmerge_restores_base_weights_bitwise_on_the_device():
     model = trained("bert").to(DEVICE)
     before = {name: p.clone() for name, p in model.get_base_model().state_dict().items() if "intrinsic" not in name}
-    inputs = there(batch("bert"))
+    inputs = to_device(batch("bert"))
     with torch.no_grad():
         expected = model(**inputs).logits
         model.merge_adapter()
@@ -86,7 +86,7 @@ def test_merging_there_and_back():
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_masks_give_the_same():
+def test_masks_have_the_same_outputs_and_gradients():
     model = get_peft_model(build("bert"), SupermaskConfig(initial_sparsity=0.2)).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -95,9 +95,9 @@ def test_masks_give_the_same():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_trains_there(dtype):
+def test_half_precision_models_have_finite_float32_gradients(dtype):
     model = get_peft_model(build("bert").to(DEVICE, dtype), IntrinsicConfig(d=200))
-    logits = model(**there(batch("bert"))).logits
+    logits = model(**to_device(batch("bert"))).logits
     assert logits.dtype == dtype
     logits.float().square().mean().backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
@@ -105,10 +105,10 @@ def test_half_precision_trains_there(dtype):
     assert all(g.dtype == torch.float32 and g.isfinite().all() and g.any() for g in grads)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of Inductor, on what it chose
-def test_compiled_there():
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Inductor, on its choices
+def test_a_compiled_model_has_the_same_outputs_and_gradients():
     model = trained("bert").to(DEVICE)
-    inputs = there(batch("bert"))
+    inputs = to_device(batch("bert"))
     expected, grads = run(model, inputs)
     found, compiled = run(torch.compile(model, fullgraph=True), inputs)
     torch.testing.assert_close(found, expected, **CLOSE)
@@ -117,7 +117,7 @@ def test_compiled_there():
         torch.testing.assert_close(same, grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max()))
 
 
-def test_a_bank_serves_there():
+def test_a_bank_gives_the_same_outputs():
     numbers = torch.randn(3, 200, generator=torch.Generator().manual_seed(0)) / 500
     found = []
     for place in ("cpu", DEVICE):
@@ -128,16 +128,16 @@ def test_a_bank_serves_there():
     torch.testing.assert_close(found[1], found[0], **CLOSE)
 
 
-def test_a_packed_adapter_loads_there():
+def test_a_packed_adapter_loads_on_the_device():
     packed = compress(trained("bert"), 16)
     here = load_packed(build("bert"), packed).eval()
     model = load_packed(build("bert").to(DEVICE), packed).eval()
     with torch.no_grad():
-        found, expected = model(**there(batch("bert"))).logits, here(**batch("bert")).logits
+        found, expected = model(**to_device(batch("bert"))).logits, here(**batch("bert")).logits
     torch.testing.assert_close(found.cpu(), expected, **CLOSE)
 
 
-def test_distance_of_a_model_there_to_one_here():
+def test_distance_is_measured_between_devices():
     base = build("bert")
     tuned = copy.deepcopy(base).to(DEVICE)
     with torch.no_grad():

@@ -167,8 +167,8 @@ def test_trajectory(tmp_path):
     data = ["--model", base, "--train", "data.jsonl", "--eval", "data.jsonl"]
     small = ["--steps", "60", "--snapshots", "4", "--dim", "2", "--full-lr", "1e-3", "--lr", "3e-3"]
     out = run("trajectory.py", *data, *small, cwd=tmp_path)
-    assert re.search(r"bert\.encoder\.layer\.1: 2 directions explain (100\.0|9\d\.\d)% of the way", out), out
-    found = re.search(r"accuracy ([\d.]+) in full, ([\d.]+) with d=4 and the head; (\d+) bytes", out)
+    assert re.search(r"bert\.encoder\.layer\.1: 2 directions explain (100\.0|9\d\.\d)% of the change", out), out
+    found = re.search(r"accuracy ([\d.]+) fully fine-tuned, ([\d.]+) with d=4 and the head; (\d+) bytes", out)
     assert found, out
     assert float(found[1]) == float(found[2]) == 1.0
     assert int(found[3]) < 5000
@@ -207,7 +207,7 @@ def test_grpo(tmp_path, monkeypatch):
     tokenizer.save_pretrained(base)
     small = ["--d", "20", "--steps", "2", "--batch", "8", "--eval", "4", "--length", "4"]
     out = run("grpo.py", "--model", base, *small, cwd=tmp_path)
-    assert re.search(r"right: 0\.\d\d untrained, 0\.\d\d asked for the form, 0\.\d\d trained with d=20", out), out
+    assert re.search(r"reward: 0\.\d\d untrained, 0\.\d\d prompted for the form, 0\.\d\d trained with d=20", out), out
     assert json.loads((tmp_path / "runs/grpo/adapter_config.json").read_text())["d"] == 20
 
     monkeypatch.syspath_prepend(ROOT / "examples")

@@ -1,4 +1,4 @@
-"""Figures are drawn without pyplot, so that a notebook keeps its backend."""
+"""Figures are plotted without pyplot, so that a notebook keeps its backend."""
 
 import sys
 
@@ -25,8 +25,8 @@ def draw_critical_layers(path):
 
 
 @pytest.mark.parametrize("draw", [draw_heat_map, draw_sweep, draw_critical_layers])
-def test_drawing_a_figure_leaves_the_backend_of_the_process(draw, tmp_path, monkeypatch):
-    monkeypatch.setattr(matplotlib, "use", lambda *_: pytest.fail("the backend was switched"))
+def test_plotting_a_figure_does_not_change_the_backend_of_the_process(draw, tmp_path, monkeypatch):
+    monkeypatch.setattr(matplotlib, "use", lambda *_: pytest.fail("the backend was changed"))
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

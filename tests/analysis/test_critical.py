@@ -133,7 +133,7 @@ def test_a_frozen_sweep_trains_the_first_parts_and_resumes_without_repeating_tri
         frozen_sweep(fit, order, tmp_path, seeds=0)
 
 
-def test_without_restorable_parts_the_share_is_zero():
+def test_without_restorable_parts_nothing_can_be_restored():
     found = CriticalLayers(1.0, ["layer.0"], [0.5], [10], [0.5], 0.01)
     assert found.restorable == []
     assert found.share == 0
