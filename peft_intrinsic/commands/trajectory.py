@@ -42,7 +42,8 @@ def _build_settings(args: argparse.Namespace) -> dict[str, Any]:
             return [name_files(one) for one in value]
         return name_with_digest(Path(value)) if value and Path(value).exists() else value
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "out")}
+    options = vars(args) | {"debug": False}  # stored once, and without effect on a run
+    settings = {name: value for name, value in options.items() if name not in ("run", "out")}
     return as_stored(settings | {name: name_files(settings[name]) for name in FILE_OPTIONS if name in settings})
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from peft import PeftModel
 from test_documents import tiny
 from transformers import BertForSequenceClassification
 
+from peft_intrinsic.commands.trajectory import _build_settings
 from peft_intrinsic.text.labeled import LabeledTexts
 from peft_intrinsic.trajectory import Subspace, fit_subspace, snapshots
 from peft_intrinsic_cli import main
@@ -238,3 +240,8 @@ def test_invalid_options_are_reported_with_their_value(files, capsys, words, mes
     with pytest.raises(SystemExit, match="2"):
         run(*words, *more)
     assert message in capsys.readouterr().err
+
+
+def test_a_run_resumes_with_debug():
+    plain, debugging = (Namespace(debug=debug, out="runs/a", run=None, seed=0) for debug in (False, True))
+    assert _build_settings(debugging) == _build_settings(plain) == {"debug": False, "seed": 0}
