@@ -134,14 +134,11 @@ def critical_layers(
         raise ValueError(f"tolerance={tolerance!r} is not in [0, 1). Use 0.01, for example.")
     if any(isinstance(module, BaseTunerLayer) for module in tuned.modules()):
         raise ValueError("tuned has adapters. Merge them first: critical_layers(base, model.merge_and_unload(), …).")
-    places = base_parameters(tuned)
-    before: dict[str, torch.Tensor]
+    before: Any = base
     if isinstance(base, nn.Module):
-        before = {name: module._parameters[own] for name, (module, own) in base_parameters(base).items()}  # type: ignore[misc]
-    else:
-        before = dict(base)
+        before = {name: module._parameters[own] for name, (module, own) in base_parameters(base).items()}
     parameters: dict[str, Any] = {}
-    for name, (module, own) in places.items():
+    for name, (module, own) in base_parameters(tuned).items():
         parameter = module._parameters[own]
         if not any(parameter is known for known in parameters.values()):  # tied parameters once
             parameters[name] = parameter

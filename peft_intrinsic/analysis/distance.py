@@ -85,12 +85,8 @@ def compare(base: torch.Tensor, tuned: torch.Tensor, threshold: float) -> Sums:
     for u, v in zip(base.reshape(-1).split(CHUNK), tuned.reshape(-1).split(CHUNK), strict=True):
         u, v = u.detach().cpu().double(), v.detach().cpu().double()
         delta = v - u
-        total += Sums(
-            u.numel(),
-            0,
-            int((delta.abs() > threshold).sum()),
-            *(float(x) for x in (delta.abs().sum(), delta @ delta, u @ u, v @ v, delta @ (u + v))),
-        )
+        sums = map(float, (delta.abs().sum(), delta @ delta, u @ u, v @ v, delta @ (u + v)))
+        total += Sums(u.numel(), 0, int((delta.abs() > threshold).sum()), *sums)
     return total
 
 

@@ -120,8 +120,8 @@ def _compute_offsets(model: Any, adapter: str) -> dict[str, torch.Tensor]:
         for layer in model.modules()
         if isinstance(layer, IntrinsicLayer)
         for own, offset in layer.offsets.get(adapter, {}).items()
+        if block_of(offset.name)
     }
-    offsets = {name: offset for name, offset in offsets.items() if block_of(name)}
     if not offsets:
         raise ValueError(f"The model has no adapter={adapter!r} on numbered blocks. Name one of its adapters.")
     return offsets
@@ -138,12 +138,10 @@ def disable_outliers(model: nn.Module, outliers: Outliers) -> None:
     Raises:
         ValueError: the model lacks a parameter, or has it in another shape.
     """
-    places = base_parameters(model)
+    parameters: dict[str, Any] = {n: module._parameters[own] for n, (module, own) in base_parameters(model).items()}
     for name, shape in outliers.shapes.items():
-        if name not in places or tuple(places[name][0]._parameters[places[name][1]].shape) != shape:  # type: ignore[union-attr]
+        if name not in parameters or tuple(parameters[name].shape) != shape:
             raise ValueError(f"The model has no parameter {name} of shape {shape}. Load the one that was fine-tuned.")
     for name, index in outliers.indices.items():
-        module, own = places[name]
-        parameter: Any = module._parameters[own]
         if len(index):
-            parameter.view(-1)[torch.from_numpy(index).to(parameter.device)] = 0
+            parameters[name].view(-1)[torch.from_numpy(index).to(parameters[name].device)] = 0

@@ -41,8 +41,8 @@ class Reader:
         elif isinstance(source, nn.Module):
             model = source.get_base_model() if isinstance(source, PeftModel) else source
             added = _adapter_parameters(model)
-            places = base_parameters(model)
-            self._model = {n: m._parameters[p] for n, (m, p) in places.items() if id(m._parameters[p]) not in added}
+            parameters = {name: module._parameters[own] for name, (module, own) in base_parameters(model).items()}
+            self._model = {name: p for name, p in parameters.items() if id(p) not in added}
             if isinstance(source, PeftModel):
                 self._model |= _fully_trained(model)
         else:

@@ -36,14 +36,7 @@ def _half_steps(raw: np.ndarray) -> np.ndarray:
 
 
 def normals(raw: np.ndarray) -> np.ndarray:
-    """Convert raw words to standard normals on the grid, by the inverse distribution function.
-
-    Args:
-        raw: `uint64[...]`.
-
-    Returns:
-        `float64[...]`, each an odd multiple of half of `GRID`.
-    """
+    """Convert words `uint64[...]` to standard normals `float64[...]`, each an odd multiple of half of `GRID`."""
     return _half_steps(raw) * (GRID / 2)
 
 
