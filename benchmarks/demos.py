@@ -1,7 +1,7 @@
 """Tasks that the demo could show: this tuner beside regressions on features of the frozen encoder.
 
     python benchmarks/demos.py frozen TASK
-    python benchmarks/demos.py tune TASK [--d D] [--lr RATE] [--steps N] [--batch N] [--seed N] [--validation]
+    python benchmarks/demos.py tune TASK [--d D] [--lr LR] [--steps N] [--batch N] [--seed N] [--validation]
     python benchmarks/demos.py table
 
 The tasks: questions (TREC, six kinds of answers, 1,000 held out), reviews (Rotten Tomatoes, 1,000 held out), spam (SMS,
