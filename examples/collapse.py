@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from peft_intrinsic.measure.evidence import describe_collapse, is_collapsed
+from peft_intrinsic.measure.evidence import is_collapsed
+from peft_intrinsic.text.baselines import describe_collapse
 
 
 def report_collapse(predicted: ArrayLike, labels: ArrayLike, learning_rate: float) -> None:

@@ -108,7 +108,7 @@ def _describe(data: bytes, certificate: Certificate, texts: LabeledTexts) -> dic
         "certificate": certificate.to_dict(),
         "adapter": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
         "training_data": {"rows": certificate.n, "sha256": compute_digest(texts.task.data["train"])},
-        "max_length": texts.training.max_length,
+        "max_length": texts.training.options.max_length,
         "peft_intrinsic": __version__,
     }
 

@@ -70,7 +70,7 @@ def sweep(
     settings = {
         "base_model": base_digest(texts.base, reinitialized).hex(),
         "training_data": compute_digest(texts.task.data["train"]),
-        "max_length": texts.training.max_length,
+        "max_length": texts.training.options.max_length,
         **{"steps": steps, "tuning_steps": tuning_steps, "learning_rate": learning_rate, "seed": seed},
         "arguments": {name: texts.training.arguments[name] for name in ("per_device_train_batch_size",)},
     }

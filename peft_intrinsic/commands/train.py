@@ -13,8 +13,8 @@ from typing import Any
 from peft import get_peft_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ..measure.evidence import describe_collapse, is_collapsed
-from ..text.baselines import logistic_regression
+from ..measure.evidence import is_collapsed
+from ..text.baselines import describe_collapse, logistic_regression
 from ..text.options import TextOptions, check_arguments, complete_arguments
 from ..text.tasks import Task, load_task
 from ..text.training import TRAININGS
@@ -40,7 +40,7 @@ def train(args: argparse.Namespace) -> None:
     config, options = _build_config(args), _build_text_options(args)
     check_arguments(complete_arguments(options.arguments))
     task = load_task(options)
-    training = TRAININGS[task.task_type](args.model, task, args.max_length, arguments=options.arguments)
+    training = TRAININGS[task.task_type](options, task)
     data, base = training.data, training.load_base()
     majority = task.score_majority()
     scores, sizes = {} if majority is None else {"majority": majority}, {"after": f"d = {config.d}"}

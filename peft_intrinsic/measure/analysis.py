@@ -209,17 +209,11 @@ def build_result(store: Store, plan: Plan, stopped: str) -> Result:
     runs = evidence.get_runs(None)
     baseline = Baseline(curve.aggregate(runs), list(runs.scores), runs.collapsed, evidence.get_rate(None))
     named = {"score": baseline.level > 0, "gain": evidence.floor is not None}
-    fitted = dict(zip(*curve.fit()[:2], strict=True))
+    dims, fit, _ = curve.fit()
+    fitted = dict(zip(dims, map(float, fit), strict=True))
     points = [
-        Point(
-            d,
-            float(fitted[d]) if d in fitted else None,
-            list(runs.scores),
-            len(evidence.get_seeds(d)),
-            runs.collapsed,
-            evidence.get_rate(d),
-        )
-        for d, runs in curve.points.items()
+        Point(d, fitted.get(d), list(at.scores), len(evidence.get_seeds(d)), at.collapsed, evidence.get_rate(d))
+        for d, at in curve.points.items()
     ]
     return Result(
         answers={name: _build_answer(evidence, name, examples) for name, has_meaning in named.items() if has_meaning},

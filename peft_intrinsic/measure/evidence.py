@@ -12,7 +12,7 @@ import numpy as np
 from ..trials.engine import Trial
 from ..trials.runner import Row, unpack_correct
 from .curve import TINY, Curve, Runs
-from .plan import Plan
+from .plan import AUTO, Plan
 
 BELOW = 2
 """Number of smaller d whose learning rates help to choose that of a d."""
@@ -20,8 +20,8 @@ BELOW = 2
 TOLERATED = 0.1
 """Fraction of collapsed runs above which a learning rate is chosen only if no other has fewer."""
 
-DOCUMENTED = 2e-4
-"""The documented learning rate: a run at it, or below, that learned nothing was rather too short (docs/tuner.md)."""
+FACTOR, WIDENED = 4.0, 4
+"""Learning rates of `"auto"`: the ratio of neighbors, and the greatest number of further ones."""
 
 TUNING = 10_000
 """Seed on which learning rates are tried. Its scores choose, so they do not count."""
@@ -30,35 +30,6 @@ TUNING = 10_000
 def is_collapsed(score: float | None, floor: float | None) -> bool:
     """Check whether a run diverged, or is no better than the majority-class baseline."""
     return score is None or not math.isfinite(score) or (floor is not None and score <= floor + 1e-9)
-
-
-def describe_collapse(
-    score: float,
-    least: float,
-    learning_rate: float,
-    metric: str = "accuracy",
-    baseline: str = "majority class",
-    one_class: bool = False,
-) -> str:
-    """Say that a run collapsed, and what to try.
-
-    Args:
-        score: of the run.
-        least: of the baseline.
-        learning_rate: of the run.
-        metric: name of the score.
-        baseline: what the run is compared with.
-        one_class: whether the model predicts one class for every example.
-    """
-    return (
-        f"Training collapsed: the model {'predicts one class for every example' if one_class else 'learned nothing'}. "
-        f"Its {metric} is {score:.4f}, that of the {baseline} {least:.4f}. "
-        + (
-            f"Try a lower learning rate ({learning_rate / 4:g} instead of {learning_rate:g}), or a longer warm-up."
-            if learning_rate > DOCUMENTED
-            else "Train for more steps first, then try a learning rate of up to 4e-4 with a longer warm-up."
-        )
-    )
 
 
 class Evidence:
@@ -103,10 +74,10 @@ class Evidence:
         }
 
     def choose_rate(self, d: int | None) -> float | None:
-        """Choose among the learning rates tried at d: the least loss there and at `BELOW` smaller d.
+        """Choose the learning rate with the least loss at d and `BELOW` smaller d; the middle of equally good ones.
 
         One seed alone often prefers the worse of two that are nearly as good, and the best learning rate changes little
-        from one d to the next. Of equally good ones the middle is chosen; None if none was tried, or all diverged.
+        from one d to the next. None if none was tried, or all diverged.
         """
         below = [] if d is None else [at for at in self.get_tuned_dims() if at < d][-BELOW:]
         tried = self.get_tuning_scores(d)
@@ -119,15 +90,14 @@ class Evidence:
 
     def _pick(self, rates: Sequence[float], dims: Sequence[int | None]) -> float | None:
         stable = [rate for rate in rates if self.get_collapsed_fraction(dims[-1], rate) <= TOLERATED]
-        losses = {rate: sum(self._expect_loss(d, rate) for d in dims) for rate in stable or rates}
+        losses = {rate: sum(self._estimate_loss(d, rate) for d in dims) for rate in stable or rates}
         best = sorted(rate for rate, loss in losses.items() if loss <= min(losses.values()) + TINY)
         return best[len(best) // 2] if best else None
 
-    def _expect_loss(self, d: int | None, rate: float) -> float:
-        """Expected difference to the best score of a d, at a learning rate or the nearest that was tried.
+    def _estimate_loss(self, d: int | None, rate: float) -> float:
+        """Estimate the difference to the best score of d, at a learning rate or the nearest that was tried.
 
-        As many runs as collapse at the learning rate have only the score of the majority-class baseline. One that
-        diverged at d has the loss of the worst.
+        Runs that collapse have the score of the majority-class baseline; one that diverged at d has the worst score.
         """
         tried = self.get_tuning_scores(d)
         finite = [score for score in tried.values() if math.isfinite(score)]
@@ -138,18 +108,14 @@ class Evidence:
         return max(finite) - score + self.get_collapsed_fraction(d, rate) * (score - floor)
 
     def get_collapsed_fraction(self, d: int | None, rate: float) -> float:
-        """Get the fraction of collapsed runs at a learning rate: over all seeds, and all d of the subspace.
+        """Get the fraction of collapsed runs at a learning rate, over all seeds and all d of the subspace.
 
-        The d begin with the least at which a run did not collapse, as below it there may be too few parameters for any
-        learning rate. The fraction is 1 if all runs collapsed.
+        The d start with the least at which a run did not collapse: below it any learning rate may fail.
         """
-        runs = [
-            (trial[0] or 0, self.is_collapsed(trial))
-            for trial in self.trials
-            if (trial[0] is None, trial[2]) == (d is None, rate)
-        ]
-        learned = min((at for at, collapsed in runs if not collapsed), default=math.inf)
-        counted = [collapsed for at, collapsed in runs if at >= learned]
+        runs = [trial for trial in self.trials if (trial[0] is None, trial[2]) == (d is None, rate)]
+        collapsed = {trial: self.is_collapsed(trial) for trial in runs}
+        learned = min((trial[0] or 0 for trial in runs if not collapsed[trial]), default=math.inf)
+        counted = [collapsed[trial] for trial in runs if (trial[0] or 0) >= learned]
         return sum(counted) / len(counted) if counted else float(bool(runs))
 
     def get_tuned_score(self, d: int | None) -> float:
@@ -158,11 +124,10 @@ class Evidence:
         return -math.inf if rate is None else self.get_tuning_scores(d)[rate]
 
     def get_rate(self, d: int | None) -> float | None:
-        """Get the learning rate that counts at d, or (None) for full fine-tuning.
+        """Get the learning rate that counts at d, or (None) for full fine-tuning: the best of those measured.
 
-        It is the only one of a list; else the one measured at d, unless another that was tried there is better; else
-        the one chosen there; else, between two d at which learning rates were tried, the one with the least loss at
-        both. Full fine-tuning has the best of those that were measured.
+        At d it is the measured one, unless another that was tried there is better; else the one chosen there; else,
+        between two d at which learning rates were tried, the one with the least loss at both.
         """
         rates = self.plan.rates_for(d)
         if rates is None:
@@ -174,7 +139,7 @@ class Evidence:
         if d is not None and measured:
             most = max(sorted(set(measured)), key=measured.count)
             # The scores of smaller d may have changed since.
-            if chosen is None or (most in tried and self._expect_loss(d, chosen) >= self._expect_loss(d, most)):
+            if chosen is None or (most in tried and self._estimate_loss(d, chosen) >= self._estimate_loss(d, most)):
                 return most
         if d is None and measured:
             return self._pick([rate for rate in tried if rate in measured], [None]) or chosen
@@ -185,6 +150,32 @@ class Evidence:
         if len(near) < 2:
             return self.choose_rate(near[0]) if near else None
         return self._pick([rate for at in near if (rate := self.choose_rate(at)) is not None], near)
+
+    def list_tuning_trials(self, d: int | None, near: float | None) -> list[Trial]:
+        """List the trials of the first learning rates at d, around the best of a neighboring d if there is one."""
+        listed = self.plan.rates_for(d)
+        if listed is None or (listed != "auto" and len(listed) == 1):
+            return []
+        rates = sorted(AUTO[d is not None] if listed == "auto" else listed)
+        if near is not None and listed == "auto":
+            rates = [_round(near * FACTOR**i) for i in (-1, 0, 1)]
+        elif near is not None:
+            rates = rates[max(rates.index(near) - 1, 0) : rates.index(near) + 2]
+        return [(d, TUNING, rate) for rate in rates]
+
+    def find_next_rate(self, d: int | None) -> float | None:
+        """Find the next learning rate to try; None if the best has neighbors, or there are no more."""
+        tried, best = self.get_tuning_scores(d), self.choose_rate(d)
+        low, high = min(tried), max(tried)
+        learned = d is not None or not all(self.is_collapsed((d, TUNING, rate)) for rate in tried)
+        lower = best in (None, low) and (learned or best is None)
+        if not lower and best != high and learned:
+            return None
+        listed = self.plan.rates_for(d)
+        if listed == "auto":
+            return None if len(tried) > 2 + WIDENED else _round(low / FACTOR if lower else high * FACTOR)
+        left = [rate for rate in sorted(listed or ()) if (rate < low if lower else rate > high)]
+        return left[-1 if lower else 0] if left else None
 
     def is_at_edge(self, d: int | None) -> bool:
         """Check whether the best of several learning rates is the lowest or highest of the list, or of those tried."""
@@ -225,3 +216,7 @@ class Evidence:
         points = {d: runs for d in dims if first <= d <= last and (runs := self.get_runs(d)).scores}
         floor = float(self.floor or 0.0) if (relative_to or self.plan.relative_to) == "gain" else 0.0
         return Curve(self.plan.dims, points, self.get_runs(None), self.plan.target, floor, self.plan.center)
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.6g}")

@@ -95,24 +95,21 @@ def measure_intrinsic_dimension(
     """
     options = (target, relative_to, center, majority, baseline, seeds, baseline_seeds, learning_rates, trials, minutes)
     plan = Plan(grid() if dims is None else dims, *options, sweep)
-    return run_plan(fit, plan, out=out, overwrite=overwrite, settings=settings, engine=engine)
+    return run_plan(fit, plan, out, overwrite, settings, engine)
 
 
 def run_plan(
     fit: Fit,
     plan: Plan,
-    *,
     out: str | os.PathLike | None,
     overwrite: bool = False,
     settings: dict[str, Any] | None = None,
     engine: Engine | None = None,
     known: Sequence[Row] = (),
 ) -> Result:
-    """Run the trials of a plan.
+    """Run the trials of a plan, see `measure_intrinsic_dimension`.
 
     Args:
-        fit, out, overwrite, settings, engine: See `measure_intrinsic_dimension`.
-        plan: The plan.
         known: Rows of full fine-tuning from a run in which it is the same.
     """
     start = time.monotonic()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..text.launch import LaunchedFit, LoadedFit
+from ..text.launch import LaunchedFit
 from ..text.options import TextOptions
 from ..text.tasks import Task, load_task
-from ..text.training import select_dims
+from ..text.training import TextFit, select_dims
 from ..trials.engine import Engine
 from ..trials.runner import Row
 from ..trials.store import check_folder
@@ -23,14 +23,7 @@ from .report import write_report
 
 @dataclass(frozen=True)
 class TextMeasurement:
-    """A measurement that can run: its task is loaded, and its options are checked against its model.
-
-    Args:
-        options: Model, task and training.
-        task: The task of the options.
-        plan: Grid, target and budget.
-        launcher: Command that runs each trial, see `LaunchedFit`; None trains in the processes of the engine.
-    """
+    """A measurement that can run: its task is loaded, and its options are checked against its model."""
 
     options: TextOptions
     task: Task
@@ -45,10 +38,10 @@ class TextMeasurement:
         return settings | ({"launcher": self.launcher} if self.launcher else {})  # its processes change the batch
 
     def describe(self) -> str:
-        """Describe what will run, for the user to read before it does."""
+        """Describe what will run."""
         sizes = ", ".join(f"{len(data)} {split}" for split, data in self.task.data.items())
-        model = f"{self.options.model} by {self.options.method}"
-        return f"{model} on {sizes} examples, by {self.task.metric}\n{self.plan.describe()}"
+        start = f"{self.options.model} by {self.options.method} on {sizes} examples, by {self.task.metric}"
+        return f"{start}\n{self.plan.describe()}"
 
     def run(
         self,
@@ -57,38 +50,16 @@ class TextMeasurement:
         overwrite: bool = False,
         known: Sequence[Row] = (),
     ) -> Result:
-        """Run the measurement, and write its report into `out`.
-
-        Args:
-            out: Folder of the run.
-            engine: Makes the engine of the trials; None is this process.
-            overwrite: Discard the stored trials of a folder that is in use.
-            known: Rows of full fine-tuning from a run in which it is the same.
-
-        Raises:
-            ValueError, RuntimeError, OSError: See `measure_intrinsic_dimension`, `LaunchedFit`.
-        """
-        if self.launcher:
-            fit: Any = LaunchedFit(self.options, self.launcher, out)
-        else:
-            fit = LoadedFit(self.options, out, self.task)
-        options: Any = {"out": out, "overwrite": overwrite, "settings": self.settings, "known": known}
-        result = run_plan(fit, self.plan, **options, engine=engine() if engine else None)
+        """Run the measurement, and write its report into `out`. See `measure_text` and `run_plan`."""
+        launched = LaunchedFit(self.options, self.launcher, out) if self.launcher else None
+        fit, made = launched or TextFit(self.options, self.task, out), engine() if engine else None
+        result = run_plan(fit, self.plan, out, overwrite, self.settings, made, known)
         write_report(result, out)
         return result
 
 
 def prepare(options: Mapping[str, Any], plan: Mapping[str, Any], launcher: str | None = None) -> TextMeasurement:
-    """Check everything that needs no weights of the model.
-
-    Args:
-        options: Options of `TextOptions`.
-        plan: Options of `Plan`. By default, `relative_to` is "gain" if less is better, as for a loss, else "score".
-        launcher: See `TextMeasurement`.
-
-    Raises:
-        ValueError, OSError, ImportError: An option cannot work, or does not fit the data or the model.
-    """
+    """Check everything that needs no weights of the model. See `measure_text`."""
     chosen, planned = TextOptions(**options), Plan(**{"dims": grid(), **plan})
     task = load_task(chosen)
     chosen = replace(chosen, metric=task.metric, columns=task.columns)
@@ -98,10 +69,8 @@ def prepare(options: Mapping[str, Any], plan: Mapping[str, Any], launcher: str |
             f"relative_to='score' does not work for a loss or an error ({task.metric}), of which a fraction is no "
             "target. Use relative_to='gain'."
         )
-    dims, majority = select_dims(chosen, planned.dims), task.score_majority()
-    return TextMeasurement(
-        chosen, task, replace(planned, relative_to=relative_to, dims=dims, majority=majority), launcher
-    )
+    changes: Any = {"relative_to": relative_to, "dims": select_dims(chosen, planned.dims)}
+    return TextMeasurement(chosen, task, replace(planned, **changes, majority=task.score_majority()), launcher)
 
 
 def measure_text(
@@ -116,12 +85,18 @@ def measure_text(
     """Measure the intrinsic dimension of a task on text, and write the report into `out`.
 
     Args:
-        options, plan, launcher: See `prepare`.
-        out, engine, overwrite: See `TextMeasurement.run`.
+        options: Options of `TextOptions`.
+        out: Folder of the run.
+        plan: Options of `measure_intrinsic_dimension` for the plan, but `majority`. By default, `relative_to` is "gain"
+            if less is better, as for a loss, else "score".
+        launcher: Command that runs each trial, see `LaunchedFit`; None trains in the processes of the engine.
+        engine: Makes the engine of the trials; None is this process.
+        overwrite: Discard the stored trials of a folder that is in use.
         dry_run: Print the plan, run nothing, and return None.
 
     Raises:
-        ValueError, RuntimeError, OSError, ImportError: See `prepare`, `TextMeasurement.run`.
+        ValueError, RuntimeError, OSError, ImportError: An option cannot work, or does not fit the data or the model; or
+            see `measure_intrinsic_dimension`, `LaunchedFit`.
 
     Example:
         ```python

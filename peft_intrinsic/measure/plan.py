@@ -22,22 +22,7 @@ SCAN = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """Grid, target, seeds, learning rates and budget of a measurement. Trials do not depend on it.
-
-    Args:
-        dims: Grid of d, ascending.
-        target: Fraction of full fine-tuning to reach.
-        relative_to: Whether `target` is a fraction of the score, or of the gain over the majority-class baseline.
-        center: Aggregate over the seeds of one d: the median of those that did not collapse, or the mean of all.
-        majority: Score of the majority-class baseline, where known.
-        baseline: Scores of full fine-tuning, where known; one or several.
-        seeds: Seeds of each d.
-        baseline_seeds: Seeds of full fine-tuning; None takes three, and more if they narrow the interval most.
-        learning_rates: Learning rates to try, (full fine-tuning, subspace), or `"auto"` for both; None if the fit has
-            its own.
-        trials: Budget of all trials; None is 60, and no limit for a sweep.
-        minutes: Time budget; no new trial starts afterwards. None is no limit.
-        sweep: Measure the whole grid.
+    """Options of `measure_intrinsic_dimension` on which trials do not depend, checked and normalized.
 
     Raises:
         ValueError: An option cannot work; the message names it.
@@ -99,17 +84,15 @@ class Plan:
         """Check whether such trials belong to the plan. A folder may hold others."""
         rates = self.rates_for(d)
         inside = d is None or self.dims[0] <= d <= self.dims[-1]
-        return (
-            inside
-            and (learning_rate is None) == (rates is None)
-            and (rates in (None, "auto") or learning_rate in rates)
-        )
+        known = learning_rate is None if rates is None else learning_rate is not None
+        return inside and known and (rates in (None, "auto") or learning_rate in rates)
 
     def describe(self) -> str:
         """Describe what will run, for the user to read before it does."""
         scan = ", ".join(str(self.dims[i]) for i in self.scan)
         rates = [r if r == "auto" else ", ".join(f"{rate:g}" for rate in r) for r in self.learning_rates or ()]
         full = "given" if self.baseline is not None else f"{self.baseline_seeds or '3 or more'} seeds"
+        budget = "the whole grid" if self.budget is None else f"{self.budget} trials"
         lines = [
             f"grid: {len(self.dims)} dimensions from {self.dims[0]} to {self.dims[-1]}",
             f"full fine-tuning: {full}",
@@ -117,9 +100,7 @@ class Plan:
             *([f"learning rates: {rates[0]} (full fine-tuning), {rates[1]} (subspace)"] if rates else []),
             "the whole grid" if self.sweep else f"scan from below until the target is reached: {scan}",
             f"then {self.seeds} seeds of each d around the crossing",
-            "at most "
-            + ("the whole grid" if self.budget is None else f"{self.budget} trials")
-            + ("" if self.minutes is None else f", {self.minutes:g} minutes"),
+            f"at most {budget}" + ("" if self.minutes is None else f", {self.minutes:g} minutes"),
         ]
         return "\n".join(lines)
 

@@ -98,8 +98,15 @@ def format_markdown(result: Result) -> str:
     scores = ", ".join(f"{score:.4f}" for score in base.scores)
     kind = "median of those that did not collapse" if result.center == "median" else "mean"
     alone = " (one seed, so its spread is not in the interval)" if result.seeds > 1 else " (one seed)"
-    failed = sum(point.collapsed for point in result.points)
-    runs = sum(point.seeds for point in result.points)
+    collapsed = f"{sum(point.collapsed for point in result.points)} of {sum(point.seeds for point in result.points)}"
+    edges = ", ".join("full fine-tuning" if d is None else f"d = {d}" for d in result.edges)
+    edges += ": try lower or higher ones, or 'auto' (--learning-rates, --full-learning-rates)"
+    examples = "unknown" if result.examples is None else str(result.examples)
+    if result.seeds > 1:
+        without = result.examples is None
+        examples += (
+            f"{', so' if without else ';'} the interval {'does not include' if without else 'includes'} their sampling"
+        )
     lines = [
         f"# {summarize(result)}",
         "",
@@ -121,12 +128,12 @@ def format_markdown(result: Result) -> str:
         "|---|---|",
         f"| full fine-tuning, by seed | {scores} |",
         f"| its {kind} | {base.level:.4f}{alone if len(base.scores) == 1 else ''} |",
-        f"| collapsed: full fine-tuning, subspace | {base.collapsed}, {failed} of {runs} |",
+        f"| collapsed: full fine-tuning, subspace | {base.collapsed}, {collapsed} |",
         f"| majority class | {'unknown' if result.majority is None else f'{result.majority:.4f}'} |",
         *([] if result.untrained is None else [f"| before training | {result.untrained:.4f} |"]),
         f"| learning rate of full fine-tuning | {_format_rate(base.learning_rate)} |",
-        *([f"| best learning rate at the edge of those tried | {_format_edges(result)} |"] if result.edges else []),
-        f"| held-out examples | {_format_examples(result)} |",
+        *([f"| best learning rate at the edge of those tried | {edges} |"] if result.edges else []),
+        f"| held-out examples | {examples} |",
         f"| versions | {', '.join(f'{name} {version}' for name, version in result.versions.items())} |",
         "",
         "| d | monotone fit | learning rate | scores by seed | collapsed |",
@@ -143,19 +150,6 @@ def format_markdown(result: Result) -> str:
 
 def _format_rate(rate: float | None) -> str:
     return "fixed by the fit" if rate is None else f"{rate:g}"
-
-
-def _format_edges(result: Result) -> str:
-    where = ", ".join("full fine-tuning" if d is None else f"d = {d}" for d in result.edges)
-    return f"{where}: try lower or higher ones, or 'auto' (--learning-rates, --full-learning-rates)"
-
-
-def _format_examples(result: Result) -> str:
-    if result.seeds == 1:
-        return "unknown" if result.examples is None else f"{result.examples}"
-    if result.examples is None:
-        return "unknown, so the interval does not include their sampling"
-    return f"{result.examples}; the interval includes their sampling"
 
 
 def format_csv(result: Result) -> str:

@@ -12,8 +12,7 @@ from scipy.stats import t as student
 from ..trials.engine import Trial
 from ..trials.runner import Row
 from .curve import Curve
-from .evidence import Evidence
-from .rates import list_first_trials, tune_rate
+from .evidence import TUNING, Evidence
 
 AROUND = (0, -1, 1, -2, 2, -4, 4, -7, 7)
 """Grid steps from the crossing at which the fit is supported."""
@@ -59,8 +58,7 @@ class Search:
     def run(self, check_baseline: Callable[[], None] = lambda: None) -> str:
         """Search, or measure the whole grid. Returns why it stopped.
 
-        Args:
-            check_baseline: Called after the first seeds of full fine-tuning.
+        `check_baseline` is called after the first seeds of full fine-tuning.
         """
         try:
             self._measure_baseline()
@@ -74,7 +72,7 @@ class Search:
         if self.plan.baseline is not None:
             return
         self.doing = "full fine-tuning"
-        tune_rate(self.evidence, self._run, None, None)
+        self._tune([None], None)
         first = self.plan.baseline_seeds or (3 if self.plan.seeds > 1 else 1)
         rates = [self.evidence.get_rate(None)]
         for rate in rates:
@@ -128,7 +126,7 @@ class Search:
         self.doing = "the whole grid"
         near, scan = None, self.plan.scan
         for i in range(0, len(scan), self.at_once):
-            near = self._tune(scan[i : i + self.at_once], near)
+            near = self._tune([self.grid[j] for j in scan[i : i + self.at_once]], near)
         for i in range(0, self.last + 1, self.at_once):
             self._measure(range(i, min(i + self.at_once, self.last + 1)))
         return "the whole grid was measured"
@@ -141,7 +139,9 @@ class Search:
             if high:
                 self._measure([low])
         elif self.plan.learning_rates and any(self.evidence.get_rate(d) is None for d in self.grid[low : high + 1]):
-            self._tune([low, high], None)  # learning rates were tried outside of this grid, or others
+            self._tune(
+                [self.grid[low], self.grid[high]], None
+            )  # learning rates were tried outside of this grid, or others
         self._bracket(low, high)
         self._narrow()
         curve = self.evidence.build_curve()
@@ -157,10 +157,7 @@ class Search:
         return f"the {'bracket' if single else 'interval'} spans at most two steps of the grid"
 
     def _find_known(self) -> tuple[int, int | None]:
-        """Find the bracket in trials of an earlier plan: the greatest index below the target, and the least above.
-
-        The first is 0 if there is none. The second is None if no d, or every d, reaches the target.
-        """
+        """Find the bracket in trials of an earlier plan: the last index below the target, or 0; the next, or None."""
         curve = self.evidence.build_curve()
         reached = {d: curve.aggregate(runs) >= curve.target for d, runs in curve.points.items()}
         high = min((d for d in reached if reached[d]), default=math.inf)
@@ -168,12 +165,19 @@ class Search:
         low = int(np.searchsorted(self.grid, below[-1], "right")) - 1 if below else 0
         return low, self._find_index(int(high)) if high in self.grid[:1] or (below and high < math.inf) else None
 
-    def _tune(self, indexes: Sequence[int], near: float | None) -> float | None:
-        """Choose learning rates at several indexes. Returns the last, from which the next start."""
-        dims = [self.grid[i] for i in indexes]
-        self._run([trial for d in dims for trial in list_first_trials(self.evidence, d, near)])
+    def _tune(self, dims: Sequence[int | None], near: float | None) -> float | None:
+        """Try learning rates at several d, further ones while the best is an end. Returns the last, to start from."""
+        first = {d: self.evidence.list_tuning_trials(d, near) for d in dims}
+        self._run([trial for trials in first.values() for trial in trials])
         for d in dims:
-            tune_rate(self.evidence, self._run, d, near)
+            while first[d] and (rate := self.evidence.find_next_rate(d)) is not None:
+                self._run([(d, TUNING, rate)])
+            if d is None and first[d] and self.evidence.choose_rate(d) is None:
+                tried = list(self.evidence.get_tuning_scores(d))
+                raise ValueError(
+                    f"fit returned no finite score for d=None at any of the learning rates {tried}. Try others "
+                    "(--full-learning-rates)."
+                )
         return self.evidence.choose_rate(dims[-1]) or near
 
     def _scan(self, low: int) -> tuple[int, int | None]:
@@ -182,7 +186,7 @@ class Search:
         for start in range(0, len(scan), self.at_once):
             indexes = scan[start : start + self.at_once]
             self.doing = f"scan at d = {self.grid[indexes[0]]}"
-            near = self._tune(indexes, near)
+            near = self._tune([self.grid[i] for i in indexes], near)
             if not self.evidence.get_tuning_scores(self.grid[indexes[0]]):
                 self._measure(indexes, seeds=1)
             target = self.evidence.build_curve().target
@@ -226,13 +230,9 @@ class Search:
         self._run([(None, done + i, self.evidence.get_rate(None)) for i in range(self.at_once)])
 
     def _estimate_gains(self, around: int) -> tuple[float, float]:
-        """Estimate by how much one more trial lowers the squared half width of the interval of the score.
+        """Estimate by how much a trial lowers the squared half width of the interval of the score.
 
-        Args:
-            around: Number of trials that determine the curve at the crossing.
-
-        Returns:
-            For a trial of full fine-tuning, and for one of the curve.
+        Returns the values for full fine-tuning, and for the curve, which `around` trials determine at the crossing.
         """
         curve = self.evidence.build_curve()
         seeds = len(curve.baseline.scores)

@@ -1,4 +1,4 @@
 """Training on text: tasks, metrics, and trials with transformers' Trainer."""
 
+from .options import TextOptions as TextOptions
 from .training import TextFit as TextFit
-from .training import text_fit as text_fit

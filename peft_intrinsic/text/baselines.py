@@ -1,4 +1,4 @@
-"""Baselines that a trained adapter is compared with."""
+"""Comparison of a trained adapter with baselines."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from sklearn.linear_model import LogisticRegression
 
 BATCH = 64
 
+DOCUMENTED = 2e-4
+"""Documented learning rate. A run at it or below that learned nothing was probably too short (docs/tuner.md)."""
+
 
 def logistic_regression(
     encoder: Any, collate: Callable[[list[dict[str, Any]]], Any], train: Dataset, eval: Dataset
@@ -19,9 +22,9 @@ def logistic_regression(
     """Fit a logistic regression on features of a frozen encoder: means of its last hidden states over the tokens.
 
     Args:
-        encoder: a model whose output has `last_hidden_state`, `[batch, tokens, width]`.
-        collate: makes a padded batch of rows, as `DataCollatorWithPadding` does.
-        train, eval: tokenized texts, with classes from 0 in a column `labels`.
+        encoder: Model whose output has `last_hidden_state`, `[batch, tokens, width]`.
+        collate: Makes a padded batch of rows, as `DataCollatorWithPadding` does.
+        train, eval: Tokenized texts, with classes from 0 in a column `labels`.
 
     Returns:
         The predicted classes of `eval`, `int[N]`, and the number of trained weights.
@@ -45,3 +48,29 @@ def logistic_regression(
     predicted = fitted.predict(features(eval))
     encoder.to(home)
     return predicted, fitted.coef_.size + fitted.intercept_.size
+
+
+def describe_collapse(
+    score: float,
+    floor: float,
+    learning_rate: float,
+    metric: str = "accuracy",
+    baseline: str = "majority class",
+    one_class: bool = False,
+) -> str:
+    """Say that a run collapsed, and what to try.
+
+    Args:
+        score: Score of the run.
+        floor: Score of the baseline.
+        learning_rate: Learning rate of the run.
+        metric: Name of the score.
+        baseline: Name of the baseline.
+        one_class: Whether the model predicts one class for every example.
+    """
+    what = "predicts one class for every example" if one_class else "learned nothing"
+    remedy = "Train for more steps first, then try a learning rate of up to 4e-4 with a longer warm-up."
+    if learning_rate > DOCUMENTED:
+        remedy = f"Try a lower learning rate ({learning_rate / 4:g} instead of {learning_rate:g}), or a longer warm-up."
+    scores = f"Its {metric} is {score:.4f}, that of the {baseline} {floor:.4f}."
+    return f"Training collapsed: the model {what}. {scores} {remedy}"

@@ -11,7 +11,8 @@ import numpy as np
 import transformers
 
 from ..tuner import IntrinsicConfig
-from .tasks import load_files
+from .options import TextOptions
+from .tasks import load_task
 from .training import TextTraining
 
 
@@ -40,15 +41,18 @@ class LabeledTexts:
         batch: int = 32,
         labels: int | None = None,
     ) -> None:
-        task = load_files(train, eval or train, columns, label, "accuracy")
-        if labels is not None and labels < len(task.classes):
-            raise ValueError(
-                f"The model has {labels} labels, {train} {len(task.classes)}: {', '.join(map(str, task.classes))}. "
-                "Correct the data, or use a model with as many."
-            )
         sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 4 * batch}
         arguments = {**sizes, "train_sampling_strategy": "group_by_length"}
-        self.training, self.task = TextTraining(model, task, arguments=arguments), task
+        files: Any = {"train": train, "eval": eval or train, "columns": tuple(columns), "label": label}
+        options = TextOptions(model, **files, metric="accuracy", arguments=arguments)
+        self.task = load_task(options)
+        classes = self.task.classes
+        if labels is not None and labels < len(classes):
+            raise ValueError(
+                f"The model has {labels} labels, {train} {len(classes)}: {', '.join(map(str, classes))}. Correct the "
+                "data, or use a model with as many."
+            )
+        self.training = TextTraining(options, self.task)
         self.data, self.base = self.training.data, self.training.load_base(labels)
 
     def copy_base(self) -> Any:

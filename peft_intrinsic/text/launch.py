@@ -1,4 +1,4 @@
-"""Trials on text: in the calling process, or each in one `accelerate launch` (or torchrun, or python)."""
+"""Trials on text, each in one `accelerate launch` (or torchrun, or python)."""
 
 from __future__ import annotations
 
@@ -19,34 +19,11 @@ from ..trials.store import write_whole
 from .options import TextOptions
 
 
-class LoadedFit:
-    """`fit(d, seed, learning_rate)` that loads model and data with the first trial, once per process.
-
-    Args:
-        options: See `text_fit`.
-        folder: Folder for tokenized data and logs.
-        task: The task if it is loaded. Other processes load their own.
-    """
-
-    def __init__(self, options: TextOptions, folder: str | os.PathLike, task: Any = None) -> None:
-        self.options, self.folder, self.task, self.fit = options, str(Path(folder).resolve()), task, None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "task": None, "fit": None}
-
-    def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> Any:
-        if self.fit is None:
-            from .training import text_fit
-
-            self.fit = text_fit(self.options, self.task, self.folder)  # type: ignore[assignment]
-        return self.fit(d, seed, learning_rate)  # type: ignore[misc]
-
-
 class LaunchedFit:
     """`fit(d, seed, learning_rate)` that runs a trial through a launcher, which must understand `-m MODULE`.
 
     Args:
-        options: See `text_fit`.
+        options: See `TextFit`.
         launcher: Command such as `"accelerate launch --num_processes 2 --main_process_port 0"`. Port 0 is any free
             one, so that trials can run side by side.
         folder: Folder for tokenized data and logs.
@@ -92,10 +69,10 @@ def _is_running(process: int) -> bool:
 
 def _main(trial: Mapping[str, Any]) -> None:
     threading.Thread(target=_end_with, args=(trial["parent"],), daemon=True).start()
-    from .training import text_fit
+    from .training import TextFit
 
     options = {**trial["options"], "columns": tuple(trial["options"]["columns"])}
-    fit = text_fit(TextOptions(**options), folder=trial["folder"])
+    fit = TextFit(TextOptions(**options), folder=trial["folder"])
     out = Path(trial["out"])
     fit.training.arguments["output_dir"] = str(out.parent)  # shared: all processes load the best checkpoint from it
     result = fit(*trial["trial"])

@@ -71,7 +71,7 @@ class Task:
         return [] if self.regression or self.label is None else sorted(set(self.labels("train")))
 
     def name_class(self, label: Any) -> str:
-        """Name a class as the dataset does, or else by its label."""
+        """Name a class as the dataset does, or by its label."""
         feature = next(iter(self.data.values())).features[str(self.label)]
         feature = getattr(feature, "feature", feature)  # lists of words
         return feature.int2str(label) if isinstance(feature, ClassLabel) else str(label)
@@ -179,25 +179,13 @@ def load_task(options: TextOptions) -> Task:
         return load_files(str(options.train), str(options.eval), *shared)
     if options.task_type != "SEQ_CLS":
         raise ValueError(f"task_type={options.task_type!r}: GLUE tasks are SEQ_CLS. Name files for others.")
-    return load_glue(options.task, options.metric)
-
-
-def load_glue(task: str, metric: str | None = None) -> Task:
-    """Load a GLUE task from the Hub, by default with its own metric.
-
-    Raises:
-        ValueError: There is no such task or metric.
-    """
-    name = task.removeprefix("glue/")
+    name = options.task.removeprefix("glue/")
     if name not in GLUE:
-        raise ValueError(f"task={task!r} is unknown. Known are {', '.join(f'glue/{known}' for known in GLUE)}.")
-    columns, own = GLUE[name]
-    metric = _resolve_metric(metric or own, "SEQ_CLS")
-    data = load_dataset("nyu-mll/glue", name)
-    splits = {"train": data["train"], "eval": data["validation_matched" if name == "mnli" else "validation"]}
-    checks = Checks(columns, "label", "SEQ_CLS", metric if load_metric(metric).numbers else None)
-    checks.run([_read(f"{name}'s {split} split", part, [*columns, "label"], "label") for split, part in splits.items()])
-    return Task(DatasetDict(splits), columns, "label", metric)
+        known = ", ".join(f"glue/{task}" for task in GLUE)
+        raise ValueError(f"task={options.task!r} is unknown. Known are {known}.")
+    columns, metric = GLUE[name]
+    evaluation = "validation_matched" if name == "mnli" else "validation"
+    return load_files("train", evaluation, columns, metric=options.metric or metric, dataset=f"nyu-mll/glue:{name}")
 
 
 def load_files(

@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,11 +43,8 @@ class TextTraining:
     """The tokenized data of a task, its base model, and Trainers for both: classes of, or a number for, texts.
 
     Args:
-        model: Name or folder of a pretrained encoder or decoder.
+        options: Model and training.
         task: What to learn.
-        max_length: Tokens of an input.
-        patience: Evaluations without a better score after which training stops; None trains to the end.
-        arguments: `TrainingArguments` of every Trainer.
         tokens: File name, without suffix, for the tokenized data; None keeps them in memory.
 
     Raises:
@@ -57,19 +55,11 @@ class TextTraining:
     best_metric: ClassVar[str] = "score"
     tokenizer_options: ClassVar[dict[str, Any]] = {}
 
-    def __init__(
-        self,
-        model: str,
-        task: Task,
-        max_length: int = 128,
-        patience: int | None = None,
-        arguments: Mapping[str, Any] | None = None,
-        tokens: str | None = None,
-    ) -> None:
-        self.model, self.task, self.max_length, self.patience = model, task, max_length, patience
-        self.correct: np.ndarray | None = None  # correct predictions of the last evaluation
-        self.arguments = complete_arguments(arguments or {}, self.best_metric if patience else None)
-        self.tokenizer = AutoTokenizer.from_pretrained(model, **self.tokenizer_options)
+    def __init__(self, options: TextOptions, task: Task, tokens: str | None = None) -> None:
+        self.options, self.task = options, task
+        self.correct: np.ndarray | None = None  # predictions of the last evaluation
+        self.arguments = complete_arguments(options.arguments, self.best_metric if options.patience else None)
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model, **self.tokenizer_options)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.index = {label: i for i, label in enumerate(task.classes)}
         self.data: DatasetDict = task.data.map(
@@ -81,7 +71,7 @@ class TextTraining:
         )
         if not all(map(len, self.data.values())):
             raise ValueError(
-                f"max_length (--max-length) = {max_length} leaves a split without a single whole block of text."
+                f"max_length (--max-length) = {options.max_length} leaves a split without a single whole block of text."
             )
 
     def load_base(self, labels: int | None = None) -> Any:
@@ -90,7 +80,7 @@ class TextTraining:
         Args:
             labels: Number of labels of the head; None for those of the task.
         """
-        base = self.loader.from_pretrained(self.model, dtype="float32", **self.task.head_options(labels))
+        base = self.loader.from_pretrained(self.options.model, dtype="float32", **self.task.head_options(labels))
         base.config.pad_token_id = self.tokenizer.pad_token_id
         return base
 
@@ -103,7 +93,7 @@ class TextTraining:
         """Tokenize rows of text, and encode their labels."""
         labels = [float(v) if self.task.regression else self.index[v] for v in rows[str(self.task.label)]]
         texts = [rows[column] for column in self.task.columns]
-        return {**self.tokenizer(*texts, truncation=True, max_length=self.max_length), "labels": labels}
+        return {**self.tokenizer(*texts, truncation=True, max_length=self.options.max_length), "labels": labels}
 
     def build_collator(self) -> Any:
         """Build the function that makes batches."""
@@ -139,7 +129,7 @@ class TextTraining:
             eval_dataset=self.data["eval"],
             data_collator=self.build_collator(),
             compute_metrics=self.compute_metrics if self.best_metric == "score" else None,
-            callbacks=[EarlyStoppingCallback(self.patience)] if self.patience else [],
+            callbacks=[EarlyStoppingCallback(self.options.patience)] if self.options.patience else [],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -158,7 +148,7 @@ class TokenTraining(TextTraining):
 
     def tokenize(self, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
         words, labels = rows[self.task.columns[0]], rows[str(self.task.label)]
-        tokens = self.tokenizer(words, truncation=True, max_length=self.max_length, is_split_into_words=True)
+        tokens = self.tokenizer(words, truncation=True, max_length=self.options.max_length, is_split_into_words=True)
         encoded = [
             [
                 IGNORED if word is None or word == before else self.index[row[word]]
@@ -182,7 +172,8 @@ class LanguageTraining(TextTraining):
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         texts = self.tokenizer(rows[self.task.columns[0]], add_special_tokens=False)["input_ids"]
         stream = np.concatenate([np.array(ids + end, dtype=np.int64) for ids in texts])
-        blocks = stream[: len(stream) // self.max_length * self.max_length].reshape(-1, self.max_length).tolist()
+        length = self.options.max_length
+        blocks = stream[: len(stream) // length * length].reshape(-1, length).tolist()
         return {"input_ids": blocks, "labels": blocks}
 
     def build_collator(self) -> Any:
@@ -199,45 +190,57 @@ TRAININGS: dict[str, type[TextTraining]] = {
 class TextFit:
     """`fit(d, seed, learning_rate)` for `measure_intrinsic_dimension`.
 
-    Data and base model are loaded once: a trial attaches an adapter and detaches it again. Full fine-tuning trains a
-    copy, with the same weights and the same new head. `d=0` trains nothing.
+    The first trial loads data and base model, once per process. A trial attaches an adapter and detaches it again. Full
+    fine-tuning trains a copy, with the same weights and the same new head. `d=0` trains nothing.
 
     Args:
-        model: Name or folder of a pretrained encoder or decoder.
-        task: What to learn.
-        method: What is trained, a key of `METHODS`.
-        train_score: Score the training data too.
-        logs: Folder for the log of each trial, as JSON lines; None stores no logs.
-        training: Options of `TextTraining`.
+        options: Model, task, method, training.
+        task: The task of the options if it is loaded.
+        folder: Folder for tokenized data, and for a log of each trial; None stores neither.
 
     Example:
         ```python
-        task = load_files("train.csv", "dev.csv", ["text"])
-        fit = TextFit("sentence-transformers/all-MiniLM-L6-v2", task, arguments={"num_train_epochs": 3})
-        measure_intrinsic_dimension(fit, learning_rates="auto", majority=task.score_majority())
+        fit = TextFit(TextOptions("sentence-transformers/all-MiniLM-L6-v2", train="train.csv", eval="dev.csv"))
+        measure_intrinsic_dimension(fit, learning_rates="auto", majority=fit.task.score_majority())
         ```
     """
 
-    def __init__(
-        self,
-        model: str,
-        task: Task,
-        method: str = "did",
-        train_score: bool = False,
-        logs: str | None = None,
-        **training: Any,
-    ) -> None:
-        self.training = TRAININGS[task.task_type](model, task, **training)
-        self.task, self.method, self.train_score, self.logs = task, method, train_score, logs
-        self.base = self.training.initialize_head(self.training.load_base())
+    def __init__(self, options: TextOptions, task: Task | None = None, folder: str | os.PathLike | None = None) -> None:
+        self.options, self.folder = options, None if folder is None else Path(folder).resolve()
+        if task is not None:
+            self.task = task
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.options, "folder": self.folder}  # another process loads its own
+
+    @cached_property
+    def task(self) -> Task:
+        """The task of the options."""
+        return load_task(self.options)
+
+    @cached_property
+    def training(self) -> TextTraining:
+        """Tokenized data, and Trainers."""
+        tokens = None
+        if self.folder:
+            for name in ("tokens", "logs"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            tokens = str(self.folder / "tokens" / self.options.tokens_name)
+        return TRAININGS[self.task.task_type](self.options, self.task, tokens)
+
+    @cached_property
+    def base(self) -> Any:
+        """The base model, with a new head as adapters initialize it."""
+        return self.training.initialize_head(self.training.load_base())
 
     def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> dict[str, Any]:
-        model: Any = self.base
+        """Train once. Returns `score`, `correct` where known, and `train_score` on request."""
+        model = self.base
         if d is None:
-            model = copy.deepcopy(self.base).requires_grad_(True)  # detaching an adapter leaves the base frozen
+            model = copy.deepcopy(model).requires_grad_(True)  # detaching an adapter leaves the base frozen
         elif d:
             set_seed(seed)  # some methods initialize from the global generator
-            model = get_peft_model(self.base, build_config(self.method, d, seed, self.base, self.task.task_type))
+            model = get_peft_model(model, build_config(self.options.method, d, seed, model, self.task.task_type))
         name = f"d={'full' if d is None else d} seed={seed} lr={learning_rate}"
         try:
             return self._run(model, name, {"seed": seed, "learning_rate": learning_rate} if d != 0 else {})
@@ -246,7 +249,7 @@ class TextFit:
                 model.unload()
 
     def _run(self, model: Any, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Train if there are arguments for it, and score: `score`, `correct` (correct predictions), `train_score`."""
+        """Train if there are arguments for it, and score."""
         training = self.training
         training.correct = None
         with tempfile.TemporaryDirectory() as folder:
@@ -255,11 +258,11 @@ class TextFit:
                 trainer.train()
             result: dict[str, Any] = {"score": training.evaluate(trainer, "eval")}
             result |= {} if training.correct is None else {"correct": training.correct.tolist()}
-            if self.train_score:
+            if self.options.train_score:
                 result["train_score"] = training.evaluate(trainer, "train")
-            if self.logs and trainer.is_world_process_zero():
+            if self.folder and trainer.is_world_process_zero():
                 lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history]
-                write_whole(Path(self.logs, f"{name}.jsonl".replace(" ", ",")), "".join(lines))
+                write_whole(self.folder / "logs" / f"{name}.jsonl".replace(" ", ","), "".join(lines))
         return result
 
 
@@ -313,24 +316,3 @@ def _count_positions(base: Any) -> int | None:
         if count is not None and padding is not None:
             return count - padding - 1
     return count
-
-
-def text_fit(options: TextOptions, task: Task | None = None, folder: str | os.PathLike | None = None) -> TextFit:
-    """Build the fit of text options.
-
-    Args:
-        options: Model, task, method, training.
-        task: The task of the options if it is loaded.
-        folder: Folder for tokenized data and logs; None stores neither.
-
-    Raises:
-        ValueError, OSError: The options do not fit the data or the model.
-    """
-    task = task or load_task(options)
-    files: dict[str, str] = {}
-    if folder is not None:
-        for name in ("tokens", "logs"):
-            Path(folder, name).mkdir(parents=True, exist_ok=True)
-        files = {"tokens": str(Path(folder, "tokens", options.tokens_name)), "logs": str(Path(folder, "logs"))}
-    names = ("method", "max_length", "patience", "arguments", "train_score")
-    return TextFit(options.model, task, **files, **{name: getattr(options, name) for name in names})  # type: ignore[arg-type]

@@ -23,11 +23,7 @@ Facts = dict[str, Any]
 
 
 class Engine(Protocol):
-    """Runs trials that are independent of each other.
-
-    Attributes:
-        slots: Number of trials that run in parallel.
-    """
+    """Runs trials that are independent of each other, `slots` of them in parallel."""
 
     slots: int
 
@@ -36,6 +32,7 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release what the trials held. `run` may be called again."""
+        return None
 
 
 @cache
@@ -57,21 +54,17 @@ def _time_fit(fit: Callable[..., Any], trial: Trial) -> tuple[Any, Facts]:
     return result, {"seconds": seconds, "process": f"{platform.node()} {os.getpid()}", "versions": get_versions()}
 
 
-class InProcess:
+class InProcess(Engine):
     """Engine that runs trials in the calling process, one after another."""
 
     slots = 1
 
     def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, Facts]]:
-        """See `Engine`."""
         for i, trial in enumerate(trials):
             yield i, *_time_fit(fit, trial)
 
-    def close(self) -> None:
-        """See `Engine`."""
 
-
-class RayEngine:
+class RayEngine(Engine):
     """Engine that runs as many trials in parallel as a Ray cluster has room for. A worker loads the fit once.
 
     Args:
@@ -113,7 +106,6 @@ class RayEngine:
         self.fit: Any = None
 
     def run(self, fit: Callable[..., Any], trials: Sequence[Trial]) -> Iterator[tuple[int, Any, Facts]]:
-        """See `Engine`."""
         import ray
 
         if fit is not self.fit:
@@ -145,7 +137,6 @@ class RayEngine:
                 self.close()
 
     def close(self) -> None:
-        """See `Engine`."""
         import ray
 
         while self.workers:

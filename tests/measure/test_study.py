@@ -1,4 +1,4 @@
-"""The studies, on tiny models: tables, plots, going on, and models that cannot be measured."""
+"""The studies: tables, plots, resuming, and models that learn nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import AutoModel
 from peft_intrinsic.measure.analysis import Point
 from peft_intrinsic.measure.evidence import TUNING
 from peft_intrinsic.measure.study import _compute_gap, _get_step
+from peft_intrinsic.text import TextFit
 from peft_intrinsic_cli import main
 
 
@@ -20,6 +21,17 @@ def options(data, tmp_path):
     config = tmp_path / "more.yaml"
     config.write_text("max_steps: 120\nuse_cpu: true\ndataloader_pin_memory: false\n")
     return command(data, "unused", tmp_path / "study", "--config", str(config), "--dims", "16,512,3")[3:]
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """Trials have given scores instead of training: all from d = 64 on, and full fine-tuning, learn."""
+
+    def fit(self, d, seed, learning_rate):
+        learns = (d is None or d >= 64) and learning_rate > 1e-20
+        return {"score": 1.0 if learns else 2 / 3, "correct": [i % 3 > 0 or learns for i in range(24)]}
+
+    monkeypatch.setattr(TextFit, "__call__", fit)
 
 
 def study(kind, models, options, folder):
@@ -31,7 +43,7 @@ def study(kind, models, options, folder):
     return found["rows"]
 
 
-def test_methods(options, tmp_path, monkeypatch):
+def test_study_of_methods_trains_full_fine_tuning_once_and_resumes(untrained, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "base")
     rows = study("methods", ["base"], options, tmp_path / "study")
@@ -39,8 +51,8 @@ def test_methods(options, tmp_path, monkeypatch):
     full = {}
     for row in rows:
         report = json.loads((tmp_path / "study" / row["name"].replace(" ", "_") / "report.json").read_text())
-        for of, answer in report["answers"].items():
-            assert (answer["d"], answer["interval"]) == (row["answers"][of]["d"], row["answers"][of]["interval"])
+        for name, answer in report["answers"].items():
+            assert (answer["d"], answer["interval"]) == (row["answers"][name]["d"], row["answers"][name]["interval"])
         assert report["settings"]["method"] == row["method"]
         full[row["method"]] = [trial for trial in report["trials"] if trial["d"] is None]
     assert full["did"] == full["said"]  # trained once: the same seconds
@@ -50,8 +62,7 @@ def test_methods(options, tmp_path, monkeypatch):
     assert {path: path.read_text() for path in before} == before
 
 
-def test_methods_of_peft_on_the_same_axis(options, tmp_path, monkeypatch, capsys):
-    """Of one grid each has the d that it can have."""
+def test_each_method_measures_the_dims_of_the_grid_that_it_supports(untrained, options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "base")
     (tmp_path / "few.yaml").write_text("max_steps: 4\nuse_cpu: true\ndataloader_pin_memory: false\n")
@@ -74,18 +85,18 @@ def test_methods_of_peft_on_the_same_axis(options, tmp_path, monkeypatch, capsys
     assert "--method lora,unilora: study gap has one" in capsys.readouterr().err
 
 
-def test_a_grid_that_said_cannot_have_is_refused_before_did_begins(options, tmp_path, monkeypatch, capsys):
+def test_grid_is_checked_for_all_methods_before_the_first_runs(options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "base")
     with pytest.raises(SystemExit):
         main(["study", "methods", "base", *options, "--dims", "2,512,3"])
-    told = capsys.readouterr().err
-    assert "dims (--dims) of method='said' (--method) for" in told
-    assert "d=2 must exceed the number of λ" in told
+    message = capsys.readouterr().err
+    assert "dims (--dims) of method='said' (--method) for" in message
+    assert "d=2 must exceed the number of λ" in message
     assert not (tmp_path / "study").exists()
 
 
-def test_models_that_cannot_be_measured_are_noted(options, tmp_path, monkeypatch, capsys):
+def test_models_that_learn_nothing_are_noted_and_can_be_overwritten(untrained, options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "small")
     tiny("electra", tmp_path / "other")
@@ -107,17 +118,18 @@ def test_models_that_cannot_be_measured_are_noted(options, tmp_path, monkeypatch
     assert f"| {rows[1]['parameters']:,} | {rows[1]['baseline']:.4f} |" in table
 
 
-def test_gap_against_d90(options, tmp_path, monkeypatch):
+def test_study_of_gaps_has_training_scores(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "base")
-    (row,) = study("gap", ["base"], options, tmp_path / "study")
+    few = ["--dims", "256,512,2", "--seeds", "1"]
+    (row,) = study("gap", ["base"], [*options, *few], tmp_path / "study")
     assert row["x"] == row["gap"] == pytest.approx((row["train"] - row["eval"]) / max(1 - row["eval"], 1e-9))
     assert 0 <= row["train"] <= 1
 
 
-def test_gap_by_hand():
+def test_gap_uses_the_runs_at_d90_that_did_not_collapse():
     class result:
-        d, settings, least = 7, {"metric": "accuracy"}, 0.2  # d = 7 was not measured itself
+        d, settings, floor = 7, {"metric": "accuracy"}, 0.2  # d = 7 was not measured
         points = [Point(8, 0.6, [0.7, 0.5], 3, 1, 0.1)]  # noqa: RUF012
         trials = [  # noqa: RUF012
             {"d": None, "seed": 0, "learning_rate": 1.0, "score": 1.0, "train_score": 1.0},
@@ -135,7 +147,7 @@ def test_gap_by_hand():
     assert _compute_gap(result)["gap"] == pytest.approx(0.2)
 
 
-def test_a_checkpoint_s_step():
+def test_step_is_the_last_number_of_a_checkpoint_s_name():
     assert [_get_step(name, 7) for name in ("runs/checkpoint-200", "step_20000/", "1000-steps", "final")] == [
         200,
         20000,
