@@ -1,4 +1,5 @@
-# make test: environment, linter, type checker, tests.   make demo: environment, demo.   make lock: update requirements/.
+# make test: environment, linter, type checker, tests.   make test-fast: the tests that are not marked slow.
+# make demo: environment, demo.   make lock: update requirements/.
 # make test-oldest, make test-newest: tests with the oldest versions that pyproject.toml admits, or the newest that exist.
 # make test-programs: an installed wheel, and programs that load an adapter without importing the package.
 VERSIONS ?= tested
@@ -9,7 +10,7 @@ COMMA := ,
 PINS := requirements/$(VERSIONS).txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS)
 
-.PHONY: demo test lint pytest test-oldest test-newest test-programs lock
+.PHONY: demo test test-fast lint pytest test-oldest test-newest test-programs lock
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -22,7 +23,10 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 pytest: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --durations=20 $(SELECT)
+
+test-fast:
+	$(MAKE) pytest SELECT="-m 'not slow'"
 
 test-oldest test-newest:
 	$(MAKE) pytest VERSIONS=$(@:test-%=%)

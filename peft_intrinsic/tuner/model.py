@@ -284,7 +284,11 @@ class IntrinsicModel(CheckedTuner):
                 raise ValueError(f"{beside} of adapter {name!r} cannot be combined. Train without it.")
         self.peft_config[adapter_name] = copy.copy(first)
         self.peft_config[adapter_name]._requested = {}  # with another projection the sum would be wrong
-        self.inject_adapter(self.model, adapter_name)
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
         with torch.no_grad():
             total = sum(w * vector.intrinsic_theta[n].weight for n, w in zip(adapters, weights, strict=True))
             vector.intrinsic_theta[adapter_name].weight.copy_(total)

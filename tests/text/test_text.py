@@ -178,26 +178,15 @@ def test_language_model_is_scored_by_its_negative_loss(tmp_path, capsys):
     assert fit(None, 0, 1e-2)["score"] > fit(0, 0)["score"] + 0.5
     out = tmp_path / "run"
     (tmp_path / "more.yaml").write_text("max_steps: 30\nuse_cpu: true\ndataloader_pin_memory: false\n")
-    options = [
-        "--task-type",
-        "CAUSAL_LM",
-        "--max-length",
-        "10",
-        "--config",
-        str(tmp_path / "more.yaml"),
-        "--trials",
-        "5",
-    ]
+    options = ["--task-type=CAUSAL_LM", "--max-length=10", f"--config={tmp_path / 'more.yaml'}", "--trials=5"]
     main(command(data, base, out, *options))
     report = json.loads((out / "report.json").read_text())
     assert report["untrained"] == pytest.approx(fit(0, 0)["score"], abs=1e-5)
     gain = report["baseline"]["level"] - report["untrained"]
     assert report["answers"]["gain"]["target"] == pytest.approx(report["untrained"] + 0.9 * gain)
     assert "score" not in report["answers"]  # a fraction of a loss is no target
-    for more, message in (
-        (["--relative-to", "score"], "does not work for a loss"),
-        (["--metric", "f1"], "by its loss"),
-    ):
+    errors = {"--relative-to=score": "does not work for a loss", "--metric=f1": "by its loss"}
+    for option, message in errors.items():
         with pytest.raises(SystemExit):
             main(command(data, base, tmp_path / "other", *options, option))
         assert message in capsys.readouterr().err

@@ -183,6 +183,13 @@ def test_sums_of_different_projections_raise(arguments, message):
     assert list(model.peft_config) == before
 
 
+def test_a_sum_that_cannot_be_attached_leaves_no_trace():
+    model = several()
+    with pytest.raises(ValueError, match="part of the keys"):
+        model.base_model.add_weighted_adapter(["default", "second"], [1, 1], "intrinsic_theta")
+    assert list(model.peft_config) == ["default", "second", "wider", "elsewhere"]
+
+
 def test_sums_of_adapters_with_different_scales_raise():
     model = several(said=True)
     model.get_base_model().intrinsic.intrinsic_lambda["second"].weight.data[0] = 2.0
