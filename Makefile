@@ -21,6 +21,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/language.py
 
 pytest: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --durations=20 $(SELECT)

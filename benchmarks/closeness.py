@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from quality import minilm
-from studies import Contestants
+from studies import Methods
 from supermask import NAMES, TASKS, Supermasks, list_methods
 
 from peft_intrinsic.analysis import critical_layers, frozen_sweep, parameter_distance
@@ -37,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     out = Path(__file__).parent / "results" / "closeness" / args.task
-    results = Contestants("supermask", list_methods, NAMES, ())
+    results = Methods("supermask", list_methods, NAMES, ())
     study = Supermasks(results, args.task, args.model or minilm(), args.data, Path("runs"))
     rate, runner = results.rate(args.task, "full"), study.runner(args.task)
 

@@ -5,7 +5,7 @@
 
 Runs `peft-intrinsic study methods` with the options below and those that follow, such as --method did,said (by default
 also default, and on sst2 unilora and tinylora; of LoRA the grid holds a single rank) or --engine ray --gpus 0.1, and
-goes on where it stopped. Measurements lie in benchmarks/results/d90/TASK, from the folder in which it runs. GLUE is a
+resumes where it stopped. Measurements lie in benchmarks/results/d90/TASK, from the folder in which it runs. GLUE is a
 folder with mrpc/ and sst2/, each with train.jsonl and validation.jsonl, mrpc/ with test.jsonl too, as `to_json` of the
 dataset nyu-mll/glue writes them. Of SST-2's 67,349 training phrases 4,000 are taken, shuffled by Python's generator of
 seed 0; MRPC is scored on validation and test together.

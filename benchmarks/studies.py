@@ -1,4 +1,4 @@
-"""What the studies of one encoder share: contestants with tuned rates, a model with a fixed head, rows, table, plot."""
+"""What the studies of one encoder share: methods with tuned learning rates, one initial head, rows, table, plot."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from peft_intrinsic import IntrinsicConfig
 MODEL = "all-MiniLM-L6-v2"
 FULL_RATES = (2.5e-5, 1e-4, 4e-4)
 Method = tuple[Row, tuple[float, ...]]
-"""A run, and the rates that it starts with."""
+"""A run, and the learning rates that it starts with."""
 
 
-class Contestants:
-    """The contestants of a study and their rows, in benchmarks/results/NAME/TASK/trials.jsonl.
+class Methods:
+    """The methods of a study and their rows, in benchmarks/results/NAME/TASK/trials.jsonl.
 
     Args:
         name: of the study.
-        made: from a task and this, every contestant that can run by now.
+        made: from a task and this, every method that can run by now.
         names: of all of them, in the order in which they run.
         columns: of the rows, shown in the table beside accuracy and cross-entropy.
     """
@@ -35,7 +35,7 @@ class Contestants:
     def __init__(
         self,
         name: str,
-        made: Callable[[str, Contestants], dict[str, Method]],
+        made: Callable[[str, Methods], dict[str, Method]],
         names: tuple[str, ...],
         columns: tuple[str, ...],
     ) -> None:
@@ -47,11 +47,11 @@ class Contestants:
         return read_rows(self.folder / task / "trials.jsonl")
 
     def best(self, task: str, method: Method) -> list[Row]:
-        """The rows of a contestant at its best rate by loss, a row for each seed."""
+        """The rows of a method at its best learning rate by loss, a row for each seed."""
         return at_best(method, self.rows(task), MODEL)
 
     def rate(self, task: str, name: str) -> float:
-        """The best rate of a contestant.
+        """The best learning rate of a method.
 
         Raises:
             SystemExit: it has not been measured.
@@ -89,7 +89,7 @@ class Contestants:
                 print_row(name, *shown, f"{rows[0]['lr']:g}", format_cell(rows), len(rows))
 
     def plot(self, task: str) -> None:
-        """Accuracy of every contestant, a point for each seed, as table.png beside the rows."""
+        """Accuracy of every method, a point for each seed, as table.png beside the rows."""
         from matplotlib.figure import Figure
 
         done = {name: rows for name, method in self.made(task, self).items() if (rows := self.best(task, method))}
@@ -125,7 +125,7 @@ class Contestants:
 class Study:
     """One task of a study: models ready for training, and how they are trained."""
 
-    def __init__(self, results: Contestants, task: str, path: str, data: Path | None, scratch: Path) -> None:
+    def __init__(self, results: Methods, task: str, path: str, data: Path | None, scratch: Path) -> None:
         self.results, self.task, self.path, self.data, self.scratch = results, task, path, data, scratch
         self.runners: dict[str, Runner] = {}
 
@@ -136,25 +136,25 @@ class Study:
         return self.runners[task]
 
     def base(self, seed: int) -> Any:
-        """The pretrained model, its head drawn from the stream from which adapters draw it."""
+        """The pretrained model, its head re-initialized from the seed that adapters use."""
         model = self.runner(self.task).kind.from_pretrained(self.path, num_labels=2, dtype=torch.float32)
         model = get_peft_model(model, IntrinsicConfig(d=200, task_type="SEQ_CLS")).merge_and_unload()  # θ is zero
         torch.manual_seed(seed)
         return model.requires_grad_(True).to(DEVICE)
 
-    def train(self, task: str, model: Any, rates: dict[float, list[Any]], seed: int, **more: Any) -> Row:
+    def train(self, task: str, model: Any, groups: dict[float, list[Any]], seed: int, **more: Any) -> Row:
         """Train, and score on the test examples.
 
         Args:
             task: whose data.
             model: ready for training.
-            rates: parameters by their learning rate.
+            groups: parameters by their learning rate.
             seed: of the order of the data.
             more: for `Runner.fit`.
         """
         start = time.time()
-        groups = [{"params": parameters, "lr": lr} for lr, parameters in rates.items()]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        options = [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
+        optimizer = torch.optim.AdamW(options, weight_decay=0.0)
         losses = self.runner(task).fit(model, optimizer, seed, **more)
         steps = [round(sum(losses[i : i + 25]) / 25, 3) for i in range(0, len(losses), 25)]
         return {**self.runner(task).score(model), "train": steps, **describe_time(start)}

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from peft import get_peft_model, get_peft_model_state_dict
 from quality import Row
-from studies import FULL_RATES, Contestants, Method, Study
+from studies import FULL_RATES, Method, Methods, Study
 
 from peft_intrinsic import SupermaskConfig
 
@@ -36,7 +36,7 @@ NAMES = (
 )
 
 
-def list_methods(task: str, results: Contestants) -> dict[str, Method]:
+def list_methods(task: str, results: Methods) -> dict[str, Method]:
     """List the methods: their runs, and the learning rates that they start with."""
     base: Row = {"task": task, "seed": 0}
     result: dict[str, Method] = {
@@ -84,4 +84,4 @@ class Supermasks(Study):
 
 
 if __name__ == "__main__":
-    Contestants("supermask", list_methods, NAMES, ("sparsity", "bytes")).main(Supermasks, __doc__, TASKS)
+    Methods("supermask", list_methods, NAMES, ("sparsity", "bytes")).main(Supermasks, __doc__, TASKS)

@@ -39,7 +39,7 @@ from peft import get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from quality import Row, make_batches
-from studies import FULL_RATES, Contestants, Method, Study
+from studies import FULL_RATES, Method, Methods, Study
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.analysis import disable_outliers, find_outliers
@@ -57,7 +57,7 @@ NAMES = (
 )
 
 
-def list_methods(task: str, results: Contestants) -> dict[str, Method]:
+def list_methods(task: str, results: Methods) -> dict[str, Method]:
     """List the methods: a run of each, and its first learning rates."""
     base: Row = {"task": task, "seed": 0}
     result: dict[str, Method] = {
@@ -201,4 +201,4 @@ class Trajectories(Study):
 
 
 if __name__ == "__main__":
-    Contestants("trajectory", list_methods, NAMES, ("numbers",)).main(Trajectories, __doc__, TASKS)
+    Methods("trajectory", list_methods, NAMES, ("numbers",)).main(Trajectories, __doc__, TASKS)

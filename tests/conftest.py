@@ -21,7 +21,7 @@ transformers.utils.logging.set_verbosity_error()
 
 
 def pytest_collection_finish() -> None:
-    """Exempt imported modules from garbage collection, which each training runs in full."""
+    """Exempt imported modules from garbage collection, which each training run triggers."""
     gc.collect()
     gc.freeze()
 

@@ -79,6 +79,10 @@ SPELLINGS = {
 EXCEPTIONS = {
     "(real|random|line|whole|page|port|version|complex|floating-point|different|two|sorted|decimal) numbers": "as such",
     "numbers (of|as|between)": "counts; numbers as such",
+    "(compares?|needs?|several|not|than|metric of|to|holds|are|and convert|stores) numbers": "values of cells",
+    "numbers( that are not|, or|\\.csv)": "likewise",
+    "numbers: (name|whether)|bar: tqdm": "names of parameters",
+    "unexpected keyword.*redrawn": "the former name, in a test that it raises",
     "learning[ _-]rates?": "the term",
     "(error|sampling|dropout|success) rates?": "other rates",
     r"(rates|peers|places|sizes)-(sst2|mrpc|reviews)\w*|rates, sizes, places, peers": "groups of stored benchmark rows",

@@ -1,4 +1,4 @@
-"""Checks of labelled data: the rows of a file with their lines, and up to ten errors in one message."""
+"""Checks of labeled data: the rows of a file with their lines, and up to ten errors in one message."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Checks:
         columns: Columns of the text, see `Task`.
         label: Column of the label, or None.
         task_type: See `Task`.
-        numbers: Name of the metric if it needs numbers as labels.
+        numbers: Name of the metric, if it needs numbers as labels.
     """
 
     columns: Sequence[str]

@@ -21,7 +21,7 @@ class LabeledTexts:
 
     Args:
         model: Name or folder of the base model.
-        train, eval: CSV, TSV, JSON lines or Parquet files; without `eval` the training data take its place.
+        train, eval: CSV, TSV, JSON lines or Parquet files; without `eval` the training data are used for both.
         columns: Columns of the one or two texts.
         label: Column of the class. Class i of the model is the i-th of the sorted labels of the training data.
         batch: Examples in a batch.

@@ -17,7 +17,7 @@ from ..trials.store import hash_configuration
 from .metrics import find_script, split_name
 
 TaskType = Literal["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"]
-"""Task types as PEFT names them: classify or rate texts; classify each word; predict the next token."""
+"""Task types as PEFT names them: classify or score texts; classify each word; predict the next token."""
 
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
 """Suffixes in a model's folder: configuration, tokenizer and weights."""

@@ -105,7 +105,7 @@ class Task:
 
     @cached_property
     def sign(self) -> int:
-        """-1 if less is better, as for a loss or an error, else 1: correct predictions are better than wrong ones.
+        """-1 if less is better, as for a loss or an error, else 1: correct predictions are better than incorrect ones.
 
         Raises:
             ValueError: The metric scores both alike, or does not fit the data.
@@ -119,8 +119,8 @@ class Task:
         best, worse = self._compute(labels, labels), self._compute(labels, np.where(labels == IGNORED, labels, wrong))
         if not (best < worse or best > worse):
             raise ValueError(
-                f"metric={self.metric!r} (--metric) scores correct predictions {best:g} and wrong ones {worse:g}. It "
-                "must distinguish them on the held-out data."
+                f"metric={self.metric!r} (--metric) scores correct predictions {best:g} and incorrect ones {worse:g}. "
+                "It must distinguish them on the held-out data."
             )
         return 1 if best > worse else -1
 

@@ -45,7 +45,7 @@ class Runner:
         fit: Trains once.
         store: Store of the run.
         engine: Runs trials.
-        bar: Progress bar of tqdm, which counts the trials.
+        bar: tqdm's, which counts the trials.
     """
 
     def __init__(self, fit: Fit, store: Store, engine: Engine, bar: Any) -> None:

@@ -124,7 +124,7 @@ class AdapterBank:
         adapter: name of the attached adapter with the projection; by default the active one.
 
     Raises:
-        ValueError: `vectors` has another width than d, an adapted module cannot be mixed, the adapter has fully trained
+        ValueError: the vectors do not have d columns, an adapted module cannot be mixed, the adapter has fully trained
             modules, or it is not attached.
 
     Example:

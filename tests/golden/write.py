@@ -9,7 +9,7 @@ Run with the code of commit d665cba in front of the present one:
 need no random generator and no file.
 """
 
-# ruff: noqa: I001, RUF100  (it imports modules that have moved since)
+# ruff: noqa: I001, RUF100  (it imports modules by their former names)
 from __future__ import annotations
 
 import json

@@ -133,8 +133,8 @@ def test_gap_uses_the_runs_at_d90_that_did_not_collapse():
         points = [Point(8, 0.6, [0.7, 0.5], 3, 1, 0.1)]  # noqa: RUF012
         trials = [  # noqa: RUF012
             {"d": None, "seed": 0, "learning_rate": 1.0, "score": 1.0, "train_score": 1.0},
-            {"d": 8, "seed": 0, "learning_rate": 0.5, "score": 0.1, "train_score": 0.1},  # another rate
-            {"d": 8, "seed": TUNING, "learning_rate": 0.1, "score": 0.1, "train_score": 0.1},  # it chose the rate
+            {"d": 8, "seed": 0, "learning_rate": 0.5, "score": 0.1, "train_score": 0.1},  # another learning rate
+            {"d": 8, "seed": TUNING, "learning_rate": 0.1, "score": 0.1, "train_score": 0.1},  # a tuning seed
             {"d": 8, "seed": 0, "learning_rate": 0.1, "score": None, "train_score": 0.9},  # diverged
             {"d": 8, "seed": 3, "learning_rate": 0.1, "score": 0.2, "train_score": 0.3},  # collapsed
             {"d": 8, "seed": 1, "learning_rate": 0.1, "score": 0.7, "train_score": 0.8},

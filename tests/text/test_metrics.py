@@ -167,8 +167,8 @@ def test_key_selects_one_of_several_scores(tmp_path):
 @pytest.mark.parametrize(
     ("result", "form", "message"),
     [
-        ("{'same': 1.0}", "one", "scores correct predictions 1 and wrong ones 1. It must distinguish them"),
-        ("{'none': float('nan')}", "one", "scores correct predictions nan and wrong ones nan"),
+        ("{'same': 1.0}", "one", "scores correct predictions 1 and incorrect ones 1. It must distinguish them"),
+        ("{'none': float('nan')}", "one", "scores correct predictions nan and incorrect ones nan"),
         ("1 / 0", "one", r"cannot score these data: ZeroDivisionError"),
         ("0.5", "one", "returns no number '', but 0.5"),
         ("None", "one", "returns no number '', but None"),

@@ -221,7 +221,7 @@ def test_words_and_tags_of_unequal_length_raise(row, message, tmp_path):
         load_files(path, path, ["words"], "tags", task_type="TOKEN_CLS")
 
 
-def test_run_continues_with_moved_files_and_rejects_changed_ones(data, tmp_path, capsys):
+def test_run_continues_with_relocated_files_and_rejects_changed_ones(data, tmp_path, capsys):
     """Files count by name and contents, not by path."""
     base, out = tiny("bert", tmp_path / "base"), tmp_path / "run"
     (tmp_path / "more.yaml").write_text("max_steps: 60\nuse_cpu: true\ndataloader_pin_memory: false\n")

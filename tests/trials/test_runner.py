@@ -57,7 +57,7 @@ def test_result_without_a_score_raises_and_is_not_stored(bad, tmp_path):
         ({"key": "x", "d": 1}, "returned d, key for"),
         ({"examples": 10}, "returned examples for"),
         ({"right": [True]}, "returned right for"),
-        ({"place": Path("x")}, "returned place=.* for d=None, seed=0"),
+        ({"path": Path("x")}, "returned path=.* for d=None, seed=0"),
         ({"many": np.ones(2)}, "returned many="),
         ({"correct": 8}, "returned correct=8 .* a bool for each"),
         ({"correct": [True, False]}, r"with the score 0\.8. .* must be their mean"),
@@ -116,7 +116,7 @@ def test_no_subspace_is_trained_where_there_is_nothing_to_measure():
         measure_intrinsic_dimension(
             lambda d, seed, rate: tried.append(d) or 0.5, DIMS, majority=0.5, learning_rates=([1, 2], [3, 4])
         )
-    assert tried == [None] * 5  # two rates, three seeds
+    assert tried == [None] * 5  # two learning rates, three seeds
 
 
 def test_time_budget_starts_with_the_call(monkeypatch):
