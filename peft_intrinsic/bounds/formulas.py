@@ -56,6 +56,9 @@ def prefix_free(bits: float) -> float:
     Lengths under 2 count as 2. Then the 2^−ℓ' of all messages sum to 0.83, and a prior must not exceed 1; with lengths
     0 and 1 taken as they are it would.
 
+    Args:
+        bits: Length of the message, in bits.
+
     >>> prefix_free(1024)
     1044.0
     """
@@ -66,6 +69,10 @@ def prefix_free(bits: float) -> float:
 
 def kl_inverse(risk: float, budget: float) -> float:
     """The greatest p with kl(risk ‖ p) ≤ budget, for the divergence of two coins in nats: within 1e-12, never below.
+
+    Args:
+        risk: Probability of the first coin.
+        budget: Divergence, in nats.
 
     >>> round(kl_inverse(0.0, math.log(2)), 12)
     0.5
@@ -90,6 +97,12 @@ def hoeffding(risk: float, n: int, nats: float, delta: float) -> float:
     The bound of Aghajanyan et al. (2020), section 5, after Arora et al. (2018), with its constants: d coordinates of
     b bits make nats = d·b·ln 2.
 
+    Args:
+        risk: Fraction of errors on the training examples.
+        n: Number of training examples.
+        nats: Length of the message that holds the parameters, in nats (bits times ln 2).
+        delta: Probability that the bound fails.
+
     >>> round(hoeffding(0.1, 10_000, 200 * 3 * math.log(2), 0.05), 4)
     0.2447
     """
@@ -99,6 +112,12 @@ def hoeffding(risk: float, n: int, nats: float, delta: float) -> float:
 
 def mcallester(risk: float, n: int, nats: float, delta: float) -> float:
     """risk + √((nats + ln 1/delta + ln n) / (2n − 1)): McAllester, as in the code of Lotfi et al. (2022).
+
+    Args:
+        risk: Fraction of errors on the training examples.
+        n: Number of training examples.
+        nats: Length of the message that holds the parameters, in nats (bits times ln 2).
+        delta: Probability that the bound fails.
 
     >>> round(mcallester(0.1, 10_000, 200 * 3 * math.log(2), 0.05), 4)
     0.2463
@@ -115,6 +134,13 @@ def catoni(risk: float, n: int, nats: float, delta: float, alpha: float = 1e-4) 
 
     It holds at every γ, so the search on a grid can cost tightness only (under 1e-4).
 
+    Args:
+        risk: Fraction of errors on the training examples.
+        n: Number of training examples.
+        nats: Length of the message that holds the parameters, in nats (bits times ln 2).
+        delta: Probability that the bound fails.
+        alpha: Step of the grid of γ that the union bound covers.
+
     >>> round(catoni(0.1, 10_000, 200 * 3 * math.log(2), 0.05), 4)
     0.2116
     """
@@ -127,6 +153,12 @@ def catoni(risk: float, n: int, nats: float, delta: float, alpha: float = 1e-4) 
 
 def seeger(risk: float, n: int, nats: float, delta: float) -> float:
     """kl(risk ‖ p) ≤ (nats + ln(2√n / delta)) / n: Langford and Seeger (2001) with the constant of Maurer (2004).
+
+    Args:
+        risk: Fraction of errors on the training examples.
+        n: Number of training examples.
+        nats: Length of the message that holds the parameters, in nats (bits times ln 2).
+        delta: Probability that the bound fails.
 
     >>> round(seeger(0.1, 10_000, 200 * 3 * math.log(2), 0.05), 4)
     0.2089
@@ -141,6 +173,12 @@ def occam(risk: float, n: int, nats: float, delta: float) -> float:
     Chernoff's inequality for every message and the union of them: Langford (2005), "Tutorial on practical prediction
     theory for classification", section 4. Never above `hoeffding` (Pinsker's inequality) nor `seeger`.
 
+    Args:
+        risk: Fraction of errors on the training examples.
+        n: Number of training examples.
+        nats: Length of the message that holds the parameters, in nats (bits times ln 2).
+        delta: Probability that the bound fails.
+
     >>> round(occam(0.1, 10_000, 200 * 3 * math.log(2), 0.05), 4)
     0.2081
     """
@@ -152,6 +190,11 @@ def clopper_pearson(errors: int, n: int, delta: float) -> float:
     """The p at which `errors` or fewer of n have the probability delta: the one-sided limit on held-out examples.
 
     Clopper and Pearson (1934); Langford (2005), section 3, calls it the test set bound.
+
+    Args:
+        errors: Number of errors on the held-out examples.
+        n: Number of held-out examples.
+        delta: Probability that the bound fails.
 
     >>> round(clopper_pearson(0, 100, 0.05), 4)
     0.0295
@@ -166,8 +209,12 @@ def subsampled(risk: float, n: int, m: int, nats: float, delta: float, span: flo
     risk + span · (√((nats + ln 1/(r·delta)) / 2m) + √(ln 1/((1 − r)·delta) / 2n)) with r = n / (n + m).
 
     Args:
-        risk: the mean loss, such as bits per token; a fraction of errors if span is 1.
-        span: the width of the loss's range; for bits per token that of `smoothed_span`.
+        risk: Mean loss, such as bits per token; a fraction of errors if span is 1.
+        n: Number of sampled documents.
+        m: Number of training documents.
+        nats: Length of the message that holds the parameters, in nats.
+        delta: Probability that the bound fails.
+        span: Width of the loss's range; for bits per token that of `smoothed_span`.
 
     Returns:
         The bound on the mean loss, which is not cut at a maximum.
@@ -186,6 +233,10 @@ def subsampled(risk: float, n: int, m: int, nats: float, delta: float, span: flo
 
 def smoothed_span(alpha: float, vocabulary: int) -> float:
     """log2(1 + (1 − alpha)·V / alpha): the range in bits of the loss of (1 − alpha)·p + alpha/V (Lotfi et al. 2023).
+
+    Args:
+        alpha: Weight of the uniform distribution in the mixture, above 0 and at most 1.
+        vocabulary: V, the number of tokens.
 
     >>> smoothed_span(0.5, 7)
     3.0

@@ -13,12 +13,19 @@ from .packed import PackedAdapter
 
 
 def adapter_to_string(data: bytes) -> str:
-    """Encode a packed adapter as URL-safe text (base64 of letters, digits, `-` and `_`, without padding)."""
+    """Encode a packed adapter as URL-safe text (base64 of letters, digits, `-` and `_`, without padding).
+
+    Args:
+        data: bytes of the packed adapter.
+    """
     return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def adapter_from_string(text: str) -> bytes:
     """Decode a packed adapter from `adapter_to_string`; white space around the text is ignored.
+
+    Args:
+        text: what `adapter_to_string` returned.
 
     Raises:
         ValueError: the text is truncated, changed, or no packed adapter.

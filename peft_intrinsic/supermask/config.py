@@ -52,8 +52,9 @@ class SupermaskConfig(PeftConfig):
             Save the scores too (32 bits for each weight), so that training resumes exactly. Without them, training
             continues from the mask.
 
-    Saving sets the remaining fields, and loading checks them. For a new adapter with the configuration of a saved one,
-    set them to None.
+        requires, base_digest, final_sparsity:
+            Set by saving and checked by loading: the version of this package, the digest of the base model, and the
+            fraction of zeros. For a new adapter with the configuration of a saved one, set them to None.
 
     Raises:
         ValueError, TypeError: An option has a value that cannot work.

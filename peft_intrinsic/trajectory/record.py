@@ -21,7 +21,11 @@ SNAPSHOT = "snapshot-{:08d}.safetensors"
 
 
 def snapshots(folder: str | os.PathLike) -> list[Path]:
-    """List the snapshot files in the folder of a recording, in the order of their steps."""
+    """List the snapshot files of a recording, in the order of their steps.
+
+    Args:
+        folder: folder of the recording.
+    """
     return sorted(Path(folder).glob("snapshot-*.safetensors"))
 
 
