@@ -300,17 +300,21 @@ def test_measure(tmp_path):
     assert (tmp_path / "digits" / "curve.png").exists()
 
 
-def test_measure_trainer(tmp_path):
+def test_measure_trainer(tmp_path, monkeypatch, capsys):
+    """In this process: another test runs the script itself."""
     rows = [f"a very {word} film,{int(word == 'good')}" for word in ["good", "bad", "good"] * 16]
     (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]))
-    base = tiny("bert", tmp_path / "base")
-    files = ["--train", "data.csv", "--eval", "data.csv", "--epochs", "40"]
-    options = ["--dims", "64", "512", "2", "--trials", "20"]
-    out = run("measure_trainer.py", "--model", base, *files, *options, cwd=tmp_path)
+    files = ["--train", "data.csv", "--eval", "data.csv", "--model", tiny("bert", tmp_path / "base")]
+    options = ["--epochs", "30", "--dims", "64", "512", "2", "--trials", "16"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", ["measure_trainer.py", *files, *options])
+    importlib.import_module("measure_trainer").main()
+    out = capsys.readouterr().out
     assert re.search(r"d90 = \S+, 90 % interval .*; report and plot in runs/measure", out), out
     report = json.loads((tmp_path / "runs/measure/report.json").read_text())
     assert report["majority"] == pytest.approx(2 / 3)
-    assert len(report["trials"]) <= 20
+    assert len(report["trials"]) <= 16
 
 
 def test_every_row_of_the_compatibility_table_names_a_test():
