@@ -63,14 +63,9 @@ def fit_monotone(levels: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def find_crossing(grid: Sequence[int], dims: Sequence[int], fit: np.ndarray, target: float | np.ndarray) -> np.ndarray:
-    """Find the index in `grid` of the least d whose fitted score reaches the target; `len(grid)` if none does.
+    """Find the index in `grid` of the least d whose fit, `[..., dims]`, reaches the target, `[...]`; else `len(grid)`.
 
     Between measured d the fit is linear in log d. Above them it is constant, and below them it is unknown.
-
-    Args:
-        grid, dims: All d, and those measured.
-        fit: Fitted scores, `[..., dims]`.
-        target: Scores to reach, `[...]`.
     """
     positions, measured = np.log(grid), np.log(dims)
     weights = np.stack([np.interp(positions, measured, row) for row in np.eye(len(dims))])
@@ -122,13 +117,10 @@ class Curve:
         return np.concatenate(parts) if parts else np.zeros(1)
 
     def fit(self) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """Fit the scores monotonically.
+        """Fit the scores monotonically. Returns the d, their fitted scores, and their numbers of seeds.
 
         Scores may fall again at large d, where a learning rate fails. If a fit that rises and then falls explains the
         scores better than chance would, the d beyond its peak are left out.
-
-        Returns:
-            The d, their fitted scores, and their numbers of seeds.
         """
         dims = self.dims
         counts = np.array([len(self.points[d].scores) for d in dims], dtype=float)
@@ -163,12 +155,8 @@ class Curve:
         Each resample has scores around the fit with residuals pooled over all d (few seeds at each say little about
         their own spread), a baseline from Student's t, and, where correct predictions are known, held-out examples with
         replacement, the same for all runs. It is fitted again. The indexes between the greatest measured d below the
-        target and the least that reaches it always belong to the interval.
-
-        Args:
-            seed: Seed of the resamples.
-            resamples: Number of resamples.
-            sampling: Resample the held-out examples. More trials can narrow the rest.
+        target and the least that reaches it always belong to the interval. Without `sampling` the held-out examples are
+        fixed: more trials can narrow such an interval.
         """
         rng = np.random.default_rng(seed)
         dims, fit, counts = self.fit()

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,7 +150,7 @@ def _count_earlier_rows(store: Store, plan: Plan, more: bool) -> int:
 
     A resumed plan has the number of its first call, unless there are `more` rows: it continues as if uninterrupted.
     """
-    path, asked = Path(store.folder, PLAN), json.loads(json.dumps(plan.to_dict()))
+    path, asked = Path(store.folder, PLAN), json.loads(json.dumps(asdict(plan)))
     before: dict[str, Any] = {}
     with suppress(FileNotFoundError, ValueError):  # a damaged plan loses only the number
         before = renamed(read_json(path, ""))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from operator import index
 from typing import Any, Literal
 
@@ -104,13 +104,9 @@ class Plan:
         ]
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a mapping for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Plan:
-        """Build the plan from `to_dict`, after JSON. Other names are ignored.
+        """Build the plan from its fields, as JSON has them. Other names are ignored.
 
         Raises:
             ValueError, TypeError: The mapping is no such plan.

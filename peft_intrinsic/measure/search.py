@@ -29,11 +29,9 @@ class Spent(Exception):
 
 
 class Search:
-    """Finds the least d of a grid that reaches a fraction of full fine-tuning.
+    """Finds the least d of a grid that reaches a fraction of full fine-tuning. New rows are added to the evidence.
 
     Args:
-        run: Runs trials.
-        evidence: View of the stored trials; new ones are added.
         slots: Number of trials that run in parallel. Several d are then tried in one round.
         progress: Called before each round with what is done and the number of trials left: at most, or for a sweep
             without the learning rates still to be tried.

@@ -58,16 +58,7 @@ def describe_collapse(
     baseline: str = "majority class",
     one_class: bool = False,
 ) -> str:
-    """Say that a run collapsed, and what to try.
-
-    Args:
-        score: Score of the run.
-        floor: Score of the baseline.
-        learning_rate: Learning rate of the run.
-        metric: Name of the score.
-        baseline: Name of the baseline.
-        one_class: Whether the model predicts one class for every example.
-    """
+    """Say that a run collapsed to the score of a baseline, or to one class, and what to try."""
     what = "predicts one class for every example" if one_class else "learned nothing"
     remedy = "Train for more steps first, then try a learning rate of up to 4e-4 with a longer warm-up."
     if learning_rate > DOCUMENTED:

@@ -38,21 +38,13 @@ Row = tuple[int, "dict[str, Any] | Unreadable"]
 
 @dataclass
 class Source:
-    """Rows of one file, or of one split of a dataset.
-
-    Args:
-        path: Name of the file or split.
-        rows: Rows in order.
-        names: Names of the columns; complete when the rows have been read.
-        position: What the number of a row counts.
-        separator: Character between cells. The values of cells are text.
-    """
+    """Rows of one file, or of one split of a dataset."""
 
     path: str
     rows: Iterable[Row]
-    names: list[str] = field(default_factory=list)
-    position: str = "line"
-    separator: str | None = None
+    names: list[str] = field(default_factory=list)  # of the columns; complete when the rows have been read
+    position: str = "line"  # what the number of a row counts
+    separator: str | None = None  # between cells, whose values are text
 
 
 def read_rows(path: str) -> Source:
@@ -138,19 +130,12 @@ def _is_unicode(text: str) -> bool:
 
 @dataclass
 class Checks:
-    """Checks of a task's data, whose errors are collected.
-
-    Args:
-        columns: Columns of the text, see `Task`.
-        label: Column of the label, or None.
-        task_type: See `Task`.
-        numbers: Name of the metric, if it needs numbers as labels.
-    """
+    """Checks of the data of a `Task`, whose errors are collected."""
 
     columns: Sequence[str]
     label: str | None
     task_type: str
-    numbers: str | None
+    float_metric: str | None  # name of the metric if it needs numeric labels
     errors: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     examples: dict[tuple[str, str], Any] = field(default_factory=dict)
 
@@ -161,7 +146,7 @@ class Checks:
             ValueError: The data have errors; the message names up to ten.
         """
         read = {source.path: (source, self._check_rows(source)) for source in {s.path: s for s in sources}.values()}
-        if self.label and not self.numbers:
+        if self.label and not self.float_metric:
             train, evaluation = (read[source.path] for source in sources)
             self._check_labels(*train, *evaluation)
         messages = [self._format(*key) for key in self.errors]
@@ -186,7 +171,7 @@ class Checks:
         return f"{where}{numbers}: {what}{example}."
 
     def _check_rows(self, source: Source) -> Labels:
-        """Check every row of a source. Returns its labels; none where they are numbers to predict."""
+        """Check every row of a source. Returns its labels; none where they are values to predict."""
         columns = [*self.columns, *([self.label] if self.label else [])]
         missing: dict[str, list[int]] = {column: [] for column in columns}
         numeric: dict[str, bool] = {}  # whether each cell of a text column holds a number
@@ -213,7 +198,7 @@ class Checks:
             if column not in absent and missing[column]:
                 self._add(source, f"no value in column {column!r}", missing[column])
             if numeric.get(column):
-                self._add(source, f"column {column!r} holds numbers, not text. Name the column of the text (--text)")
+                self._add(source, f"column {column!r} is numeric, not text. Name the column of the text (--text)")
         return _convert(labels) if source.separator else labels
 
     def _check_text(self, source: Source, line: int, column: str, value: Any, numeric: dict[str, bool]) -> None:
@@ -231,11 +216,11 @@ class Checks:
                 wrong = f"{self.columns[0]!r} and {self.label!r} are not lists of equal length, for TOKEN_CLS"
         elif isinstance(value, list | dict):
             wrong = f"column {self.label!r} does not hold one label per row. For one per word: --task-type TOKEN_CLS"
-        elif self.numbers and not (_is_number(value) if source.separator else _type(value) == "number"):
-            wrong = f"column {self.label!r} does not hold a number, which metric={self.numbers!r} (--metric) needs"
+        elif self.float_metric and not (_is_number(value) if source.separator else _type(value) == "number"):
+            wrong = f"column {self.label!r} does not hold a number, which metric={self.float_metric!r} (--metric) needs"
         if wrong:
             self._add(source, wrong, [line], value)
-        elif not self.numbers:
+        elif not self.float_metric:
             for one in value if isinstance(value, list) else [value]:
                 labels.setdefault((_type(one), one), []).append(line)
 
@@ -290,7 +275,7 @@ def _type(value: Any) -> str:
 
 
 def _convert(labels: Labels) -> Labels:
-    """Convert the text of cells as their reader does: to numbers or bools where all cells hold such."""
+    """Convert the text of cells as their reader does: to floats or bools where all cells hold such."""
     texts = [text for _, text in labels]
     converted: Labels = {}
     for (kind, text), lines in labels.items():

@@ -21,7 +21,7 @@ class LabeledTexts:
 
     Args:
         model: Name or folder of the base model.
-        train, eval: CSV, TSV, JSON lines or Parquet files; without `eval` the training data are used for both.
+        train, eval: CSV, TSV, JSON lines or Parquet files; without `eval` the training data are used.
         columns: Columns of the one or two texts.
         label: Column of the class. Class i of the model is the i-th of the sorted labels of the training data.
         batch: Examples in a batch.
@@ -64,14 +64,7 @@ class LabeledTexts:
         return IntrinsicConfig(d=d, seed=seed, task_type="SEQ_CLS")
 
     def train(self, model: Any, steps: int, learning_rate: float, seed: int) -> None:
-        """Train with AdamW. The learning rate falls linearly to zero.
-
-        Args:
-            model: Model or adapter; its trainable parameters change.
-            steps: Number of batches.
-            learning_rate: Learning rate of the first step.
-            seed: Seed of the order of the data.
-        """
+        """Train a model or adapter with AdamW for so many steps. The learning rate falls linearly to zero."""
         with tempfile.TemporaryDirectory() as folder:
             self.build_trainer(model, folder, steps, learning_rate, seed).train()
 

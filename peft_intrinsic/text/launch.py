@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class LaunchedFit:
     def __call__(self, d: int | None, seed: int, learning_rate: float | None = None) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "result.json")
-            trial: dict[str, Any] = {"options": self.options.to_dict(), "folder": self.folder, "out": str(out)}
+            trial: dict[str, Any] = {"options": asdict(self.options), "folder": self.folder, "out": str(out)}
             trial |= {"trial": [d, seed, learning_rate], "parent": os.getpid()}
             command = [*shlex.split(self.launcher), "-m", "peft_intrinsic.text.launch", json.dumps(trial)]
             # The launcher of this environment, even if the environment is not activated.

@@ -25,15 +25,7 @@ METHODS: dict[str, str] = {
 
 
 def build_config(method: str, d: int, seed: int, base: Any, task_type: str, head: Any = "keep") -> PeftConfig:
-    """Build the configuration of a method with at most d trainable parameters.
-
-    Args:
-        method: A key of `METHODS`.
-        d: Number of trainable parameters.
-        seed: Seed of the projection.
-        base: Base model; the meta device suffices.
-        task_type: PEFT's name of the task type.
-        head: See `IntrinsicConfig`.
+    """Build the configuration of a method with at most d trainable parameters. The base may be on the meta device.
 
     Raises:
         ValueError: d is too small for the method.

@@ -22,14 +22,14 @@ class Metric:
     """A score of predictions.
 
     Args:
-        compute: Function of (labels, predictions, classes). Labels and predictions are numbers, or indexes of classes;
+        compute: Function of (labels, predictions, classes). Labels and predictions are floats, or indexes of classes;
             for words, a list per row.
-        numbers: Whether it compares numbers, which makes the task a regression.
+        regression: Whether it compares floats, which makes the task a regression.
         rows: Whether it compares the words of each row, not all words at once.
     """
 
     compute: Callable[[Any, Any, Sequence[Any]], float]
-    numbers: bool = False
+    regression: bool = False
     rows: bool = False
 
 
@@ -48,7 +48,7 @@ METRICS: dict[str, Metric] = {
     "accuracy": Metric(lambda labels, predictions, _: accuracy_score(labels, predictions)),
     "f1": Metric(_f1),
     "matthews": Metric(lambda labels, predictions, _: matthews_corrcoef(labels, predictions)),
-    "spearman": Metric(_spearman, numbers=True),
+    "spearman": Metric(_spearman, regression=True),
 }
 """Built-in metrics. Higher is better, and correct predictions score 1."""
 
@@ -72,10 +72,10 @@ def load_metric(name: str) -> Metric:
 
     Args:
         name: A key of `METRICS`; or a metric of `evaluate`, by its name on the Hub or the path of its script or folder.
-            If it returns several numbers, `NAME:KEY` selects one.
+            If it returns several scores, `NAME:KEY` selects one.
 
     Raises:
-        ValueError: There is no such metric, or it compares something else than numbers, classes, or lists of classes.
+        ValueError: There is no such metric, or it compares something else than floats, classes, or lists of classes.
         ImportError: `evaluate` is not installed.
     """
     if name in METRICS:
@@ -90,7 +90,7 @@ def load_metric(name: str) -> Metric:
             raise TypeError
     except (AttributeError, KeyError, TypeError):
         raise ValueError(
-            f"metric={name!r} (--metric) compares {features}, not numbers, classes, or lists of classes."
+            f"metric={name!r} (--metric) compares {features}, not floats, classes, or lists of classes."
         ) from None
     return Metric(partial(_compute, name, module, key, "string" in kind), kind.startswith("float"), rows)
 

@@ -17,7 +17,7 @@ from ..trials.store import hash_configuration
 from .metrics import find_script, split_name
 
 TaskType = Literal["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"]
-"""Task types as PEFT names them: classify or score texts; classify each word; predict the next token."""
+"""Task types as PEFT names them: classify texts, or predict a value; classify each word; predict the next token."""
 
 MODEL_FILES = (".json", ".txt", ".model", ".safetensors", ".bin")
 """Suffixes in a model's folder: configuration, tokenizer and weights."""
@@ -76,13 +76,9 @@ class TextOptions:
         if (self.task is None) == (self.train is None or self.eval is None):
             raise ValueError("name either a GLUE task (--task), or both train and eval (--train, --eval).")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a mapping for JSON."""
-        return asdict(self)
-
     def to_settings(self) -> dict[str, Any]:
         """Describe what the trials depend on: the options, with local files by name and digest instead of path."""
-        settings = self.to_dict()
+        settings = asdict(self)
         settings |= {name: name_with_digest(Path(settings[name])) for name in self.local_files}
         metric = self.metric or ""
         if path := find_script(metric):
@@ -114,11 +110,9 @@ def name_with_digest(path: Path) -> str:
 
 
 def complete_arguments(arguments: Mapping[str, Any], best: str | None = None) -> dict[str, Any]:
-    """Add the defaults of a trial to `TrainingArguments`, and convert numbers that YAML read as text.
+    """Add the defaults of a trial to `TrainingArguments`, and convert values that YAML read as text.
 
-    Args:
-        arguments: Arguments of the user.
-        best: Metric of early stopping; None trains to the end.
+    `best` is the metric of early stopping; None trains to the end.
 
     Raises:
         ValueError: `TrainingArguments` has no such argument, each trial sets it, or it is not a number.
@@ -135,13 +129,8 @@ def complete_arguments(arguments: Mapping[str, Any], best: str | None = None) ->
     complete: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     complete["dataloader_pin_memory"] = torch.accelerator.is_available()
     if best:
-        complete |= {
-            "eval_strategy": "epoch",
-            "save_strategy": "epoch",
-            "save_total_limit": 1,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": best,
-        }
+        complete |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1}
+        complete |= {"load_best_model_at_end": True, "metric_for_best_model": best}
     return complete | {name: _convert_number(name, value, defaults[name]) for name, value in arguments.items()}
 
 

@@ -45,7 +45,7 @@ class Task:
         data: Splits `train` and `eval`.
         columns: Columns of the one or two texts; of lists of words for TOKEN_CLS.
         label: Column of the label; None for CAUSAL_LM.
-        metric: Name for `load_metric`, or `loss`. A metric of numbers makes the task a regression.
+        metric: Name for `load_metric`, or `loss`. A metric of floats makes the task a regression.
         task_type: PEFT's name of the task type.
     """
 
@@ -58,7 +58,7 @@ class Task:
     @property
     def regression(self) -> bool:
         """Whether the model predicts a number."""
-        return self.metric != "loss" and load_metric(self.metric).numbers
+        return self.metric != "loss" and load_metric(self.metric).regression
 
     def labels(self, split: str) -> list[Any]:
         """All labels of a split; for TOKEN_CLS word by word."""
@@ -77,11 +77,7 @@ class Task:
         return feature.int2str(label) if isinstance(feature, ClassLabel) else str(label)
 
     def head_options(self, labels: int | None = None) -> dict[str, Any]:
-        """Arguments of `from_pretrained` for a head with the task's classes by name.
-
-        Args:
-            labels: Number of labels of the head if the task has only the first of them.
-        """
+        """Arguments of `from_pretrained` for a head with the task's classes by name, or with more labels than these."""
         if self.label is None or self.regression:
             return {} if self.label is None else {"num_labels": 1}
         names = [self.name_class(label) for label in self.classes]
@@ -89,10 +85,9 @@ class Task:
         return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
 
     def encode_labels(self, split: str) -> np.ndarray:
-        """Encode the labels of a split as the Trainer does.
+        """Encode the labels of a split as the Trainer does: floats or indexes of `classes`, `[rows]`.
 
-        Returns:
-            Numbers, or indexes of `classes`: `[rows]`, and `[rows, words]` for TOKEN_CLS, padded with `IGNORED`.
+        For TOKEN_CLS they are `[rows, words]`, padded with `IGNORED`.
         """
         if self.regression:
             return np.array(self.labels(split), dtype=float)
@@ -105,7 +100,7 @@ class Task:
 
     @cached_property
     def sign(self) -> int:
-        """-1 if less is better, as for a loss or an error, else 1: correct predictions are better than incorrect ones.
+        """-1 if less is better, as for a loss or an error, else 1: correct predictions have the better score.
 
         Raises:
             ValueError: The metric scores both alike, or does not fit the data.
@@ -135,13 +130,9 @@ class Task:
         return round(self.score(labels, labels), 6)  # the last digits differ between machines
 
     def score(self, labels: np.ndarray, predictions: np.ndarray) -> float:
-        """Score predictions; higher is better.
+        """Score predictions against labels, both as of `encode_labels`; higher is better.
 
         A metric of a single class is averaged over the classes where there are more than two.
-
-        Args:
-            labels: Numbers, or indexes of `classes`, as of `encode_labels`.
-            predictions: Likewise, in the same shape.
         """
         return self.sign * self._compute(labels, predictions)
 
@@ -156,8 +147,7 @@ class Task:
     def score_majority(self) -> float | None:
         """Score the majority-class baseline, or the mean of the training labels for a regression.
 
-        Returns:
-            The score; None for CAUSAL_LM, and if the metric of a constant is not finite.
+        None for CAUSAL_LM, and if the metric of a constant is not finite.
         """
         if self.label is None:
             return None
@@ -197,13 +187,7 @@ def load_files(
     task_type: TaskType = "SEQ_CLS",
     dataset: str | None = None,
 ) -> Task:
-    """Load a task from local files, or from splits of a dataset on the Hub.
-
-    Args:
-        train, eval: CSV, TSV, JSON lines or Parquet files; with `dataset` names of its splits.
-        columns, label, task_type: See `Task`.
-        metric: Name for `load_metric`; None for accuracy, or the loss for CAUSAL_LM.
-        dataset: `NAME` or `NAME:CONFIGURATION` on the Hub.
+    """Load a task from local files, or from splits of a dataset on the Hub. See `TextOptions`.
 
     Raises:
         ValueError: The metric is unknown, or the data cannot be used. The message names up to ten errors, with the
@@ -222,7 +206,7 @@ def load_files(
     if unknown := [path for path in (train, eval) if not dataset and Path(path).suffix not in READERS]:
         raise ValueError(f"{', '.join(unknown)}: the suffix must be one of {', '.join(READERS)}.")
     loaded = {path: _load(path, dataset) for path in (train, eval) if dataset or Path(path).suffix not in TEXT_FILES}
-    checks = Checks(columns, label, task_type, metric if label and load_metric(metric).numbers else None)
+    checks = Checks(columns, label, task_type, metric if label and load_metric(metric).regression else None)
     names = [*columns, *([label] if label else [])]
     checks.run(
         [_read(path, loaded[path], names, label) if path in loaded else read_rows(path) for path in (train, eval)]
@@ -280,7 +264,7 @@ def _load(path: str, dataset: str | None) -> Dataset:
 def _resolve_metric(metric: str, task_type: TaskType) -> str:
     """Check whether a metric fits the task type. The path of a script becomes absolute, for other processes."""
     loaded = load_metric(metric)
-    if loaded.numbers and task_type != "SEQ_CLS":
+    if loaded.regression and task_type != "SEQ_CLS":
         raise ValueError(f"metric={metric!r} is for texts (SEQ_CLS), not for {task_type}.")
     if loaded.rows and task_type != "TOKEN_CLS":
         raise ValueError(f"metric={metric!r} is for lists of words (TOKEN_CLS), not for {task_type}.")

@@ -42,10 +42,7 @@ from .tasks import IGNORED, Task, load_task
 class TextTraining:
     """The tokenized data of a task, its base model, and Trainers for both: classes of, or a number for, texts.
 
-    Args:
-        options: Model and training.
-        task: What to learn.
-        tokens: File name, without suffix, for the tokenized data; None keeps them in memory.
+    `tokens` is a file name, without suffix, for the tokenized data; None keeps them in memory.
 
     Raises:
         ValueError: A split is shorter than a single block of a language model.
@@ -75,11 +72,7 @@ class TextTraining:
             )
 
     def load_base(self, labels: int | None = None) -> Any:
-        """Load the base model as its checkpoint is, in float32.
-
-        Args:
-            labels: Number of labels of the head; None for those of the task.
-        """
+        """Load the base model as its checkpoint is, in float32, with so many labels; None for those of the task."""
         base = self.loader.from_pretrained(self.options.model, dtype="float32", **self.task.head_options(labels))
         base.config.pad_token_id = self.tokenizer.pad_token_id
         return base
@@ -113,13 +106,7 @@ class TextTraining:
         return {"score": self.task.score(labels, predictions)}
 
     def build_trainer(self, model: Any, folder: str, arguments: Mapping[str, Any]) -> Trainer:
-        """Build a Trainer of the task.
-
-        Args:
-            model: The model to train or to evaluate.
-            folder: Folder of checkpoints.
-            arguments: Further `TrainingArguments`.
-        """
+        """Build a Trainer of the task, with checkpoints in `folder` and further `TrainingArguments`."""
         complete = TrainingArguments(**{"output_dir": folder, **self.arguments, **arguments})
         complete._n_gpu = min(complete.n_gpu, 1)  # no DataParallel, which multiplies the batch: --launch is for several
         trainer = Trainer(

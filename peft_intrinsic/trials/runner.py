@@ -39,17 +39,10 @@ def _unpack(right: str, examples: int) -> np.ndarray:
 
 
 class Runner:
-    """Runs the trials of a fit on an engine, and stores their rows.
+    """Runs the trials of a fit on an engine, stores their rows, and counts them in tqdm's progress bar."""
 
-    Args:
-        fit: Trains once.
-        store: Store of the run.
-        engine: Runs trials.
-        bar: tqdm's, which counts the trials.
-    """
-
-    def __init__(self, fit: Fit, store: Store, engine: Engine, bar: Any) -> None:
-        self.fit, self.store, self.engine, self.bar = fit, store, engine, bar
+    def __init__(self, fit: Fit, store: Store, engine: Engine, progress: Any) -> None:
+        self.fit, self.store, self.engine, self.progress = fit, store, engine, progress
 
     def run(self, trials: Sequence[Trial], finite: bool = False) -> Sequence[Row]:
         """Run trials, except those that the store has. Returns their rows.
@@ -61,13 +54,13 @@ class Runner:
         configurations = [dict(zip(TRIAL, trial, strict=True)) for trial in trials]
         keys = [self.store.key(configuration) for configuration in configurations]
         new = [i for i, key in enumerate(keys) if key not in self.store.rows]
-        if not self.bar.disable:  # stored trials took no time
-            self.bar.initial += len(trials) - len(new)
-        self.bar.update(len(trials) - len(new))
+        if not self.progress.disable:  # stored trials took no time
+            self.progress.initial += len(trials) - len(new)
+        self.progress.update(len(trials) - len(new))
         for i, result, facts in self.engine.run(self.fit, [trials[i] for i in new]):
             configuration = configurations[new[i]]
             self.store.add(configuration, {**_build_row(result, configuration), **facts})
-            self.bar.update()
+            self.progress.update()
         rows = [self.store.rows[key] for key in keys]
         for (d, seed, rate), row in zip(trials, rows, strict=True):
             if finite and row["score"] is None:
@@ -76,7 +69,7 @@ class Runner:
 
 
 def _build_row(result: Any, configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Build the row of a trial from what the fit returned. Numbers that are not finite become None, as in JSON."""
+    """Build the row of a trial from what the fit returned. Values that are not finite become None, as in JSON."""
     trial = ", ".join(f"{name}={value}" for name, value in configuration.items())
     row = dict(result) if isinstance(result, Mapping) else {"score": result}
     if reserved := sorted(OWN & row.keys()):
@@ -92,7 +85,7 @@ def _build_row(result: Any, configuration: Mapping[str, Any]) -> dict[str, Any]:
             json.dumps(value)
         except TypeError:
             raise ValueError(
-                f"fit returned {name}={value!r} for {trial}: a row stores numbers, texts, lists and mappings."
+                f"fit returned {name}={value!r} for {trial}: a row stores floats, texts, lists and mappings."
             ) from None
         if isinstance(value, float) and not math.isfinite(value):
             row[name] = None

@@ -34,12 +34,8 @@ def write_whole(path: Path, contents: str | bytes) -> None:
 def read_json(path: Path, lost: str) -> dict[str, Any]:
     """Read a mapping from a file of a run.
 
-    Args:
-        path: The file.
-        lost: What its loss means, for the error.
-
     Raises:
-        ValueError: The file is damaged.
+        ValueError: The file is damaged; the message says what is `lost`.
     """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -172,8 +172,8 @@ def test_key_selects_one_of_several_scores(tmp_path):
         ("1 / 0", "one", r"cannot score these data: ZeroDivisionError"),
         ("0.5", "one", "returns no number '', but 0.5"),
         ("None", "one", "returns no number '', but None"),
-        ("{'x': 1.0}", "{'a': one}", "compares .*, not numbers, classes, or lists of classes"),
-        ("{'x': 1.0}", "datasets.Sequence(datasets.Value('float32'))", "compares .*, not numbers, classes, or lists"),
+        ("{'x': 1.0}", "{'a': one}", "compares .*, not floats, classes, or lists of classes"),
+        ("{'x': 1.0}", "datasets.Sequence(datasets.Value('float32'))", "compares .*, not floats, classes, or lists"),
         ("{'x': 1.0}", "no_form", "cannot be loaded: NameError"),
     ],
 )

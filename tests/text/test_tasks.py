@@ -221,7 +221,7 @@ def test_words_and_tags_of_unequal_length_raise(row, message, tmp_path):
         load_files(path, path, ["words"], "tags", task_type="TOKEN_CLS")
 
 
-def test_run_continues_with_relocated_files_and_rejects_changed_ones(data, tmp_path, capsys):
+def test_run_resumes_with_copied_files_and_rejects_changed_ones(data, tmp_path, capsys):
     """Files count by name and contents, not by path."""
     base, out = tiny("bert", tmp_path / "base"), tmp_path / "run"
     (tmp_path / "more.yaml").write_text("max_steps: 60\nuse_cpu: true\ndataloader_pin_memory: false\n")
@@ -260,7 +260,7 @@ def test_tsv_has_no_quotes_and_may_have_further_columns(tmp_path):
             "ragged.csv, line 2: 1 cell separated by ',', but the header has 2; the row ends on line 3",
         ),
         ("broken.jsonl", '{"text": ', "broken.jsonl, line 1: not valid JSON"),
-        ("numbers.csv", "text,label\n1,0\n2,1\n", "column 'text' holds numbers, not text"),
+        ("numbers.csv", "text,label\n1,0\n2,1\n", "column 'text' is numeric, not text"),
     ],
 )
 def test_files_without_usable_rows_raise(name, content, message, tmp_path):

@@ -222,7 +222,7 @@ def test_encoder_decoder_predictions_with_hidden_states_are_scored(tmp_path):
     assert 0 <= build_fit(model, {"train": path, "eval": path}, 2)(50, 0, 2e-4)["score"] <= 1
 
 
-def test_arguments_that_yaml_reads_as_text_are_converted(base, data):
+def test_values_that_yaml_reads_as_text_are_converted(base, data):
     numbers = {"weight_decay": "1e-2", "warmup_steps": "1e-1", "max_steps": "1e0"}
     fit = build_fit(base, data, arguments=numbers)
     assert {name: fit.training.arguments[name] for name in numbers} == {
