@@ -41,23 +41,27 @@ def as_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def reads_stored_options(config: Config) -> Config:
-    """Let a PEFT configuration class accept what files hold: former names, and fields with `init=False`.
+    """Let a PEFT configuration class accept what files hold: former names, and the keyword-only fields.
 
     PEFT passes the contents of a file to the constructor. Unlike users, files also give `peft_type`.
     """
     known: Any = config
     original = known.__init__
-    stored = [field.name for field in dataclasses.fields(known) if not field.init]
+    stored = [field.name for field in dataclasses.fields(known) if field.kw_only]
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         if "peft_type" in kwargs:
             kwargs = renamed(kwargs)
-            self.__dict__.update({name: kwargs.pop(name) for name in stored if name in kwargs})
+        elif passed := [name for name in stored if name in kwargs]:
+            raise TypeError(
+                f"{', '.join(passed)} cannot be passed: attaching or loading an adapter sets it. Leave it out."
+            )
         original(self, *args, **kwargs)
 
     # PEFT looks here for names that it may pass when a file holds others that it does not know.
     signature, kind = inspect.signature(original), inspect.Parameter.KEYWORD_ONLY
-    parameters = [*signature.parameters.values(), *(inspect.Parameter(name, kind, default=None) for name in stored)]
+    former = [name for name, present in NAMES.items() if present in signature.parameters.keys() - NAMES.keys()]
+    parameters = [*signature.parameters.values(), *(inspect.Parameter(name, kind, default=None) for name in former)]
     known.__init__, __init__.__signature__ = __init__, signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return config

@@ -75,7 +75,7 @@ def check_layers(config: Any, keywords: tuple[str, ...]) -> None:
     if alone and config.layers_to_transform is not None:
         raise ValueError(
             f"layers_to_transform={config.layers_to_transform!r} does not work with the target_modules string "
-            f"{config.target_modules!r}. Pass target_modules as a list, or as one of {keywords}."
+            f"{config.target_modules!r}. Pass target_modules as a list, or as {' or '.join(map(repr, keywords))}."
         )
     if config.layers_pattern is not None and config.layers_to_transform is None:
         raise ValueError(

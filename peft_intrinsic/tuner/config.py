@@ -172,13 +172,13 @@ class IntrinsicConfig(PeftConfig):
     )
     init_weights: bool = field(default=True, metadata={"help": "Start at θ = 0. False is for tests."})
 
-    # Set by the attachment and by files; not offered by the constructor.
-    algorithm_version: int = field(init=False, default=ALGORITHM_VERSION, metadata={"help": "Definition of P."})
-    requires: str = field(init=False, default=f"peft_intrinsic>={__version__}", metadata={"help": "What loads it."})
-    manifest: str | None = field(init=False, default=None, metadata={"help": "Digest of the adapted parameters."})
-    checksum: str | None = field(init=False, default=None, metadata={"help": "Checksum of the file with θ and λ."})
-    subspace_digest: str | None = field(init=False, default=None, metadata={"help": "Digest of the subspace file."})
-    num_labels: int | None = field(init=False, default=None, metadata={"help": "Labels of the base model's head."})
+    # Set by the attachment and by files; users cannot pass them.
+    algorithm_version: int = field(kw_only=True, default=ALGORITHM_VERSION, metadata={"help": "Definition of P."})
+    requires: str = field(kw_only=True, default=f"peft_intrinsic>={__version__}", metadata={"help": "What loads it."})
+    manifest: str | None = field(kw_only=True, default=None, metadata={"help": "Digest of the adapted parameters."})
+    checksum: str | None = field(kw_only=True, default=None, metadata={"help": "Checksum of the file with θ and λ."})
+    subspace_digest: str | None = field(kw_only=True, default=None, metadata={"help": "Digest of the subspace file."})
+    num_labels: int | None = field(kw_only=True, default=None, metadata={"help": "Labels of the base model's head."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,22 +197,27 @@ class IntrinsicConfig(PeftConfig):
         # Empty instead of None, it keeps PEFT from writing targeted embeddings into the adapter file.
         self.trainable_token_indices = self.trainable_token_indices or {}
         self.checksum_to_save: str | None = None
-        self._requested: dict[str, Any] = {}  # the options before they were resolved; never changed
+        self._requested: dict[str, Any] = {}  # the options before they were resolved
+        self._resolved: dict[str, Any] = {}  # and after
 
     def as_requested(self) -> IntrinsicConfig:
-        """Copy the configuration with the options that the user passed, before they were resolved for a model."""
+        """Copy the configuration with the options that the user passed or set, before a model resolved them."""
         config = copy.copy(self)
-        config.__dict__.update(self._requested)
+        unchanged = [name for name in self._requested if getattr(self, name) == self._resolved[name]]
+        config.__dict__.update({name: copy.copy(self._requested[name]) for name in unchanged})
+        if self._requested:
+            config._requested = {name: copy.copy(getattr(config, name)) for name in RESOLVED}
         return config
 
     def resolve(self, resolved: IntrinsicConfig) -> IntrinsicConfig:
         """Store the options of `resolved`, or return that one where this configuration belongs to another model."""
         options = {name: getattr(resolved, name) for name in RESOLVED}
+        resolved._resolved = {name: copy.copy(value) for name, value in options.items()}
         if self._requested:
-            return self if all(getattr(self, name) == options[name] for name in RESULTS) else resolved
+            return self if options == {name: getattr(self, name) for name in RESOLVED} else resolved
         if self.manifest is None:
             self._requested = {name: copy.copy(getattr(self, name)) for name in RESOLVED}
-        self.__dict__.update(options)
+        self.__dict__.update(options, _resolved=resolved._resolved)
         return self
 
     def differences(self, other: IntrinsicConfig) -> list[str]:
@@ -225,8 +230,9 @@ class IntrinsicConfig(PeftConfig):
 
     @property
     def full_modules(self) -> list[str] | None:
-        """`modules_to_save` as the user passed it."""
-        return None if isinstance(self.modules_to_save, NoModules) else self.modules_to_save
+        """`modules_to_save` as the user passed it, each name once: PEFT adds heads at every use."""
+        names = self.modules_to_save
+        return None if names is None or isinstance(names, NoModules) else list(dict.fromkeys(names))
 
     @property
     def trained_beside(self) -> str:

@@ -84,7 +84,7 @@ def read_subspace(model: nn.Module, config: Any) -> tuple[str, list[str]]:
             f"modules_to_save={config.full_modules} includes all parameters that the subspace adapts. Leave some out."
         )
     if again := [name for name in config.reinitialized or () if name in names]:
-        logger.info(
+        logger.warning(
             "The subspace adapts parameters that are re-initialized from a fixed seed: %s. Their directions fit only a "
             "recording that started from the same values, as `peft-intrinsic trajectory record` does.",
             ", ".join(again),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, evaluate
-from peft import LoraConfig, PeftConfig, PeftType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.utils import save_and_load
 from torch import nn
 
@@ -102,7 +102,7 @@ def test_every_projection_is_a_value_of_the_option():
 
 
 def test_fields_that_an_attachment_sets_are_not_options_but_saved_and_loaded(tmp_path):
-    internal = {field.name for field in dataclasses.fields(IntrinsicConfig) if not field.init}
+    internal = {field.name for field in dataclasses.fields(IntrinsicConfig) if field.kw_only}
     assert internal == {"algorithm_version", "requires", "manifest", "checksum", "subspace_digest", "num_labels"}
     with pytest.raises(TypeError, match="manifest"):
         IntrinsicConfig(manifest="a")
@@ -122,6 +122,39 @@ def test_a_file_with_an_option_of_a_later_version_keeps_its_manifest(tmp_path):
     with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['later'\]"):
         loaded = PeftConfig.from_pretrained(tmp_path)
     assert loaded.manifest == model.peft_config["default"].manifest
+
+
+def test_a_file_of_former_names_survives_an_option_of_a_later_version():
+    stored = {"peft_type": "INTRINSIC", "d": 20, "target_modules": "vectors", "redrawn": [], "later": 1}
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['later'\]"):
+        config = PeftConfig.from_peft_type(**stored)
+    assert (config.target_modules, config.reinitialized) == ("norms-and-biases", [])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("target_modules", {"key"}), ("modules_to_save", ["pooler"]), ("block_size", 16), ("reinitialized", [])],
+)
+def test_an_option_that_is_set_after_the_first_use_takes_effect(option, value):
+    """The adapter and its configuration are those of a new configuration with that value."""
+    config = IntrinsicConfig(d=20, target_modules=["query"])
+    get_peft_model(build("bert"), config)
+    setattr(config, option, value)
+    again = get_peft_model(build("bert"), config)
+    new = get_peft_model(build("bert"), IntrinsicConfig(**{"d": 20, "target_modules": ["query"], option: value}))
+    assert again.peft_config["default"].to_dict() == new.peft_config["default"].to_dict()
+    trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (again, new)]
+    assert trained[0] == trained[1]
+
+
+def test_replace_keeps_the_checks_of_a_saved_adapter(tmp_path):
+    get_peft_model(build("bert"), IntrinsicConfig(d=20)).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    replaced = dataclasses.replace(config, inference_mode=False)
+    assert (replaced.manifest, replaced.checksum) == (config.manifest, config.checksum) != (None, None)
+    replaced.seed = 1
+    with pytest.raises(ValueError, match="checksum"):
+        PeftModel.from_pretrained(build("bert"), tmp_path, config=replaced)
 
 
 @pytest.mark.parametrize("names", [None, "query", ["query", "key", "query"]])
