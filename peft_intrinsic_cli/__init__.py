@@ -16,7 +16,7 @@ from .parsing import HelpFormatter
 PARSERS = (train, measure, info, pack, certify, trajectory, distance)
 """Modules whose `add_parsers` defines subcommands, in the order of the help."""
 
-INTERRUPTED = "interrupted. Finished trials and snapshots are stored, and the same command reuses them."
+INTERRUPTED = "interrupted. What a run with a folder of trials or snapshots has finished is stored, and is reused."
 
 
 def build_parser() -> argparse.ArgumentParser:

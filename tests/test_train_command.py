@@ -57,12 +57,17 @@ def test_training_reports_scores_beside_baselines_and_saves_an_adapter_that_has_
 
 def test_a_folder_in_use_is_overwritten_on_request_only(folder, capsys):
     Path("adapter").mkdir()
+    Path("adapter/README.md").write_text("mine")
+    for options in ([], ["--overwrite"]):  # no adapter is there
+        with pytest.raises(SystemExit, match="2"):
+            train(*options)
+        assert "--out adapter is in use" in capsys.readouterr().err
+    assert [path.read_text() for path in Path("adapter").iterdir()] == ["mine"]
+    Path("adapter/adapter_config.json").write_text("{}")
     Path("adapter/adapter.certificate.json").write_text("of a former adapter")
     Path("adapter/notes.txt").write_text("mine")
     with pytest.raises(SystemExit, match="2"):
         train()
-    assert "--out adapter is in use" in capsys.readouterr().err
-    assert len(list(Path("adapter").iterdir())) == 2
     train("--overwrite", "--d", "20")
     assert json.loads(Path("adapter/adapter_config.json").read_text())["d"] == 20
     assert not Path("adapter/adapter.certificate.json").exists()
@@ -71,7 +76,14 @@ def test_a_folder_in_use_is_overwritten_on_request_only(folder, capsys):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(["--d", "100000000"], "d=100000000"), (["--lr", "1e38"], "NaN or infinite"), (["--batch", "0"], "--batch")],
+    [
+        (["--d", "100000000"], "d=100000000"),
+        (["--lr", "1e38"], "NaN or infinite"),
+        (["--lr", "-1"], "--lr -1 is no learning rate"),
+        (["--seed", "5000000000"], "--seed 5000000000"),
+        (["--batch", "0"], "--batch"),
+        (["--out", "adapter/README.md"], "is a file"),
+    ],
 )
 def test_a_failed_run_leaves_the_adapter_that_was_there(options, message, folder, capsys):
     train("--epochs", "0.1")

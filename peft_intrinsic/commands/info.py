@@ -34,7 +34,7 @@ def info(args: argparse.Namespace) -> None:
     """
     path = Path(resolve_path(args.adapter))
     options = _read_packed_options(path) if path.is_file() else _read_options(path)
-    options["num_labels"] = args.labels or options.get("num_labels")
+    options["num_labels"] = options.get("num_labels") or args.labels
     rows = {**_describe(path, options), "certificate": _describe_certificates(path)}
     fits, rows["fits"] = _compare(path, options, args.model)
     for name, value in rows.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
+from peft.utils import CONFIG_NAME
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..measure.evidence import is_collapsed
@@ -34,9 +36,12 @@ def train(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the folder is in use, or another option cannot work.
     """
+    if not (math.isfinite(args.lr) and args.lr > 0):
+        raise ValueError(f"--lr {args.lr:g} is no learning rate. Pass a number above 0, such as 2e-4.")
+    if args.seed >= 2**32:
+        raise ValueError(f"--seed {args.seed} exceeds what numpy takes. Use a seed below 2**32.")
     folder = Path(args.out)
-    if folder.exists() and not args.overwrite and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"--out {folder} is in use. Name a new folder, or replace its adapter with --overwrite.")
+    _check_folder(folder, args.overwrite)
     config, options = _build_config(args), _build_text_options(args)
     check_arguments(complete_arguments(options.arguments))
     task = load_task(options)
@@ -72,6 +77,16 @@ def _print_scores(scores: Mapping[str, float], sizes: Mapping[str, str], task: T
         print(describe_collapse(after, least, learning_rate, task.metric, named))
 
 
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Make the folder of the adapter, before hours are spent. Only an adapter's folder is overwritten."""
+    if folder.is_file():
+        raise ValueError(f"--out {folder} is a file. Name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (overwrite and (folder / CONFIG_NAME).exists()):
+        hint = "It holds no adapter that --overwrite could replace" if overwrite else "--overwrite replaces an adapter"
+        raise ValueError(f"--out {folder} is in use. {hint}. Name a new folder.")
+
+
 def _save(model: Any, scores: Mapping[str, float], task: Task, args: argparse.Namespace) -> None:
     """Save the adapter and its scores; a former adapter is replaced when all is written."""
     settings = {name: getattr(args, name) for name in ("model", "d", "said", "seed", "epochs", "batch")}
@@ -87,7 +102,6 @@ def _save(model: Any, scores: Mapping[str, float], task: Task, args: argparse.Na
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
         Path(saved, SCORES).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        folder.mkdir(parents=True, exist_ok=True)
         for name in REPLACED:
             (folder / name).unlink(missing_ok=True)
         for file in Path(saved).iterdir():
