@@ -102,6 +102,7 @@ def labelled(folder: Path, *names: object) -> list[str]:
     return ["--train", "data.jsonl", "--eval", "data.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [(1, 0), ("like it", "dislike it"), (7, -1)])
 def test_text_classification_takes_labels_of_any_kind_and_predicts_them_by_name(names, tmp_path):
     data = labelled(tmp_path, *names)
@@ -124,6 +125,7 @@ def test_text_classification_takes_labels_of_any_kind_and_predicts_them_by_name(
     )
 
 
+@pytest.mark.slow
 def test_text_classification_reports_a_collapse_and_what_to_try(tmp_path):
     """A learning rate of 1000 leaves one class for every example, of which half are right."""
     data = labelled(tmp_path, "good", "bad")
@@ -148,6 +150,7 @@ def test_collapse_is_an_accuracy_at_the_majority_class_or_a_single_class(predict
     assert bool(out) == bool(told)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["text_classification.py", "supermask.py", "trajectory.py", "measure_trainer.py"])
 def test_examples_name_all_errors_of_their_data(script, tmp_path):
     (tmp_path / "data.csv").write_text("text,label\na film,good\nfilm\na film,Good\n")
@@ -160,6 +163,7 @@ def test_examples_name_all_errors_of_their_data(script, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_trajectory(tmp_path):
     rows = [{"text": f"a very {word} film", "label": int(word == "good")} for word in ["good", "bad"] * 40]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -175,6 +179,7 @@ def test_trajectory(tmp_path):
     assert "changed beyond 3 σ" in out
 
 
+@pytest.mark.slow
 def test_supermask(tmp_path):
     rows = [{"text": f"a very {word} film", "label": int(word == "good")} for word in ["good", "bad"] * 40]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -188,6 +193,7 @@ def test_supermask(tmp_path):
     assert "can be restored for at most 1% of the score" in out
 
 
+@pytest.mark.slow
 def test_causal_lm(tmp_path):
     (tmp_path / "corpus.txt").write_text("a very good film\na very bad film\n" * 200)
     base = tiny("llama", tmp_path / "base")
@@ -199,6 +205,7 @@ def test_causal_lm(tmp_path):
     assert float(found[2]) < 0.7 * float(found[1])
 
 
+@pytest.mark.slow
 def test_grpo(tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="trl is not installed")
     base = tiny("llama", tmp_path / "base")
@@ -221,6 +228,7 @@ def test_grpo(tmp_path, monkeypatch):
         assert asked.endswith("stop.")
 
 
+@pytest.mark.slow
 def test_custom_module(tmp_path):
     out = run("custom_module.py", "--steps", "100", cwd=tmp_path)
     found = re.search(r"accuracy ([\d.]+) -> ([\d.]+) with d=300, reloaded ([\d.]+)", out)
@@ -265,6 +273,7 @@ def test_demo(tmp_path):
     assert asked == []
 
 
+@pytest.mark.slow
 def test_tiny_adapter(tmp_path):
     base = tiny("bert", tmp_path / "base")
     model = BertForSequenceClassification.from_pretrained(base, num_labels=2)
@@ -279,6 +288,7 @@ def test_tiny_adapter(tmp_path):
     assert (tmp_path / "adapter.svg").exists()
 
 
+@pytest.mark.slow
 def test_serving(tmp_path):
     base = tiny("llama", tmp_path / "base")
     for i in range(2):
@@ -291,6 +301,7 @@ def test_serving(tmp_path):
     assert "2 adapters, 200 parameters each" in out
 
 
+@pytest.mark.slow
 def test_measure(tmp_path):
     out = run("measure.py", "--out", "digits", cwd=tmp_path)
     found = re.search(r"d90 = (\d+), 90 % interval \((\d+), (\d+)\); report and plot in digits", out)
@@ -300,6 +311,7 @@ def test_measure(tmp_path):
     assert (tmp_path / "digits" / "curve.png").exists()
 
 
+@pytest.mark.slow
 def test_measure_trainer(tmp_path, monkeypatch, capsys):
     """In this process: another test runs the script itself."""
     rows = [f"a very {word} film,{int(word == 'good')}" for word in ["good", "bad", "good"] * 16]

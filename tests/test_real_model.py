@@ -22,6 +22,7 @@ def path() -> str:
         pytest.skip(str(absent))
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_and_is_restored_from_two_kilobytes(path, tmp_path):
     data = rotten_tomatoes(train=32, eval=8)
     batch = AutoTokenizer.from_pretrained(path)(
@@ -61,6 +62,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 """Tolerance of float32 logits of about 10, computed in two ways through 30 layers."""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_a_decoder_in_bfloat16_trains_reloads_generates_and_mixes_adapters(decoder, tmp_path):
     """Training and loading use bfloat16. Mixed batches are compared in float32, because their kernels differ."""

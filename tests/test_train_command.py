@@ -36,6 +36,7 @@ def scores() -> dict:
     return json.loads(Path("adapter/scores.json").read_text())
 
 
+@pytest.mark.slow
 def test_training_reports_scores_beside_baselines_and_saves_an_adapter_that_has_them(folder, capsys):
     train("--epochs", "20", "--learning-rate", "3e-4", "--target-modules", "all")
     out = capsys.readouterr().out
@@ -74,6 +75,7 @@ def test_a_folder_in_use_is_overwritten_on_request_only(folder, capsys):
     assert Path("adapter/notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -94,6 +96,7 @@ def test_a_failed_run_leaves_the_adapter_that_was_there(options, message, folder
     assert {path: path.read_bytes() for path in Path("adapter").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_collapse_is_reported_with_what_to_try(folder, capsys):
     train("--epochs", "10", "--lr", "1000")
     out = capsys.readouterr().out
@@ -101,6 +104,7 @@ def test_a_collapse_is_reported_with_what_to_try(folder, capsys):
     assert "Try a lower learning rate (250 instead of 1000)" in out
 
 
+@pytest.mark.slow
 def test_a_language_model_is_compared_with_itself_before_training(folder, capsys):
     tiny("llama", folder / "base")
     write(folder, "corpus.jsonl", [{"text": GOOD}, {"text": BAD}] * 60)
@@ -128,6 +132,7 @@ def test_a_decoder_has_no_logistic_regression(folder, capsys):
     assert "logistic_regression" not in scores()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "stored"), [("query", ["query"]), ("query,value", ["query", "value"]), ("all", "all")]
 )

@@ -98,6 +98,7 @@ def changed(name: str, change) -> None:
     Path(name).write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "change"),
     [

@@ -95,6 +95,7 @@ def test_another_number_of_labels_is_reported_with_both_counts(three, capsys, wo
     assert "peft-intrinsic: The adapter has 3 labels, this model 2." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["unpack", "x.pia", "-o", "again"], ["verify", "x.pia", "--train", "train.jsonl"]])
 def test_missing_base_model_is_reported_with_the_option_for_it(folder, capsys, monkeypatch, words):
     certify("--adapter", "adapter", "-o", "x.pia")

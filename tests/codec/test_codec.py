@@ -56,6 +56,7 @@ def evaluate_quantized(model: PeftModel, family: str, levels: int) -> torch.Tens
     return evaluate(model, family)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [False, True])
 @pytest.mark.parametrize("family", ["bert", "bert_mlm", "gpt2", "llama", "t5", "vit", "custom"])
 @pytest.mark.parametrize("levels", [1, 2, 5])

@@ -243,6 +243,7 @@ def test_full_fine_tuning_gets_seeds_as_far_as_they_narrow_the_interval():
 KINDS = [("logistic", 40), ("mrpc", 20), ("collapse both", 30), ("dip", 30), ("rate falls, auto", 20)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "curves"), KINDS)
 def test_intervals_cover_and_searches_are_short(kind, curves):
     """With few curves, two more than one in ten may miss."""

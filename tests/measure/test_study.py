@@ -43,6 +43,7 @@ def study(kind, models, options, folder):
     return found["rows"]
 
 
+@pytest.mark.slow
 def test_study_of_methods_trains_full_fine_tuning_once_and_resumes(untrained, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "base")
@@ -118,6 +119,7 @@ def test_models_that_learn_nothing_are_noted_and_can_be_overwritten(untrained, o
     assert f"| {rows[1]['parameters']:,} | {rows[1]['baseline']:.4f} |" in table
 
 
+@pytest.mark.slow
 def test_study_of_gaps_has_training_scores(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "base")

@@ -124,6 +124,7 @@ def adjoint(g: torch.Tensor, p: np.ndarray) -> np.ndarray:
     return np.tensordot(p, g.double().numpy(), 2)
 
 
+@pytest.mark.slow
 def test_offset_is_p_times_theta_and_its_gradient_the_adjoint(case):
     projections, matrices, theta = case
     total = np.zeros(len(theta))

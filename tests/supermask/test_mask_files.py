@@ -146,6 +146,7 @@ def test_scores_that_were_saved_under_their_former_names_are_read(trainable):
         assert torch.equal(scores, ((torch.arange(24.0) - 11.5) / 64).view(4, 6).flip(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained_compiled", [False, True])
 def test_a_mask_fits_models_with_and_without_compiled_blocks(trained_compiled, tmp_path):
     def base(compiled):

@@ -214,6 +214,7 @@ def test_outputs_have_the_dtype_of_the_base_model():
     assert evaluate(masked(base=build("bert").to(torch.bfloat16)), "bert").dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_same_outputs():
     model = masked()
     torch.compiler.reset()

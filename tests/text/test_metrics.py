@@ -99,6 +99,7 @@ def test_metric_of_evaluate_equals_scikit_learn(classes, tmp_path):
     assert found.score_majority() == pytest.approx(1 / len(classes) if len(classes) > 2 else 0)
 
 
+@pytest.mark.slow
 def test_error_metric_makes_a_regression_whose_score_is_minus_the_error(tmp_path):
     rows = [{"text": GOOD if i % 2 else BAD, "label": 0.5 * (i % 2) + i / 100} for i in range(24)]
     path = write(tmp_path, "rows.jsonl", rows)
@@ -248,6 +249,7 @@ def test_settings_describe_a_metric_script_by_its_contents(tmp_path, monkeypatch
     assert replace(options, metric="f1").to_settings()["metric"] == task(tmp_path, [0, 1], "f1").metric == "f1"
 
 
+@pytest.mark.slow
 def test_launched_trial_gets_the_absolute_path_of_a_metric_script(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     metrics = []
@@ -265,6 +267,7 @@ def test_launched_trial_gets_the_absolute_path_of_a_metric_script(data, tmp_path
     assert report["settings"]["metric"].startswith("own.py, sha256 ")
 
 
+@pytest.mark.slow
 def test_command_measures_gain_for_an_error_metric(data, tmp_path, capsys):
     """The target is a fraction of the gain over the majority-class baseline."""
     base = tiny("bert", tmp_path / "base")

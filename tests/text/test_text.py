@@ -34,6 +34,7 @@ def build_fit(base: str, data: dict[str, str], steps: int = 3, arguments: dict |
     return TextFit(TextOptions(base, **data, arguments={**QUICK, "max_steps": steps, **(arguments or {})}, **options))
 
 
+@pytest.mark.slow
 def test_command_measures_and_then_resumes_without_a_trial(base, data, tmp_path, capsys):
     out = tmp_path / "run"
     (tmp_path / "more.yaml").write_text("max_steps: 100\nuse_cpu: true\ndataloader_pin_memory: false\n")
@@ -59,6 +60,7 @@ def test_command_measures_and_then_resumes_without_a_trial(base, data, tmp_path,
     assert "method: 'said' there, 'did' now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_plan_is_measured_and_analyzed_from_a_csv_with_other_columns(base, tmp_path, monkeypatch, capsys):
     """The plan is printed by a process of its own."""
     monkeypatch.chdir(tmp_path)
@@ -86,6 +88,7 @@ def test_plan_is_measured_and_analyzed_from_a_csv_with_other_columns(base, tmp_p
     assert (tmp_path / "run" / "trials.jsonl").read_text() == trials
 
 
+@pytest.mark.slow
 def test_trials_leave_the_shared_base_unchanged(base, data):
     """A trial has the same score in any order, and again."""
     fit = build_fit(base, data, 6)
@@ -125,6 +128,7 @@ def test_new_head_is_initialized_alike_for_full_fine_tuning(base, data):
     assert not torch.equal(one.base.classifier.weight, build("bert").classifier.weight[:2])
 
 
+@pytest.mark.slow
 def test_classes_of_words_learn_from_first_tokens(base, tmp_path):
     """A word that the tokenizer splits is scored once."""
     rows = [{"words": ["a", word, "film"], "tags": ["O", f"B-{word}", "O"]} for word in ["good", "bad"] * 12]
@@ -166,6 +170,7 @@ def test_f1_of_words_ignores_padding(base, tmp_path):
     assert fit.training.compute_metrics(prediction)["score"] == pytest.approx((1 + 4 / 5 + 2 / 3) / 3)
 
 
+@pytest.mark.slow
 def test_language_model_is_scored_by_its_negative_loss(tmp_path, capsys):
     """The loss is that of transformers' own forward pass; the target is a fraction of the gain."""
     rows = [{"text": GOOD if i % 2 else BAD} for i in range(64)]
@@ -195,6 +200,7 @@ def test_language_model_is_scored_by_its_negative_loss(tmp_path, capsys):
     assert "max_length (--max-length) = 1000 leaves a split without" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_score_is_the_score_on_training_data(base, data):
     found = build_fit(base, data, train_score=True)(20, 0, 2e-4)
     alone = build_fit(base, data)
@@ -250,6 +256,7 @@ def test_row_stores_correct_predictions_and_trial_is_logged(base, data, tmp_path
     assert "train_loss" in (tmp_path / "logs" / "d=20,seed=1,lr=0.0002.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["did", "said", "default", "lora", "unilora", "tinylora"])
 def test_trial_is_determined_by_d_seed_and_learning_rate(method, base, data):
     fit = build_fit(base, data, method=method)

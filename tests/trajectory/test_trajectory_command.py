@@ -41,6 +41,7 @@ def record(out: str, train: str = "train.jsonl", *more: str) -> None:
     run("record", *training, "-o", out, *(more or ("--every", "3")))
 
 
+@pytest.mark.slow
 def test_record_fit_tune_outliers_and_transfer_work_together(files, capsys, monkeypatch):
     record("runs/own")
     assert "runs/own: 8 snapshots" in capsys.readouterr().out
@@ -103,6 +104,7 @@ def test_record_fit_tune_outliers_and_transfer_work_together(files, capsys, monk
     assert (files / "table/transfer.md").read_text() in out
 
 
+@pytest.mark.slow
 def test_finished_run_is_not_trained_again(files, capsys, monkeypatch):
     record("a")
     record("b", "turned.jsonl")
@@ -168,6 +170,7 @@ def test_interrupted_recording_resumes(files, monkeypatch):
     assert not (files / "cut/checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_recording_killed_while_writing_a_checkpoint_resumes(files, monkeypatch):
     stop_at(monkeypatch, 20)  # checkpoints at 8 and 16, of which the last is stored
     with pytest.raises(SystemExit, match="130"):

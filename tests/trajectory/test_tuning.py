@@ -30,6 +30,7 @@ def dense(subspace: Subspace, d: int, vector: torch.Tensor, scale: str, names=No
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scale", ["fan_in", "isometric"])
 def test_offsets_are_the_directions_times_theta(tmp_path, family, scale):
@@ -244,6 +245,7 @@ def test_packing_and_conversion_to_lora_raise_errors(tmp_path):
         convert_to_lora(model)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_gives_the_same_output(tmp_path):
     model = attach("bert", make_subspace("bert", tmp_path))
     set_theta(model)

@@ -40,6 +40,7 @@ def curve():
     return lambda d, seed: 0.8 if d is None else 0.8 / (1 + 60 / d) + 0.001 * seed
 
 
+@pytest.mark.slow
 def test_trials_run_in_parallel_in_workers_that_load_the_fit_once(engine, tmp_path):
     class Fit:
         loads = 0
@@ -63,6 +64,7 @@ def test_trials_run_in_parallel_in_workers_that_load_the_fit_once(engine, tmp_pa
     assert len({row["process"] for row in rows}) == 2
 
 
+@pytest.mark.slow
 def test_trial_whose_worker_dies_is_repeated(engine, curve, tmp_path):
     """Other trials run once."""
 
@@ -93,6 +95,7 @@ def test_failing_trial_leaves_the_rows_of_finished_ones(engine, curve, tmp_path)
     assert measure_intrinsic_dimension(curve, **plan).d is not None
 
 
+@pytest.mark.slow
 def test_result_equals_that_of_one_process_and_workers_are_released(engine, curve, tmp_path):
     """Two slots are fewer than the three seeds, so the search is the same too."""
     assert engine.slots == 2
@@ -109,6 +112,7 @@ def test_result_equals_that_of_one_process_and_workers_are_released(engine, curv
     wait(lambda: ray.available_resources().get("CPU") == 2)
 
 
+@pytest.mark.slow
 def test_worker_that_dies_repeatedly_raises(engine):
     other = RayEngine()
     other.worker = ray.remote(max_restarts=0)(_Worker)
@@ -121,6 +125,7 @@ def test_trial_that_exceeds_the_cluster_raises(engine):
         RayEngine(gpus=3)
 
 
+@pytest.mark.slow
 def test_trials_of_accelerate_and_ray_score_as_in_one_process(engine, tmp_path):
     """A trial has two processes with half the data each, or one worker of Ray, or runs in this process."""
     rng = random.Random(0)
@@ -153,6 +158,7 @@ def test_trials_of_accelerate_and_ray_score_as_in_one_process(engine, tmp_path):
     assert len({*found["here"].values()}) == 2
 
 
+@pytest.mark.slow
 def test_launched_process_ends_with_its_run(tmp_path):
     """The run is a process that does no more than launch it."""
     slow = tmp_path / "slow.py"

@@ -50,6 +50,7 @@ def test_result_without_a_score_raises_and_is_not_stored(bad, tmp_path):
     assert measure_intrinsic_dimension(step, DIMS, out=tmp_path).d == measure_intrinsic_dimension(step, DIMS).d
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "message"),
     [

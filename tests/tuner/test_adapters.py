@@ -28,6 +28,7 @@ def test_the_state_dict_of_the_base_contains_nothing_of_the_adapter():
     assert all(torch.equal(state[name], plain[name]) for name in plain)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_merge_then_unmerge_restores_base_weights_bitwise(family):
     model = trained(family)
@@ -39,6 +40,7 @@ def test_merge_then_unmerge_restores_base_weights_bitwise(family):
     assert same(evaluate(model, family), expected, family)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_merge_and_unload_gives_the_plain_model(family):
     model = trained(family, said=True)
@@ -75,6 +77,7 @@ def test_disabled_adapters_give_the_output_of_the_base(family):
         assert same(evaluate(model, family), expected, family)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_adapters_can_be_added_switched_combined_and_deleted(family):
     """Different d, seed and targets; switching, both at once, deletion."""

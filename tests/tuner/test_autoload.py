@@ -123,6 +123,7 @@ def adapter(tmp_path) -> Path:
     return tmp_path / "adapter"
 
 
+@pytest.mark.slow
 def test_every_way_of_loading_gives_the_saved_logits_without_an_import(adapter):
     folder = adapter.parent
     (folder / "loads.py").write_text(LOADS)
@@ -135,11 +136,13 @@ def test_every_way_of_loading_gives_the_saved_logits_without_an_import(adapter):
         torch.testing.assert_close(logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_either_variable_switches_autoload_off(switch, adapter, error_script):
     assert run_script(error_script, adapter, **{switch: "0"}) == "imported\nKeyError('INTRINSIC')\n"
 
 
+@pytest.mark.slow
 def test_a_broken_installation_breaks_only_the_load_and_the_error_names_the_cause(adapter, error_script, tmp_path):
     (tmp_path / "broken/peft_intrinsic").mkdir(parents=True)
     (tmp_path / "broken/peft_intrinsic/__init__.py").write_text("raise OSError('a library of scipy is missing')")
@@ -148,6 +151,7 @@ def test_a_broken_installation_breaks_only_the_load_and_the_error_names_the_caus
     assert "a library of scipy is missing" in out
 
 
+@pytest.mark.slow
 def test_a_broken_hook_is_reported_and_torch_peft_and_transformers_work(adapter, error_script, tmp_path):
     broken = tmp_path / "broken/peft_intrinsic_autoload"
     broken.mkdir(parents=True)

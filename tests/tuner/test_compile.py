@@ -28,6 +28,7 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit", "custom", "bart"])
 def test_whole_graph_forward_and_backward_without_recompilation(name):
     if name == "t5" and OLD:
@@ -49,6 +50,7 @@ def test_whole_graph_forward_and_backward_without_recompilation(name):
     assert graphs() == 1
 
 
+@pytest.mark.slow
 def test_the_default_backend_gives_the_same_output():
     """The default back end, with its own kernels."""
     model = trained("llama")
@@ -57,6 +59,7 @@ def test_the_default_backend_gives_the_same_output():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(OLD, reason="torch's compiler does not read values that belong to a thread; the call raises")
 def test_mixed_batches_compile_once():
     model = trained("llama")
@@ -71,6 +74,7 @@ def test_mixed_batches_compile_once():
         torch.testing.assert_close(output(compiled, batch("llama")), evaluate(model, "llama"), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):

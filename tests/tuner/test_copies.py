@@ -59,6 +59,7 @@ def run_at_once(work, count: int = 4) -> list[BaseException]:
     return raised
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["custom", "vit", "llama"])
 def test_threads_share_a_model(name):
     """Convolutions, norms and hooks replace parameters temporarily, in their own thread only."""

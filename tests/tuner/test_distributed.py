@@ -44,6 +44,7 @@ def one_process() -> tuple[list[float], PeftModel]:
     return losses, model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "wrapped"), [("plain", "DistributedDataParallel"), ("fsdp2", "FSDPPeftModelForCausalLM")]
 )
@@ -61,6 +62,7 @@ def test_two_processes_learn_the_same_as_one(kind, wrapped, one_process, tmp_pat
         torch.testing.assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_reentrant_checkpointing_raises(tmp_path):
     done = launch("reentrant", tmp_path)
     assert done.returncode != 0
@@ -97,6 +99,7 @@ torch.testing.assert_close(theta.grad, gradient)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "bert"])
 def test_fsdp_1_reads_its_own_parameters(name, tmp_path):
     code = FSDP_1.format(tests=str(Path(__file__).parents[1]), folder=tmp_path, name=name)

@@ -41,6 +41,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs().max() <= RTOL * b.abs().max().clamp(min=1e-6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [False, True])
 @pytest.mark.parametrize("projection", ["fastfood", "dense"])
 def test_gradient_is_the_transposed_projection_of_the_full_gradient(family, said, projection):

@@ -208,6 +208,7 @@ def test_constant_parameters_are_not_reinitialized():
     ]
 
 
+@pytest.mark.slow
 def test_a_model_loaded_before_the_import_raises_without_autoload(tmp_path, monkeypatch):
     monkeypatch.setenv("PEFT_INTRINSIC_AUTOLOAD", "0")
     headless(tmp_path / "encoder")

@@ -206,6 +206,7 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 def test_push_to_hub_uploads_a_complete_adapter(tmp_path, monkeypatch):
     """A stub server on this machine receives a complete adapter."""
     server = HTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"files": {}}))

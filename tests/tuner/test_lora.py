@@ -132,6 +132,7 @@ def test_peft_s_own_converter_is_exact_at_full_rank(tmp_path):
         peft_convert(trained("bert", target_modules=["query"]), rank=8)  # adapts the biases too
 
 
+@pytest.mark.slow
 def test_a_converted_lora_loads_without_this_package(tmp_path):
     model = trained("llama", target_modules=["q_proj"])
     save_as_lora(tmp_path, model)

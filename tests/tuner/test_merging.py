@@ -55,6 +55,7 @@ def test_a_failed_merge_preserves_earlier_merges():
     assert model.get_model_status().merged_adapters == ["default"]
 
 
+@pytest.mark.slow
 def test_several_adapters_merge_together_or_one_after_the_other(family):
     model = trained(family)
     model.add_adapter("second", IntrinsicConfig(d=31, seed=5, said=True, init_weights=False, target_modules="all"))

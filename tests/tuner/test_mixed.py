@@ -78,6 +78,7 @@ def alone(model: PeftModel, name: str, adapters: list[str]) -> torch.Tensor:
     return torch.cat(results)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXABLE)
 @pytest.mark.parametrize("said", [False, True])
 def test_adapter_names_gives_each_sample_its_adapter(name, said):

@@ -38,6 +38,7 @@ IDS = batch("llama")["input_ids"]
 INPUTS = {"input_ids": IDS, "labels": IDS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("targets", ["all-linear", "all"])
@@ -54,6 +55,7 @@ def test_half_precision_learns_like_float32(dtype, autocast, targets):
     assert found == pytest.approx(expected, abs=0.1 * (expected[0] - expected[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_steps_below_the_rounding_step_are_learned(dtype):
     """Steps of 1e-9 would change no weight of the base, and still θ goes the way that it goes in float64."""

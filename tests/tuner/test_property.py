@@ -41,6 +41,7 @@ WRONG = st.sampled_from(list(OPTIONS)).flatmap(lambda name: st.fixed_dictionarie
 BASE = evaluate(build("bert"), "bert")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # PEFT warns of names that match nothing
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.fixed_dictionaries({}, optional=OPTIONS), st.one_of(st.just({}), st.just({}), WRONG))

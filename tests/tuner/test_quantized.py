@@ -60,6 +60,7 @@ def attached(kind: str, checkpoint: str, **options) -> PeftModel:
     return get_peft_model(base, IntrinsicConfig(d=60, **{**LINEAR, **options})).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["all-linear", "all"])
 def test_inference_adds_the_same_offset_as_on_the_plain_base(kind, checkpoint, targets, tmp_path):
     """The output of a quantized linear layer changes by x ΔWᵀ, with ΔW of the model in full precision."""

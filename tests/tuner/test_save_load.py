@@ -21,6 +21,7 @@ from peft_intrinsic import IntrinsicConfig
 TESTS = str(Path(__file__).parents[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [False, True])
 def test_a_loaded_adapter_gives_the_same_output(family, said, tmp_path):
     model = trained(family, said=said)
@@ -72,6 +73,7 @@ torch.save(evaluate(model, "bert").float(), {folder!r} + "/logits")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threads", "dtype", "tolerance"), [(1, "float32", 1e-6), (4, "float32", 1e-6), (4, "bfloat16", 2e-2)]
 )

@@ -111,6 +111,7 @@ def test_third_derivatives_equal_those_of_the_dense_model():
     assert_equal(third(loss), third(oracle))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS[:1] + OPTIONS[3:], ids=IDS[:1] + IDS[3:])
 def test_function_transforms_equal_those_of_the_dense_model(options):
     loss, oracle, theta = losses(options)

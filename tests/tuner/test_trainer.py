@@ -51,6 +51,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=ids).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", [False, True])
 def test_trainer_trains_resumes_reloads_and_merges(tmp_path, said):
     whole = trainer(tmp_path / "whole", 8, said)

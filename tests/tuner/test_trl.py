@@ -39,6 +39,7 @@ def words(completions: list[str], **rest: Any) -> list[float]:
     return [float(len(set(text.split()))) for text in completions]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # TRL's own call
 @pytest.mark.parametrize("kind", ROWS)
 def test_the_default_configuration_trains(tmp_path, kind):
@@ -72,6 +73,7 @@ def test_the_default_configuration_trains(tmp_path, kind):
     assert all(torch.equal(p.cpu(), before[name]) for name, p in model.unload().named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # TRL's own call
 @pytest.mark.parametrize(
     "config",

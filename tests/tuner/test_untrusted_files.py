@@ -61,6 +61,7 @@ VALUES = st.one_of(
 FIELDS = list(IntrinsicConfig(d=1).to_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=150, **SEARCH)
 @given(st.sampled_from(FIELDS), VALUES)
@@ -72,6 +73,7 @@ def test_hostile_values_of_any_field_raise_or_load_the_saved_adapter(saved, fiel
         check_error_or_saved_output(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, **SEARCH)
 @given(st.data())
 def test_any_bit_flip_of_the_weights_raises_or_loads_the_saved_adapter(saved, data):
@@ -86,6 +88,7 @@ def test_any_bit_flip_of_the_weights_raises_or_loads_the_saved_adapter(saved, da
         check_error_or_saved_output(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, **SEARCH)
 @given(st.data())
 def test_any_truncation_raises_or_loads_the_saved_adapter(saved, data):

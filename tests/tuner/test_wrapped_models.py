@@ -46,6 +46,7 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", WRAPPED)
 @pytest.mark.parametrize(
     "options", [{}, {"target_modules": ["query", "value"]}, {"target_modules": "all", "said": True}]
@@ -64,6 +65,7 @@ def test_an_adapter_fits_the_wrapped_and_the_plain_model(wrapped, options, tmp_p
     assert len(manifests) == 1
 
 
+@pytest.mark.slow
 def test_fully_trained_modules_work_in_models_with_wrapped_blocks(tmp_path):
     config = IntrinsicConfig(d=64, init_weights=False, head="keep", modules_to_save=["classifier"])
     model = get_peft_model(WRAPPED["both"](), config)
