@@ -34,8 +34,8 @@ def test_docstring_describes_every_parameter(name):
     first = text.partition("\n\n")[0]
     assert first.endswith("."), "the first paragraph is not a sentence"
     own = value if inspect.isfunction(value) else vars(value).get("__init__", lambda: None)
-    taken = set(inspect.signature(own).parameters) - {"self", "args", "kwargs"}
-    hidden = {field.name for field in fields(value) if not field.init} if is_dataclass(value) else set()
+    taken = set(inspect.signature(inspect.unwrap(own)).parameters) - {"self", "args", "kwargs"}
+    hidden = {field.name for field in fields(value) if field.kw_only} if is_dataclass(value) else set()
     inherited = (
         {name for base in value.__mro__[1:] for name in vars(base).get("__annotations__", ())}
         if inspect.isclass(value)
