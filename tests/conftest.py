@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # it is read at import; each request without a network is retried for 23 s
+
 import gc
 from contextlib import nullcontext
 from importlib.metadata import version

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
+import warnings
+from contextlib import redirect_stdout
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -83,16 +87,15 @@ def tiny(family: str, folder: Path) -> str:
     return str(folder)
 
 
-def ran(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "examples" / arguments[0]), *arguments[1:]]
-    there = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=there)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def run(*arguments: str, cwd: Path) -> str:
-    return ran(*arguments, cwd=cwd).stdout
+def run(script: str, *arguments: str, cwd: Path) -> str:
+    """Run an example in this process, which has imported torch already, and return what it prints."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
+    return out.getvalue()
 
 
 def labelled(folder: Path, *names: object) -> list[str]:
@@ -155,12 +158,11 @@ def test_collapse_is_an_accuracy_at_the_majority_class_or_a_single_class(predict
 def test_examples_name_all_errors_of_their_data(script, tmp_path):
     (tmp_path / "data.csv").write_text("text,label\na film,good\nfilm\na film,Good\n")
     data = ["--train", "data.csv", "--eval", "data.csv", "--model", tiny("bert", tmp_path / "base")]
-    command = [sys.executable, str(ROOT / "examples" / script), *data]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "data.csv, line 3: 1 cell separated by ','" in done.stderr
-    assert "labels 'Good' (data.csv, line 4) and 'good' (data.csv, line 2) differ in case only" in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as raised:
+        run(script, *data, cwd=tmp_path)
+    message = str(raised.value)
+    assert "data.csv, line 3: 1 cell separated by ','" in message
+    assert "labels 'Good' (data.csv, line 4) and 'good' (data.csv, line 2) differ in case only" in message
 
 
 @pytest.mark.slow
@@ -260,13 +262,15 @@ def test_demo(tmp_path):
 
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    online = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
     options = ["--model", tiny("bert", tmp_path / "base"), "--steps", "3", "--train", "500", "--eval", "64"]
     try:
-        done = ran("demo.py", *options, cwd=tmp_path, **hub)
+        command = [sys.executable, str(ROOT / "examples/demo.py"), *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=online)
     finally:
         server.shutdown()
         server.server_close()
+    assert done.returncode == 0, done.stderr
     assert "trainable parameters  d = 2000" in done.stdout
     assert (tmp_path / "runs/demo/demo.png").stat().st_size > 10_000
     assert [line for line in done.stderr.splitlines() if line.strip() and not re.search(r"\d%\|", line)] == []
@@ -312,17 +316,12 @@ def test_measure(tmp_path):
 
 
 @pytest.mark.slow
-def test_measure_trainer(tmp_path, monkeypatch, capsys):
-    """In this process: another test runs the script itself."""
+def test_measure_trainer(tmp_path):
     rows = [f"a very {word} film,{int(word == 'good')}" for word in ["good", "bad", "good"] * 16]
     (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]))
     files = ["--train", "data.csv", "--eval", "data.csv", "--model", tiny("bert", tmp_path / "base")]
     options = ["--epochs", "30", "--dims", "64", "512", "2", "--trials", "16"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    monkeypatch.setattr(sys, "argv", ["measure_trainer.py", *files, *options])
-    importlib.import_module("measure_trainer").main()
-    out = capsys.readouterr().out
+    out = run("measure_trainer.py", *files, *options, cwd=tmp_path)
     assert re.search(r"d90 = \S+, 90 % interval .*; report and plot in runs/measure", out), out
     report = json.loads((tmp_path / "runs/measure/report.json").read_text())
     assert report["majority"] == pytest.approx(2 / 3)

@@ -22,7 +22,6 @@ from peft_intrinsic_cli import main
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return films(tmp_path)
 
 

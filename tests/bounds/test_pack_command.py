@@ -100,7 +100,6 @@ def test_another_number_of_labels_is_reported_with_both_counts(three, capsys, wo
 def test_missing_base_model_is_reported_with_the_option_for_it(folder, capsys, monkeypatch, words):
     certify("--adapter", "adapter", "-o", "x.pia")
     Path("base").rename("moved")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert re.search(r"names 'base' as its base model, which is neither .*Name it: --model", capsys.readouterr().err)

@@ -26,7 +26,6 @@ from peft_intrinsic import IntrinsicConfig
 def expected(tmp_path, monkeypatch) -> torch.Tensor:
     """An encoder in `base`, which says nothing of labels, an adapter of three labels in `adapter`, and its logits."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.manual_seed(0)
     BertModel(BertConfig(**SIZES)).save_pretrained("base")
     base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=3)

@@ -7,12 +7,14 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import adapter_calls, batch, build, evaluate, output, trained
+from huggingface_hub.errors import EntryNotFoundError
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -212,10 +214,12 @@ def test_push_to_hub_uploads_a_complete_adapter(tmp_path, monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"files": {}}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     monkeypatch.setattr(huggingface_hub.hf_api, "ENDPOINT", address, raising=False)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
     monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # cached by an earlier call to the Hub
+    monkeypatch.setattr(transformers_hub.ModelCard, "load", Mock(side_effect=EntryNotFoundError("no card yet")))
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     model = trained("bert", said=True, task_type="SEQ_CLS")
     expected = evaluate(model, "bert")
