@@ -153,7 +153,6 @@ def test_collapse_is_an_accuracy_at_the_majority_class_or_a_single_class(predict
     assert bool(out) == bool(told)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", ["text_classification.py", "supermask.py", "trajectory.py", "measure_trainer.py"])
 def test_examples_name_all_errors_of_their_data(script, tmp_path):
     (tmp_path / "data.csv").write_text("text,label\na film,good\nfilm\na film,Good\n")
@@ -230,7 +229,6 @@ def test_grpo(tmp_path, monkeypatch):
         assert asked.endswith("stop.")
 
 
-@pytest.mark.slow
 def test_custom_module(tmp_path):
     out = run("custom_module.py", "--steps", "100", cwd=tmp_path)
     found = re.search(r"accuracy ([\d.]+) -> ([\d.]+) with d=300, reloaded ([\d.]+)", out)
@@ -239,6 +237,7 @@ def test_custom_module(tmp_path):
     assert found[2] == found[3]
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     """A few steps; the demo itself checks that the reloaded adapter agrees.
 
@@ -277,7 +276,6 @@ def test_demo(tmp_path):
     assert asked == []
 
 
-@pytest.mark.slow
 def test_tiny_adapter(tmp_path):
     base = tiny("bert", tmp_path / "base")
     model = BertForSequenceClassification.from_pretrained(base, num_labels=2)
@@ -292,7 +290,6 @@ def test_tiny_adapter(tmp_path):
     assert (tmp_path / "adapter.svg").exists()
 
 
-@pytest.mark.slow
 def test_serving(tmp_path):
     base = tiny("llama", tmp_path / "base")
     for i in range(2):

@@ -22,6 +22,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return films(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_sweep_resumes_and_certifies_the_lowest_bound(folder, capsys, monkeypatch):
     sweep = ("--dims", "10,40", "--levels", "2,4", "--model", "base", "--eval", "test.jsonl", "--steps", "3")
     train, dims = sweeping.train_and_pack, []
@@ -73,6 +74,7 @@ def test_every_row_of_a_folder_counts_as_tried(folder, capsys):
     assert [table.count(f"| {d} | 2 |") for d in (10, 20, 40)] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_test_errors_are_those_on_the_current_test_data(folder, monkeypatch):
     write(folder, "other.jsonl", rows(30, 5))
     sweep = ("--dims", "10", "--levels", "2", "--model", "base", "--steps", "2", "-o", "out")

@@ -156,6 +156,7 @@ def run(folder: Path) -> None:
     write_report(measure_intrinsic_dimension(fit, grid(10, 100_000, 40), out=folder), folder)
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_with_the_same_report_and_no_trial_twice(tmp_path):
     """It is killed twenty times by SIGKILL."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

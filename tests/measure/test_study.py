@@ -63,6 +63,7 @@ def test_study_of_methods_trains_full_fine_tuning_once_and_resumes(untrained, op
     assert {path: path.read_text() for path in before} == before
 
 
+@pytest.mark.slow
 def test_each_method_measures_the_dims_of_the_grid_that_it_supports(untrained, options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "base")
@@ -97,6 +98,7 @@ def test_grid_is_checked_for_all_methods_before_the_first_runs(options, tmp_path
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.slow
 def test_models_that_learn_nothing_are_noted_and_can_be_overwritten(untrained, options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny("bert", tmp_path / "small")

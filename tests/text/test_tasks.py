@@ -221,6 +221,7 @@ def test_words_and_tags_of_unequal_length_raise(row, message, tmp_path):
         load_files(path, path, ["words"], "tags", task_type="TOKEN_CLS")
 
 
+@pytest.mark.slow
 def test_run_resumes_with_copied_files_and_rejects_changed_ones(data, tmp_path, capsys):
     """Files count by name and contents, not by path."""
     base, out = tiny("bert", tmp_path / "base"), tmp_path / "run"
