@@ -175,7 +175,7 @@ def check_baseline(evidence: Evidence) -> None:
         what = "the majority class" if plan.majority is not None else "the untrained model"
         raise NothingToMeasure(
             f"Full fine-tuning scores {score:.4f}, no better than {what} ({floor:.4f}): there is nothing to measure. "
-            "Train longer, or try other learning rates (--full-learning-rates)."
+            "Train longer, or try other learning rates (measure --full-learning-rates)."
         )
     if plan.relative_to == "score" and score <= 0:
         raise NothingToMeasure(
@@ -193,7 +193,9 @@ def build_result(store: Store, plan: Plan, stopped: str) -> Result:
     """
     evidence = Evidence(plan, store.rows)
     if plan.baseline is None and not evidence.get_seeds(None):
-        raise ValueError(f"{stopped} before full fine-tuning was measured. Allow more (--trials, --minutes).")
+        raise ValueError(
+            f"{stopped} before full fine-tuning was measured. Measure with more (measure --trials, --minutes)."
+        )
     if plan.relative_to == "gain" and evidence.floor is None:
         raise ValueError(
             "relative_to='gain' needs the score of the majority-class baseline, which is unknown here. Pass majority=."
@@ -202,8 +204,8 @@ def build_result(store: Store, plan: Plan, stopped: str) -> Result:
     curve = evidence.build_curve()
     if not curve.points:
         raise ValueError(
-            f"{stopped} before a d from {plan.dims[0]} to {plan.dims[-1]} was measured. Allow more trials or minutes "
-            "(--trials, --minutes), or name the dims (--dims) that were measured."
+            f"{stopped} before a d from {plan.dims[0]} to {plan.dims[-1]} was measured. Measure with more trials or "
+            "minutes (measure --trials, --minutes), or name the dims (--dims) that were measured."
         )
     examples = next((row["examples"] for row in store.rows.values() if row.get("examples")), None)
     runs = evidence.get_runs(None)

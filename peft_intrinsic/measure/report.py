@@ -65,7 +65,7 @@ def suggest_grid(result: Result, weights: int | None = None) -> str:
         return ""
     end, beyond, grid_end = (result.ends[1], "above", high) if sign == ">" else (result.ends[0], "below", low)
     if end != grid_end:
-        return f"No d {beyond} {end} was measured. Allow more trials or minutes (--trials, --minutes)."
+        return f"No d {beyond} {end} was measured. Measure with more trials or minutes (measure --trials, --minutes)."
     if sign == ">" and high == weights:
         return f"The target is not reached with all {high} weights. Train longer, or use a lower --target."
     if sign == "≤" and low == 1:
@@ -74,7 +74,7 @@ def suggest_grid(result: Result, weights: int | None = None) -> str:
     last = min(high * WIDER, weights or high * WIDER) if sign == ">" else high
     count = 1 + round((points - 1) * math.log(last / first) / math.log(high / low))
     limit = " (at most as many as the model has weights)" if sign == ">" and weights is None else ""
-    return f"d lies outside the grid. Try a wider one: --dims {first},{last},{count}{limit}"
+    return f"d lies outside the grid. Measure a wider one: --dims {first},{last},{count}{limit}"
 
 
 def format_title(result: Result) -> str:

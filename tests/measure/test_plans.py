@@ -108,7 +108,10 @@ def test_analysis_of_another_grid_uses_the_dims_between_its_ends(tmp_path):
     assert summarize(analyze(tmp_path / "always", dims=grid(2, 990, 30))).startswith(
         "d90 ≤ 11, 90 % interval [≤ 11, ≤ 11]"
     )
-    with pytest.raises(ValueError, match=r"analyzed before a d from 2 to 3 was measured\. .*\(--dims\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"analyzed before a d from 2 to 3 was measured\. .*\(measure --trials, --minutes\), .*\(--dims\)",
+    ):
         analyze(tmp_path, dims=[2, 3])
     with pytest.raises(ValueError, match="relative_to='gain' needs the score of the majority-class baseline"):
         analyze(tmp_path, relative_to="gain")

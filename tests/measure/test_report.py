@@ -53,7 +53,9 @@ def test_suggested_grid_is_wider_with_the_same_steps(score, weights, suggestion)
 def test_no_grid_is_suggested_where_d_lies_inside_or_the_budget_ended():
     assert suggest_grid(measure_intrinsic_dimension(step, DIMS)) == ""
     ended = measure_intrinsic_dimension(lambda d, seed: 0.9 if d is None else 0.1, grid(10, 1000, 13), trials=7)
-    assert re.fullmatch(r"No d above \d+ was measured. Allow more trials or minutes .*", suggest_grid(ended))
+    assert re.fullmatch(
+        r"No d above \d+ was measured. Measure with more trials or minutes \(measure --trials, .*", suggest_grid(ended)
+    )
 
 
 def test_score_of_full_fine_tuning_and_target_are_one_line():
