@@ -10,11 +10,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from . import certify, distance, info, measure, pack, train, trajectory
+from . import adapters, measure, trajectory
 from .parsing import HelpFormatter
-
-PARSERS = (train, measure, info, pack, certify, trajectory, distance)
-"""Modules whose `add_parsers` defines subcommands, in the order of the help."""
 
 INTERRUPTED = "interrupted. What a run with a folder of trials or snapshots has finished is stored, and is reused."
 
@@ -30,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("peft_intrinsic"), help="print the version")
     parser.add_argument("--debug", action="store_true", help="print the whole traceback of every error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for module in PARSERS:
+    for module in (adapters, measure, trajectory):
         module.add_parsers(commands)
     return parser
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
-LABELS = "number of labels of the base model's head, for adapters that do not store it"
-MODEL = "base model, for adapters whose own name for it cannot be found"
+MODEL = "base model: a name on the Hub, or a folder"
 FILE = "CSV, TSV, JSON lines or Parquet file"
 
 
@@ -20,13 +21,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return text + (" (default: none)" if action.default is None else " (default: %(default)s)")
 
 
-def add_command(commands: Any, name: str, run: str, summary: str, example: str, more: str = "") -> Any:
+def add_command(commands: Any, run: str, summary: str, example: str, more: str = "") -> argparse.ArgumentParser:
     """Add a subcommand.
 
     Args:
         commands: what `add_subparsers` returned.
-        name: of the subcommand.
-        run: the function that carries it out, as `module.function` of `peft_intrinsic.commands`.
+        run: the function of the same name that carries it out, as `module.function` of `peft_intrinsic.commands`.
         summary: a verb phrase, without a full stop.
         example: the words of an example after `peft-intrinsic`, with line breaks where they help.
         more: further sentences of the description.
@@ -36,7 +36,7 @@ def add_command(commands: Any, name: str, run: str, summary: str, example: str, 
     """
     lines = example.replace("\n", " \\\n      ")
     parser = commands.add_parser(
-        name,
+        run.rpartition(".")[2],
         help=summary,
         description=f"{summary}.\n{more}".strip(),
         epilog=f"example:\n  peft-intrinsic {lines}",
@@ -68,26 +68,29 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, default=128, metavar="TOKENS", help="length at which inputs are truncated")
 
 
-def add_epochs(add: Any) -> None:
-    """Add the option for the number of epochs."""
-    add("--epochs", type=float, default=3, help="epochs of training")
-
-
 def add_columns(add: Any) -> None:
     """Add the options that name the columns of labeled texts."""
-    add(
-        "--text",
-        type=parse_names,
-        default="text",
-        metavar="COLUMN[,COLUMN]",
-        help="column of the texts, or two columns for pairs of texts",
-    )
+    text = "column of the texts, or two columns for pairs of texts"
+    add("--text", type=parse_names, default="text", metavar="COLUMN[,COLUMN]", help=text)
     add("--label", default="label", metavar="COLUMN", help="column of the labels")
+
+
+def add_texts(add: Any, train: str = f"training data: a {FILE}", required: bool = True) -> None:
+    """Add the options that name the file of the training data and its columns, and the batch size."""
+    add("--train", required=required, metavar="FILE", help=train)
+    add_columns(add)
+    add_batch(add)
+
+
+def add_epochs(add: Any) -> None:
+    """Add the options for the number of epochs and the batch size."""
+    add("--epochs", type=float, default=3, help="epochs of training")
+    add_batch(add)
 
 
 def add_batch(add: Any) -> None:
     """Add the option for the batch size."""
-    add("--batch", type=int, default=32, help="batch size")
+    add("--batch-size", "--batch", dest="batch", type=int, default=32, help="batch size")
 
 
 def add_learning_rate(add: Any, default: float, more: str = "") -> None:
@@ -95,33 +98,19 @@ def add_learning_rate(add: Any, default: float, more: str = "") -> None:
     add("--learning-rate", "--lr", dest="lr", type=float, default=default, help=f"learning rate of training{more}")
 
 
+def parse_model(name: str) -> str:
+    """Check that the name of a base model is not the folder of an adapter, with which transformers would load both."""
+    config = Path(name, "adapter_config.json")
+    if not config.is_file():
+        return name
+    try:
+        base = json.loads(config.read_bytes())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    remedy = f"Pass its base model, {base}" if base else "Pass its base model, which it does not name"
+    raise argparse.ArgumentTypeError(f"{name} is the folder of an adapter. {remedy}.")
+
+
 def parse_names(text: str) -> list[str]:
     """Split a value at its commas. (An option with several values would swallow the arguments that follow it.)"""
     return text.split(",")
-
-
-def parse_integers(text: str) -> list[int]:
-    """Parse integers with commas between them."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between them.") from None
-
-
-def parse_learning_rates(text: str) -> Any:
-    """Parse `auto`, or learning rates with commas between them."""
-    try:
-        return text if text == "auto" else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither 'auto' nor learning rates such as 5e-5,2e-4,8e-4."
-        ) from None
-
-
-def parse_dims(text: str) -> list[int]:
-    """Parse the lowest d, the highest d and the number of points of a grid."""
-    try:
-        low, high, points = map(int, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not lowest,highest,points.") from None
-    return [low, high, points]

@@ -66,6 +66,32 @@ def test_every_option_has_a_help_with_its_default(words, monkeypatch):
             assert f"{{{','.join(action.choices)}}}" in shown, action
 
 
+def test_former_names_of_options_are_read_as_before(monkeypatch):
+    calls: list[argparse.Namespace] = []
+    monkeypatch.setattr("peft_intrinsic_cli._run", calls.append)
+    for batch, rate, labels in (("batch", "lr", "labels"), ("batch-size", "learning-rate", "num-labels")):
+        main(f"pack adapter -o x.pia --{batch} 8 --{rate} 1e-3 --{labels} 3".split())
+    assert calls[0] == calls[1]
+    assert (calls[0].batch, calls[0].lr, calls[0].labels) == (8, 1e-3, 3)
+
+
+TAKES_BASE = [
+    words for words in COMMANDS if {action.dest for action in COMMANDS[words]._actions} & {"model", "models", "base"}
+]
+
+
+@pytest.mark.parametrize("words", TAKES_BASE, ids=" ".join)
+def test_the_folder_of_an_adapter_is_not_accepted_as_base_model(words, tmp_path, capsys):
+    """transformers would load the adapter with its own base model."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    _, _, example = COMMANDS[words].format_help().partition("\nexample:\n  peft-intrinsic ")
+    given = shlex.split(example.replace("\\\n", " ").replace("bert-base-uncased", str(tmp_path)))
+    with pytest.raises(SystemExit, match="2"):
+        main(given if str(tmp_path) in given else [*given, "--model", str(tmp_path)])
+    message = f"{tmp_path} is the folder of an adapter. Pass its base model, some/base."
+    assert capsys.readouterr().err.strip().endswith(message)
+
+
 def test_help_lists_each_subcommand_with_a_verb_phrase():
     shown = build_parser().format_help()
     for words in COMMANDS:

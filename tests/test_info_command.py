@@ -131,7 +131,7 @@ def test_info_describes_a_supermask_and_compares_its_weights(folder, other, caps
     save_adapter(SupermaskConfig(target_modules=["query"], initial_sparsity=0.25, task_type="SEQ_CLS"), "mask")
     misfit = info(capsys, "mask", status=1)["fits"]  # its base model has 3 labels by default
     assert misfit.endswith(" For another number of labels: --labels.")
-    rows = info(capsys, "mask", "--labels", "2")
+    rows = info(capsys, "mask", "--num-labels", "2")
     assert rows["method"] == "supermask, mask='threshold'"
     assert rows["density"] == "75.00% of the masked weights"
     assert rows["targets"] == "target_modules=['query'], modules_to_save=['classifier', 'score']"
@@ -141,7 +141,7 @@ def test_info_describes_a_supermask_and_compares_its_weights(folder, other, caps
         model = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
         model.bert.encoder.layer[0].attention.self.query.weight.mul_(2)
         model.bert.save_pretrained("other")
-    assert "trained on other weights" in info(capsys, "mask", "--labels", "2", "--model", other, status=1)["fits"]
+    assert "trained on other weights" in info(capsys, "mask", "--num-labels", "2", "--model", other, status=1)["fits"]
 
 
 def test_info_describes_said_and_every_target_option(folder, capsys):

@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def train(*more: str) -> None:
     options = [] if "--eval" in more else ["--train", "train.csv", "--eval", "eval.csv"]
-    main(["train", "--model", "base", "--out", "adapter", "--batch", "8", "--epochs", "1", *options, *more])
+    main(["train", "--model", "base", "--out", "adapter", "--batch-size", "8", "--epochs", "1", *options, *more])
 
 
 def scores() -> dict:
@@ -80,10 +80,10 @@ def test_a_folder_in_use_is_overwritten_on_request_only(folder, capsys):
     ("options", "message"),
     [
         (["--d", "100000000"], "d=100000000"),
-        (["--lr", "1e38"], "NaN or infinite"),
-        (["--lr", "-1"], "--lr -1 is no learning rate"),
+        (["--learning-rate", "1e38"], "NaN or infinite"),
+        (["--learning-rate", "-1"], "--lr -1 is no learning rate"),
         (["--seed", "5000000000"], "--seed 5000000000"),
-        (["--batch", "0"], "--batch"),
+        (["--batch-size", "0"], "--batch"),
         (["--out", "adapter/README.md"], "is a file"),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_failed_run_leaves_the_adapter_that_was_there(options, message, folder
 
 @pytest.mark.slow
 def test_a_collapse_is_reported_with_what_to_try(folder, capsys):
-    train("--epochs", "10", "--lr", "1000")
+    train("--epochs", "10", "--learning-rate", "1000")
     out = capsys.readouterr().out
     assert re.search(r"Training collapsed: .* Its accuracy is [\d.]+, that of the majority class 0\.6667\.", out), out
     assert "Try a lower learning rate (250 instead of 1000)" in out
@@ -109,12 +109,12 @@ def test_a_language_model_is_compared_with_itself_before_training(folder, capsys
     tiny("llama", folder / "base")
     write(folder, "corpus.jsonl", [{"text": GOOD}, {"text": BAD}] * 60)
     files = ["--train", "corpus.jsonl", "--eval", "corpus.jsonl", "--task-type", "CAUSAL_LM", "--max-length", "8"]
-    train(*files, "--epochs", "8", "--lr", "1e-3")
+    train(*files, "--epochs", "8", "--learning-rate", "1e-3")
     found = scores()
     assert found["after"] < 0.9 * found["before"]
     assert not {"majority", "logistic_regression"} & set(found)
     assert "Training collapsed" not in capsys.readouterr().out
-    train(*files, "--overwrite", "--lr", "1e-12")
+    train(*files, "--overwrite", "--learning-rate", "1e-12")
     assert re.search(r"Training collapsed: .* Its loss is [\d.]+, that of the untrained model", capsys.readouterr().out)
 
 

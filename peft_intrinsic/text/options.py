@@ -146,12 +146,12 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             made = TrainingArguments(**{"output_dir": folder, **arguments, "use_cpu": True})
             get_reporting_integration_callbacks(made.report_to)
         except (ValueError, TypeError, ImportError) as error:
-            raise ValueError(f"TrainingArguments (--config, --epochs, --batch) cannot work: {error}") from None
+            raise ValueError(f"TrainingArguments (--config, --epochs, --batch-size) cannot work: {error}") from None
     if made.max_steps <= 0 and not made.num_train_epochs > 0:
         raise ValueError(f"num_train_epochs (--epochs) must be above 0, got {made.num_train_epochs}.")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if getattr(made, name) < 1:
-            raise ValueError(f"{name} (--batch) must be at least 1, got {getattr(made, name)}.")
+            raise ValueError(f"{name} (--batch-size) must be at least 1, got {getattr(made, name)}.")
 
 
 def _convert_number(name: str, value: Any, default: Any) -> Any:

@@ -207,7 +207,7 @@ def test_the_command_measures_fully_trained_heads_and_names_the_option_for_other
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert "For another number of labels: --labels." in capsys.readouterr().err
-    main([*words, "--labels", "3"])
+    main([*words, "--num-labels", "3"])
     assert "| all | " in capsys.readouterr().out
 
 

@@ -67,7 +67,7 @@ def test_the_model_card_has_one_line_with_the_claim(folder):
 
 
 def test_a_packed_file_is_certified_unchanged(folder):
-    main(["pack", "adapter", "-o", "x.pia", "--levels", "3", "--labels", "2"])
+    main(["pack", "adapter", "-o", "x.pia", "--levels", "3", "--num-labels", "2"])
     before = Path("x.pia").read_bytes()
     certify("--adapter", "x.pia")
     assert Path("x.pia").read_bytes() == before
@@ -153,7 +153,18 @@ def test_finetune_trains_the_rounded_theta(folder, monkeypatch):
 
     monkeypatch.setattr(LabeledTexts, "train", train)
     for steps in ("0", "30"):
-        certify("--adapter", "adapter", "--levels", "3", "--finetune", steps, "--lr", "5e-3", "-o", f"{steps}.pia")
+        certify(
+            "--adapter",
+            "adapter",
+            "--levels",
+            "3",
+            "--finetune",
+            steps,
+            "--learning-rate",
+            "5e-3",
+            "-o",
+            f"{steps}.pia",
+        )
     assert trained == [(3, 30, pytest.approx(5e-4), 0)]
     plain, tuned = (read_packed(f"{steps}.pia").theta for steps in (0, 30))
     assert plain @ tuned < 0

@@ -45,7 +45,7 @@ def test_pack_reports_accuracy_and_unpack_writes_an_equal_adapter(folder, capsys
 
 
 def test_pack_and_certify_create_the_folders_of_their_files(folder):
-    main(["pack", "adapter", "-o", "a/b/x.pia", "--labels", "2", "--qr", "c/x.svg"])
+    main(["pack", "adapter", "-o", "a/b/x.pia", "--num-labels", "2", "--qr", "c/x.svg"])
     assert Path("a/b/x.pia").is_file()
     assert Path("c/x.svg").is_file()
     certify("--adapter", "a/b/x.pia", "-o", "d/x.pia")
@@ -57,10 +57,10 @@ def test_pack_accepts_a_head_with_more_labels_than_the_data_have(folder, capsys)
     base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=3)
     config = IntrinsicConfig(d=D, task_type="SEQ_CLS", init_weights=False)
     get_peft_model(base, config).save_pretrained("three")
-    main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--labels", "3"])
+    main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--num-labels", "3"])
     assert f"{1 - count_errors('x.pia', 'test.jsonl', 3) / 40:.4f} packed" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
-        main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--labels", "1"])
+        main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--num-labels", "1"])
     assert "The model has 1 labels, test.jsonl 2:" in capsys.readouterr().err
 
 
@@ -91,7 +91,7 @@ def test_commands_take_the_number_of_labels_from_the_adapter(three, capsys):
 @pytest.mark.parametrize("words", [["pack", "three", "-o", "x.pia"], ["distance", "base", "three"]])
 def test_another_number_of_labels_is_reported_with_both_counts(three, capsys, words):
     with pytest.raises(SystemExit, match="2"):
-        main([*words, "--labels", "2"])
+        main([*words, "--num-labels", "2"])
     assert "peft-intrinsic: The adapter has 3 labels, this model 2." in capsys.readouterr().err
 
 
@@ -127,7 +127,7 @@ CERTIFY = ["certify", "--train", "train.jsonl", "--adapter"]
     ],
 )
 def test_invalid_options_are_reported_before_a_model_is_loaded(folder, capsys, monkeypatch, words, message):
-    main(["pack", "adapter", "-o", "x.pia", "--labels", "2"])
+    main(["pack", "adapter", "-o", "x.pia", "--num-labels", "2"])
     base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
     get_peft_model(base, LoraConfig(target_modules=["query"])).save_pretrained("lora")
     Path("broken").mkdir()
@@ -141,7 +141,7 @@ def test_invalid_options_are_reported_before_a_model_is_loaded(folder, capsys, m
 
 
 def test_packed_adapter_with_too_many_labels_is_not_unpacked(folder, capsys, monkeypatch):
-    main(["pack", "adapter", "-o", "x.pia", "--labels", "2"])
+    main(["pack", "adapter", "-o", "x.pia", "--num-labels", "2"])
     Path("x.pia").write_bytes(replace(read_packed("x.pia"), classes=2**32).to_bytes())
     monkeypatch.setattr(command, "load_base", None)
     with pytest.raises(SystemExit, match="2"):

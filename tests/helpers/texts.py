@@ -35,7 +35,7 @@ def command(data: dict[str, str], base: str, out: Path, *more: str) -> list[str]
         "0.01",
         "--learning-rates",
         "3e-4",
-        "--batch",
+        "--batch-size",
         "8",
     ]
     return [

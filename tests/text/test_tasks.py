@@ -81,7 +81,7 @@ def test_command_rejects_invalid_options_and_data(change, message, data, tmp_pat
         ("warmup_steps: a tenth", "warmup_steps='a tenth' of the TrainingArguments is not a number"),
         ("- a list", "more.yaml must hold names and values"),
         ("max_steps: [1]", "max_steps=[1] of the TrainingArguments is not a number"),
-        ("lr_scheduler_type: foo", "TrainingArguments (--config, --epochs, --batch) cannot work: "),
+        ("lr_scheduler_type: foo", "TrainingArguments (--config, --epochs, --batch-size) cannot work: "),
         ("report_to: [wandbb]", "wandbb is not supported"),
     ],
 )
@@ -98,7 +98,7 @@ def test_command_rejects_invalid_training_arguments(yaml, message, data, tmp_pat
         (["--method", "said", "--dims", "2,512,3"], "(--method) for base (bert): d=2 must exceed the number of λ"),
         (["--method", "lora", "--dims", "8,300,3"], "d must be a multiple of 192, and the grid must hold two"),
         (["--epochs", "-1"], "num_train_epochs (--epochs) must be above 0, got -1"),
-        (["--batch", "0"], "per_device_train_batch_size (--batch) must be at least 1, got 0"),
+        (["--batch-size", "0"], "per_device_train_batch_size (--batch-size) must be at least 1, got 0"),
         (["--method", "bitfit"], "argument --method: invalid choice: 'bitfit' (choose from "),
         (["--max-length", "4000"], "max_length (--max-length) = 4000: base has "),
         (["--dims", "8,1000000,3"], "weights, fewer than 1000000"),

@@ -69,7 +69,7 @@ def test_plan_is_measured_and_analyzed_from_a_csv_with_other_columns(base, tmp_p
     (tmp_path / "more.yaml").write_text("max_steps: 60\nuse_cpu: true\ndataloader_pin_memory: false\n")
     options = ["measure", "--model", base, "--train", "mine.csv", "--eval", "mine.csv", "--text", "review"]
     options += ["--label", "verdict", "--dims", "8,512,6", "--full-learning-rates", "0.01", "--learning-rates", "3e-4"]
-    options += ["--batch", "8", "--config", "more.yaml", "--trials", "5", "--out", "run"]
+    options += ["--batch-size", "8", "--config", "more.yaml", "--trials", "5", "--out", "run"]
     code = "from peft_intrinsic_cli import main; main()"
     call = [sys.executable, "-W", "ignore", "-c", code, *options, "--dry-run"]
     planned = subprocess.run(call, capture_output=True, text=True, check=True).stdout

@@ -37,7 +37,7 @@ def run(*words: str) -> None:
 
 
 def record(out: str, train: str = "train.jsonl", *more: str) -> None:
-    training = ["--model", "base", "--train", train, "--batch", "8", "--lr", "1e-3", "--steps", "24"]
+    training = ["--model", "base", "--train", train, "--batch-size", "8", "--learning-rate", "1e-3", "--steps", "24"]
     run("record", *training, "-o", out, *(more or ("--every", "3")))
 
 
@@ -51,8 +51,8 @@ def test_record_fit_tune_outliers_and_transfer_work_together(files, capsys, monk
     assert re.search(r"\| encoder\.layer\.1 \| 4 \| (0\.9\d+|1\.0+) \|", out.replace("bert.", "")), out
     assert "own.safetensors: up to d = 8" in out
 
-    tuning = ["--model", "base", "--train", "train.jsonl", "--eval", "eval.jsonl", "--batch", "8"]
-    more = ["--modules-to-save", "classifier", "--embed", "--lr", "3e-3", "--steps", "60", "-d", "6"]
+    tuning = ["--model", "base", "--train", "train.jsonl", "--eval", "eval.jsonl", "--batch-size", "8"]
+    more = ["--modules-to-save", "classifier", "--embed", "--learning-rate", "3e-3", "--steps", "60", "-d", "6"]
     run("tune", *tuning, *more, "--subspace", "own.safetensors", "-o", "adapter")
     out = capsys.readouterr().out
     found = re.search(r"adapter: d = 6\naccuracy ([\d.]+) before, ([\d.]+) tuned", out)
@@ -63,7 +63,7 @@ def test_record_fit_tune_outliers_and_transfer_work_together(files, capsys, monk
     assert len(loaded.get_base_model().intrinsic.intrinsic_theta["default"].weight) == 6
     assert Subspace("adapter/subspace.safetensors").digest == Subspace("own.safetensors").digest
 
-    few = ["--steps", "30", "--lr", "1e-3"]
+    few = ["--steps", "30", "--learning-rate", "1e-3"]
     run("outliers", "adapter", *tuning, *few, "-o", "far")
     out = capsys.readouterr().out
     assert set(re.findall(r"\| (.+?) \| [\d.]+ \|", out)) >= {"full"}

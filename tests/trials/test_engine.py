@@ -143,9 +143,9 @@ def test_trials_of_accelerate_and_ray_score_as_in_one_process(engine, tmp_path):
     launch += " --mixed_precision no --dynamo_backend no"
     found = {}
     for name, more in {
-        "launched": ["--engine", "ray", "--launch", launch, "--batch", "8"],
-        "there": ["--engine", "ray", "--batch", "16"],
-        "here": ["--batch", "16"],
+        "launched": ["--engine", "ray", "--launch", launch, "--batch-size", "8"],
+        "there": ["--engine", "ray", "--batch-size", "16"],
+        "here": ["--batch-size", "16"],
     }.items():
         options = ["--dims", "64,512,2", "--seeds", "1", "--trials", "2", "--metric", "spearman", "--patience", "2"]
         options += ["--full-learning-rates", "0.001", "--learning-rates", "2e-4", "--config", str(yaml), *more]
