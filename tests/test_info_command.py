@@ -108,6 +108,29 @@ def test_info_says_that_another_number_of_labels_does_not_fit(folder, capsys):
     AutoModelForSequenceClassification.from_pretrained("base", num_labels=3).save_pretrained("three")
     rows = info(capsys, "adapter", "--model", "three", status=1)
     assert rows["fits"].startswith("no: three cannot be loaded as AutoModelForSequenceClassification with 2 labels. ")
+    assert "its head has 3 labels" in rows["fits"]
+
+
+COMMANDS = {
+    "info": ["adapter"],
+    "distance": ["base", "adapter"],
+    "pack": ["adapter", "-o", "x.pia"],
+    "certify": ["--adapter", "adapter", "--train", "train.jsonl"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("end", [None, 5, -1])
+def test_missing_and_damaged_weights_are_reported(command, end, folder, capsys):
+    weights = Path("adapter/adapter_model.safetensors")
+    before = weights.read_bytes()
+    weights.unlink()
+    if end is not None:
+        weights.write_bytes(before[:end])
+    with pytest.raises(SystemExit, match="2"):
+        main([command, *COMMANDS[command]])
+    message = f"peft-intrinsic: {weights} cannot be read: "
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
 
 
 def test_info_does_not_compare_where_the_base_model_is_not_on_this_machine(folder, capsys):
@@ -130,7 +153,9 @@ def test_info_does_not_compare_an_adapter_that_names_no_base_model(folder, capsy
 def test_info_describes_a_supermask_and_compares_its_weights(folder, other, capsys):
     save_adapter(SupermaskConfig(target_modules=["query"], initial_sparsity=0.25, task_type="SEQ_CLS"), "mask")
     misfit = info(capsys, "mask", status=1)["fits"]  # its base model has 3 labels by default
-    assert misfit.endswith(" For another number of labels: --labels.")
+    assert misfit.endswith(" If its head has another number of labels, pass --num-labels.")
+    misfit = info(capsys, "mask", "--num-labels", "4", status=1)["fits"]
+    assert misfit.endswith(" If its head has another number of labels, correct --num-labels 4.")
     rows = info(capsys, "mask", "--num-labels", "2")
     assert rows["method"] == "supermask, mask='threshold'"
     assert rows["density"] == "75.00% of the masked weights"

@@ -81,9 +81,9 @@ def test_a_folder_in_use_is_overwritten_on_request_only(folder, capsys):
     [
         (["--d", "100000000"], "d=100000000"),
         (["--learning-rate", "1e38"], "NaN or infinite"),
-        (["--learning-rate", "-1"], "--lr -1 is no learning rate"),
+        (["--learning-rate", "-1"], "--learning-rate -1 is no learning rate"),
         (["--seed", "5000000000"], "--seed 5000000000"),
-        (["--batch-size", "0"], "--batch"),
+        (["--batch-size", "0"], "--batch-size"),
         (["--out", "adapter/README.md"], "is a file"),
     ],
 )
@@ -94,6 +94,36 @@ def test_a_failed_run_leaves_the_adapter_that_was_there(options, message, folder
         train("--overwrite", *options)
     assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in Path("adapter").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-length", "4000"], "max_length (--max-length) = 4000: base has 512 positions. Use fewer."),
+        (["--text", "text,text"], "text=['text', 'text'] (--text) names one column twice. Name one column, or two"),
+        (
+            ["--target-modules", "quary"],
+            "--target-modules quary matches no module with parameters of its own. Name some of",
+        ),
+        (["--target-modules", "query,quary,all"], "--target-modules all,quary matches no module with parameters"),
+        (["--target-modules", "dropout"], "--target-modules dropout matches no module with parameters of its own."),
+    ],
+)
+def test_options_that_do_not_fit_model_or_data_are_reported_before_training(options, message, folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        train(*options)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"peft-intrinsic: {message}")
+    assert not Path("adapter/adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("command", [["train"], ["measure", "--dims", "8,512,3"]])
+def test_a_base_model_whose_head_has_other_labels_is_reported(command, folder, capsys):
+    AutoModelForSequenceClassification.from_pretrained("base", num_labels=3).save_pretrained("three")
+    AutoTokenizer.from_pretrained("base").save_pretrained("three")
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--model", "three", "--train", "train.csv", "--eval", "eval.csv", "--out", "out"])
+    message = "peft-intrinsic: --model three: its head has 3 labels, the data or the adapter 2. Pass a base model with"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
 
 
 @pytest.mark.slow

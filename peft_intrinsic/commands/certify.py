@@ -15,11 +15,7 @@ from .inputs import get_labels, load_texts, prepare_output_file, read_adapter_co
 
 
 def certify(args: argparse.Namespace) -> None:
-    """Certify one adapter, or the best of a sweep.
-
-    Raises:
-        ValueError: an option cannot work.
-    """
+    """Certify one adapter, or the best of a sweep."""
     Certificate(n=1, errors=0, bits=1, num_tried=args.num_tried, delta=args.delta)  # checks both before training
     if (args.adapter is None) == (args.dims is None):
         raise ValueError("name either --adapter, to certify it, or --dims, to train adapters and certify the best.")
@@ -77,11 +73,7 @@ def _certify_sweep(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Compute a certificate again, and compare.
-
-    Raises:
-        ValueError: the certificate differs; the message says where.
-    """
+    """Compute a certificate again, and compare."""
     path = Path(args.file)
     adapter = read_packed(path)
     texts = load_texts(args, adapter.base, get_labels(path, adapter))

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..analysis.distance import parameter_distance, write_report
-from .inputs import load_base, resolve_path
+from .inputs import choose_labels, load_adapter, load_base, read_adapter_config, resolve_path
 
 
 def distance(args: argparse.Namespace) -> None:
@@ -18,12 +18,10 @@ def distance(args: argparse.Namespace) -> None:
     base, tuned = resolve_path(args.base), resolve_path(args.tuned)
     pair: tuple[Any, Any] = base, tuned
     if Path(tuned, CONFIG_NAME).exists():
-        config = PeftConfig.from_pretrained(tuned)
-        model = load_base(base, config.task_type, args.labels or getattr(config, "num_labels", None))
-        try:
-            pair = model, PeftModel.from_pretrained(model, tuned)
-        except (RuntimeError, ValueError) as error:  # sizes that differ, as PEFT or this package reports them
-            raise ValueError(f"{error} For another number of labels: --labels.") from None
+        config = read_adapter_config(tuned, (PeftConfig,))
+        stored = getattr(config, "num_labels", None)
+        model = load_base(base, config.task_type, choose_labels(args, stored), option="BASE")
+        pair = model, load_adapter(args, model, tuned, stored)
     result = parameter_distance(*pair, threshold=args.threshold, ignore_missing=args.ignore_missing)
     print(result.report())
     if args.out:

@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
 from ..bounds.certificate import Certificate
 from ..bounds.certify import get_certificate_path
-from ..codec import load_packed, read_packed
+from ..codec import read_packed
 from ..supermask import SupermaskConfig
 from ..tuner import IntrinsicConfig
-from .inputs import MODEL_CLASSES, count_adapter_bytes, get_labels, load_base, read_adapter_config, resolve_path
+from . import inputs
 
 TARGETS = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
@@ -26,25 +24,20 @@ TARGETS = (
 
 
 def info(args: argparse.Namespace) -> None:
-    """Print what an adapter is, and whether it fits a base model.
-
-    Raises:
-        ValueError: there is no such adapter, or its method is not supported.
-        SystemExit: the adapter does not fit the base model; the status is 1.
-    """
-    path = Path(resolve_path(args.adapter))
-    options = _read_packed_options(path) if path.is_file() else _read_options(path)
-    options["num_labels"] = options.get("num_labels") or args.labels
+    """Print what an adapter is, and whether it fits a base model. The status is 1 if it does not."""
+    path = Path(inputs.resolve_path(args.adapter))
+    if path.is_file():
+        options = _read_packed_options(path)
+    else:
+        options = inputs.read_adapter_config(str(path), (IntrinsicConfig, SupermaskConfig)).to_dict()
+    stored = options.get("num_labels")
+    options["num_labels"] = inputs.choose_labels(args, stored)
     rows = {**_describe(path, options), "certificate": _describe_certificates(path)}
-    fits, rows["fits"] = _compare(path, options, args.model)
+    fits, rows["fits"] = _compare(args, path, options, stored)
     for name, value in rows.items():
         print(f"{name:<14}{value}")
     if fits is False:
         raise SystemExit(1)
-
-
-def _read_options(path: Path) -> dict[str, Any]:
-    return read_adapter_config(str(path), (IntrinsicConfig, SupermaskConfig)).to_dict()
 
 
 def _read_packed_options(path: Path) -> dict[str, Any]:
@@ -54,7 +47,7 @@ def _read_packed_options(path: Path) -> dict[str, Any]:
         **packed.options,
         **{name: getattr(packed, name) for name in ("d", "seed", "block_size")},
         "algorithm_version": packed.algorithm,
-        "num_labels": get_labels(path, packed),
+        "num_labels": inputs.get_labels(path, packed),
         "base_model_name_or_path": packed.base,
         "base_digest": packed.base_digest.hex(),
         "manifest": packed.manifest_digest.hex(),
@@ -64,7 +57,7 @@ def _read_packed_options(path: Path) -> dict[str, Any]:
 def _describe(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Describe an adapter, by the names of the printed rows."""
     packed = path.is_file()
-    size = path.stat().st_size if packed else count_adapter_bytes(path)
+    size = path.stat().st_size if packed else inputs.count_adapter_bytes(path)
     rows: dict[str, Any] = {"adapter": f"{path}, {size} bytes" + (", packed" if packed else "")}
     if "final_sparsity" in options:
         zeros = options["final_sparsity"]
@@ -91,11 +84,7 @@ def _describe(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_certificates(path: Path) -> str:
-    """Describe the certificate beside a packed adapter, or those in the folder of an adapter.
-
-    Raises:
-        ValueError: a file is not a certificate.
-    """
+    """Describe the certificate beside a packed adapter, or those in the folder of an adapter."""
     files = [get_certificate_path(path)] if path.is_file() else sorted(path.glob("*.certificate.json"))
     claims = []
     for file in filter(Path.exists, files):
@@ -110,42 +99,30 @@ def _describe_certificates(path: Path) -> str:
     return "; ".join(claims) or "none"
 
 
-def _compare(path: Path, options: Mapping[str, Any], base: str | None) -> tuple[bool | None, str]:
-    """Load an adapter into a base model.
-
-    Args:
-        path: of the adapter.
-        options: of the adapter.
-        base: the base model; `None` is the one that the adapter names, if it is on this machine.
+def _compare(
+    args: argparse.Namespace, path: Path, options: Mapping[str, Any], stored: int | None
+) -> tuple[bool | None, str]:
+    """Load an adapter into a base model: that of `--model`, or else the one that it names, if it is on this machine.
 
     Returns:
         Whether the adapter fits, `None` if it was not compared; and what to print.
-
-    Raises:
-        OSError: there is no such base model.
     """
     task, labels = options["task_type"], options["num_labels"]
-    name = base or options["base_model_name_or_path"]
+    name = args.model or options["base_model_name_or_path"]
     if not name:
         return None, "not compared: the adapter does not name its base model. Pass --model."
     try:
-        model = load_base(name, task, labels, local_files_only=base is None)
+        model = inputs.load_base(name, task, labels, local_files_only=args.model is None)
     except OSError:
-        if base:
+        if args.model:
             raise
         return None, f"not compared: {name} is not on this machine. Pass --model."
     except (ValueError, RuntimeError) as error:
-        loaded_as = MODEL_CLASSES.get(task or "", "AutoModel") + (f" with {labels} labels" if labels else "")
-        return False, f"no: {name} cannot be loaded as {loaded_as}. {_join_lines(error)}"
+        loaded_as = inputs.MODEL_CLASSES.get(task or "", "AutoModel") + (f" with {labels} labels" if labels else "")
+        return False, f"no: {name} cannot be loaded as {loaded_as}. {' '.join(str(error).split())}"
     try:
-        load_packed(model, path) if path.is_file() else PeftModel.from_pretrained(model, str(path))
-    except (ValueError, RuntimeError) as error:
-        return False, f"no: {_join_lines(error)}{'' if labels else ' For another number of labels: --labels.'}"
-    return (
-        True,
-        f"yes: names{', shapes and weights' if options.get('base_digest') else ' and shapes'} agree with {name}",
-    )
-
-
-def _join_lines(error: Exception) -> str:
-    return " ".join(str(error).split())
+        inputs.load_adapter(args, model, str(path), stored)
+    except ValueError as error:
+        return False, f"no: {error}"
+    shapes = ", shapes and weights" if options.get("base_digest") else " and shapes"
+    return True, f"yes: names{shapes} agree with {name}"

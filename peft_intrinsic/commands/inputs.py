@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
 from huggingface_hub import snapshot_download
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from peft_intrinsic_autoload.labels import LABELS
 
-from ..codec import PackedAdapter
+from ..codec import PackedAdapter, load_packed
 from ..text.labeled import LabeledTexts
+from ..text.training import load_with_head
 from ..tuner import IntrinsicConfig
 from ..tuner.subspace_files import EMBEDDED
 
@@ -32,29 +35,27 @@ ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, EMBEDDED)
 """Files of an adapter in its folder."""
 
 
-def load_base(name: str, task: str | None, labels: int | None = None, **more: Any) -> Any:
-    """Load a base model with the class for its task.
+def load_base(name: str, task: str | None, labels: int | None, **more: Any) -> Any:
+    """Load a base model with the class for the `TaskType` of its adapter, and a head for so many labels if known."""
+    loader = getattr(transformers, MODEL_CLASSES.get(task or "", "AutoModel"))
+    head: dict[str, Any] = {"num_labels": labels} if labels else {}
+    return load_with_head(loader, name, labels, **head, **more)
 
-    Args:
-        name: on the Hub, or a folder.
-        task: `TaskType` of its adapter; `None` loads a model without a head.
-        labels: number of labels of its head, where its configuration has another.
-        more: further arguments of `from_pretrained`.
-    """
-    options = {"num_labels": labels, **more} if labels else more
-    return getattr(transformers, MODEL_CLASSES.get(task or "", "AutoModel")).from_pretrained(name, **options)
+
+def load_adapter(args: argparse.Namespace, base: Any, adapter: str, stored: int | None, **more: Any) -> Any:
+    """Load an adapter, packed or not. An error advises on `--num-labels` if no number of labels is stored."""
+    try:
+        if Path(adapter).is_file():
+            return load_packed(base, adapter)
+        return PeftModel.from_pretrained(base, adapter, **more)
+    except (RuntimeError, ValueError) as error:
+        change = f"correct --num-labels {args.labels}" if args.labels else "pass --num-labels"
+        advice = "" if stored else f" If its head has another number of labels, {change}."
+        raise ValueError(" ".join(str(error).split()) + advice) from error
 
 
 def read_adapter_config(folder: str, types: tuple[type[PeftConfig], ...] = (IntrinsicConfig,)) -> Any:
-    """Read the configuration of an adapter.
-
-    Args:
-        folder: of the adapter, or its name on the Hub.
-        types: configuration classes that are supported.
-
-    Raises:
-        ValueError: there is no adapter, or its method is not supported.
-    """
+    """Read the configuration of an adapter, of one of the supported types, from its folder or the Hub."""
     try:
         config = PeftConfig.from_pretrained(folder)
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -63,18 +64,28 @@ def read_adapter_config(folder: str, types: tuple[type[PeftConfig], ...] = (Intr
         kind = getattr(config.peft_type, "value", config.peft_type)
         known = " or ".join(one.__name__ for one in types)
         raise ValueError(f"{folder} holds an adapter of type {kind}. Name an adapter of {known}.")
+    weights = Path(folder, SAFETENSORS_WEIGHTS_NAME)
+    if Path(folder).exists() and not Path(folder, WEIGHTS_NAME).exists():
+        try:
+            with safe_open(weights, "np"):
+                return config
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{weights} cannot be read: {error}. Save or copy the adapter again.") from None
     return config
 
 
 def get_labels(file: str | Path, packed: PackedAdapter) -> int | None:
-    """Get the number of labels that a packed adapter stores; `None` if it stores none.
-
-    Raises:
-        ValueError: there are too many for a head in memory.
-    """
+    """Get the number of labels that a packed adapter stores; `None` if it stores none."""
     if packed.classes > LABELS:
         raise ValueError(f"{file} has {packed.classes} labels. At most {LABELS} are supported.")
     return packed.classes or None
+
+
+def choose_labels(args: argparse.Namespace, stored: int | None) -> int | None:
+    """Return the number of labels that the adapter stores, or else that of `--num-labels`."""
+    if args.labels and stored and args.labels != stored:
+        raise ValueError(f"--num-labels {args.labels}: the adapter has {stored} labels. Leave the option out.")
+    return stored or args.labels
 
 
 def count_adapter_bytes(folder: str | Path) -> int:
@@ -84,11 +95,7 @@ def count_adapter_bytes(folder: str | Path) -> int:
 
 
 def resolve_path(name: str) -> str:
-    """Return a file or folder as it is; for a name on the Hub, download its weights and return their folder.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Return a file or folder as it is; for a name on the Hub, download its weights and return their folder."""
     if Path(name).exists():
         return name
     try:
@@ -98,11 +105,7 @@ def resolve_path(name: str) -> str:
 
 
 def prepare_output_file(option: str, name: str | Path) -> Path:
-    """Make the folder of a file to write, and return the path of the file.
-
-    Raises:
-        ValueError: the path is a folder; the message names the option.
-    """
+    """Make the folder of a file that an option names, and return the path of the file."""
     path = Path(name)
     if path.is_dir():
         raise ValueError(f"{option} {name} is a folder. Name a file.")
@@ -111,11 +114,7 @@ def prepare_output_file(option: str, name: str | Path) -> Path:
 
 
 def find_base_name(args: argparse.Namespace, own: str | None) -> str:
-    """Return the name of the base model: that of `--model`, or else that of the adapter.
-
-    Raises:
-        ValueError: there is neither, or the one of the adapter cannot be found.
-    """
+    """Return the name of the base model: that of `--model`, or else the adapter's own, if it can be found."""
     if args.model:
         return args.model
     if not own:
@@ -131,10 +130,10 @@ def find_base_name(args: argparse.Namespace, own: str | None) -> str:
 
 
 def load_texts(args: argparse.Namespace, named: str | None = None, labels: int | None = None) -> LabeledTexts:
-    """Load the labeled texts and the base model that the options name.
+    """Load the labeled texts and the base model; without `--train` or `--eval` the other one serves.
 
     Args:
-        args: `model`, `train`, `eval`, `text`, `label` and `batch`; without `train` or `eval` the other one serves.
+        args: options of `add_texts`, `model` and `eval`.
         named: name of the base model that the adapter stores.
         labels: number of labels of its head, if it is not that of the training data.
     """
@@ -143,12 +142,15 @@ def load_texts(args: argparse.Namespace, named: str | None = None, labels: int |
     return LabeledTexts(find_base_name(args, named), train, held_out, args.text, args.label, args.batch, labels)
 
 
-def build_training_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The `TrainingArguments` that follow from `--epochs` and `--batch`."""
-    return {
+def build_text_options(args: argparse.Namespace, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the arguments of `TextOptions` from the options for data and training, with further `TrainingArguments`."""
+    names = ("task", "train", "eval", "dataset", "label", "metric", "task_type", "max_length")
+    training = {
         "num_train_epochs": args.epochs,
         "per_device_train_batch_size": args.batch,
         "per_device_eval_batch_size": args.batch,
         "lr_scheduler_type": "linear",
         "warmup_steps": 0.1,
     }
+    given = {name: getattr(args, name) for name in names}
+    return {**given, "columns": tuple(args.text), "arguments": {**training, **arguments}}

@@ -16,7 +16,7 @@ from ..measure.measure_text import measure_text
 from ..measure.report import describe_target, suggest_grid, summarize
 from ..measure.study import study as run_study
 from ..text.training import load_without_weights
-from .inputs import build_training_arguments
+from .inputs import build_text_options
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -43,12 +43,9 @@ def analyze(args: argparse.Namespace) -> None:
 
 def _run_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `measure_text` and of `run_study`, without the model and the method."""
-    names = ("task", "train", "eval", "dataset", "label", "metric", "task_type", "max_length", "patience")
-    options = {name: getattr(args, name) for name in names}
     plan = {name: getattr(args, name) for name in ("seeds", "baseline_seeds", "trials", "minutes", "sweep")}
-    arguments = build_training_arguments(args) | _read_config(args.config)
     return {
-        "options": {**options, "columns": tuple(args.text), "arguments": arguments},
+        "options": {**build_text_options(args, _read_config(args.config)), "patience": args.patience},
         "plan": {**_question(args), **plan, "learning_rates": (args.full_learning_rates, args.learning_rates)},
         "out": args.out,
         "overwrite": args.overwrite,
@@ -60,9 +57,8 @@ def _run_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _question(args: argparse.Namespace) -> dict[str, Any]:
     """The options that define d90, as far as they are given."""
-    given = {
-        name: getattr(args, name) for name in ("target", "relative_to", "center") if getattr(args, name) is not None
-    }
+    names = ("target", "relative_to", "center")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.dims:
         try:
             given["dims"] = tuple(grid(*args.dims))

@@ -4,38 +4,28 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-from peft import PeftModel
 
 from ..bounds.texts import train_rounded
 from ..codec import adapter_to_string, compress, load_packed, qr_code, read_packed
 from ..codec.text import check_ending
 from ..trials.store import write_whole
-from .inputs import find_base_name, get_labels, load_base, load_texts, prepare_output_file, read_adapter_config
+from . import inputs
 
 
 def pack(args: argparse.Namespace) -> None:
-    """Pack an adapter, and report its accuracy before and after if there are held-out data.
-
-    Raises:
-        ValueError: an option cannot work, or does not fit the adapter.
-    """
+    """Pack an adapter, and report its accuracy before and after if there are held-out data."""
     if args.finetune and not (args.train and args.levels):
         raise ValueError(f"--finetune {args.finetune} needs --train and --levels.")
     if args.train and not (args.finetune or args.eval):
         raise ValueError(f"--train {args.train} is for --finetune, or names the classes of --eval. Add one of them.")
-    config = read_adapter_config(args.adapter)
-    out = prepare_output_file("--out", args.out)
+    config = inputs.read_adapter_config(args.adapter)
+    out = inputs.prepare_output_file("--out", args.out)
     if args.qr:
-        check_ending(prepare_output_file("--qr", args.qr))
-    named, labels = config.base_model_name_or_path, args.labels or config.num_labels
-    texts = load_texts(args, named, labels) if args.eval or args.train else None
-    base = texts.base if texts else load_base(find_base_name(args, named), config.task_type, labels)
-    try:
-        model: Any = PeftModel.from_pretrained(base, args.adapter, is_trainable=bool(args.finetune))
-    except ValueError as error:
-        raise ValueError(f"{error} For another number of labels: --labels.") from None
+        check_ending(inputs.prepare_output_file("--qr", args.qr))
+    named, labels = config.base_model_name_or_path, inputs.choose_labels(args, config.num_labels)
+    texts = inputs.load_texts(args, named, labels) if args.eval or args.train else None
+    base = texts.base if texts else inputs.load_base(inputs.find_base_name(args, named), config.task_type, labels)
+    model = inputs.load_adapter(args, base, args.adapter, config.num_labels, is_trainable=bool(args.finetune))
     before = texts.accuracy(model) if texts and args.eval else None
     if texts and args.finetune:
         train_rounded(texts, model, args.levels, args.finetune, args.lr, 0)
@@ -55,14 +45,12 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def unpack(args: argparse.Namespace) -> None:
-    """Unpack an adapter into a folder. This needs its base model.
-
-    Raises:
-        ValueError: the folder is in use, or the base model does not fit.
-    """
+    """Unpack an adapter into a folder. This needs its base model."""
     packed = read_packed(args.file)
     if Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise ValueError(f"--out {args.out} holds files already. Name a new folder.")
-    base = load_base(find_base_name(args, packed.base), packed.options["task_type"], get_labels(args.file, packed))
+    base = inputs.load_base(
+        inputs.find_base_name(args, packed.base), packed.options["task_type"], inputs.get_labels(args.file, packed)
+    )
     load_packed(base, args.file).save_pretrained(args.out)
     print(f"{args.out}: d = {packed.d}, for {packed.base or args.model}")

@@ -19,10 +19,11 @@ from ..measure.evidence import is_collapsed
 from ..text.baselines import describe_collapse, logistic_regression
 from ..text.options import TextOptions, check_arguments, complete_arguments
 from ..text.tasks import Task, load_task
-from ..text.training import TRAININGS
+from ..text.training import TRAININGS, check_positions, load_without_weights
 from ..tuner import IntrinsicConfig
-from ..tuner.names import KEYWORDS
-from .inputs import ADAPTER_FILES, build_training_arguments, count_adapter_bytes
+from ..tuner.names import KEYWORDS, is_named
+from ..tuner.targets import adaptable_parameters
+from .inputs import ADAPTER_FILES, build_text_options, count_adapter_bytes
 
 SCORES = "scores.json"
 
@@ -31,20 +32,20 @@ REPLACED = (*ADAPTER_FILES, "README.md", SCORES, "adapter.pia", "adapter.certifi
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train an adapter, print its score beside the baselines, and save both.
-
-    Raises:
-        ValueError: the folder is in use, or another option cannot work.
-    """
+    """Train an adapter, print its score beside the baselines, and save both."""
     if not (math.isfinite(args.lr) and args.lr > 0):
-        raise ValueError(f"--lr {args.lr:g} is no learning rate. Pass a number above 0, such as 2e-4.")
+        raise ValueError(f"--learning-rate {args.lr:g} is no learning rate. Pass a number above 0, such as 2e-4.")
     if args.seed >= 2**32:
         raise ValueError(f"--seed {args.seed} exceeds what numpy takes. Use a seed below 2**32.")
     folder = Path(args.out)
     _check_folder(folder, args.overwrite)
-    config, options = _build_config(args), _build_text_options(args)
+    config = _build_config(args)
+    options = TextOptions(args.model, **build_text_options(args, {"disable_tqdm": False}))
     check_arguments(complete_arguments(options.arguments))
     task = load_task(options)
+    shapes = load_without_weights(args.model, args.task_type)
+    check_positions(options, shapes)
+    _check_targets(config, shapes)
     training = TRAININGS[task.task_type](options, task)
     data, base = training.data, training.load_base()
     majority = task.score_majority()
@@ -108,19 +109,23 @@ def _save(model: Any, scores: Mapping[str, float], task: Task, args: argparse.Na
             shutil.copy(file, folder)
 
 
-def _build_text_options(args: argparse.Namespace) -> TextOptions:
-    names = ("model", "task", "train", "eval", "dataset", "label", "metric", "task_type", "max_length")
-    given = {name: getattr(args, name) for name in names}
-    arguments = {**build_training_arguments(args), "disable_tqdm": False}
-    return TextOptions(**given, columns=tuple(args.text), arguments=arguments)
-
-
 def _build_config(args: argparse.Namespace) -> IntrinsicConfig:
     """The configuration of the adapter; a single name is a list too, unless it is a keyword."""
     modules = args.target_modules
-    if modules and modules[0] in (*KEYWORDS, "all-linear"):
-        modules = ",".join(modules)
+    if modules and len(modules) == 1 and modules[0] in (*KEYWORDS, "all-linear"):
+        (modules,) = modules
     return IntrinsicConfig(d=args.d, said=args.said, seed=args.seed, target_modules=modules, task_type=args.task_type)
+
+
+def _check_targets(config: IntrinsicConfig, base: Any) -> None:
+    """Check that each name of a list is that of a module. The tuner ignores one that is not, as LoRA does."""
+    modules = {key for key, _, _ in adaptable_parameters(base, config)}
+    listed = () if isinstance(config.target_modules, str) else config.target_modules or ()
+    if unknown := [name for name in sorted(listed) if not any(is_named([name], key) for key in modules)]:
+        known = ", ".join(sorted({key.rpartition(".")[2] for key in modules}))
+        raise ValueError(
+            f"--target-modules {','.join(unknown)} matches no module with parameters of its own. Name some of {known}."
+        )
 
 
 def _is_encoder(model: Any) -> bool:

@@ -48,11 +48,7 @@ def _build_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def record(args: argparse.Namespace) -> None:
-    """Fine-tune all weights, and store snapshots of them.
-
-    Raises:
-        ValueError: the folder is in use, or an option cannot work.
-    """
+    """Fine-tune all weights, and store snapshots of them."""
     callback = TrajectoryCallback(args.out, args.every, args.parameters)
     folder, done = Path(args.out, "checkpoints"), {"run": "record"}
     if snapshots(args.out) and not Path(args.out, SETTINGS).exists():
@@ -88,18 +84,10 @@ def fit(args: argparse.Namespace) -> None:
     print(f"{args.out}: up to d = {subspace.dim}")
 
 
-def _build_config(
-    subspace: Subspace, modules_to_save: list[str] | None, d: int | None = None, **more: Any
-) -> IntrinsicConfig:
-    """Build the configuration of an adapter in a subspace, by default with all of its directions."""
-    return IntrinsicConfig(
-        d=subspace.dim if d is None else d,
-        projection="trajectory",
-        subspace=str(subspace.path),
-        task_type="SEQ_CLS",
-        modules_to_save=modules_to_save,
-        **more,
-    )
+def _build_config(args: argparse.Namespace, subspace: Subspace, d: int, **more: Any) -> IntrinsicConfig:
+    """Build the configuration of an adapter in a subspace."""
+    more |= {"subspace": str(subspace.path), "task_type": "SEQ_CLS", "modules_to_save": args.modules_to_save}
+    return IntrinsicConfig(d=d, projection="trajectory", **more)
 
 
 def tune(args: argparse.Namespace) -> None:
@@ -108,7 +96,8 @@ def tune(args: argparse.Namespace) -> None:
     texts = load_texts(args)
     torch.manual_seed(args.seed)  # of a random θ
     more = {"embed_subspace": args.embed, "ensemble": args.ensemble, "seed": args.seed}
-    model: Any = get_peft_model(texts.base, _build_config(subspace, args.modules_to_save, args.d, **more))
+    config = _build_config(args, subspace, subspace.dim if args.d is None else args.d, **more)
+    model: Any = get_peft_model(texts.base, config)
     before = texts.accuracy(model) if args.eval else None
     texts.train(model, args.steps, args.lr, args.seed)
     model.save_pretrained(args.out)
@@ -154,16 +143,10 @@ def outliers(args: argparse.Namespace) -> None:
 
 
 def transfer(args: argparse.Namespace) -> None:
-    """Train a task in the subspaces of several tasks, in that of all of them, and in that of all others.
-
-    Raises:
-        ValueError: a recording is missing.
-    """
+    """Train a task in the subspaces of several tasks, in that of all of them, and in that of all others."""
     if args.source_task is not None and args.source_task not in args.recordings:
-        raise ValueError(
-            f"--source-task {args.source_task} is none of the recordings ({', '.join(args.recordings)}). Name one of "
-            "them."
-        )
+        names = ", ".join(args.recordings)
+        raise ValueError(f"--source-task {args.source_task} is none of the recordings ({names}). Name one of them.")
     recorded = {name: snapshots(name) for name in args.recordings}
     if empty := [name for name, files in recorded.items() if not files]:
         raise ValueError(f"{', '.join(empty)}: no snapshots there. Record first.")
@@ -179,7 +162,7 @@ def transfer(args: argparse.Namespace) -> None:
     def train_in_subspace(name: str, files: list[Path]) -> Any:
         path = Path(args.out, name.replace("/", "_") + ".safetensors")
         subspace = fit_subspace(files, min(args.dim, len(files)), out=path)
-        model = get_peft_model(texts.copy_base(), _build_config(subspace, args.modules_to_save))
+        model = get_peft_model(texts.copy_base(), _build_config(args, subspace, subspace.dim))
         texts.train(model, args.steps, args.lr, args.seed)
         path.unlink()
         return model

@@ -201,6 +201,8 @@ def load_files(
         metric = _resolve_metric(metric or "accuracy", task_type)
     if len(columns) not in ((1, 2) if task_type == "SEQ_CLS" else (1,)):
         raise ValueError(f"text={list(columns)}: name one column, or two for pairs of sentences (SEQ_CLS).")
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"text={list(columns)} (--text) names one column twice. Name one column, or two that differ.")
     if label in columns:
         raise ValueError(f"label={label!r} (--label) is a column of the text too.")
     if unknown := [path for path in (train, eval) if not dataset and Path(path).suffix not in READERS]:

@@ -73,7 +73,9 @@ class TextTraining:
 
     def load_base(self, labels: int | None = None) -> Any:
         """Load the base model as its checkpoint is, in float32, with so many labels; None for those of the task."""
-        base = self.loader.from_pretrained(self.options.model, dtype="float32", **self.task.head_options(labels))
+        head = self.task.head_options(labels)
+        count = head.get("num_labels") or len(head.get("id2label", ())) or None
+        base = load_with_head(self.loader, self.options.model, count, dtype="float32", **head)
         base.config.pad_token_id = self.tokenizer.pad_token_id
         return base
 
@@ -253,6 +255,24 @@ class TextFit:
         return result
 
 
+def load_with_head(loader: Any, model: str, labels: int | None, option: str = "--model", **more: Any) -> Any:
+    """Load a base model whose head has so many labels, if known; `option` names it in the error.
+
+    Raises:
+        ValueError: The checkpoint has a head with another number of labels.
+    """
+    try:
+        return loader.from_pretrained(model, **more)
+    except RuntimeError as error:
+        found = AutoConfig.from_pretrained(model, local_files_only=True).num_labels
+        if labels in (None, found) or "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"{option} {model}: its head has {found} labels, the data or the adapter {labels}. Pass a base model with "
+            f"{labels} labels or without a head."
+        ) from error
+
+
 def load_without_weights(model: str, task_type: str) -> Any:
     """Load a model on the meta device."""
     with torch.device("meta"):
@@ -272,11 +292,7 @@ def select_dims(options: TextOptions, dims: Sequence[int]) -> tuple[int, ...]:
     training = TRAININGS[options.task_type]
     check_arguments(complete_arguments(options.arguments, training.best_metric if options.patience else None))
     base = load_without_weights(options.model, options.task_type)
-    positions = _count_positions(base)
-    if positions is not None and options.max_length > positions:
-        raise ValueError(
-            f"max_length (--max-length) = {options.max_length}: {options.model} has {positions} positions. Use fewer."
-        )
+    check_positions(options, base)
     if dims[-1] > base.num_parameters():
         raise ValueError(f"dims (--dims): {options.model} has {base.num_parameters()} weights, fewer than {dims[-1]}.")
     if options.method not in METHODS:
@@ -293,6 +309,19 @@ def select_dims(options: TextOptions, dims: Sequence[int]) -> tuple[int, ...]:
             f"{str(error).rstrip('.')}."
         ) from None
     return supported
+
+
+def check_positions(options: TextOptions, base: Any) -> None:
+    """Check whether a model, which may be on the meta device, has a position for each token of an input.
+
+    Raises:
+        ValueError: It has fewer.
+    """
+    positions = _count_positions(base)
+    if positions is not None and options.max_length > positions:
+        raise ValueError(
+            f"max_length (--max-length) = {options.max_length}: {options.model} has {positions} positions. Use fewer."
+        )
 
 
 def _count_positions(base: Any) -> int | None:

@@ -206,7 +206,7 @@ def test_the_command_measures_fully_trained_heads_and_names_the_option_for_other
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         main(words)
-    assert "For another number of labels: --labels." in capsys.readouterr().err
+    assert "If its head has another number of labels, pass --num-labels." in capsys.readouterr().err
     main([*words, "--num-labels", "3"])
     assert "| all | " in capsys.readouterr().out
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.films import D, certify, count_errors, films
+from helpers.texts import write
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.codec import load_packed, read_packed
-from peft_intrinsic.commands import pack as command
 from peft_intrinsic_cli import main
 
 
@@ -59,9 +59,10 @@ def test_pack_accepts_a_head_with_more_labels_than_the_data_have(folder, capsys)
     get_peft_model(base, config).save_pretrained("three")
     main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--num-labels", "3"])
     assert f"{1 - count_errors('x.pia', 'test.jsonl', 3) / 40:.4f} packed" in capsys.readouterr().out
+    write(folder, "four.jsonl", [{"text": "a film", "label": label} for label in range(4)])
     with pytest.raises(SystemExit, match="2"):
-        main(["pack", "three", "-o", "x.pia", "--eval", "test.jsonl", "--num-labels", "1"])
-    assert "The model has 1 labels, test.jsonl 2:" in capsys.readouterr().err
+        main(["pack", "three", "-o", "x.pia", "--eval", "four.jsonl"])
+    assert "The model has 3 labels, four.jsonl 4:" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -92,7 +93,25 @@ def test_commands_take_the_number_of_labels_from_the_adapter(three, capsys):
 def test_another_number_of_labels_is_reported_with_both_counts(three, capsys, words):
     with pytest.raises(SystemExit, match="2"):
         main([*words, "--num-labels", "2"])
-    assert "peft-intrinsic: The adapter has 3 labels, this model 2." in capsys.readouterr().err
+    message = "peft-intrinsic: --num-labels 2: the adapter has 3 labels. Leave the option out.\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["pack", "three", "-o", "x.pia", "--model", "two"], "--model"),
+        (["pack", "three", "-o", "x.pia", "--model", "two", "--eval", "test.jsonl"], "--model"),
+        (["distance", "two", "three"], "BASE"),
+    ],
+)
+def test_a_base_model_whose_head_has_other_labels_is_reported(three, capsys, words, option):
+    AutoModelForSequenceClassification.from_pretrained("base", num_labels=2).save_pretrained("two")
+    AutoTokenizer.from_pretrained("base").save_pretrained("two")
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    message = f"peft-intrinsic: {option} two: its head has 2 labels, the data or the adapter 3. Pass a base model"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
 
 
 @pytest.mark.slow
@@ -132,7 +151,7 @@ def test_invalid_options_are_reported_before_a_model_is_loaded(folder, capsys, m
     get_peft_model(base, LoraConfig(target_modules=["query"])).save_pretrained("lora")
     Path("broken").mkdir()
     Path("broken/adapter_config.json").write_text("{")
-    monkeypatch.setattr(command, "load_base", None)
+    monkeypatch.setattr("peft_intrinsic.commands.inputs.load_base", None)
     monkeypatch.setattr("peft_intrinsic.commands.inputs.LabeledTexts", None)
     with pytest.raises(SystemExit, match="2"):
         main(words)
@@ -143,7 +162,7 @@ def test_invalid_options_are_reported_before_a_model_is_loaded(folder, capsys, m
 def test_packed_adapter_with_too_many_labels_is_not_unpacked(folder, capsys, monkeypatch):
     main(["pack", "adapter", "-o", "x.pia", "--num-labels", "2"])
     Path("x.pia").write_bytes(replace(read_packed("x.pia"), classes=2**32).to_bytes())
-    monkeypatch.setattr(command, "load_base", None)
+    monkeypatch.setattr("peft_intrinsic.commands.inputs.load_base", None)
     with pytest.raises(SystemExit, match="2"):
         main(["unpack", "x.pia", "-o", "again"])
     assert re.search(r"x\.pia has 4294967296 labels\. At most 100000", capsys.readouterr().err)
