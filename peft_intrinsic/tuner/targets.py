@@ -204,7 +204,10 @@ def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], n
         offloaded = parameter is not None and parameter.is_meta
         name = first.setdefault(identify(module, own), ties.get(name, name) if offloaded else name)
         users.setdefault(name, []).append((module, own))
-    if not users:
+    named = (
+        bool(names) or config.target_modules is None or config.target_modules in KEYWORDS or config.manifest is not None
+    )
+    if not users or not (named or any(is_targeted(config, key) for key, _, _ in adaptable)):  # the head alone
         raise ValueError(
             f"target_modules={config.target_modules!r} and target_parameters={config.target_parameters!r} matched "
             "no module with parameters of its own. Name linear layers, norms or embeddings, or pass 'all'."

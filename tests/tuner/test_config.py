@@ -52,6 +52,10 @@ def test_invalid_options_raise_and_are_named(options, error, message):
         ({"d": 4, "said": True, "lambda_granularity": "tensor"}, "which is 24 .*'tensor'"),
         ({"target_modules": ["nothing"]}, "nothing.* not found"),
         ({"target_modules": ["attention"]}, "attention.* matched no module with parameters of its own"),
+        (
+            {"d": 20, "target_modules": ["quary"], "task_type": "SEQ_CLS"},
+            "quary.* matched no module",
+        ),  # but the head is
         ({"d": 13_000, "projection": "dense"}, "projection='dense' would store"),
         ({"d": 1_000_000}, r"d=1000000 exceeds the \d+ weights selected by target_modules=\'all\'. Use d ≤ \d+"),
         ({"block_size": 2**26}, r"block_size=67108864 needs .* random numbers for \d+ adapted weights"),
