@@ -15,6 +15,7 @@ from .parsing import (
     add_texts,
     parse_model,
     parse_names,
+    parse_weights,
 )
 
 FOUND = "base model, for adapters whose own name for it cannot be found"
@@ -80,7 +81,7 @@ def _add_distance(commands: Any) -> None:
         "Compute the distance of a fine-tuned model or an adapter from its base model",
         "distance bert-base-uncased runs/classifier -o runs/distance",
     ).add_argument
-    add("base", type=parse_model, help="base model: a folder, a safetensors file, or a name on the Hub")
+    add("base", type=parse_weights, help="base model: a folder, a safetensors file, or a name on the Hub")
     add("tuned", help="fine-tuned model or adapter, in the same form")
     add("--threshold", type=float, default=1e-3, help="change above which an entry counts as changed")
     add("--ignore-missing", action="store_true", help="ignore parameters of one model only, such as a head")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,16 +100,33 @@ def add_learning_rate(add: Any, default: float, more: str = "") -> None:
 
 
 def parse_model(name: str) -> str:
-    """Check that the name of a base model is not the folder of an adapter, with which transformers would load both."""
-    config = Path(name, "adapter_config.json")
-    if not config.is_file():
+    """Check that the name of a base model can be that of a folder with a model, or of a model on the Hub."""
+    if Path(parse_weights(name), "config.json").is_file() or not Path(name).exists():
         return name
-    try:
-        base = json.loads(config.read_bytes())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = None
-    remedy = f"Pass its base model, {base}" if base else "Pass its base model, which it does not name"
-    raise argparse.ArgumentTypeError(f"{name} is the folder of an adapter. {remedy}.")
+    raise argparse.ArgumentTypeError(
+        f"{name} has no config.json, so it is not the folder of a model. Pass the folder of a saved model, or its name "
+        "on the Hub."
+    )
+
+
+def parse_weights(name: str) -> str:
+    """Check that the name of a base model is not that of an adapter, nor of a folder that does not exist.
+
+    transformers would load the folder of an adapter with its own base model.
+    """
+    path, config = Path(name), Path(name, "adapter_config.json")
+    if config.is_file():
+        try:
+            base = json.loads(config.read_bytes())["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError):
+            base = None
+        remedy = f"Pass its base model, {base}" if base else "Pass its base model, which it does not name"
+        raise argparse.ArgumentTypeError(f"{name} is the folder of an adapter. {remedy}.")
+    if path.suffix == ".pia" and path.is_file():
+        raise argparse.ArgumentTypeError(f"{name} is a packed adapter. Pass its base model; info prints its name.")
+    if re.search(r"^[./~]|[\\:]|/.*/", name) and not path.exists():
+        raise argparse.ArgumentTypeError(f"there is no folder {name}. Pass an existing one, or a name on the Hub.")
+    return name
 
 
 def parse_names(text: str) -> list[str]:

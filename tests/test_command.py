@@ -80,16 +80,36 @@ TAKES_BASE = [
 ]
 
 
-@pytest.mark.parametrize("words", TAKES_BASE, ids=" ".join)
-def test_the_folder_of_an_adapter_is_not_accepted_as_base_model(words, tmp_path, capsys):
-    """transformers would load the adapter with its own base model."""
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+NO_BASE = [
+    ("adapter", "adapter is the folder of an adapter. Pass its base model, some/base."),
+    ("c2.pia", "c2.pia is a packed adapter. Pass its base model; info prints its name."),
+    ("./nowhere", "there is no folder ./nowhere. Pass an existing one, or a name on the Hub."),
+    ("runs", "runs has no config.json, so it is not the folder of a model. Pass the folder of a saved model, or"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "message"),
+    [
+        pytest.param(words, name, message, id=f"{' '.join(words)} {name}")
+        for words in TAKES_BASE
+        for name, message in NO_BASE
+        if (words, name) != (("distance",), "runs")  # distance reads weights alone
+    ],
+)
+def test_base_models_that_cannot_be_loaded_are_reported(words, name, message, tmp_path, monkeypatch, capsys):
+    """transformers would load the folder of an adapter with its own base model, or print a traceback."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "c2.pia").touch()
+    monkeypatch.setattr("peft_intrinsic_cli._run", lambda args: None)
     _, _, example = COMMANDS[words].format_help().partition("\nexample:\n  peft-intrinsic ")
-    given = shlex.split(example.replace("\\\n", " ").replace("bert-base-uncased", str(tmp_path)))
+    given = [name if word == "bert-base-uncased" else word for word in shlex.split(example.replace("\\\n", " "))]
     with pytest.raises(SystemExit, match="2"):
-        main(given if str(tmp_path) in given else [*given, "--model", str(tmp_path)])
-    message = f"{tmp_path} is the folder of an adapter. Pass its base model, some/base."
-    assert capsys.readouterr().err.strip().endswith(message)
+        main(given if name in given else [*given, "--model", name])
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_help_lists_each_subcommand_with_a_verb_phrase():
@@ -126,7 +146,7 @@ def test_commands_of_the_documentation_parse(page, monkeypatch):
     found = re.findall(r"^ *(?:python -m peft_intrinsic|peft-intrinsic) (.+)", text, re.MULTILINE)
     commands = [words for words in found if "…" not in words]
     for words in commands:
-        main(shlex.split(words, comments=True))
+        main(shlex.split(re.sub(r"\S+\*", "expanded", words), comments=True))
     assert len(calls) == len(commands) >= (page.name == "command_line.md")
 
 

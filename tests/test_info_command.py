@@ -139,7 +139,7 @@ def test_info_does_not_compare_where_the_base_model_is_not_on_this_machine(folde
     assert info(capsys, "x.pia")["fits"] == "not compared: base is not on this machine. Pass --model."
     assert info(capsys, "x.pia", "--model", "moved")["fits"].startswith("yes: ")
     with pytest.raises(SystemExit, match="2"):
-        main(["info", "x.pia", "--model", "./base"])
+        main(["info", "x.pia", "--model", "moved--base"])
     assert "peft-intrinsic: " in capsys.readouterr().err
 
 

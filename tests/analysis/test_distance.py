@@ -213,5 +213,5 @@ def test_the_command_measures_fully_trained_heads_and_names_the_option_for_other
 
 def test_the_command_reports_a_path_that_does_not_exist(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["distance", str(tmp_path / "a/b/c"), str(tmp_path)])
+        main(["distance", str(tmp_path), str(tmp_path / "a/b/c")])
     assert "a/b/c' is neither a file or folder nor a name that the Hub gives" in capsys.readouterr().err
