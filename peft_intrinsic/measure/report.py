@@ -17,7 +17,7 @@ from .evidence import TUNING, is_collapsed
 
 FORMATS = "png", "svg", "pdf"
 WIDER = 10
-"""Factor by which a proposed grid extends one that the target lies outside of."""
+"""Factor, rounded to whole steps, by which a suggested grid extends one that the target lies outside of."""
 
 
 def format_answer(result: Result, answer: Answer) -> tuple[str, str]:
@@ -70,9 +70,12 @@ def suggest_grid(result: Result, weights: int | None = None) -> str:
         return f"The target is not reached with all {high} weights. Train longer, or use a lower --target."
     if sign == "≤" and low == 1:
         return "The target is reached with a single parameter, so there is no smaller d to try."
-    first = max(low // WIDER, 1) if sign == "≤" else low
-    last = min(high * WIDER, weights or high * WIDER) if sign == ">" else high
-    count = 1 + round((points - 1) * math.log(last / first) / math.log(high / low))
+    ratio = (high / low) ** (1 / (points - 1))
+    factor = ratio ** max(round(math.log(WIDER, ratio)), 1)
+    first = max(round(low / factor), 1) if sign == "≤" else low
+    last = math.ceil(high * factor - 1e-6) if sign == ">" else high  # rounded up, the grid holds the old d
+    last = min(last, weights or last)
+    count = 1 + round(math.log(last / first, ratio))
     limit = " (at most as many as the model has weights)" if sign == ">" and weights is None else ""
     return f"d lies outside the grid. Measure a wider one: --dims {first},{last},{count}{limit}"
 

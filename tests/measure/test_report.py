@@ -50,6 +50,14 @@ def test_suggested_grid_is_wider_with_the_same_steps(score, weights, suggestion)
         assert steps == pytest.approx(math.log(100) / 12, rel=0.05)
 
 
+@pytest.mark.parametrize("dims", [(64, 512, 2), (100, 1_000_000, 64), (8, 512, 6), (64, 16384, 33)])
+def test_suggested_grid_with_larger_d_contains_the_measured_one(dims):
+    result = measure_intrinsic_dimension(lambda d, seed: 0.9 if d is None else 0.1, grid(*dims))
+    wider = re.search(r"--dims (\d+),(\d+),(\d+)", suggest_grid(result))
+    assert wider
+    assert set(grid(*map(int, wider.groups()))) > set(grid(*dims))
+
+
 def test_no_grid_is_suggested_where_d_lies_inside_or_the_budget_ended():
     assert suggest_grid(measure_intrinsic_dimension(step, DIMS)) == ""
     ended = measure_intrinsic_dimension(lambda d, seed: 0.9 if d is None else 0.1, grid(10, 1000, 13), trials=7)
