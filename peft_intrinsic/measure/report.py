@@ -45,11 +45,20 @@ def summarize(result: Result) -> str:
 
 
 def describe_target(result: Result) -> str:
-    """Describe the score of full fine-tuning and the target, in one line."""
+    """Describe the score of full fine-tuning, the target and the collapsed runs, if any, in one line."""
     count = len(result.baseline.scores)
     seeds = f"{result.center} of {count} seeds" if count > 1 else "one seed"
     full = f"full fine-tuning scores {result.baseline.level:.4f} ({seeds})"
-    return f"{full}, the target is {result.target:.4f} ({result.share:g} of the {result.relative_to})"
+    line = f"{full}, the target is {result.target:.4f} ({result.share:g} of the {result.relative_to})"
+    base, (collapsed, runs) = result.baseline.collapsed, _count_collapsed(result)
+    if base or collapsed:
+        line += f"; collapsed runs: {base} of full fine-tuning, {collapsed} of {runs} in the subspace"
+    return line
+
+
+def _count_collapsed(result: Result) -> tuple[int, int]:
+    """Count the collapsed runs in the subspace, and all of them."""
+    return sum(point.collapsed for point in result.points), sum(point.seeds for point in result.points)
 
 
 def suggest_grid(result: Result, weights: int | None = None) -> str:
@@ -77,7 +86,11 @@ def suggest_grid(result: Result, weights: int | None = None) -> str:
     last = min(last, weights or last)
     count = 1 + round(math.log(last / first, ratio))
     limit = " (at most as many as the model has weights)" if sign == ">" and weights is None else ""
-    return f"d lies outside the grid. Measure a wider one: --dims {first},{last},{count}{limit}"
+    advice = ""
+    if len({*_count_collapsed(result)}) == 1:
+        advice = "All runs in the subspace collapsed: try other learning rates (--learning-rates) or more epochs "
+        advice += "(--epochs) before a wider grid. "
+    return f"{advice}d lies outside the grid. Measure a wider one: --dims {first},{last},{count}{limit}"
 
 
 def format_title(result: Result) -> str:
@@ -101,7 +114,7 @@ def format_markdown(result: Result) -> str:
     scores = ", ".join(f"{score:.4f}" for score in base.scores)
     kind = "median of those that did not collapse" if result.center == "median" else "mean"
     alone = " (one seed, so its spread is not in the interval)" if result.seeds > 1 else " (one seed)"
-    collapsed = f"{sum(point.collapsed for point in result.points)} of {sum(point.seeds for point in result.points)}"
+    collapsed = "{} of {}".format(*_count_collapsed(result))
     edges = ", ".join("full fine-tuning" if d is None else f"d = {d}" for d in result.edges)
     edges += ": try lower or higher ones, or 'auto' (--learning-rates, --full-learning-rates)"
     examples = "unknown" if result.examples is None else str(result.examples)

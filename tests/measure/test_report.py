@@ -73,3 +73,20 @@ def test_score_of_full_fine_tuning_and_target_are_one_line():
     )
     single = measure_intrinsic_dimension(step, DIMS, seeds=1, majority=0.5, relative_to="gain")
     assert "0.8000 (one seed), the target is 0.7700 (0.9 of the gain)" in describe_target(single)
+
+
+def test_collapsed_runs_are_counted_beside_the_target_and_advised_on_before_a_wider_grid():
+    def scored(d, seed):
+        return 0.8 if d is None else 0.5
+
+    result = measure_intrinsic_dimension(scored, grid(10, 1000, 13), majority=0.5)
+    runs = sum(point.seeds for point in result.points)
+    line = describe_target(result)
+    assert line.endswith(f"; collapsed runs: 0 of full fine-tuning, {runs} of {runs} in the subspace")
+    assert suggest_grid(result).startswith("All runs in the subspace collapsed: try other learning rates (--learning-")
+    assert "Measure a wider one: --dims" in suggest_grid(result)
+    some = measure_intrinsic_dimension(
+        lambda d, seed: 0.6 if d == 1000 else scored(d, seed), grid(10, 1000, 13), majority=0.5
+    )
+    assert "; collapsed runs: 0 of full fine-tuning" in describe_target(some)
+    assert suggest_grid(some).startswith("d lies outside the grid")
