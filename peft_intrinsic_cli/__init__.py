@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dis
 import io
+import os
 import sys
+import warnings
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -61,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     """Call the function that `args.run` names, as `module.function` of `peft_intrinsic.commands`."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # each new head is reported as missing
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT uses it
     module, _, function = args.run.partition(".")
     try:
         commands = import_module(f"peft_intrinsic.commands.{module}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,14 @@ def test_missing_and_damaged_weights_are_reported(command, end, folder, capsys):
         main([command, *COMMANDS[command]])
     message = f"peft-intrinsic: {weights} cannot be read: "
     assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+def test_reports_of_transformers_on_new_heads_and_deprecated_names_are_silent(folder):
+    """In a process of its own: the verbosity of transformers is read when it is imported."""
+    call = [sys.executable, "-c", "from peft_intrinsic_cli import main; main()", "info", "adapter"]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    assert "fits          yes" in done.stdout
+    assert not re.findall(r"LOAD REPORT|\[transformers\]|is_gradient_checkpointing", done.stderr)
 
 
 def test_info_does_not_compare_where_the_base_model_is_not_on_this_machine(folder, capsys):
