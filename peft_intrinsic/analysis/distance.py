@@ -145,7 +145,7 @@ class Distances:
             lines += [f"| {what} | {head} | random: L1 per unit | angular |", "|---" * 9 + "|"]
             for name, (sums, random) in parts.items():
                 values = [getattr(sums, measure) for measure in MEASURES]
-                cells = [f"{v:.4g}" for v in (*values, random.l1_per_unit, random.angular)]
+                cells = ["-" if math.isnan(v) else f"{v:.4g}" for v in (*values, random.l1_per_unit, random.angular)]
                 lines.append(
                     f"| {name} | {sums.entries} | {' | '.join(cells if random.entries else [*cells[:5], '', ''])} |"
                 )
@@ -170,8 +170,9 @@ def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, ign
         base: model, state dict, or path of a safetensors file or folder, which is read tensor by tensor.
         tuned: the same after fine-tuning. The active adapters of a `PeftModel` are included; `base` may be its base.
         threshold: difference above which an entry counts as changed.
-        ignore_missing: leave out parameters that only one side has, such as a head's. An encoder's names may lack the
-            prefix that they have in the model with a head.
+        ignore_missing: leave out parameters that only one side has, such as a head's.
+
+    An encoder's names may lack the prefix that they have in the model with a head.
 
     Raises:
         ValueError: their floating-point parameters differ in names or shapes, a value is not finite, a file cannot be
@@ -183,19 +184,19 @@ def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, ign
     if not threshold >= 0:
         raise ValueError(f"threshold={threshold!r} is negative. Use 0 or more.")
     before, after = Reader(base), Reader(tuned)
-    into, back = (find_prefix(before, after), find_prefix(after, before)) if ignore_missing else ("", "")
+    into, back = find_prefix(before, after), find_prefix(after, before)
     names = {name: (into + name).removeprefix(back) for name in before.shapes}  # names in tuned by those in base
-    left = sorted({*names.values()} ^ {*after.shapes})
-    unlike = [
-        name for name, other in names.items() if after.shapes.get(other, before.shapes[name]) != before.shapes[name]
-    ]
-    if unlike or (left and not ignore_missing) or len(left) == len({*names.values()} | {*after.shapes}):
+    renamed = {names[name]: shape for name, shape in before.shapes.items()}
+    left = sorted({*renamed} ^ {*after.shapes})
+    unlike = [name for name, shape in renamed.items() if after.shapes.get(name, shape) != shape]
+    fatal = unlike or len(left) == len({*renamed} | {*after.shapes})
+    if fatal or (left and not ignore_missing):
         first = (unlike or left)[0]
-        shapes = [before.shapes.get(first, "absent"), after.shapes.get(names.get(first, first), "absent")]
+        remedy = "" if fatal else "Leave them out with ignore_missing=True (--ignore-missing), as for a new head, or c"
         raise ValueError(
-            f"{before.label} and {after.label} differ in {len(unlike) + len(left)} parameters: {first} is {shapes[0]} "
-            f"in the one and {shapes[1]} in the other. Compare models of one class and size, or pass "
-            "ignore_missing=True (--ignore-missing)."
+            f"{before.label} and {after.label} differ in {len(unlike) + len(left)} parameters: {first} is "
+            f"{renamed.get(first, 'absent')} in the one and {after.shapes.get(first, 'absent')} in the other. "
+            f"{remedy or 'C'}ompare models of one class and size."
         )
     offsets: dict[str, torch.Tensor] = {}
     for name, offset in iterate_offsets(tuned) if isinstance(tuned, PeftModel) else ():

@@ -87,7 +87,7 @@ def test_equal_opposite_and_random_tensors_have_known_distances():
     assert found.random["w"].angular == pytest.approx(0.5, abs=1e-3)
 
 
-def test_distances_from_zero_tensors_are_nan_and_none_in_json():
+def test_distances_from_zero_tensors_are_nan_none_in_json_and_a_dash_in_tables():
     found = parameter_distance({"b": torch.zeros(3)}, {"b": torch.ones(3)}).total
     assert math.isnan(found.angular)
     assert math.isnan(found.l2_relative)
@@ -95,6 +95,8 @@ def test_distances_from_zero_tensors_are_nan_and_none_in_json():
     row = parameter_distance({"b": torch.zeros(3)}, {"b": torch.ones(3)}).to_dict()
     assert row["total"]["angular"] is None
     json.dumps(row, allow_nan=False)
+    assert "nan" not in (report := parameter_distance({"b": torch.zeros(3)}, {"b": torch.ones(3)}).report())
+    assert "| all | 3 | 3 | 1 | - | - | 1 |" in report
 
 
 def test_files_folders_and_models_have_the_same_distances(tmp_path):
@@ -166,8 +168,11 @@ def test_ignored_missing_parameters_and_prefixes_give_the_distance_of_the_encode
     assert "Left out, because only one side has them: classifier.bias, classifier.weight." in found.report()
     turned = parameter_distance(tuned, tmp_path / "base", ignore_missing=True)
     assert turned.total.l1 == pytest.approx(wanted.total.l1)
-    with pytest.raises(ValueError, match="or pass ignore_missing=True"):
-        parameter_distance(tmp_path / "base", tuned)
+    assert parameter_distance(tmp_path / "base", tuned.bert).total.l1 == pytest.approx(wanted.total.l1)
+    head = r"differ in 2 parameters: classifier\.bias is absent in the one and .*\. Leave them out with"
+    for one, two in ((tmp_path / "base", tuned), (build("bert").bert, tuned)):
+        with pytest.raises(ValueError, match=head):
+            parameter_distance(one, two)
     with pytest.raises(ValueError, match="differ in"):
         parameter_distance({"a": torch.zeros(2)}, {"b": torch.zeros(2)}, ignore_missing=True)
 
