@@ -131,6 +131,8 @@ def verify_certificate(path: Path, texts: LabeledTexts) -> tuple[Certificate, Ce
         ValueError: the file of the certificate is missing or damaged.
     """
     target = get_certificate_path(path)
+    if not target.exists():
+        raise ValueError(f"there is no {target.name} beside {path.name}. Write it with certify.")
     try:
         content = json.loads(target.read_text(encoding="utf-8"))
         stored = Certificate.from_dict(content["certificate"])

@@ -33,7 +33,8 @@ def pack(args: argparse.Namespace) -> None:
     write_whole(out, data)
     packed = read_packed(data)
     print(
-        f"{args.out}: {len(data)} bytes, d = {packed.d}, {len(packed.values)} values of {packed.base or 'a base model'}"
+        f"{args.out}: {len(data)} bytes, d = {packed.d}, θ rounded to {len(packed.values)} values, for "
+        f"{packed.base or 'a base model'}"
     )
     if texts and before is not None:
         model.unload()

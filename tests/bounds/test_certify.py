@@ -131,7 +131,7 @@ def test_verify_raises_for_other_data_and_without_a_certificate(folder, capsys):
     Path("x.certificate.json").unlink()
     with pytest.raises(SystemExit, match="2"):
         main(["verify", "x.pia", "--train", "train.jsonl"])
-    assert "is no certificate" in capsys.readouterr().err
+    assert "there is no x.certificate.json beside x.pia. Write it with certify." in capsys.readouterr().err
 
 
 def test_a_head_outside_the_d_parameters_raises(folder, capsys):

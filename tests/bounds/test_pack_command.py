@@ -31,6 +31,7 @@ def test_pack_reports_accuracy_and_unpack_writes_an_equal_adapter(folder, capsys
     out = capsys.readouterr().out
     after = 1 - count_errors("x.pia", "test.jsonl") / 40
     assert f"{after:.4f} packed" in out
+    assert re.search(r"^x\.pia: \d+ bytes, d = 30, θ rounded to \d+ values, for base\n", out)
     assert Path("x.pia").stat().st_size <= 90
     assert Path("x.png").stat().st_size > 200
     main(["unpack", "x.pia", "-o", "again", "--model", "base"])
