@@ -149,7 +149,13 @@ class Checks:
         if self.label and not self.float_metric:
             train, evaluation = (read[source.path] for source in sources)
             self._check_labels(*train, *evaluation)
-        messages = [self._format(*key) for key in self.errors]
+        paths = [source.path for source in sources]
+
+        def locate(key: tuple[str, str]) -> tuple[int, int]:
+            file = next((i for i, path in enumerate(paths) if key[0].startswith(path)), len(paths))
+            return file, min(self.errors[key], default=0)
+
+        messages = [self._format(*key) for key in sorted(self.errors, key=locate)]
         if len(messages) > SHOWN:
             messages[SHOWN:] = [f"and {len(messages) - SHOWN} errors of other kinds"]
         if messages:
@@ -244,8 +250,9 @@ class Checks:
             names = ", ".join(f"{kind} ({_show(label)}; {first[label]})" for kind, label in types.items())
             self._add(column, f"it holds labels of several types: {names}. Write them alike")
         explained = {label for group in alike for label in group}
-        for label, lines in labels.items():
-            if train_labels and label not in train_labels and label not in explained:
+        sound = not any(where in (train.path, f"{train.path}, {train.position}") for where, _ in self.errors)
+        for label, lines in labels.items():  # of a file with errors, labels may be missing for that alone
+            if sound and train_labels and label not in train_labels and label not in explained:
                 what = f"label {_show(label)} does not occur in {train.path}. Remove the rows"
                 self._add(evaluation, what, lines)
         for source, lines_of in {train.path: (train, train_labels), evaluation.path: (evaluation, labels)}.values():

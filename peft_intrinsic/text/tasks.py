@@ -207,6 +207,10 @@ def load_files(
         raise ValueError(f"label={label!r} (--label) is a column of the text too.")
     if unknown := [path for path in (train, eval) if not dataset and Path(path).suffix not in READERS]:
         raise ValueError(f"{', '.join(unknown)}: the suffix must be one of {', '.join(READERS)}.")
+    for path in () if dataset else (train, eval):
+        if "://" not in path and not Path(path).is_file():
+            options = [name for name, given in (("--train", train), ("--eval", eval)) if given == path]
+            raise ValueError(f"{', '.join(options)} {path}: there is no such file.")
     loaded = {path: _load(path, dataset) for path in (train, eval) if dataset or Path(path).suffix not in TEXT_FILES}
     checks = Checks(columns, label, task_type, metric if label and load_metric(metric).regression else None)
     names = [*columns, *([label] if label else [])]
@@ -251,8 +255,6 @@ def _load(path: str, dataset: str | None) -> Dataset:
         options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     try:
         return load_dataset(reader, data_files=str(path), split="train", **options)
-    except FileNotFoundError:
-        raise
     except Exception as error:  # each reader has its own
         cause: BaseException = error
         while context := cause.__cause__ or cause.__context__:  # `datasets` says only that generating failed

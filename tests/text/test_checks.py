@@ -66,10 +66,28 @@ def test_one_message_names_all_errors_of_both_files(tmp_path):
         "train.csv, lines 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 and 11 more: no value in column 'label'.",
         "dev.jsonl, line 2: no value in column 'text'.",
         f"labels 'Good' ({train}, line 4) and 'good' ({train}, line 2) differ in case only.",
-        f"dev.jsonl, line 1: label 'fine' does not occur in {train}.",
     ):
         assert part in text
-    assert text.count("\n") == 5
+    assert text.count("\n") == 4
+
+
+def test_errors_are_in_the_order_of_lines_and_none_follows_from_those_of_the_training_file(tmp_path):
+    """A row that cannot be read holds the label 'bad'."""
+    train = write_bytes(tmp_path / "train.csv", "text,label\na,\nb,good,x\nc,bad,x,y\nd,\ne,good\nf,fine\n")
+    held_out = write_bytes(tmp_path / "dev.csv", "text,label\na,bad\nb,good\n,fine\n")
+    lines = read_error(train, held_out).splitlines()[1:]
+    assert [line.partition(":")[0].rpartition("/")[2] for line in lines] == [
+        *("train.csv, lines 2, 5", "train.csv, line 3", "train.csv, line 4", "dev.csv, line 4")
+    ]
+    write_bytes(train, "text,label\na,good\nb,fine\n")
+    assert "dev.csv, line 2: label 'bad' does not occur in" in read_error(train, held_out)
+
+
+def test_a_file_that_does_not_exist_is_reported_with_its_option(tmp_path):
+    file = write_bytes(tmp_path / "a.csv", CSV)
+    assert read_error("missing.csv", file) == "--train missing.csv: there is no such file."
+    assert read_error(file, "missing.parquet") == "--eval missing.parquet: there is no such file."
+    assert read_error("missing.csv") == "--train, --eval missing.csv: there is no such file."
 
 
 def test_at_most_ten_errors_are_listed(tmp_path):
