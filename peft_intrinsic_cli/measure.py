@@ -53,7 +53,7 @@ def add_parsers(commands: Any) -> None:
         "Options that are left out stay as they were in the run.",
     )
     parser.add_argument("folder", metavar="RUN", help="folder that measure wrote")
-    parser.add_argument("--out", help="folder of the new report (default: RUN)")
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the new report (default: RUN)")
     _add_question(parser.add_argument, " (default: as in the run)")
     parser.set_defaults(dims=None, target=None, center=None)
 
@@ -80,7 +80,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--patience", type=int, metavar="EPOCHS", help="epochs without a better score after which a trial stops")
     add("--config", metavar="FILE", help="YAML file of further TrainingArguments, which override the options above")
     add = parser.add_argument_group("search").add_argument
-    add("--out", required=True, help="folder of the run; the same command resumes a stopped run")
+    add("--out", required=True, metavar="FOLDER", help="folder of the run; the same command resumes a stopped run")
     add("--overwrite", action="store_true", help="discard the run that the folder holds")
     add("--dry-run", action="store_true", help="check all options and print the plan without training")
     _add_question(add)

@@ -17,7 +17,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
-        if not action.option_strings or action.required or action.nargs == 0 or "(default:" in text:
+        stated = "(default:" in text or "(required" in text
+        if stated or not action.option_strings or action.required or action.nargs == 0:
             return text
         return text + (" (default: none)" if action.default is None else " (default: %(default)s)")
 
@@ -51,8 +52,9 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     """Add the options that describe a task: its data, its metric and its type."""
     add = parser.add_argument_group("data").add_argument
     add("--task", help="task of GLUE on the Hub, such as glue/mrpc, instead of --train and --eval")
-    add("--train", help=f"training data: a {FILE}; with --dataset the name of a split")
-    add("--eval", help="held-out data, in the same form")
+    train = f"training data: a {FILE}; with --dataset the name of a split (required without --task)"
+    add("--train", metavar="FILE", help=train)
+    add("--eval", metavar="FILE", help="held-out data, in the same form (required without --task)")
     add("--dataset", metavar="NAME[:CONFIGURATION]", help="dataset on the Hub of which --train and --eval name splits")
     add_columns(add)
     add(
