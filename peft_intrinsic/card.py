@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,15 @@ HEADING = "## How to get started with this adapter"
 
 EXTRAS = {"INTRINSIC": "", "SUPERMASK": "[codec]"}
 """The methods of this package, and the extras that each needs to load an adapter."""
+
+MODEL_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+"""Model classes of transformers by the `TaskType` of an adapter."""
 
 _TOP = re.compile(r"(?:---\n.*?^---\n)?.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 """The text above the section: metadata, the title and everything up to the first heading."""
@@ -35,7 +44,14 @@ _WRITERS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
 """Functions that replace the card: module, class and name, and how to get the folder of the card."""
 
 
-def _section(method: str) -> str:
+def _section(config: Mapping[str, Any]) -> str:
+    method, name = config["peft_type"], config.get("base_model_name_or_path")
+    loader, labels = MODEL_CLASSES.get(config.get("task_type") or ""), config.get("num_labels")
+    imports, code = "", f"base_model = ...  # load {name or 'the model'} as for the training of this adapter"
+    if name and loader:
+        more = f", num_labels={labels}" if labels else ""
+        imports = f"from transformers import {loader}\n"
+        code = f"base_model = {loader}.from_pretrained({name!r}{more})"
     return f"""
 {HEADING}
 
@@ -49,7 +65,8 @@ It then loads like any other adapter:
 
 ```python
 from peft import PeftModel
-
+{imports}
+{code}
 model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
 ```
 
@@ -64,10 +81,10 @@ def add_section(folder: Path) -> None:
     if not card.is_file() or HEADING in (text := card.read_text(encoding="utf-8")):
         return
     for path in (folder / CONFIG_NAME, *sorted(folder.glob(f"*/{CONFIG_NAME}"))):
-        method = json.loads(path.read_text(encoding="utf-8")).get("peft_type") if path.is_file() else None
-        if method in EXTRAS:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if config.get("peft_type") in EXTRAS:
             top = _TOP.match(text).end()  # type: ignore[union-attr]
-            card.write_text(f"{text[:top].rstrip()}\n{_section(method)}\n{text[top:]}", encoding="utf-8")
+            card.write_text(f"{text[:top].rstrip()}\n{_section(config)}\n{text[top:]}", encoding="utf-8")
             return
 
 

@@ -33,6 +33,20 @@ def test_section_is_the_first_of_the_card_and_points_to_the_repository(tmp_path)
     assert "pip install peft_intrinsic" not in card  # the name is free on the package index
 
 
+def test_section_loads_the_base_model_as_the_adapter_needs_it(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("# Title\n")
+    config = IntrinsicConfig(task_type="SEQ_CLS", base_model_name_or_path="some/base")
+    config.num_labels = 3
+    config.save_pretrained(tmp_path)
+    text = card.read_text(encoding="utf-8")
+    assert "PeftModel\nfrom transformers import AutoModelForSequenceClassification\n\nbase_model = " in text
+    assert "AutoModelForSequenceClassification.from_pretrained('some/base', num_labels=3)\nmodel = " in text
+    card.write_text("# Title\n")
+    IntrinsicConfig().save_pretrained(tmp_path)
+    assert "PeftModel\n\nbase_model = ...  # load the model as" in card.read_text(encoding="utf-8")
+
+
 def test_every_method_that_autoload_registers_has_a_section():
     assert set(EXTRAS) == set(METHODS)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.texts import BAD, GOOD, write
-from peft import PeftModel
 from test_documents import tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -48,12 +48,16 @@ def test_training_reports_scores_beside_baselines_and_saves_an_adapter_that_has_
     rows += [f"before +{found['before']:.4f}", r"after \(d = 200\) +1\.0000"]
     assert re.search(r"accuracy on 24 held-out examples\n  " + "\n  ".join(rows), out), out
     size = sum(Path("adapter", name).stat().st_size for name in ("adapter_model.safetensors", "adapter_config.json"))
-    assert f"adapter: d = 200, {size} bytes" in out
-    assert HEADING in Path("adapter/README.md").read_text()
-    base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
-    model, tokenizer = PeftModel.from_pretrained(base, "adapter").eval(), AutoTokenizer.from_pretrained("base")
+    assert f"adapter: d = 200, weights and configuration {size} bytes" in out
+    card = Path("adapter/README.md").read_text()
+    assert HEADING in card
+    (code,) = re.findall(r"```python\n(.*?)```", card[card.index(HEADING) :].partition("`KeyError")[0], re.DOTALL)
+    loaded: dict[str, Any] = {}
+    exec(code.replace("path or name of this adapter", "adapter"), loaded)
+    model, tokenizer = loaded["model"].eval(), AutoTokenizer.from_pretrained("base")
     predicted = model(**tokenizer([GOOD, BAD], return_tensors="pt")).logits.argmax(-1)
-    assert predicted.tolist() == [1, 0]
+    names = model.merge_and_unload().config.id2label
+    assert [names[i] for i in predicted.tolist()] == ["yes", "no"]
 
 
 def test_a_folder_in_use_is_overwritten_on_request_only(folder, capsys):

@@ -16,20 +16,12 @@ from transformers import AutoConfig
 
 from peft_intrinsic_autoload.labels import LABELS
 
+from ..card import MODEL_CLASSES
 from ..codec import PackedAdapter, load_packed
 from ..text.labeled import LabeledTexts
 from ..text.training import load_with_head
 from ..tuner import IntrinsicConfig
 from ..tuner.subspace_files import EMBEDDED
-
-MODEL_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
-"""Model classes of transformers by the `TaskType` of an adapter."""
 
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, EMBEDDED)
 """Files of an adapter in its folder."""

@@ -64,7 +64,8 @@ def train(args: argparse.Namespace) -> None:
         scores["after"] = training.evaluate(trainer, "eval")
     _print_scores(scores, sizes, task, args.lr)
     _save(model, scores, task, args)
-    print(f"{folder}: d = {config.d}, {count_adapter_bytes(folder)} bytes, with {SCORES}")
+    size = f"weights and configuration {count_adapter_bytes(folder)} bytes"
+    print(f"{folder}: d = {config.d}, {size}, with {SCORES}")
 
 
 def _print_scores(scores: Mapping[str, float], sizes: Mapping[str, str], task: Task, learning_rate: float) -> None:
@@ -102,6 +103,9 @@ def _save(model: Any, scores: Mapping[str, float], task: Task, args: argparse.Na
     folder = Path(args.out)
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
+        card, count = Path(saved, "README.md"), len(task.classes)
+        names = f"id2label={dict(enumerate(report['labels']))}"  # the adapter stores their number only
+        card.write_text(card.read_text("utf-8").replace(f"num_labels={count})", f"{names})"), encoding="utf-8")
         Path(saved, SCORES).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         for name in REPLACED:
             (folder / name).unlink(missing_ok=True)
