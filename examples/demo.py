@@ -126,7 +126,7 @@ def main() -> None:
     print(f"accuracy after        {after:.4f}")
     print(f"in a fresh process    {reloaded}")
     print(f"logistic regression   {frozen:.4f} on the frozen encoder, {weights} weights")
-    print(f"adapter               {adapter_size(args.out)} bytes in {args.out}")
+    print(f"adapter               {adapter_size(args.out)} bytes, weights and configuration, in {args.out}")
     print(f"plot                  {args.out}/demo.png")
     if reloaded != f"{after:.4f}":
         raise SystemExit("The reloaded adapter does not give the same accuracy.")
