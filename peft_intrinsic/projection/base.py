@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 Scale = Literal["fan_in", "isometric"]
@@ -51,6 +52,21 @@ class Shape(NamedTuple):
 Shapes = Mapping[str, Shape]
 
 
+class ValueBias(NamedTuple):
+    """What `"value_bias"` needs to know of the bias of one value projection.
+
+    Args:
+        first: first entry of the bias that belongs to values, where a layer computes queries and keys too.
+        size: number of these entries, n_v.
+        read: returns the map from these entries to the output of the attention layer, `float64[hidden, n_v]`, and the
+            size s of the values.
+    """
+
+    first: int
+    size: int
+    read: Callable[[], tuple[np.ndarray, float]]
+
+
 @dataclass(frozen=True)
 class Spec:
     """Everything that determines a projection, except the tensors.
@@ -62,6 +78,7 @@ class Spec:
         scale: `"fan_in"` or `"isometric"`, defined in this folder's README.md.
         factor: factor of P that makes up for a stored λ that is smaller by it.
         subspace: path of the file with the directions of `"trajectory"`.
+        values: the biases of value projections, by name, for `"value_bias"`.
     """
 
     d: int
@@ -70,6 +87,7 @@ class Spec:
     scale: Scale
     factor: int = 1
     subspace: str | None = None
+    values: Mapping[str, ValueBias] = field(default_factory=dict)
 
     @property
     def theta_scale(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -160,13 +160,20 @@ class FastfoodTensor(TensorProjection):
             return fwht(u).flatten(-2)[..., : self.cols]
 
 
-def build_fastfood(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
+def build_fastfood(
+    spec: Spec, shapes: Shapes, coordinates: Mapping[str, Slice] | None = None
+) -> dict[str, TensorProjection]:
     """Build a Fastfood projection for each parameter in `shapes`, each with its own coordinates of θ.
+
+    Args:
+        spec: of the projection.
+        shapes: matrix views of the parameters.
+        coordinates: those of each parameter, where other parameters have a part of θ too.
 
     Raises:
         ValueError: d exceeds the number of weights.
     """
-    return _build(spec, shapes, False)
+    return _build(spec, shapes, coordinates or allocate(spec.d, shapes), False)
 
 
 def build_global(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
@@ -177,13 +184,12 @@ def build_global(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
     Raises:
         ValueError: d exceeds the number of weights.
     """
-    return _build(spec, shapes, True)
+    return _build(spec, shapes, allocate(spec.d, shapes), True)
 
 
 @torch.inference_mode(False)
-def _build(spec: Spec, shapes: Shapes, whole: bool) -> dict[str, TensorProjection]:
+def _build(spec: Spec, shapes: Shapes, coordinates: Mapping[str, Slice], whole: bool) -> dict[str, TensorProjection]:
     n = spec.block_size
-    coordinates = allocate(spec.d, shapes)
     tilings = {name: make_tiling(shape, coordinates[name][1], n) for name, shape in shapes.items()}
     weights = {name: tilings[name].weights(shape, n) for name, shape in shapes.items()}
     if whole:

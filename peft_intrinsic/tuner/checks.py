@@ -52,6 +52,8 @@ def check(config: Any) -> None:
     for name in ("said", "add_bias", "init_weights", "embed_subspace"):
         if not isinstance(getattr(config, name), bool):
             raise TypeError(f"{name} must be True or False, got {getattr(config, name)!r}.")
+    if config.add_bias and config.projection == "value_bias":
+        raise ValueError("add_bias=True does not go with projection='value_bias', which adds its own. Leave it out.")
     _check_names(config)
     _check_subspace(config)
     check_layers(config, KEYWORDS)

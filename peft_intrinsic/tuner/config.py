@@ -71,12 +71,15 @@ class IntrinsicConfig(PeftConfig):
         seed (`int`):
             Seed of the projection, from 0 to 2**63 − 1. The same seed and model give the same P on every device and
             platform.
-        projection (`Literal["fastfood", "global", "dense", "trajectory"]`):
+        projection (`Literal["fastfood", "global", "dense", "trajectory", "value_bias"]`):
             How P is computed. `"fastfood"` (section 3.1, Le et al. 2013): each tensor mixes entries of θ of its own.
             `"global"`: Fastfood over θ as a whole, as in the paper. `"dense"`: a stored Gaussian matrix (Li et al.
             2018, section 2), for small models. `"trajectory"`: the directions of a fine-tuning run (Zhang et al. 2023)
             from the file `subspace`, which lists the adapted parameters. d is allocated evenly to its groups: 32
-            directions for each of 12 layers, as in that paper, are `d=32 * 12`.
+            directions for each of 12 layers, as in that paper, are `d=32 * 12`. `"value_bias"`: a bias of the values in
+            every attention layer, for decoders, and the task's head. Its directions are those that the layer's output
+            projection reads most, computed from the base weights: a base model that is quantized, or has another
+            dtype, has directions that differ as the weights do.
         subspace (`Optional[str]`):
             The file that `peft_intrinsic.trajectory.fit_subspace` wrote, for `projection="trajectory"`. The adapter
             stores its path and digest.
@@ -144,7 +147,7 @@ class IntrinsicConfig(PeftConfig):
         default="layer", metadata={"help": "Group of parameters that has one λ."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the projection."})
-    projection: Literal["fastfood", "global", "dense", "trajectory"] = field(
+    projection: Literal["fastfood", "global", "dense", "trajectory", "value_bias"] = field(
         default="fastfood", metadata={"help": "How the projection P is computed."}
     )
     subspace: str | None = field(default=None, metadata={"help": "File of directions, for 'trajectory'."})

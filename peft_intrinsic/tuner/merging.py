@@ -119,7 +119,7 @@ def find_bias_flags(model: Any, names: Iterable[str]) -> list[str]:
     flags = [flag for flag in flags if set() < build_names(flag) - plain <= wanted]
     if missing := sorted(wanted - build_names(*flags)):
         raise ValueError(
-            f"add_bias=True: a saved {type(model).__name__} cannot hold {', '.join(missing)}. Leave the adapter "
+            f"A saved {type(model).__name__} cannot hold these added biases: {', '.join(missing)}. Leave the adapter "
             "unmerged, or merge it in memory with merge_adapter()."
         )
     return flags

@@ -14,7 +14,8 @@ from peft.utils import TaskType
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
-from ..projection import BLOCK_SIZE, Shapes, Spec
+from ..projection import BLOCK_SIZE, Shapes, Spec, ValueBias
+from .attention import find_value_biases
 from .base_model import base_modules
 from .manifest import check_manifest
 from .module_types import adaptable_names, is_linear, is_vector, logical_shape, matrix_view
@@ -106,11 +107,14 @@ def match_module(config: Any, key: str, model: nn.Module) -> Any:
 def adaptable_parameters(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module, str]]:
     """Name of the module, module and name in it of every parameter that can get an offset.
 
-    With `add_bias`, biases that linear layers lack are among them.
+    With `add_bias`, biases that linear layers lack are among them. `"value_bias"` adapts biases of values and the head.
     """
+    values = find_value_biases(model) if config.projection == "value_bias" else None
     output = _output_embeddings(model) if config.add_bias else None
     for key, module in base_modules(model):
         names = adaptable_names(module)
+        if values is not None and not is_head(config, key):
+            names = ["bias"] if _join(key, "bias") in values else []
         if config.add_bias and is_linear(module) and getattr(module, "bias", None) is None:
             names = names if is_head(config, key) or key == output else [*names, "bias"]
         for own in names:
@@ -204,6 +208,13 @@ def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], n
         offloaded = parameter is not None and parameter.is_meta
         name = first.setdefault(identify(module, own), ties.get(name, name) if offloaded else name)
         users.setdefault(name, []).append((module, own))
+    values = find_value_biases(model) if config.projection == "value_bias" else {}
+    if config.projection == "value_bias" and not values.keys() & users:
+        raise ValueError(
+            f"projection='value_bias' adapts the value projections of attention layers. Of those that it knows, "
+            f"{type(model).__name__} has {len(values)}, and target_modules={config.target_modules!r} selects none. "
+            "Select some (such as v_proj beside o_proj), or choose another projection."
+        )
     named = (
         bool(names) or config.target_modules is None or config.target_modules in KEYWORDS or config.manifest is not None
     )
@@ -222,7 +233,7 @@ def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], n
     groups = lambda_groups(users, config.lambda_granularity) if config.said else {}
     heads = {name: is_head(config, name.rpartition(".")[0]) for name in users}
     shapes = {name: matrix_view(*each[0], head=heads[name]) for name, each in users.items()}
-    targeting = Targeting(users, shapes, groups, _specify(config, len(set(groups.values())), shapes))
+    targeting = Targeting(users, shapes, groups, _specify(config, len(set(groups.values())), shapes, values))
     if config.manifest is not None:
         check_manifest(config.manifest, shapes)
     return targeting
@@ -279,7 +290,7 @@ def lambda_groups(names: Iterable[str], granularity: str) -> dict[str, int]:
     return {name: index[label] for name, label in labels.items()}
 
 
-def _specify(config: Any, count: int, shapes: Shapes) -> Spec:
+def _specify(config: Any, count: int, shapes: Shapes, values: Mapping[str, ValueBias]) -> Spec:
     """The projection, checked before anything is allocated: a configuration is untrusted input."""
     total = sum(shape.size for shape in shapes.values())
     if config.d <= count:
@@ -296,13 +307,13 @@ def _specify(config: Any, count: int, shapes: Shapes) -> Spec:
     n = config.block_size or BLOCK_SIZE
     height = min(max(shape.rows for shape in shapes.values()), 16384)
     numbers = n * (height + sum(-(-shape.cols // n) for shape in shapes.values()))
-    if config.projection in ("fastfood", "global") and numbers > max(MAX_RANDOM_NUMBERS, 16 * total):
+    if config.projection in ("fastfood", "global", "value_bias") and numbers > max(MAX_RANDOM_NUMBERS, 16 * total):
         raise ValueError(
             f"block_size={n} needs {numbers:.2g} random numbers for {total} adapted weights. "
             "Use a smaller block_size, or None."
         )
     factor = LAMBDA_SCALE[config.scale] if config.said else 1
-    return Spec(config.d - count, config.seed, n, config.scale, factor, config.subspace)
+    return Spec(config.d - count, config.seed, n, config.scale, factor, config.subspace, values)
 
 
 def identify(module: nn.Module, own: str) -> Any:

@@ -12,7 +12,7 @@ import scipy.linalg
 import torch
 from safetensors import safe_open
 
-from peft_intrinsic.projection import Shape, TensorProjection
+from peft_intrinsic.projection import Shape, TensorProjection, ValueBias
 
 TOLERANCE = {
     torch.float32: 1e-5,
@@ -190,4 +190,38 @@ def trajectory(d: int, scale: str, shapes: dict[str, Shape], path: str) -> dict[
             part = directions[name][:count]
             result[name] = np.zeros((d, rows, cols))
             result[name][end - count : end] = length * (part.swapaxes(1, 2) if transposed else part)
+    return result
+
+
+def value_bias(
+    d: int, seed: int, scale: str, shapes: dict[str, Shape], values: dict[str, ValueBias]
+) -> dict[str, np.ndarray]:
+    """P of biases of value projections: `float64[d, rows, cols]` for each name. QR by Gram and Schmidt."""
+    allocated = allocate(d, {name: Shape(values[name].size, 1, "bias") for name in shapes})
+    shared = [sum(first <= i < first + count for first, count in allocated.values()) for i in range(d)]
+    result = {}
+    for name, shape in shapes.items():
+        first, count = allocated[name]
+        low, n, read = values[name]
+        matrix, size = read()
+        gram = matrix.T @ matrix
+        gram = gram * (n / np.trace(gram)) + np.eye(n) / 1024
+        columns = np.array([normal(word) for word in words(seed, "frame", name, count * n)]).reshape(count, n).T
+        for power in range(5):
+            columns = gram_schmidt(gram @ columns if power else columns)
+        p = np.zeros((d, shape.rows * shape.cols))
+        for i in range(count):
+            length = 1 / sqrt(shared[first + i]) if scale == "isometric" else 200 * size * sqrt(n / count)
+            p[first + i, low : low + n] = length * columns[:, i]
+        result[name] = p.reshape(d, shape.rows, shape.cols)
+    return result
+
+
+def gram_schmidt(columns: np.ndarray) -> np.ndarray:
+    result = np.zeros_like(columns)
+    for i in range(columns.shape[1]):
+        rest = columns[:, i]
+        for _ in range(2):  # again, against rounding
+            rest = rest - result @ (result.T @ rest)
+        result[:, i] = rest / np.linalg.norm(rest)
     return result

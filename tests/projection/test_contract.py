@@ -3,6 +3,7 @@
 import copy
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import torch
 from helpers import oracle
 from helpers.oracle import TOLERANCE, columns, draw, error
 
-from peft_intrinsic.projection import PROJECTIONS, Shape, Shapes, Spec, TensorProjection, allocation
+from peft_intrinsic.projection import PROJECTIONS, Shape, Shapes, Spec, TensorProjection, ValueBias, allocation
 from peft_intrinsic.projection.subspace import Group, SubspaceWriter
 
 ROWS = allocation.ROWS
-RANDOM = [name for name in PROJECTIONS if name != "trajectory"]
+RANDOM = [name for name in PROJECTIONS if name not in ("trajectory", "value_bias")]
 SHAPES = {"a": Shape(24, 41)}
 SEVERAL = {"m": Shape(20, 70), "a": Shape(50, 33), "z": Shape(3, 1)}
 
@@ -62,6 +63,22 @@ GOLDEN = {
         "w": [[280.345719, 47.9353925, -62.0726396, 498.643621, -34.0304662]],
         "b": [[-142.425662], [-207.667886]],
     },
+    ("value_bias", "fan_in"): {
+        "w": [
+            [400.65567, 658.593689, 460.552734, 439.050262, 739.906067],
+            [541.865112, 520.36261, 322.321655, 623.17749, 601.674988],
+            [403.634033, 382.131653, 682.987366, 484.946411, 463.444],
+        ],
+        "b": [[8.28591156], [-223.453232]],
+    },
+    ("value_bias", "isometric"): {
+        "w": [
+            [0.597262204, 0.981773496, 0.686551511, 0.654497504, 1.10298693],
+            [0.807764828, 0.775710821, 0.480488807, 0.928978086, 0.896924198],
+            [0.601702154, 0.569648266, 1.01813757, 0.722915471, 0.690861523],
+        ],
+        "b": [[0.0828590989], [-2.23453236]],
+    },
 }
 
 
@@ -79,9 +96,23 @@ def write_subspace(path, d: int, shapes: Shapes) -> str:
     return str(path)
 
 
+def make_values(shapes: Shapes) -> dict[str, ValueBias]:
+    """Every parameter as the bias of a value projection, whose output has five features; so W_ov has zero singular
+    values."""
+    return {
+        name: ValueBias(0, shape.size, partial(lambda i, size: (values(5, size) + i, 0.5 + i), i, shape.size))
+        for i, (name, shape) in enumerate(sorted(shapes.items()))
+    }
+
+
+def values(rows: int, cols: int) -> np.ndarray:
+    """A matrix from a formula, the same on every machine."""
+    return (np.arange(rows * cols) * 37 % 101 - 50.0).reshape(rows, cols) / 64
+
+
 def make_spec(folder, projection: str, d: int, shapes: Shapes, n: int = 8, scale="fan_in", seed: int = 3) -> Spec:
     subspace = write_subspace(folder / "subspace.safetensors", d, shapes) if projection == "trajectory" else None
-    return Spec(d, seed, n, scale, subspace=subspace)
+    return Spec(d, seed, n, scale, subspace=subspace, values=make_values(shapes) if projection == "value_bias" else {})
 
 
 @pytest.fixture(params=dict.fromkeys(PARAMETERS), ids="-".join, scope="module")
@@ -95,6 +126,8 @@ def case(request, tmp_path_factory):
         matrices = oracle.dense(d, spec.seed, scale, shapes)
     elif projection == "trajectory":
         matrices = oracle.trajectory(d, scale, shapes, spec.subspace)
+    elif projection == "value_bias":
+        matrices = oracle.value_bias(d, spec.seed, scale, shapes, spec.values)
     else:
         matrices = oracle.fastfood(d, spec.seed, n, scale, shapes, limit, projection == "global")
     with pytest.MonkeyPatch.context() as patch:
@@ -268,20 +301,21 @@ def test_neither_default_device_nor_order_of_tensors_changes_offsets(tmp_path, p
             assert torch.equal(p.materialize(theta), expected[name].materialize(theta))
 
 
-@pytest.mark.parametrize("projection", RANDOM)
-def test_seed_and_name_change_offsets(projection):
+@pytest.mark.parametrize("projection", [*RANDOM, "value_bias"])
+def test_seed_and_name_change_offsets(tmp_path, projection):
     shapes = {"a": Shape(20, 70), "b": Shape(20, 70)}
-    first, second = (PROJECTIONS[projection](Spec(30, seed, 32, "fan_in"), shapes) for seed in (0, 1))
+    specs = [make_spec(tmp_path, projection, 30, shapes, 32, seed=seed) for seed in (0, 1)]
+    first, second = (PROJECTIONS[projection](spec, shapes) for spec in specs)
     a, b, other = (p.materialize(draw(30)) for p in (first["a"], first["b"], second["a"]))
     assert error(a, b.double().numpy()) > 0.5
     assert error(a, other.double().numpy()) > 0.5
 
 
 @pytest.mark.parametrize(("projection", "scale"), GOLDEN)
-def test_golden_offsets(projection, scale):
+def test_golden_offsets(tmp_path, projection, scale):
     theta = torch.tensor([1, -2, 3, 0.5, -0.25])
     shapes = {"w": Shape(3, 5), "b": Shape(2, 1, "matrix" if projection == "dense" else "bias")}
-    projections = PROJECTIONS[projection](Spec(5, 1, 4, scale), shapes)
+    projections = PROJECTIONS[projection](make_spec(tmp_path, projection, 5, shapes, 4, scale, seed=1), shapes)
     for name, expected in GOLDEN[projection, scale].items():
         actual = projections[name].materialize(theta)[: len(expected)]
         np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-6, atol=2e-7)

@@ -147,14 +147,19 @@ def test_merge_and_unload_sets_only_the_flags_that_are_needed():
     assert plain.config.attention_bias
     assert not plain.config.mlp_bias
     model = biased(target_modules=["q_proj"])  # the flag would add biases to three more layers of each block
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot hold model.layers.0.self_attn.q_proj.bias, model"):
+    with pytest.raises(
+        ValueError,
+        match=r"LlamaForCausalLM cannot hold these added biases: model.layers.0.self_attn.q_proj.bias, model",
+    ):
         model.merge_and_unload()
 
 
 def test_merge_and_unload_raises_where_a_saved_model_would_lose_biases():
     model = biased("qwen2")  # q, k and v have biases, the class has none for the others
     expected = evaluate(model, "qwen2")
-    with pytest.raises(ValueError, match=r"add_bias=True: a saved Qwen2ForCausalLM cannot hold .*mlp.down_proj.bias, "):
+    with pytest.raises(
+        ValueError, match=r"A saved Qwen2ForCausalLM cannot hold these added biases: .*mlp.down_proj.bias, "
+    ):
         model.merge_and_unload()
     assert torch.equal(evaluate(model, "qwen2"), expected)
     assert model.get_model_status().merged_adapters == []

@@ -185,3 +185,23 @@ def test_added_biases_of_quantized_layers_merge_and_unmerge(kind, checkpoint):
         model.unmerge_adapter()
     assert layer.base_layer.bias is None
     assert torch.equal(layer.base_layer(x), plain)
+
+
+def test_directions_of_value_biases_are_near_those_of_the_plain_base(kind, checkpoint):
+    """They come from the dequantized weights."""
+    options = {"projection": "value_bias", "target_modules": None, "init_weights": False}
+    model = attached(kind, checkpoint, **options)
+    torch.manual_seed(1)
+    plain = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), IntrinsicConfig(d=60, **options))
+    for i in range(2):
+        layer, exact = (
+            each.get_base_model().model.layers[i].self_attn.v_proj.get_delta_weight("default", "bias")
+            for each in (model, plain)
+        )
+        assert 0 < (layer - exact).norm() < (0.7 if "4" in kind else 0.05) * exact.norm()
+    x = batch("llama")["input_ids"]
+    layer = model.get_base_model().model.layers[0].self_attn.v_proj
+    hidden = torch.randn(*x.shape, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        added = layer(hidden) - layer.base_layer(hidden)
+    torch.testing.assert_close(added, layer.get_delta_weight("default", "bias").expand_as(added), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,84 @@
+"""Biases of value projections, along the directions that the output projection of their attention layer reads most."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from .allocation import allocate
+from .base import Shape, Shapes, Spec, TensorProjection
+from .dense import DenseTensor
+from .fastfood import build_fastfood
+from .randomness import normals, words
+
+VALUE_SCALE = 200
+"""Scale of θ under `fan_in`, for every d: docs/defaults.md has the measurements."""
+
+POWERS = 4
+"""Subspace iterations: eight directions of SmolLM2-135M then hold 93% of the squares that the best eight hold."""
+
+SHIFT = 2.0**-10
+"""Part of the mean squared singular value that is added to all of them, so that zeros do not leave Q undefined."""
+
+
+def find_directions(matrix: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Compute an orthonormal basis of about the leading right singular vectors of a matrix.
+
+    Randomized range finder with subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4). Signs and order of
+    singular vectors play no part: the basis depends continuously on the matrix. Its first columns do not depend on the
+    later columns of `start`.
+
+    Args:
+        matrix: `float64[rows, n]`.
+        start: random numbers, `float64[n, k]` with k ≤ n.
+
+    Returns:
+        `float64[n, k]` with orthonormal columns.
+    """
+    mean = np.square(matrix).sum() / matrix.shape[1]
+    basis = _orthonormalize(start)
+    for _ in range(POWERS if mean else 0):
+        basis = _orthonormalize(matrix.T @ (matrix @ basis) / mean + SHIFT * basis)
+    return basis
+
+
+def _orthonormalize(columns: np.ndarray) -> np.ndarray:
+    """Return Q of the QR decomposition whose R has a positive diagonal, which is unique."""
+    q, r = np.linalg.qr(columns)
+    return q * np.copysign(1.0, np.diag(r))
+
+
+@torch.inference_mode(False)
+def build_value_bias(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
+    """Build projections of the biases in `spec.values`, and Fastfood projections of the other parameters (a head).
+
+    Raises:
+        ValueError: d exceeds the number of weights. Of a bias, only the entries that belong to values count.
+    """
+    values = {name: spec.values[name] for name in shapes if name in spec.values}
+    sizes = {name: Shape(values[name].size, 1, "bias") if name in values else shapes[name] for name in shapes}
+    coordinates = allocate(spec.d, sizes)
+    used = np.zeros(spec.d)  # with fewer coordinates than biases, adjacent ones share a coordinate
+    for first, count in (coordinates[name] for name in values):
+        used[first : first + count] += 1
+    rest = {name: shape for name, shape in shapes.items() if name not in values}
+    others = build_fastfood(spec, rest, coordinates) if rest else {}
+    result: dict[str, TensorProjection] = {}
+    for name, shape in shapes.items():
+        if name not in values:
+            result[name] = others[name]
+            continue
+        (first, count), value = coordinates[name], values[name]
+        matrix, scale = value.read()
+        start = normals(words(spec.seed, "frame", name, count * value.size)).reshape(count, value.size).T
+        directions = find_directions(matrix, start)
+        if spec.scale == "isometric":
+            directions = directions / np.sqrt(used[first : first + count])
+        else:
+            directions = directions * (VALUE_SCALE * scale * math.sqrt(value.size / count))
+        rows = np.zeros((shape.size, count), np.float32)
+        rows[value.first : value.first + value.size] = spec.factor * directions
+        result[name] = DenseTensor(shape.rows, shape.cols, torch.from_numpy(rows), first)
+    return result

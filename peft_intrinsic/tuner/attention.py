@@ -1,0 +1,136 @@
+"""The value projections of a model's attention layers, and what the base weights say about a bias of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..projection import ValueBias
+from .base_model import base_modules
+from .module_types import is_linear, is_norm, linear_features, own_class
+
+OUTPUTS = {
+    "v_proj": ("o_proj", "out_proj", "dense"),
+    "self.value": ("output.dense",),
+    "v_lin": ("out_lin",),
+    "v": ("o",),
+    "c_attn": ("c_proj",),
+}
+"""Names of value projections, and of the output projections beside each. GPT-2's `c_attn` has the values last."""
+
+NORMS = ("input_layernorm", "ln_1")
+"""Names of norms beside an attention layer that compute its input in every class that has them."""
+
+
+def find_value_biases(model: nn.Module) -> dict[str, ValueBias]:
+    """Find the value projections of attention layers by the names of their biases, whether they have one or not.
+
+    Their weights are read later, by `ValueBias.read`.
+
+    Raises:
+        ValueError: an adapter is merged, which changes these weights.
+    """
+    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
+        raise ValueError(
+            "projection='value_bias' reads the weights of the base model, but an adapter is merged into them. Call "
+            "unmerge_adapter() first."
+        )
+    modules = dict(base_modules(model))
+
+    def find(parent: str, names: Iterable[str]) -> str | None:
+        return next((name for each in names if (name := f"{parent}.{each}".lstrip(".")) in modules), None)
+
+    result = {}
+    for name, value in modules.items():
+        own = next((own for own in OUTPUTS if f".{name}".endswith(f".{own}")), "")
+        attention, fused = name.removesuffix(own).rstrip("."), own == "c_attn"
+        output = find(attention, OUTPUTS.get(own, ()))
+        if output is None or fused != isinstance(value, Conv1D):
+            continue
+        if not (is_linear(value) and is_linear(modules[output])):
+            continue
+        rows, read = linear_features(value)[1], linear_features(modules[output])[0]
+        size = read if fused else rows
+        head = size if read == size else getattr(modules[attention], "head_dim", None)
+        if not head or size % head or read % size:  # the values do not reach the output as they are
+            continue
+        block, _, own = attention.rpartition(".")
+        norm = None if "cross" in own else find(block, NORMS)  # there it computes the input of the queries
+        read_all = partial(_read, model, modules, name, output, norm, size, head)
+        result[f"{name}.bias"] = ValueBias(rows - size, size, read_all)
+    return result
+
+
+def _read(
+    model: Any, modules: Mapping[str, Any], name: str, output: str, norm: str | None, size: int, head: int
+) -> tuple[np.ndarray, float]:
+    """Read the map from a bias of the values to the layer's output, `float64[hidden, n_v]`, and the size of the values.
+
+    Query heads that use the values of the same head are summed. The size is half the root mean square of the values of
+    inputs with independent entries of variance one before the gain of the norm.
+    """
+    read, weight = (_read_weight(model, key, modules[key]) for key in (output, name))
+    summed = read.reshape(len(read), size // head, -1, head).sum(2).reshape(len(read), size)
+    weight = weight[-size:] * (_read_gain(norm, modules[norm]) if norm and is_norm(modules[norm]) else 1.0)
+    return summed, float(np.sqrt(np.square(weight).sum() / size)) / 2
+
+
+def _read_weight(model: Any, name: str, module: Any) -> np.ndarray:
+    """Read the weight of a linear layer, dequantized: `float64[out, in]`."""
+    data = _stored(module, "weight")
+    if type(data) is not torch.Tensor or not data.is_floating_point() or data.element_size() < 2:
+        try:
+            backend: Any = resolve_quantization_backend(module, **get_quantization_kwargs(model))
+            data = backend.get_base_weight(module)
+        except (AttributeError, NotImplementedError, TypeError, ValueError):
+            data = None
+    values = _to_double(f"{name}.weight", data).numpy()
+    return values.T if isinstance(module, Conv1D) else values
+
+
+def _stored(module: Any, own: str) -> Any:
+    """The data of a parameter, also where accelerate has offloaded it."""
+    parameter = module._parameters.get(own)
+    offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    if offloaded is not None and parameter is not None and parameter.is_meta:
+        parameter = offloaded[own]
+    return getattr(parameter, "data", None)
+
+
+def _to_double(name: str, data: Any) -> torch.Tensor:
+    """Copy values to the CPU, in float64.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if type(data) is not torch.Tensor or data.is_meta:
+        raise ValueError(
+            f"projection='value_bias' needs the values of {name}, but they are on the meta device, split over devices, "
+            "or quantized in a way that PEFT cannot undo. Load the whole base model, or choose another projection."
+        )
+    return data.detach().to("cpu", torch.float64)
+
+
+def _read_gain(name: str, norm: Any) -> Any:
+    """Measure by how much a norm multiplies each entry, up to the sign: `float64[hidden]`, or 1 without parameters.
+
+    Its class decides whether that is the weight, or the weight plus one as in Gemma. It is applied without its adapters
+    to a vector of ±1 and to its negative, so that the bias of the norm cancels.
+    """
+    present = [own for own, parameter in norm._parameters.items() if parameter is not None]
+    values = {own: _to_double(f"{name}.{own}", _stored(norm, own)) for own in present}
+    if not values:
+        return 1.0
+    plain: Any = object.__new__(own_class(norm))
+    plain.__dict__.update({**norm.__dict__, "_parameters": {**norm._parameters, **values}})
+    x = torch.ones(len(values[present[0]]), dtype=torch.float64, device="cpu")
+    x[1::2] = -1
+    forward = type(plain).forward
+    return ((forward(plain, x) - forward(plain, -x)) / 2).numpy()

@@ -1,0 +1,241 @@
+"""Biases of value projections: what is read from the base model, and the tuner's calls with them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from conftest import batch, build, evaluate, output, train
+from helpers.oracle import draw
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_intrinsic import AdapterBank, IntrinsicConfig
+from peft_intrinsic.tuner.attention import find_value_biases
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+FIRST = {
+    **dict.fromkeys(("llama", "qwen2", "gemma", "moe"), ("model.layers.0.self_attn.v_proj", "o_proj")),
+    **dict.fromkeys(("bart", "whisper"), ("model.encoder.layers.0.self_attn.v_proj", "out_proj")),
+    "bert": ("bert.encoder.layer.0.attention.self.value", "output.dense"),
+    "distilbert": ("distilbert.transformer.layer.0.attention.v_lin", "out_lin"),
+    "gpt2": ("transformer.h.0.attn.c_attn", "c_proj"),
+    "vit": ("vit.layers.0.attention.v_proj", "o_proj"),
+    "t5": ("encoder.block.0.layer.0.SelfAttention.v", "o"),
+}
+"""The value projection of the first attention layer, and the output projection beside it."""
+
+MECHANICS = ["llama", "qwen2", "gemma", "gpt2"]
+D = 20
+
+
+def adapted(family: str = "llama", base: nn.Module | None = None, **options) -> PeftModel:
+    """An adapter with a random θ, the same at every call."""
+    base = base or build(family)
+    torch.manual_seed(1)
+    config = IntrinsicConfig(**{"d": D, "projection": "value_bias", "init_weights": False, **options})
+    return get_peft_model(base, config).eval()
+
+
+def offsets_of(model: PeftModel) -> dict[str, torch.Tensor]:
+    layers = model.base_model.tuner_layers()
+    return {
+        offset.name: layer.get_delta_weight(adapter, own).detach()
+        for layer in layers
+        for adapter in layer.active_adapters
+        for own, offset in layer.offsets.get(adapter, {}).items()
+    }
+
+
+@torch.no_grad()
+def record(model: nn.Module, family: str, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input and output of a module, when the model runs."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _, args, result: seen.append((args[0], result)))
+    evaluate(model, family)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_a_bias_changes_the_output_of_attention_by_the_map_that_was_read(family):
+    """The weights of attention sum to one, so a bias of the values passes through it."""
+    model, (name, output_name) = build(family), FIRST[family]
+    biases = find_value_biases(model)
+    assert len(biases) == (6 if family in ("t5", "bart", "whisper") else 2)
+    bias, layer = biases[f"{name}.bias"], model.get_submodule(name)
+    at_output = f"{name.removesuffix('self.value').rpartition('.')[0]}.{output_name}"
+    _, before = record(model, family, at_output)
+    values = torch.zeros(record(model, family, name)[1].shape[-1])
+    values[bias.first : bias.first + bias.size] = draw(bias.size)
+    layer.bias = nn.Parameter(values if layer.bias is None else layer.bias + values)
+    _, after = record(model, family, at_output)
+    expected = torch.from_numpy(bias.read()[0]) @ draw(bias.size).double()
+    torch.testing.assert_close((after - before).double(), expected.expand_as(before), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "gpt2"])
+def test_the_size_is_half_the_rms_of_values_of_normalized_inputs(family):
+    model, (name, _) = build(family), FIRST[family]
+    norm = model.get_submodule("transformer.h.0.ln_1" if family == "gpt2" else "model.layers.0.input_layernorm")
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.copy_(draw(24, seed=3))
+        x = norm(draw(20000, 24))
+        if family == "gpt2":
+            x -= norm.bias
+        bias, layer = find_value_biases(model)[f"{name}.bias"], model.get_submodule(name)
+        values = (layer(x) - (0 if layer.bias is None else layer.bias))[:, bias.first :]
+    assert bias.read()[1] == pytest.approx(values.square().mean().sqrt().item() / 2, rel=0.03)
+
+
+@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize("family", MECHANICS)
+def test_training_learns_and_a_saved_adapter_loads(family, said, tmp_path):
+    model = adapted(family, init_weights=True, said=said, task_type="CAUSAL_LM")
+    assert torch.equal(evaluate(model, family), evaluate(build(family), family))
+    ids = batch(family)["input_ids"]
+    losses = train(model, {"input_ids": ids, "labels": ids}, 12, 2e-3)
+    assert losses[-1] < losses[0] - 0.01
+    assert model.get_nb_trainable_parameters()[0] == D
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(family), tmp_path, low_cpu_mem_usage=True).eval()
+    assert torch.equal(evaluate(loaded, family), evaluate(model, family))
+    assert all(torch.equal(value, offsets_of(model)[name]) for name, value in offsets_of(loaded).items())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_existing_biases_are_adapted_and_merged(family):
+    model = adapted(family)
+    expected = evaluate(model, family)
+    assert (expected - evaluate(build(family), family)).abs().max() > 1e-3
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(evaluate(model, family), expected)
+    torch.testing.assert_close(evaluate(model.merge_and_unload(), family), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_merging_raises_where_the_class_cannot_have_the_bias(family):
+    model = adapted(family)
+    expected = evaluate(model, family)
+    with pytest.raises(
+        ValueError, match=r"cannot hold these added biases: model.layers.0.self_attn.v_proj.bias, model"
+    ):
+        model.merge_and_unload()
+    model.merge_adapter()
+    torch.testing.assert_close(evaluate(model, family), expected, **CLOSE)
+    model.unmerge_adapter()
+    assert torch.equal(evaluate(model, family), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({}, [0, 1]),
+        ({"target_modules": ["v_proj"]}, [0, 1]),
+        ({"target_modules": "all-linear"}, [0, 1]),
+        ({"target_modules": "all"}, [0, 1]),
+        ({"target_modules": r".*layers\.1\..*v_proj"}, [1]),
+        ({"layers_to_transform": 0}, [0]),
+        ({"exclude_modules": r".*layers\.0.*"}, [1]),
+        ({"target_parameters": ["layers.1.self_attn.v_proj.bias"]}, [1]),
+    ],
+)
+def test_options_of_targets_select_attention_layers(options, layers):
+    names = set(offsets_of(adapted(d=5, **options)))
+    assert names == {f"model.layers.{i}.self_attn.v_proj.bias" for i in layers}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("custom", {}, "Of those that it knows, Custom has 0"),
+        (
+            "llama",
+            {"target_modules": ["q_proj"]},
+            r"LlamaForCausalLM has 2, and target_modules={'q_proj'} selects none",
+        ),
+        ("llama", {"d": 25}, "d=25 exceeds the 24 weights"),
+        ("gpt2", {"d": 49}, "d=49 exceeds the 48 weights"),  # of 144, with queries and keys
+        ("llama", {"add_bias": True}, "add_bias=True does not go with projection='value_bias'"),
+    ],
+)
+def test_what_cannot_work_raises(family, options, message):
+    base = build(family)
+    with pytest.raises(ValueError, match=message):
+        adapted(family, base, **options)
+    assert list(base.state_dict()) == list(build(family).state_dict())
+
+
+def test_d_counts_a_task_head_too():
+    options = {"d": 90, "task_type": "SEQ_CLS", "reinitialized": []}
+    offsets = offsets_of(adapted("bert", **options))
+    values = {f"bert.encoder.layer.{i}.attention.self.value.bias" for i in range(2)}
+    assert set(offsets) == values | {"classifier.weight", "classifier.bias"}
+    assert all(offset.any() for offset in offsets.values())
+    assert set(offsets_of(adapted("bert", **{**options, "d": D, "head": "keep"}))) == values
+
+
+def test_another_adapter_does_not_change_the_directions():
+    expected = offsets_of(adapted())
+    base = build("llama")
+    model = get_peft_model(base, IntrinsicConfig(d=50, target_modules="all", init_weights=False))
+    torch.manual_seed(1)
+    model.add_adapter("second", IntrinsicConfig(d=D, projection="value_bias", init_weights=False))
+    model.set_adapter("second")
+    actual = offsets_of(model)
+    assert all(torch.equal(actual[name], offset) for name, offset in expected.items())
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="an adapter is merged into them"):
+        model.add_adapter("third", IntrinsicConfig(d=D, projection="value_bias"))
+
+
+def test_weights_without_values_raise_and_offloaded_ones_are_read():
+    with torch.device("meta"):
+        base = build("llama")
+    with pytest.raises(ValueError, match=r"needs the values of model.layers.0.self_attn.o_proj.weight, but"):
+        adapted(base=base)
+    expected = offsets_of(adapted())
+    actual = offsets_of(adapted(base=cpu_offload(build("llama"), execution_device="cpu")))
+    assert all(torch.equal(actual[name], offset) for name, offset in expected.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", MECHANICS)
+def test_samples_of_a_batch_can_have_different_adapters(family):
+    model, vectors = adapted(family), draw(4, D) / 300
+    expected = []
+    for i, each in enumerate(vectors):
+        model.get_base_model().intrinsic.intrinsic_theta["default"].weight.copy_(each)
+        expected.append(output(model, {k: v[i : i + 1] for k, v in batch(family).items()}))
+    with AdapterBank(model, vectors).select(range(4)):
+        torch.testing.assert_close(output(model, batch(family)), torch.cat(expected), **CLOSE)
+
+
+def test_a_compiled_model_has_the_same_outputs_and_gradients():
+    model = adapted()
+    theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True)):
+        theta.grad = None
+        logits = output(run, batch("llama"))
+        logits.square().sum().backward()
+        results.append((logits.detach(), theta.grad))
+    torch.compiler.reset()
+    for actual, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rounding_the_base_to_bfloat16_changes_offsets_by_less_than_one_percent():
+    exact, rounded = offsets_of(adapted()), offsets_of(adapted(base=build("llama").bfloat16()))
+    for name, offset in exact.items():
+        assert 0 < (rounded[name] - offset).norm() < 0.01 * offset.norm()
+
+
+def test_copies_of_a_model_have_the_same_offsets():
+    model = adapted()
+    assert torch.equal(evaluate(copy.deepcopy(model), "llama"), evaluate(model, "llama"))
