@@ -89,7 +89,13 @@ def places(task: str) -> list[Row]:
     return [plan(task, d, **c) for c in ({}, {"target_modules": "all"}) for d in (1024, 4096, 16384)]
 
 
-OWN = {"rates": rates, "sizes": sizes, "places": places}
+def values(task: str) -> list[Row]:
+    """Runs with biases of value projections, for several d and learning rates."""
+    first = [plan(task, 256, lr, projection="value_bias") for lr in (2e-4, 1e-4, 4e-4)]
+    return [*first, *(plan(task, d, lr, projection="value_bias") for d in (4096, 16) for lr in (2e-4, 1e-4, 4e-4))]
+
+
+OWN = {"rates": rates, "sizes": sizes, "places": places, "values": values}
 
 
 def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
@@ -104,6 +110,12 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
         result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (1.25e-2, 5e-2, 2e-1)
         options = {"r": r, "u": u, "target_modules": modules, "projection_seed": "seed"}
         result[f"tinylora {d}"] = {**base, "method": "tinylora", "d": d, "config": options}, (3e-3, 1.25e-2, 5e-2)
+    if task == "reviews":  # value projections alone
+        result["ours v 256"] = plan(task, 256, projection="value_bias"), (5e-5, 2e-4, 8e-4)
+        for name, option in (("unilora", {}), ("tinylora", {"u": 8})):
+            run, rates = result[f"{name} 256"]
+            options = {**run["config"], **option, "target_modules": ["v_proj"]}
+            result[f"{name} v 256"] = {**run, "config": options}, rates
     return result
 
 
@@ -176,7 +188,7 @@ def at_best(method: tuple[Row, tuple[float, ...]], rows: list[Row], model: str) 
 
 
 def list_runs(name: str, rows: list[Row], model: str) -> list[Row]:
-    """List the runs of a group: rates, sizes, places, peers, free or smallest, a dash, and the task; other seeds last.
+    """List the runs of a group: its kind, a dash, and the task; other seeds last.
 
     Raises:
         SystemExit: there is no such group.
@@ -187,7 +199,7 @@ def list_runs(name: str, rows: list[Row], model: str) -> list[Row]:
         return sorted(runs, key=lambda run: run["seed"])
     if kind not in OWN:
         raise SystemExit(
-            f"Unknown group {name!r}. Use rates, sizes, places, peers, free or smallest, a dash, and the task."
+            f"Unknown group {name!r}. Use values, rates, sizes, places, peers, free or smallest, a dash, and the task."
         )
     return OWN[kind](task)
 
