@@ -10,6 +10,7 @@ Row = dict[str, Any]
 MEASURED = ("numbers", "accuracy", "loss", "train", "seconds", "device", "zeros", "sparsity", "bytes")
 RATE = 2e-4
 BUDGETS = (256, 1024, 64, 4096)
+DECODER_BUDGETS = (256, 64, 1024, 16, 4096)
 HEADS = (4e-3, 1.6e-2, 6.4e-2)
 """Learning rates of a free head that has its own."""
 QUERY_VALUE, LINEAR = ["query", "value"], r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
@@ -110,8 +111,12 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
         result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (1.25e-2, 5e-2, 2e-1)
         options = {"r": r, "u": u, "target_modules": modules, "projection_seed": "seed"}
         result[f"tinylora {d}"] = {**base, "method": "tinylora", "d": d, "config": options}, (3e-3, 1.25e-2, 5e-2)
-    if task == "reviews":  # value projections alone
-        result["ours v 256"] = plan(task, 256, projection="value_bias"), (5e-5, 2e-4, 8e-4)
+    if task == "reviews":
+        for d in DECODER_BUDGETS:
+            result[f"ours, value biases {d}"] = plan(task, d, projection="value_bias"), (5e-5, 2e-4, 8e-4)
+            options = {**result["unilora 256"][0]["config"], "theta_d_length": d}
+            result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (2e-1, 8e-1, 3.2)
+        # value projections alone
         for name, option in (("unilora", {}), ("tinylora", {"u": 8})):
             run, rates = result[f"{name} 256"]
             options = {**run["config"], **option, "target_modules": ["v_proj"]}
