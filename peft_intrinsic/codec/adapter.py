@@ -104,6 +104,8 @@ def _read_fields(model: Any, adapter: str | None) -> dict[str, Any]:
             f"d={config.d}, projection={config.projection!r} and task_type={config.task_type!r} cannot be packed: the "
             f"format has d ≤ {MAX_D}, projections {PROJECTIONS} and tasks {TASKS[1:]}."
         )
+    if config.head == "labels":
+        raise ValueError("head='labels' cannot be packed: the format has no texts. Save the adapter with its folder.")
     names = sorted(base_parameters(root))
     reinitialized = config.reinitialized or []
     theta, scales = (

@@ -2,6 +2,7 @@
 
 from .bank import AdapterBank as AdapterBank
 from .config import IntrinsicConfig as IntrinsicConfig
+from .label_head import init_head_from_labels as init_head_from_labels
 from .model import IntrinsicModel as IntrinsicModel
 from .registration import register as register
 from .registration import register_method as register_method

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import isfinite
 from numbers import Integral
 from typing import Any
 
@@ -14,6 +15,13 @@ from .names import KEYWORDS
 
 LISTS = ("target_parameters", "modules_to_save", "reinitialized")
 """Options that are lists of names, but not strings."""
+
+
+MAX_TEXT = 1000
+"""Limit of the characters of a label's text."""
+
+SKETCH_SIZE = 8
+"""Number of floats in the sketch of a head."""
 
 
 def check(config: Any) -> None:
@@ -42,7 +50,7 @@ def check(config: Any) -> None:
         "lambda_granularity": ("layer", "module", "tensor"),
         "projection": tuple(PROJECTIONS),
         "scale": ("fan_in", "isometric"),
-        "head": ("subspace", "keep"),
+        "head": ("subspace", "keep", "labels"),
     }
     check_choices(config, choices)
     for name in ("manifest", "checksum", "requires", "subspace", "subspace_digest"):
@@ -56,6 +64,7 @@ def check(config: Any) -> None:
         raise ValueError("add_bias=True does not go with projection='value_bias', which adds its own. Leave it out.")
     _check_names(config)
     _check_subspace(config)
+    _check_labels(config)
     check_layers(config, KEYWORDS)
     if config.algorithm_version > ALGORITHM_VERSION:
         raise ValueError(
@@ -102,6 +111,20 @@ def _check_names(config: Any) -> None:
     for index in indexes if isinstance(indexes, list | tuple) else [0 if indexes is None else indexes]:
         if isinstance(index, bool) or not isinstance(index, int):
             raise TypeError(f"layers_to_transform must be None, an int or a list of ints, got {indexes!r}.")
+
+
+def _check_labels(config: Any) -> None:
+    texts, sketch = config.label_texts, config.label_sketch
+    if texts is not None and config.head != "labels":
+        raise ValueError(f"label_texts={texts!r} needs head='labels', got head={config.head!r}.")
+    if texts is not None and not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
+        raise TypeError(f"label_texts must be None or a list of strings, got {texts!r}.")
+    for text in texts or ():
+        if not text.strip() or len(text) > MAX_TEXT:
+            raise ValueError(f"label_texts must have from 1 to {MAX_TEXT} characters each, got {text[:50]!r}.")
+    numbers = isinstance(sketch, list) and all(isinstance(value, float) and isfinite(value) for value in sketch)
+    if sketch is not None and not (numbers and len(sketch) == SKETCH_SIZE):
+        raise TypeError(f"label_sketch must be None or a list of {SKETCH_SIZE} floats, got {sketch!r}.")
 
 
 def _check_subspace(config: Any) -> None:

@@ -22,7 +22,7 @@ from .subspace_files import EMBEDDED, copy_file, find_subspace
 SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "scale", "algorithm_version")
 """Options that must agree for θ to mean the same in two adapters."""
 
-RESULTS = ("block_size", "reinitialized", "manifest", "subspace_digest", "num_labels")
+RESULTS = ("block_size", "reinitialized", "manifest", "subspace_digest", "num_labels", "label_texts", "label_sketch")
 """Options that a model decides: they differ where a configuration is used for another one."""
 
 RESOLVED = ("target_modules", "target_parameters", "modules_to_save", *RESULTS)
@@ -118,11 +118,15 @@ class IntrinsicConfig(PeftConfig):
         trainable_token_indices (`Optional[Union[list[int], dict[str, list[int]]]]`):
             Rows of the input embedding, or of the named embeddings, that are trained and saved fully beside the d
             parameters, as in LoRA: for new tokens. P cannot adapt the same embedding.
-        head (`Literal["subspace", "keep"]`):
+        head (`Literal["subspace", "keep", "labels"]`):
             `"subspace"` (section 3.3): parameters that the checkpoint does not contain are re-initialized from a fixed
             seed, the same for every adapter, and P adapts the task's head whatever `target_modules` selects. The d
             parameters are then the whole classifier. `"keep"`: the head keeps its values, and is adapted only if
-            `target_modules` names it.
+            `target_modules` names it. `"labels"`: as `"subspace"`, but the rows of a new head for classes are computed
+            from the texts of the labels, so that it classifies before training. The model's tokenizer is needed.
+        label_texts (`Optional[list[str]]`):
+            For `head="labels"`: a text per label, in the order of their indices. `None` takes the names in the model's
+            `id2label`.
         reinitialized (`Optional[list[str]]`):
             Names of the parameters that are re-initialized from a fixed seed. `None` takes those that transformers
             reported as missing from the checkpoint, if nothing has changed them since.
@@ -169,7 +173,10 @@ class IntrinsicConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Rows of embeddings that are trained and saved fully, for new tokens."}
     )
-    head: Literal["subspace", "keep"] = field(default="subspace", metadata={"help": "How the task head is adapted."})
+    head: Literal["subspace", "keep", "labels"] = field(
+        default="subspace", metadata={"help": "How the task head starts and is adapted."}
+    )
+    label_texts: list[str] | None = field(default=None, metadata={"help": "A text per label, for head='labels'."})
     reinitialized: list[str] | None = field(
         default=None, metadata={"help": "Parameters that are re-initialized from a fixed seed."}
     )
@@ -182,6 +189,7 @@ class IntrinsicConfig(PeftConfig):
     checksum: str | None = field(kw_only=True, default=None, metadata={"help": "Checksum of the file with θ and λ."})
     subspace_digest: str | None = field(kw_only=True, default=None, metadata={"help": "Digest of the subspace file."})
     num_labels: int | None = field(kw_only=True, default=None, metadata={"help": "Labels of the base model's head."})
+    label_sketch: list[float] | None = field(kw_only=True, default=None, metadata={"help": "Sketch of the new head."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,7 +235,7 @@ class IntrinsicConfig(PeftConfig):
         """Options, with their values, for which θ does not mean the same in two adapters; none if they agree."""
         return [
             name + (f" ({getattr(self, name)!r} and {getattr(other, name)!r})" if name in SAME else "")
-            for name in (*SAME, "manifest", "reinitialized", "subspace_digest")
+            for name in (*SAME, "manifest", "reinitialized", "subspace_digest", "label_texts")
             if getattr(self, name) != getattr(other, name)
         ]
 

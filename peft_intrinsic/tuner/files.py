@@ -32,6 +32,7 @@ def _checksum(config: IntrinsicConfig, vectors: Mapping[str, torch.Tensor]) -> s
     """Checksum of θ, λ and all options that define their meaning; None if they are sharded or on the meta device."""
     meaning = [getattr(config, name) for name in (*SAME, "manifest", "reinitialized")]
     meaning += [config.subspace_digest] if config.subspace_digest else []
+    meaning += [config.label_texts] if config.label_texts else []
     digest = hashlib.sha256(json.dumps(meaning).encode())
     for name, values in sorted(vectors.items()):
         if type(values) not in (torch.Tensor, nn.Parameter) or values.is_meta:

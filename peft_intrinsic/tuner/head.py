@@ -8,6 +8,7 @@ since. Only such parameters are re-initialized, from a seed that is the same for
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Mapping
 
 import torch
@@ -28,6 +29,9 @@ from .targets import HEAD_NAMES
 
 logger = logging.getLogger(__name__)
 
+LABEL_NOTE = "_intrinsic_labels"
+"""Attribute of a model after `init_head_from_labels`: name of the head's weight, the labels' texts, and the sketch."""
+
 Replaced = tuple[Place, torch.Tensor, Note, str]
 """A re-initialized parameter, its value before, the note on it and its name in that note."""
 
@@ -38,12 +42,16 @@ class Reinitialization:
     Attributes:
         names: of all these parameters, for the configuration.
         pending: the names of those that do not have their start values yet.
+        texts: the labels' texts, and `sketch` that of the head's rows; None without `head="labels"`.
 
     Raises:
         ValueError: it is unknown which parameters the checkpoint contains; the base model differs at the start from
             that of a loaded adapter, or of an attached one; a parameter to re-initialize is offloaded; or another
             adapter adapts a module of `modules_to_save`.
     """
+
+    texts: list[str] | None = None
+    sketch: list[float] | None = None
 
     def __init__(self, model: nn.Module, config: IntrinsicConfig, attached: Mapping[str, IntrinsicConfig]) -> None:
         whole = config.full_modules or ()
@@ -85,11 +93,24 @@ class Reinitialization:
             self.pending = new
             if new:
                 logger.info(
-                    "Re-initialized from a fixed seed because the checkpoint does not contain them: %s. Pass "
-                    "head='keep' to keep the current values.",
+                    "Re-initialized from %s because the checkpoint does not contain them: %s. Pass head='keep' to keep "
+                    "the current values.",
+                    self._origin,
                     ", ".join(new),
                 )
+        note = model.__dict__.get(LABEL_NOTE)
+        if note and self.texts is None and note[0] in self.pending:
+            raise ValueError(
+                f"head={config.head!r} would replace the head that init_head_from_labels made. Pass head='labels' to "
+                "store its texts with the adapter."
+            )
         for adapter, other in attached.items():
+            if other.label_texts != self.texts and {*self.names} & {*(other.reinitialized or ())}:
+                raise ValueError(
+                    f"head={config.head!r} with label_texts={reprlib.repr(self.texts)} does not go with adapter "
+                    f"{adapter!r}, which has head={other.head!r} with label_texts={reprlib.repr(other.label_texts)}: "
+                    "all adapters of a model share its new head. Pass the same values."
+                )
             if self.pending and not other.full_modules:
                 raise ValueError(
                     f"{', '.join(self.pending)} would be re-initialized, but adapter {adapter!r} was attached with "
@@ -111,18 +132,22 @@ class Reinitialization:
         changed = [name for name in names if name not in known and not self._has_start(name)]
         if absent or changed:
             raise ValueError(
-                f"The adapter starts {', '.join(absent + changed)} from a fixed seed, but this base model "
+                f"The adapter starts {', '.join(absent + changed)} from {self._origin}, but this base model "
                 + ("lacks it." if absent else "has loaded or trained values there.")
                 + " Load the checkpoint that the adapter was trained on, after importing peft_intrinsic."
             )
         lacking = [name for name in new if name not in names]
-        if lacking and config.head == "subspace":
+        if lacking and config.head != "keep":
             raise ValueError(
                 f"{', '.join(lacking)} is missing from the checkpoint of this base model, but the adapter was trained "
                 "on a base model that had it. Load that checkpoint, head included."
             )
         if lacking:
             logger.warning("Random values, not stored with the adapter (head='keep'): %s", ", ".join(lacking))
+
+    @property
+    def _origin(self) -> str:
+        return "a fixed seed" if self.texts is None else "the labels' texts and a fixed seed"
 
     def _start(self, name: str) -> torch.Tensor:
         """The start values of a parameter. They do not depend on the adapter's seed: all adapters share one base."""

@@ -23,6 +23,7 @@ from .batch_first import count_samples
 from .checks import check
 from .files import check_adapter_names, vectors_to_load, vectors_to_save
 from .head import Reinitialization, count_labels, explain_labels, restore_values
+from .label_head import LabelHead
 from .layer import IntrinsicLayer
 from .loading import clear_notes
 from .manifest import compute_manifest
@@ -132,8 +133,8 @@ class IntrinsicModel(CheckedTuner):
         configs = {name: self.peft_config.get(name, config) for name in attached}
         config.modules_to_save = outermost_modules(model, config)
         check_adapter_names(model, {**configs, adapter_name: config})
-        start = Reinitialization(model, config, configs)
-        config.reinitialized = start.names
+        start = (LabelHead if config.head == "labels" else Reinitialization)(model, config, configs)
+        config.reinitialized, config.label_texts, config.label_sketch = start.names, start.texts, start.sketch
         if config.projection == "trajectory":
             config.subspace_digest, config.target_parameters = read_subspace(model, config)
         if config.target_modules is None and not config.target_parameters:
