@@ -76,14 +76,15 @@ def features(model: Any, family: str, text: str) -> torch.Tensor:
     if family == "bert":
         return model.bert(encode(text)).pooler_output[0]
     first = model.base_model(encode(text)).last_hidden_state[0, 0]
-    name = {"roberta": "classifier.dense", "distilbert": "pre_classifier"}[family]
-    dense = from_seed(model, f"{name}.weight") @ first
-    return dense.tanh() if family == "roberta" else dense.relu()
+    names = {"roberta": "classifier.dense", "distilbert": "pre_classifier", "bart": "classification_head.dense"}
+    dense = from_seed(model, f"{names[family]}.weight") @ first
+    return dense.relu() if family == "distilbert" else dense.tanh()
 
 
 def weight(model: Any) -> torch.Tensor:
     """The weight of the head's last linear layer, without an offset."""
-    head = getattr(model.get_base_model(), "classifier", None) or model.get_base_model().score
+    heads = [getattr(model.get_base_model(), name, None) for name in ("classifier", "score", "classification_head")]
+    head = next(filter(None, heads))
     head = getattr(head, "out_proj", head)
     return getattr(head, "base_layer", head).weight
 
@@ -98,7 +99,7 @@ def base(tmp_path) -> Path:
     return save_base(tmp_path / "base")
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "llama", "bart"])
 @torch.no_grad()
 def test_rows_are_the_centered_features_of_the_texts(family, tmp_path):
     folder = save_base(tmp_path / "base", family)
@@ -126,6 +127,30 @@ def test_names_of_labels_are_the_default_texts(base):
     other = get_peft_model(load(base), IntrinsicConfig(**TASK, label_texts=["very good", "bad", "film"]))
     assert torch.equal(weight(model), weight(other))
     assert model.peft_config["default"].label_texts == ["very good", "bad", "film"]
+
+
+def test_a_configuration_that_is_used_again_takes_the_names_of_the_new_model(base):
+    config = IntrinsicConfig(**TASK)
+    for names in (["good", "bad", "film"], ["a", "very", "good"]):
+        model = get_peft_model(load(base, id2label=dict(enumerate(names))), config)
+        assert model.peft_config["default"].label_texts == names
+
+
+def test_rows_do_not_depend_on_an_attached_adapter(base):
+    """The first adapter has a head of its own, so the base model's head is still new."""
+    expected = weight(get_peft_model(load(base), IntrinsicConfig(**TASK, label_texts=TEXTS)))
+    own = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"], "init_weights": False}
+    model = get_peft_model(load(base), IntrinsicConfig(d=40, **own))
+    with torch.no_grad():
+        before = logits(model)
+        model.add_adapter("second", IntrinsicConfig(**TASK, label_texts=TEXTS))
+        assert torch.equal(logits(model), before)
+    original = model.get_base_model().classifier.original_module
+    assert torch.equal(getattr(original, "base_layer", original).weight, expected)
+    other = get_peft_model(load(base), IntrinsicConfig(d=40, **own))
+    other.merge_adapter()
+    with pytest.raises(ValueError, match=r"Call unmerge_adapter\(\) first"):
+        other.add_adapter("second", IntrinsicConfig(**TASK, label_texts=TEXTS))
 
 
 def test_a_saved_adapter_gives_the_same_outputs_on_a_newly_loaded_base(base, tmp_path):
