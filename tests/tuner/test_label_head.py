@@ -170,8 +170,9 @@ def test_a_saved_adapter_gives_the_same_outputs_on_a_newly_loaded_base(base, tmp
     assert torch.equal(logits(PeftModel.from_pretrained(load(tmp_path / "whole"), tmp_path / "adapter")), expected)
 
 
-def test_unload_restores_the_head(base):
-    plain = load(base)
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_unload_restores_the_head(family, tmp_path):
+    plain = load(save_base(tmp_path / "base", family))
     expected = logits(plain)
     assert torch.equal(logits(get_peft_model(plain, IntrinsicConfig(**TASK, label_texts=TEXTS)).unload()), expected)
 
