@@ -42,7 +42,7 @@ def compress(
         adapter: name of the adapter; by default the active one.
 
     Returns:
-        The bytes of the packed adapter, format version 1 (docs/packed_format.md). λ is in half precision.
+        The bytes of the packed adapter (docs/packed_format.md). λ is in half precision.
 
     Raises:
         ValueError: several limits are passed, or one cannot be met; or the adapter is merged, trains more than θ and λ,
@@ -104,8 +104,6 @@ def _read_fields(model: Any, adapter: str | None) -> dict[str, Any]:
             f"d={config.d}, projection={config.projection!r} and task_type={config.task_type!r} cannot be packed: the "
             f"format has d ≤ {MAX_D}, projections {PROJECTIONS} and tasks {TASKS[1:]}."
         )
-    if config.head == "labels":
-        raise ValueError("head='labels' cannot be packed: the format has no texts. Save the adapter with its folder.")
     names = sorted(base_parameters(root))
     reinitialized = config.reinitialized or []
     theta, scales = (
@@ -163,7 +161,7 @@ def load_packed(
     names = list(base_parameters(root))
     config = _make_config(packed, names)
     labels = explain_labels(config.num_labels, root, config.task_type)
-    if labels and (check_base or config.head == "subspace"):
+    if labels and (check_base or config.head != "keep"):
         raise ValueError(labels)
     if check_base and base_digest(root, config.reinitialized or []) != packed.base_digest:
         dtypes = sorted({str(parameter.dtype) for parameter in root.parameters()} - {"torch.float32"})

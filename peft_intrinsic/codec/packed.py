@@ -15,17 +15,20 @@ from ..version import __version__, pip_install
 from . import entropy, wire
 from .quantize import find_nearest
 
-MAGIC, VERSION = b"PIA", 1
+MAGIC, VERSIONS = b"PIA", (1, 2)
 MAX_D, MAX_NAME, MAX_JSON = 2**24, 255, 2**16
 """Limits of the format: d; bytes of the base model's name; bytes of the options in JSON."""
 
 GRANULARITIES = ("layer", "module", "tensor")
-PROJECTIONS = ("fastfood", "global", "dense")
+PROJECTIONS = ("fastfood", "global", "dense", "value_bias")
 SCALES = ("fan_in", "isometric")
 HEADS = ("subspace", "keep")
 TARGETS = ("norms-and-biases", "all")
 TASKS = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-RARE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
+RARE = (
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
+    *("label_texts", "label_sketch"),  # since version 2, with head="labels"
+)
 """Options that the file has in JSON unless they are `None`."""
 
 OPTIONS = ("said", "lambda_granularity", "projection", "scale", "head", "add_bias", "task_type", *RARE)
@@ -70,15 +73,20 @@ class PackedAdapter:
         return np.unique(self.theta)
 
     def encode_head(self) -> bytes:
-        """Encode what is not learned: base model and projection."""
+        """Encode what is not learned: base model and projection. The format version is the lowest that can hold them.
+
+        Raises:
+            ValueError: the options are longer than `MAX_JSON`.
+        """
         options = self.options
+        labels = options["label_texts"] is not None  # and so head="labels"
         target = options["target_modules"]
         flags = (
             options["said"]
             | GRANULARITIES.index(options["lambda_granularity"]) << 1
             | PROJECTIONS.index(options["projection"]) << 3
             | SCALES.index(options["scale"]) << 5
-            | HEADS.index(options["head"]) << 6
+            | (0 if labels else HEADS.index(options["head"])) << 6
             | options["add_bias"] << 7
         )
         target_index = TARGETS.index(target) if target in TARGETS else len(TARGETS)
@@ -86,13 +94,17 @@ class PackedAdapter:
         rare = {name: options[name] for name in RARE if options[name] is not None}
         if target in TARGETS:
             del rare["target_modules"]
+        others = json.dumps(rare, separators=(",", ":"), sort_keys=True).encode() if rare else b""
+        if len(others) > MAX_JSON:
+            names = ", ".join(rare)
+            raise ValueError(f"{names}: {len(others)} bytes, of which a packed adapter holds {MAX_JSON}. Use fewer.")
         return b"".join(
             (
                 MAGIC,
-                bytes([VERSION]),
+                bytes([2 if labels or options["projection"] == "value_bias" else 1]),
                 *(wire.write_varint(value) for value in (self.algorithm, self.d, self.seed)),
                 bytes([flags, sizes, TASKS.index(options["task_type"])]),
-                wire.write_text(json.dumps(rare, separators=(",", ":"), sort_keys=True).encode() if rare else b""),
+                wire.write_text(others),
                 wire.write_text(self.base.encode()),
                 wire.write_varint(self.classes),
                 self.base_digest,
@@ -136,10 +148,10 @@ class PackedAdapter:
         """
         if data[:3] != MAGIC:
             raise ValueError(f"This is no packed adapter: it begins with {data[:3]!r}, not with {MAGIC!r}.")
-        if data[3:4] and data[3] != VERSION:
+        if data[3:4] and data[3] not in VERSIONS:
             raise ValueError(
-                f"This packed adapter has format version {data[3]}; peft_intrinsic {__version__} reads version "
-                f"{VERSION}. Upgrade: {pip_install()}"
+                f"This packed adapter has format version {data[3]}; peft_intrinsic {__version__} reads versions "
+                f"{' and '.join(map(str, VERSIONS))}. Upgrade: {pip_install()}"
             )
         if len(data) < 8 or zlib.crc32(data[:-4]).to_bytes(4, "little") != data[-4:]:
             raise ValueError("This packed adapter is damaged: its checksum does not fit. Copy the file again.")
@@ -172,6 +184,8 @@ class PackedAdapter:
                 raise ValueError(f"{name} has index {index} of {len(values)} values")
             options[name] = values[index]
         options.update(_parse_json(reader.read_text(MAX_JSON, "the other options")))
+        if options["label_texts"] is not None:
+            options["head"] = "labels"
         base = reader.read_text(MAX_NAME, "the base model's name")
         classes = reader.read_varint(0, 2**32, "the number of labels")
         digests = reader.read_bytes(8), reader.read_bytes(8)

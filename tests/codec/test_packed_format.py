@@ -27,6 +27,7 @@ RARE: list[dict[str, Any]] = [
     {"exclude_modules": ["word_embeddings"], "layers_to_transform": 1},
     {"layers_to_transform": [0, 1], "layers_pattern": "layer"},
     {"layers_to_transform": [0], "layers_pattern": ["layer", "block"]},
+    {"head": "labels", "label_texts": ["größe", 'a "b"'], "label_sketch": [0.5, -1.25e-07, *[3.0] * 6]},
 ]
 
 
@@ -63,7 +64,7 @@ def test_readers_agree_on_all_weights(weights, levels):
     [
         *RARE,
         *({"lambda_granularity": name} for name in ("layer", "module", "tensor")),
-        *({"projection": name} for name in ("fastfood", "global", "dense")),
+        *({"projection": name} for name in ("fastfood", "global", "dense", "value_bias")),
         *({"scale": name} for name in ("fan_in", "isometric")),
         *({"head": name} for name in ("subspace", "keep")),
         {"add_bias": True},
@@ -100,6 +101,7 @@ def test_readers_agree_on_lambda(scales):
         ("bert", {"target_modules": "all-linear", "seed": 2**40}),
         ("llama", {"add_bias": True, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "d": 48}),
         ("gpt2", {"layers_to_transform": [1], "layers_pattern": "h"}),
+        ("llama", {"projection": "value_bias", "task_type": "CAUSAL_LM", "d": 20}),
     ],
 )
 def test_readers_agree_on_what_compress_writes(family, options):
@@ -176,13 +178,30 @@ def test_every_symbol_owns_some_integers():
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_golden_files_of_version_1_are_read_and_written_bitwise(path):
+def test_golden_files_are_read_and_written_bitwise(path):
     """A change here breaks existing packed adapters."""
     data = path.read_bytes()
-    expected = renamed(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+    stored = renamed(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+    expected = {"label_texts": None, "label_sketch": None, **stored}
     del expected["family"]
     packed = PackedAdapter.from_bytes(data)
     fields = read(data)
     assert contents(packed) == expected
     assert {name: fields[name] for name in expected} == expected
     assert packed.to_bytes() == data
+
+
+def test_version_2_is_written_only_for_what_version_1_cannot_hold():
+    """A reader of version 1 reads all other files."""
+    changes = [{}, {"projection": "dense"}, {"head": "keep"}, {"projection": "value_bias"}, RARE[-1]]
+    assert [synthetic([0.5], **change).to_bytes()[3] for change in changes] == [1, 1, 1, 2, 2]
+    for change in changes[2:4]:
+        data = synthetic([0.5], **change).to_bytes()
+        with pytest.raises(ValueError, match="not in canonical form"):
+            PackedAdapter.from_bytes(resealed(data[:3] + bytes([3 - data[3]]) + data[4:]))
+
+
+def test_options_that_the_format_cannot_hold_raise():
+    texts = ["a" * 1000 + str(i) for i in range(70)]
+    with pytest.raises(ValueError, match=r"label_texts: 70[0-9]{3} bytes, of which a packed adapter holds 65536"):
+        synthetic([0.5], head="labels", label_texts=texts).to_bytes()

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 GRANULARITIES = ["layer", "module", "tensor"]
-PROJECTIONS = ["fastfood", "global", "dense"]
+PROJECTIONS = ["fastfood", "global", "dense", "value_bias"]
 SCALES = ["fan_in", "isometric"]
 HEADS = ["subspace", "keep"]
 TARGETS = ["norms-and-biases", "all"]
 TASKS = [None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 OTHERS = ["exclude_modules", "layers_pattern", "layers_to_transform", "target_modules", "target_parameters"]
+SINCE_2 = ["label_sketch", "label_texts"]
 
 
 def demand(condition: bool, what: str) -> None:
@@ -120,7 +121,8 @@ def decode(code: bytes, weights: list[int], count: int) -> list[int]:
 def read_head(cursor: Cursor) -> dict[str, Any]:
     """Everything before θ."""
     demand(cursor.take(3) == b"PIA", "not a packed adapter")
-    demand(cursor.byte() == 1, "another version of the format")
+    version = cursor.byte()
+    demand(version in (1, 2), "another version of the format")
     fields: dict[str, Any] = {name: cursor.number() for name in ("algorithm_version", "d", "seed")}
     demand(fields["algorithm_version"] >= 1, "algorithm version 0")
     demand(1 <= fields["d"] <= 2**24, "d out of range")
@@ -135,12 +137,12 @@ def read_head(cursor: Cursor) -> dict[str, Any]:
         "block_size": 1 << (places & 63),
         "task_type": named(TASKS, cursor.byte()),
     }
-    others = dict.fromkeys(OTHERS)
+    others = dict.fromkeys([*OTHERS, *SINCE_2])
     length = cursor.number()
     demand(length <= 2**16, "other options too long")
     if text := cursor.take(length):
         given = json.loads(text.decode("ascii"))
-        demand(isinstance(given, dict) and set(given) <= set(OTHERS) and bool(given), "unknown options")
+        demand(isinstance(given, dict) and set(given) <= set(others) and bool(given), "unknown options")
         demand(None not in given.values(), "an option that is null")
         plain = json.dumps(given, sort_keys=True, separators=(",", ":")).encode()
         demand(plain == text, "other options written otherwise")
@@ -149,6 +151,11 @@ def read_head(cursor: Cursor) -> dict[str, Any]:
         demand(others["target_modules"] is None, "target_modules given twice")
         others["target_modules"] = named(TARGETS, places >> 6)
     fields |= others
+    if others["label_texts"] is not None:
+        demand(fields["head"] == "subspace", "two heads")
+        fields["head"] = "labels"
+    new = fields["head"] == "labels" or fields["projection"] == "value_bias"
+    demand(version == 1 + new, "not the lowest version that can hold it")
     length = cursor.number()
     demand(length <= 255, "base name too long")
     fields["base"] = cursor.take(length).decode()

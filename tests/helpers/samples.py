@@ -30,6 +30,8 @@ PLAIN: dict[str, Any] = {
     "layers_to_transform": None,
     "layers_pattern": None,
     "target_parameters": None,
+    "label_texts": None,
+    "label_sketch": None,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from peft_intrinsic import IntrinsicConfig, init_head_from_labels
-from peft_intrinsic.codec import compress
+from peft_intrinsic.codec import compress, load_packed, read_packed
 from peft_intrinsic.projection.randomness import normals, words
 
 TEXTS = ["a very good film", "bad", "a film"]
@@ -332,7 +333,14 @@ def test_a_lora_starts_from_the_rows_and_saves_the_head(base, tmp_path):
     assert torch.equal(logits(loaded.eval()), logits(model.eval()))
 
 
-def test_packing_raises(base):
-    model = get_peft_model(load(base), IntrinsicConfig(**TASK, label_texts=TEXTS))
-    with pytest.raises(ValueError, match="head='labels' cannot be packed"):
-        compress(model)
+def test_a_packed_adapter_starts_another_base_from_the_texts(base):
+    model = get_peft_model(load(base), IntrinsicConfig(**TASK, label_texts=TEXTS, init_weights=False)).eval()
+    data = compress(model, 40)
+    loaded = load_packed(load(base, seed=2), data)
+    assert loaded.peft_config["default"].label_texts == TEXTS
+    rounded = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
+    rounded.data.copy_(torch.from_numpy(read_packed(data).theta))
+    assert torch.equal(logits(loaded), logits(model))
+    damaged = replace(read_packed(data), options={**read_packed(data).options, "label_sketch": [1.0] * 8}).to_bytes()
+    with pytest.raises(ValueError, match="another head than the adapter's"):
+        load_packed(load(base), damaged)
