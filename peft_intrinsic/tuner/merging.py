@@ -97,15 +97,18 @@ def save_original(layer: Any, name: str, offset: Any, theta: torch.Tensor) -> An
     return parameter.data.clone()
 
 
-def find_bias_flags(model: Any, names: Iterable[str]) -> list[str]:
+def find_bias_flags(model: Any, names: Iterable[str]) -> tuple[list[str], list[str]]:
     """Find options of the model's configuration with which its class has added biases, for `merge_and_unload`.
+
+    Returns:
+        The options, and the names of biases that the class then has too, which must be zero.
 
     Raises:
         ValueError: a transformers class cannot have them, so that they would be lost when it is saved and loaded.
     """
     wanted = set(names)
     if not wanted or not isinstance(model, PreTrainedModel):
-        return []
+        return [], []
 
     def build_names(*flags: str) -> set[str]:
         config = copy.deepcopy(model.config)
@@ -116,13 +119,25 @@ def find_bias_flags(model: Any, names: Iterable[str]) -> list[str]:
 
     plain = build_names()
     flags = [flag for flag, value in vars(model.config).items() if flag.endswith("bias") and value is False]
-    flags = [flag for flag in flags if set() < build_names(flag) - plain <= wanted]
-    if missing := sorted(wanted - build_names(*flags)):
+    added = {flag: build_names(flag) - plain for flag in flags}
+    exact = [flag for flag in flags if set() < added[flag] <= wanted]
+    covered = set().union(*(added[flag] for flag in exact))
+    chosen = exact + [flag for flag in flags if flag not in exact and added[flag] & (wanted - covered)]
+    present = build_names(*chosen)
+    if missing := sorted(wanted - present):
         raise ValueError(
             f"A saved {type(model).__name__} cannot hold these added biases: {', '.join(missing)}. Leave the adapter "
             "unmerged, or merge it in memory with merge_adapter()."
         )
-    return flags
+    return chosen, sorted(present - plain - wanted)
+
+
+def add_zero_bias(linear: Any) -> None:
+    """Add a bias of zeros to a linear layer without one."""
+    weight = linear.weight
+    dtype = weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else torch.float32
+    bias = torch.zeros(linear.out_features, dtype=dtype, device=weight.device)
+    linear.bias = torch.nn.Parameter(bias, requires_grad=False)
 
 
 def restore_original(layer: Any, name: str, original: Any) -> None:

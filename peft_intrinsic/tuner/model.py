@@ -27,7 +27,7 @@ from .label_head import LabelHead
 from .layer import IntrinsicLayer
 from .loading import clear_notes
 from .manifest import compute_manifest
-from .merging import find_bias_flags
+from .merging import add_zero_bias, find_bias_flags
 from .names import KEYWORDS, VECTOR, canonical, is_foreign
 from .parametrized import IntrinsicParameters
 from .subspace_files import read_subspace
@@ -229,7 +229,7 @@ class IntrinsicModel(CheckedTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         wanted = (adapter_names or self.active_adapters) if merge else ()
-        flags = find_bias_flags(
+        flags, zeros = find_bias_flags(
             self.model, chain.from_iterable(layer.added_biases(wanted) for layer in self.tuner_layers())
         )
         if merge:
@@ -245,6 +245,8 @@ class IntrinsicModel(CheckedTuner):
             super()._unload_and_optionally_merge(merge, progressbar, adapter_names=adapter_names)
         unwrap(self.model, list(self.vector.in_place))
         remove_vector(self.model)
+        for name in zeros:
+            add_zero_bias(self.model.get_submodule(name.rpartition(".")[0]))
         return self.model
 
     def add_weighted_adapter(

@@ -146,12 +146,20 @@ def test_merge_and_unload_sets_only_the_flags_that_are_needed():
     plain = biased(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]).merge_and_unload()
     assert plain.config.attention_bias
     assert not plain.config.mlp_bias
-    model = biased(target_modules=["q_proj"])  # the flag would add biases to three more layers of each block
-    with pytest.raises(
-        ValueError,
-        match=r"LlamaForCausalLM cannot hold these added biases: model.layers.0.self_attn.q_proj.bias, model",
-    ):
-        model.merge_and_unload()
+
+
+def test_merge_and_unload_fills_other_biases_of_the_flag_with_zeros(tmp_path):
+    """The option of Llama's configuration gives biases to k, v and o too."""
+    model = biased(target_modules=["q_proj"])
+    expected = evaluate(model, "llama")
+    plain = model.merge_and_unload()
+    attention = plain.model.layers[0].self_attn
+    assert attention.q_proj.bias.any()
+    assert not any(layer.bias.any() for layer in (attention.k_proj, attention.v_proj, attention.o_proj))
+    torch.testing.assert_close(evaluate(plain, "llama"), expected, **CLOSE)
+    plain.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(evaluate(loaded, "llama"), expected, **CLOSE)
 
 
 def test_merge_and_unload_raises_where_a_saved_model_would_lose_biases():

@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import batch, build, evaluate, output, train
+from conftest import SIZES, batch, build, evaluate, output, train
 from helpers.oracle import draw
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import MistralConfig, MistralForCausalLM
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig
 from peft_intrinsic.tuner.attention import find_value_biases
@@ -118,17 +119,25 @@ def test_existing_biases_are_adapted_and_merged(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
-def test_merging_raises_where_the_class_cannot_have_the_bias(family):
+def test_a_merged_model_is_saved_with_the_biases_that_its_class_can_have(family, tmp_path):
     model = adapted(family)
     expected = evaluate(model, family)
-    with pytest.raises(
-        ValueError, match=r"cannot hold these added biases: model.layers.0.self_attn.v_proj.bias, model"
-    ):
+    plain = model.merge_and_unload()
+    assert plain.config.attention_bias
+    plain.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(evaluate(loaded, family), expected, **CLOSE)
+
+
+def test_merging_raises_where_the_class_cannot_have_the_bias():
+    model = adapted(base=MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2)).eval())
+    expected = evaluate(model, "llama")
+    with pytest.raises(ValueError, match=r"MistralForCausalLM cannot hold these added biases: model\.layers\.0"):
         model.merge_and_unload()
     model.merge_adapter()
-    torch.testing.assert_close(evaluate(model, family), expected, **CLOSE)
+    torch.testing.assert_close(evaluate(model, "llama"), expected, **CLOSE)
     model.unmerge_adapter()
-    assert torch.equal(evaluate(model, family), expected)
+    assert torch.equal(evaluate(model, "llama"), expected)
 
 
 @pytest.mark.parametrize(
