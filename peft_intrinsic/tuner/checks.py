@@ -48,7 +48,7 @@ def check(config: Any) -> None:
         raise ValueError(f"block_size must be a power of two, got {config.block_size}. Try {below} or {2 * below}.")
     choices = {
         "lambda_granularity": ("layer", "module", "tensor"),
-        "projection": tuple(PROJECTIONS),
+        "projection": (None, *PROJECTIONS),
         "scale": ("fan_in", "isometric"),
         "head": ("subspace", "keep", "labels"),
     }

@@ -25,7 +25,7 @@ SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "
 RESULTS = ("block_size", "reinitialized", "manifest", "subspace_digest", "num_labels", "label_texts", "label_sketch")
 """Options that a model decides: they differ where a configuration is used for another one."""
 
-RESOLVED = ("target_modules", "target_parameters", "modules_to_save", *RESULTS)
+RESOLVED = ("projection", "target_modules", "target_parameters", "modules_to_save", *RESULTS)
 """Options that are resolved for a model when the adapter is attached."""
 
 WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
@@ -71,15 +71,16 @@ class IntrinsicConfig(PeftConfig):
         seed (`int`):
             Seed of the projection, from 0 to 2**63 − 1. The same seed and model give the same P on every device and
             platform.
-        projection (`Literal["fastfood", "global", "dense", "trajectory", "value_bias"]`):
-            How P is computed. `"fastfood"` (section 3.1, Le et al. 2013): each tensor mixes entries of θ of its own.
-            `"global"`: Fastfood over θ as a whole, as in the paper. `"dense"`: a stored Gaussian matrix (Li et al.
-            2018, section 2), for small models. `"trajectory"`: the directions of a fine-tuning run (Zhang et al. 2023)
-            from the file `subspace`, which lists the adapted parameters. d is allocated evenly to its groups: 32
-            directions for each of 12 layers, as in that paper, are `d=32 * 12`. `"value_bias"`: a bias of the values in
-            every attention layer, for decoders, and the task's head. Its directions are those that the layer's output
-            projection reads most, computed from the base weights: a base model that is quantized, or has another
-            dtype, has directions that differ as the weights do.
+        projection (`Optional[Literal["fastfood", "global", "dense", "trajectory", "value_bias"]]`):
+            How P is computed. `None` is `"value_bias"` for decoders that generate text, if no option selects
+            parameters and d does not exceed the number of their values, and `"fastfood"` otherwise. `"fastfood"`
+            (section 3.1, Le et al. 2013): each tensor mixes entries of θ of its own. `"global"`: Fastfood over θ as a
+            whole, as in the paper. `"dense"`: a stored Gaussian matrix (Li et al. 2018, section 2), for small models.
+            `"trajectory"`: the directions of a fine-tuning run (Zhang et al. 2023) from the file `subspace`, which
+            lists the adapted parameters. d is allocated evenly to its groups: 32 directions for each of 12 layers, as
+            in that paper, are `d=32 * 12`. `"value_bias"`: a bias of the values in every attention layer, and the
+            task's head. Its directions are those that the layer's output projection reads most, computed from the base
+            weights: a base model that is quantized, or has another dtype, has directions that differ as the weights do.
         subspace (`Optional[str]`):
             The file that `peft_intrinsic.trajectory.fit_subspace` wrote, for `projection="trajectory"`. The adapter
             stores its path and digest.
@@ -99,7 +100,8 @@ class IntrinsicConfig(PeftConfig):
         target_modules (`Optional[Union[list[str], str]]`):
             The modules to adapt, as in LoRA: name suffixes, a regular expression, or `"all-linear"`.
             `"norms-and-biases"`: norms, biases and the task's head. `"all"`: every parameter, as in the paper. `None`
-            is `"norms-and-biases"`, or `"all"` where those have fewer than d weights.
+            is all value projections under `"value_bias"`, and otherwise `"norms-and-biases"`, or `"all"` where those
+            have fewer than d weights.
         exclude_modules (`Optional[Union[list[str], str]]`):
             The modules to leave unchanged: name suffixes or a regular expression.
         layers_to_transform (`Optional[Union[list[int], int]]`):
@@ -151,8 +153,8 @@ class IntrinsicConfig(PeftConfig):
         default="layer", metadata={"help": "Group of parameters that has one λ."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the projection."})
-    projection: Literal["fastfood", "global", "dense", "trajectory", "value_bias"] = field(
-        default="fastfood", metadata={"help": "How the projection P is computed."}
+    projection: Literal["fastfood", "global", "dense", "trajectory", "value_bias"] | None = field(
+        default=None, metadata={"help": "How the projection P is computed."}
     )
     subspace: str | None = field(default=None, metadata={"help": "File of directions, for 'trajectory'."})
     embed_subspace: bool = field(default=False, metadata={"help": "Save a copy of that file with the adapter."})

@@ -31,7 +31,15 @@ from .merging import add_zero_bias, find_bias_flags
 from .names import KEYWORDS, VECTOR, canonical, is_foreign
 from .parametrized import IntrinsicParameters
 from .subspace_files import read_subspace
-from .targets import default_targets, find_targets, is_head, match_module, outermost_modules, targeted_parameters
+from .targets import (
+    default_projection,
+    default_targets,
+    find_targets,
+    is_head,
+    match_module,
+    outermost_modules,
+    targeted_parameters,
+)
 from .vector import IntrinsicVector
 
 MIN_PRESERVED = 0.95
@@ -131,6 +139,7 @@ class IntrinsicModel(CheckedTuner):
         config = self.peft_config[adapter_name]
         attached = list(self.vector.intrinsic_theta) if hasattr(model, VECTOR) else []
         configs = {name: self.peft_config.get(name, config) for name in attached}
+        config.projection = config.projection or default_projection(model, config)
         config.modules_to_save = outermost_modules(model, config)
         check_adapter_names(model, {**configs, adapter_name: config})
         start = (LabelHead if config.head == "labels" else Reinitialization)(model, config, configs)

@@ -144,6 +144,20 @@ def targeted_parameters(model: nn.Module, config: Any) -> list[str]:
     return [name for name in adaptable if (name in names if exact else is_named(names, name))]
 
 
+def default_projection(model: Any, config: Any) -> str:
+    """The value for `projection=None`: biases of values for decoders, which learn most from them (docs/defaults.md)."""
+    names = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "block_size", "manifest")
+    selected = config.said or config.add_bias or any(getattr(config, name) is not None for name in names)
+    settings = getattr(model, "config", None)
+    if selected or config.task_type not in (None, TaskType.CAUSAL_LM) or not hasattr(settings, "get_text_config"):
+        return "fastfood"
+    generates = getattr(model, "can_generate", lambda: False)() and not settings.is_encoder_decoder
+    if not generates or settings.get_text_config() is not settings:  # of several modalities
+        return "fastfood"
+    values = sum(value.size for value in find_value_biases(model).values())
+    return "value_bias" if config.d <= values else "fastfood"
+
+
 def default_targets(model: nn.Module, config: Any) -> str:
     """The value for `target_modules=None`: norms, biases and head, or all where those have fewer than d weights."""
     sizes = {

@@ -102,7 +102,8 @@ def test_replace_copies_the_options():
 
 
 def test_every_projection_is_a_value_of_the_option():
-    assert get_args(get_type_hints(IntrinsicConfig)["projection"]) == tuple(PROJECTIONS)
+    literal, _ = get_args(get_type_hints(IntrinsicConfig)["projection"])
+    assert get_args(literal) == tuple(PROJECTIONS)
 
 
 def test_fields_that_an_attachment_sets_are_not_options_but_saved_and_loaded(tmp_path):

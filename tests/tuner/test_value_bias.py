@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -248,3 +249,41 @@ def test_rounding_the_base_to_bfloat16_changes_offsets_by_less_than_one_percent(
 def test_copies_of_a_model_have_the_same_offsets():
     model = adapted()
     assert torch.equal(evaluate(copy.deepcopy(model), "llama"), evaluate(model, "llama"))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "projection"),
+    [
+        ("llama", {}, "value_bias"),
+        ("gpt2", {"task_type": "CAUSAL_LM"}, "value_bias"),
+        ("llama", {"d": 24}, "value_bias"),
+        ("llama", {"d": 25}, "fastfood"),  # two layers of 12 values
+        ("llama", {"target_modules": "norms-and-biases"}, "fastfood"),
+        ("llama", {"target_parameters": ["norm.weight"]}, "fastfood"),
+        ("llama", {"said": True}, "fastfood"),
+        ("llama", {"add_bias": True, "target_modules": ["q_proj"]}, "fastfood"),
+        ("bert", {}, "fastfood"),
+        ("t5", {}, "fastfood"),
+        ("custom", {}, "fastfood"),
+    ],
+)
+def test_decoders_get_biases_of_values_by_default(family, options, projection):
+    model = get_peft_model(build(family), IntrinsicConfig(**{"d": D, **options}))
+    assert model.peft_config["default"].projection == projection
+
+
+def test_one_configuration_serves_decoders_and_encoders():
+    config = IntrinsicConfig(d=D)
+    found = [get_peft_model(build(family), config).peft_config["default"] for family in ("llama", "bert", "llama")]
+    assert [each.projection for each in found] == ["value_bias", "fastfood", "value_bias"]
+    assert config.projection == "value_bias"
+
+
+def test_a_saved_configuration_without_a_projection_keeps_the_first_one(tmp_path):
+    model = get_peft_model(build("llama"), IntrinsicConfig(d=D, projection="fastfood", init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert stored.pop("projection") == "fastfood"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
+    loaded = PeftModel.from_pretrained(build("llama"), tmp_path).eval()
+    assert torch.equal(evaluate(loaded, "llama"), evaluate(model, "llama"))
