@@ -19,6 +19,7 @@ from ..projection import PROJECTIONS
 from ..projection.randomness import normals, words
 from .base_model import base_modules
 from .config import IntrinsicConfig
+from .head import count_labels
 from .layer import IntrinsicLayer, Offset
 from .module_types import is_embedding, is_linear, logical_shape
 from .modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicModule
@@ -28,6 +29,9 @@ from .targets import LAMBDA_SCALE, Targeting, identify
 from .vector import IntrinsicVector
 
 logger = logging.getLogger(__name__)
+
+MANY_LABELS, PER_LABEL = 10, 20
+"""Attaching warns if a head for more labels than this starts at random and d is below so many times their number."""
 
 
 def attach(model: nn.Module, adapter: str, targeting: Targeting, config: IntrinsicConfig) -> None:
@@ -39,6 +43,7 @@ def attach(model: nn.Module, adapter: str, targeting: Targeting, config: Intrins
     projections = PROJECTIONS[config.projection](targeting.spec, targeting.shapes)
     if not config.inference_mode:
         _warn_of_running_statistics(model, config)
+        _warn_of_many_labels(count_labels(model, config.task_type) or 0, config)
     if not hasattr(model, VECTOR):
         _add_vector(model)
         _report_unadapted(model, targeting.users, config)
@@ -100,6 +105,18 @@ def _warn_of_running_statistics(model: nn.Module, config: IntrinsicConfig) -> No
             f"{', …' if len(names) > 3 else ''}), which are not part of the adapter: a reloaded adapter uses those of "
             "the base model. Save these modules with the adapter (modules_to_save=[their names]), or keep them in "
             "evaluation mode (module.eval() after each model.train()).",
+            stacklevel=2,
+        )
+
+
+def _warn_of_many_labels(labels: int, config: IntrinsicConfig) -> None:
+    """Warn that few parameters do not train a head for many labels from random values."""
+    new = config.manifest is None and config.head == "subspace" and config.reinitialized
+    if new and labels > MANY_LABELS and config.d < PER_LABEL * labels:
+        warnings.warn(
+            f"d={config.d} is too few for a newly initialized head with {labels} labels: most of them will not be "
+            f"learned. Start the head from the labels' names (head='labels'), or use d ≥ {PER_LABEL * labels} "
+            "(docs/tuner.md, Choosing d).",
             stacklevel=2,
         )
 

@@ -61,7 +61,8 @@ class IntrinsicConfig(PeftConfig):
 
     Args:
         d (`int`):
-            Number of trainable parameters, λ included (section 3: "exactly d parameters").
+            Number of trainable parameters, λ included (section 3: "exactly d parameters"). 200 are enough for a few
+            classes. With dozens of classes use `head="labels"`, or d of 20 and more per class.
         said (`bool`):
             `False` is DID, `W = W0 + P(θ)` (section 3.1). `True` is SAID, `W_l = W0_l + λ_l P_l(θ)` (section 3.2), with
             a trainable scale per layer. d includes the m scales, so that θ has d − m entries.

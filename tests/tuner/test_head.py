@@ -262,3 +262,19 @@ def test_a_loaded_head_on_transformers_ignore_list_keeps_its_values(tmp_path, mo
     base = BertForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(base.classifier.weight, build("bert").classifier.weight)
     assert leaves_unchanged(base.eval(), "bert")
+
+
+@pytest.mark.parametrize(("d", "labels"), [(219, 11), (40, 50)])
+def test_too_few_parameters_for_many_labels_warn(d, labels, tmp_path):
+    build("bert").bert.save_pretrained(tmp_path)
+
+    def attach(d: int, **options) -> None:
+        base = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=labels)
+        get_peft_model(base, IntrinsicConfig(d=d, task_type="SEQ_CLS", **options))
+
+    with pytest.warns(UserWarning, match=f"d={d} is too few for .* {labels} labels: .* or use d ≥ {20 * labels}"):
+        attach(d)
+    attach(20 * labels)  # warnings are errors here
+    attach(d, head="keep")
+    labels = 10
+    attach(d)
