@@ -40,7 +40,7 @@ def attach(model: nn.Module, adapter: str, targeting: Targeting, config: Intrins
     Raises:
         ValueError: a dense projection would be out of proportion to the model.
     """
-    projections = PROJECTIONS[config.projection](targeting.spec, targeting.shapes)
+    projections = PROJECTIONS[str(config.projection)](targeting.spec, targeting.shapes)
     if not config.inference_mode:
         _warn_of_running_statistics(model, config)
         _warn_of_many_labels(count_labels(model, config.task_type) or 0, config)

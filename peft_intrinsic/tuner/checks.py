@@ -73,7 +73,7 @@ def check(config: Any) -> None:
         )
 
 
-def check_choices(config: Any, choices: dict[str, tuple[str, ...]]) -> None:
+def check_choices(config: Any, choices: dict[str, tuple[str | None, ...]]) -> None:
     """Raise ValueError if an option is none of its values."""
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:

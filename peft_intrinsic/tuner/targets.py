@@ -148,7 +148,7 @@ def default_projection(model: Any, config: Any) -> str:
     """The value for `projection=None`: biases of values for decoders, which learn most from them (docs/defaults.md)."""
     names = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "block_size", "manifest")
     selected = config.said or config.add_bias or any(getattr(config, name) is not None for name in names)
-    settings = getattr(model, "config", None)
+    settings: Any = getattr(model, "config", None)
     if selected or config.task_type not in (None, TaskType.CAUSAL_LM) or not hasattr(settings, "get_text_config"):
         return "fastfood"
     generates = getattr(model, "can_generate", lambda: False)() and not settings.is_encoder_decoder
