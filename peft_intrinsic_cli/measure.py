@@ -25,8 +25,8 @@ def add_parsers(commands: Any) -> None:
         "--method",
         default="did",
         choices=METHODS,
-        help="what is trained: the paper's subspaces of all weights (did, said), the subspace of this package (default)"
-        ", or a method of PEFT (default: did)",
+        help="what is trained: the paper's subspaces of all weights (did, said), a subspace of norms and biases "
+        "(default), or a method of PEFT (default: did)",
     )
     _add_options(parser)
     parser = add_command(

@@ -16,7 +16,7 @@ PAPER: dict[str, Any] = {"target_modules": "all", "projection": "global"}
 METHODS: dict[str, str] = {
     "did": "θ spread over all weights",
     "said": "θ spread over all weights, with a learned scale per layer, which d includes",
-    "default": "the default subspace of this package",
+    "default": "θ spread over norms and biases, or over all weights where those have fewer than d",
     "lora": "LoRA of queries and values, with the greatest rank that d allows",
     "unilora": "UniLoRA of queries and values, rank 4",
     "tinylora": "TinyLoRA of queries and values, with as many parameters for each as d allows",
@@ -31,7 +31,8 @@ def build_config(method: str, d: int, seed: int, base: Any, task_type: str, head
         ValueError: d is too small for the method.
     """
     if method in ("did", "said", "default"):
-        where = {} if method == "default" else PAPER
+        # One projection for every d: a decoder's default changes it where d exceeds the number of values.
+        where = {"projection": "fastfood"} if method == "default" else PAPER
         return IntrinsicConfig(d=d, seed=seed, said=method == "said", head=head, task_type=task_type, **where)
     if method == "unilora":
         return UniLoraConfig(r=4, theta_d_length=d, proj_seed=seed)

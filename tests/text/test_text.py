@@ -285,6 +285,12 @@ def test_methods_have_at_most_d_parameters_and_a_frozen_head(method):
             build_config(method, least - 1, 0, base, "SEQ_CLS")
 
 
+def test_default_method_has_the_projection_of_stored_trials_for_decoders():
+    base = build("llama").to("meta")  # --dry-run loads no weights
+    model = get_peft_model(base, build_config("default", 20, 0, base, "CAUSAL_LM"))
+    assert model.peft_config["default"].projection == "fastfood"
+
+
 def test_user_arguments_override_those_of_early_stopping(base, data):
     more = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 20}
     fit = build_fit(base, data, arguments=more, patience=1)
