@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--dataset", help="Hub name, with its configuration after a colon")
     parser.add_argument("--train", help="text file")
     parser.add_argument("--d", type=int, default=1000)
-    parser.add_argument("--targets", help="such as all-linear (default: norms, biases and head)")
+    parser.add_argument("--targets", help="such as all-linear (default: the values of all attention layers)")
     parser.add_argument("--length", type=int, default=128, help="tokens in a block")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=2e-4)

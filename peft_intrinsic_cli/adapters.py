@@ -52,7 +52,8 @@ def _add_train(commands: Any) -> None:
         type=parse_names,
         metavar="MODULE[,MODULE]",
         help="modules to adapt beside the head: names such as query,value, or one of all, all-linear and "
-        "norms-and-biases (default: norms-and-biases, or all where these have fewer than d weights)",
+        "norms-and-biases (default: values in decoders, otherwise norms-and-biases, or all where these have fewer than "
+        "d weights)",
     )
     add = parser.add_argument_group("training").add_argument
     add_learning_rate(add, 2e-4)
