@@ -207,7 +207,7 @@ def value_bias(
         gram = matrix.T @ matrix
         gram = gram * (n / np.trace(gram)) + np.eye(n) / 1024
         columns = np.array([normal(word) for word in words(seed, "frame", name, count * n)]).reshape(count, n).T
-        for power in range(5):
+        for power in range(9):
             columns = gram_schmidt(gram @ columns if power else columns)
         p = np.zeros((d, shape.rows * shape.cols))
         for i in range(count):

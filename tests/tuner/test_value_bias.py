@@ -240,10 +240,10 @@ def test_a_compiled_model_has_the_same_outputs_and_gradients():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_rounding_the_base_to_bfloat16_changes_offsets_by_less_than_one_percent():
+def test_rounding_the_base_to_bfloat16_changes_offsets_by_less_than_three_percent():
     exact, rounded = offsets_of(adapted()), offsets_of(adapted(base=build("llama").bfloat16()))
     for name, offset in exact.items():
-        assert 0 < (rounded[name] - offset).norm() < 0.01 * offset.norm()
+        assert 0 < (rounded[name] - offset).norm() < 0.03 * offset.norm()
 
 
 def test_copies_of_a_model_have_the_same_offsets():
