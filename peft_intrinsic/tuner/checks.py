@@ -21,7 +21,7 @@ MAX_TEXT = 1000
 """Limit of the characters of a label's text."""
 
 SKETCH_SIZE = 8
-"""Number of floats in the sketch of a head."""
+"""Number of floats in the sketch of a head, or of the directions of value biases."""
 
 
 def check(config: Any) -> None:
@@ -114,7 +114,7 @@ def _check_names(config: Any) -> None:
 
 
 def _check_labels(config: Any) -> None:
-    texts, sketch = config.label_texts, config.label_sketch
+    texts = config.label_texts
     if texts is not None and config.head != "labels":
         raise ValueError(f"label_texts={texts!r} needs head='labels', got head={config.head!r}.")
     if texts is not None and not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
@@ -122,9 +122,11 @@ def _check_labels(config: Any) -> None:
     for text in texts or ():
         if not text.strip() or len(text) > MAX_TEXT:
             raise ValueError(f"label_texts must have from 1 to {MAX_TEXT} characters each, got {text[:50]!r}.")
-    numbers = isinstance(sketch, list) and all(isinstance(value, float) and isfinite(value) for value in sketch)
-    if sketch is not None and not (numbers and len(sketch) == SKETCH_SIZE):
-        raise TypeError(f"label_sketch must be None or a list of {SKETCH_SIZE} floats, got {sketch!r}.")
+    for name in ("label_sketch", "value_sketch"):
+        sketch = getattr(config, name)
+        floats = isinstance(sketch, list) and all(isinstance(value, float) and isfinite(value) for value in sketch)
+        if sketch is not None and not (floats and len(sketch) == SKETCH_SIZE):
+            raise TypeError(f"{name} must be None or a list of {SKETCH_SIZE} floats, got {sketch!r}.")
 
 
 def _check_subspace(config: Any) -> None:

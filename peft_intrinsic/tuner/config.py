@@ -22,7 +22,10 @@ from .subspace_files import EMBEDDED, copy_file, find_subspace
 SAME = ("d", "said", "lambda_granularity", "seed", "projection", "block_size", "scale", "algorithm_version")
 """Options that must agree for θ to mean the same in two adapters."""
 
-RESULTS = ("block_size", "reinitialized", "manifest", "subspace_digest", "num_labels", "label_texts", "label_sketch")
+RESULTS = (
+    *("block_size", "reinitialized", "manifest", "subspace_digest", "num_labels"),
+    *("label_texts", "label_sketch", "value_sketch"),
+)
 """Options that a model decides: they differ where a configuration is used for another one."""
 
 RESOLVED = ("projection", "target_modules", "target_parameters", "modules_to_save", *RESULTS)
@@ -81,7 +84,7 @@ class IntrinsicConfig(PeftConfig):
             lists the adapted parameters. d is allocated evenly to its groups: 32 directions for each of 12 layers, as
             in that paper, are `d=32 * 12`. `"value_bias"`: a bias of the values in every attention layer, and the
             task's head. Its directions are those that the layer's output projection reads most, computed from the base
-            weights: a base model that is quantized, or has another dtype, has directions that differ as the weights do.
+            weights. Loading warns where the base model is quantized otherwise than in training.
         subspace (`Optional[str]`):
             The file that `peft_intrinsic.trajectory.fit_subspace` wrote, for `projection="trajectory"`. The adapter
             stores its path and digest.
@@ -193,6 +196,7 @@ class IntrinsicConfig(PeftConfig):
     subspace_digest: str | None = field(kw_only=True, default=None, metadata={"help": "Digest of the subspace file."})
     num_labels: int | None = field(kw_only=True, default=None, metadata={"help": "Labels of the base model's head."})
     label_sketch: list[float] | None = field(kw_only=True, default=None, metadata={"help": "Sketch of the new head."})
+    value_sketch: list[float] | None = field(kw_only=True, default=None, metadata={"help": "Sketch of value biases."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

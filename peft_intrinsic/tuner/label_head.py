@@ -7,7 +7,6 @@ alone: they are computed again when an adapter is loaded, and a sketch of them s
 
 from __future__ import annotations
 
-import math
 import re
 import reprlib
 import warnings
@@ -15,17 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..projection.randomness import normals, words
-from .checks import SKETCH_SIZE
 from .config import IntrinsicConfig
 from .head import LABEL_NOTE, Reinitialization
 from .loading import parameter_at
+from .sketch import compute_sketch, difference
 
 LOGIT_SCALE = 2.0
 """Standard deviation of the head's logits for the labels' own texts."""
@@ -132,7 +129,7 @@ class LabelHead(Reinitialization):
             return super()._has_start(name)
         parameter = parameter_at(self._places[name])
         stored = self._config.label_sketch or []
-        return not parameter.is_meta and _difference(stored, compute_sketch(parameter)) <= MAX_DIFFERENCE
+        return not parameter.is_meta and difference(stored, compute_sketch(parameter)) <= MAX_DIFFERENCE
 
 
 def _label_names(model: Any) -> list[str]:
@@ -253,31 +250,18 @@ def compute_rows(model: Any, layer: nn.Module, tokenizer: Any, texts: Sequence[s
     return rows.float()
 
 
-def compute_sketch(rows: torch.Tensor) -> list[float]:
-    """Fixed random combinations of the rows' entries, which differ by about as much as the rows do."""
-    values = rows.detach().double().cpu().numpy()
-    left, right = (normals(words(0, "sketch", str(n), SKETCH_SIZE * n)).reshape(-1, n) for n in values.shape)
-    return [float(f"{value:.6g}") for value in ((left @ values) * right).sum(1)]
-
-
-def _difference(stored: Sequence[float], here: Sequence[float]) -> float:
-    """Relative difference of two sketches."""
-    difference = np.subtract(stored, here)
-    return float(np.linalg.norm(difference)) / (float(np.linalg.norm(stored)) or math.nan)
-
-
 def _check_sketch(stored: Sequence[float], here: Sequence[float]) -> None:
     """Raise ValueError if a base model, its tokenizer or the texts give other rows than those of a loaded adapter."""
-    difference = _difference(stored, here)
-    if not difference <= MAX_DIFFERENCE:
+    change = difference(stored, here)
+    if not change <= MAX_DIFFERENCE:
         raise ValueError(
             f"The labels' texts give this base model another head than the adapter's (relative difference "
-            f"{difference:.2g}). Load the base model and tokenizer that the adapter was trained on."
+            f"{change:.2g}). Load the base model and tokenizer that the adapter was trained on."
         )
-    if difference > MAX_ROUNDING:
+    if change > MAX_ROUNDING:
         warnings.warn(
             f"The labels' texts give a slightly different head than the adapter's (relative difference "
-            f"{difference:.2g}), as in another dtype or with quantized weights.",
+            f"{change:.2g}), as in another dtype or with quantized weights.",
             stacklevel=2,
         )
 

@@ -109,7 +109,7 @@ def test_every_projection_is_a_value_of_the_option():
 def test_fields_that_an_attachment_sets_are_not_options_but_saved_and_loaded(tmp_path):
     internal = {field.name for field in dataclasses.fields(IntrinsicConfig) if field.kw_only}
     requirements = {"algorithm_version", "requires", "num_labels"}
-    assert internal == {*requirements, "manifest", "checksum", "subspace_digest", "label_sketch"}
+    assert internal == {*requirements, "manifest", "checksum", "subspace_digest", "label_sketch", "value_sketch"}
     with pytest.raises(TypeError, match="manifest"):
         IntrinsicConfig(manifest="a")
     model = get_peft_model(build("bert"), IntrinsicConfig(d=20, task_type="SEQ_CLS"))

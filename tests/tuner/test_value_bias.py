@@ -246,6 +246,26 @@ def test_rounding_the_base_to_bfloat16_changes_offsets_by_less_than_three_percen
         assert 0 < (rounded[name] - offset).norm() < 0.03 * offset.norm()
 
 
+def test_other_directions_than_in_training_raise_or_warn(tmp_path):
+    """A sketch of P is stored, because the directions follow from the base weights."""
+
+    def load(change) -> PeftModel:
+        base = build("llama")
+        for layer in base.model.layers:
+            change(layer.self_attn.o_proj.weight.data)
+        return PeftModel.from_pretrained(base, tmp_path)
+
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    stored = model.peft_config["default"].value_sketch
+    assert load(lambda weight: None).peft_config["default"].value_sketch == stored
+    load(lambda weight: weight.copy_(weight.half()))  # warnings are errors here
+    with pytest.warns(UserWarning, match="other directions .* as where it is quantized"):
+        load(lambda weight: weight.copy_((weight * 128).round() / 128))
+    with pytest.raises(ValueError, match="other directions .* it has other weights. Load the base model that"):
+        load(lambda weight: weight.copy_(weight.flip(1)))
+
+
 def test_copies_of_a_model_have_the_same_offsets():
     model = adapted()
     assert torch.equal(evaluate(copy.deepcopy(model), "llama"), evaluate(model, "llama"))
