@@ -282,24 +282,69 @@ LABELS = {
 """Methods as the plot's legend names them."""
 
 
-def plot(rows: list[Row], path: str) -> None:
-    """Cross-entropy against trainable parameters, each method at its best learning rate: a panel for each task."""
+def summarize(runs: list[Row], name: str) -> tuple[int, float, float, float]:
+    """Return trainable parameters, mean of a measured value over seeds, and the distances to its lowest and highest."""
+    values = [row[name] for row in runs]
+    return runs[0]["numbers"], mean(values), mean(values) - min(values), max(values) - mean(values)
+
+
+def draw(axis: Any, points: list[tuple[int, float, float, float]], **style: Any) -> None:
+    """Draw points with error bars from the lowest to the highest seed, in the order of trainable parameters."""
+    numbers, means, below, above = zip(*sorted(points), strict=True)
+    axis.errorbar(numbers, means, yerr=(below, above), capsize=2, **style)
+
+
+def plot(rows: list[Row], many_classes: list[Row], path: str) -> None:
+    """Draw the quality of methods against trainable parameters, each at its best learning rate: a panel for each task.
+
+    Args:
+        rows: of this benchmark.
+        many_classes: of benchmarks/many_classes.py.
+        path: of the figure.
+    """
     from matplotlib.figure import Figure
 
-    model, tasks = "all-MiniLM-L6-v2", {"sst2": "SST-2", "mrpc": "MRPC"}
-    figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
-    axes = figure.subplots(1, len(tasks))
-    for axis, (task, title) in zip(axes, tasks.items(), strict=True):
-        points = {}
-        for label, run in {**peers(task), **smallest(task)}.items():
-            if best := at_best(run, rows, model):
-                points[label] = best[0]["numbers"], mean(row["loss"] for row in best)
-        for method in ("ours", "unilora", "tinylora"):
-            curve = sorted(point for label, point in points.items() if label.startswith(f"{method} "))
-            axis.plot(*zip(*curve, strict=True), marker="o", label=LABELS[method])
-        for marker, label in zip("oXs^v<>PDd", smallest(task), strict=True):
-            if label in points:
-                axis.plot(*points[label], color="black", linestyle="", marker=marker, label=LABELS[label])
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    axes = list(figure.subplots(2, 2).flat)
+    encoder, decoder = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct"
+    titles = {
+        "sst2": (encoder, "sentiment (SST-2), 2 classes"),
+        "mrpc": (encoder, "paraphrases (MRPC), 2 classes"),
+        "reviews": (decoder, "next word of film reviews, a decoder"),
+    }
+    for axis, (task, (model, title)) in zip(axes, titles.items(), strict=False):
+        ours = "ours, value biases" if task == "reviews" else "ours"
+        methods = peers(task)
+        for method, curve in ((ours, "ours"), ("unilora", "unilora"), ("tinylora", "tinylora")):
+            names = [name for name in methods if name.rpartition(" ")[0] == method]
+            best = [found for name in names if (found := at_best(methods[name], rows, model))]
+            if best:
+                draw(axis, [summarize(found, "loss") for found in best], marker="o", label=LABELS[curve])
+        if task == "reviews" and (norms := at_best(methods["ours 256"], rows, model)):
+            draw(
+                axis, [summarize(norms, "loss")], marker="s", color="C0", linestyle="", label=f"{LABELS['ours']}, norms"
+            )
+        elif task != "reviews":
+            for marker, (label, run) in zip("oXs^v<>PDd", smallest(task).items(), strict=True):
+                if best := at_best(run, rows, model):
+                    style = {"color": "black", "linestyle": "", "marker": marker, "label": LABELS[label]}
+                    draw(axis, [summarize(best, "loss")], **style)
         axis.set(xscale="log", xlabel="trainable parameters", ylabel="cross-entropy (lower is better)", title=title)
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    last = axes[-1]
+    fine = [{**row, "numbers": row["trained"]} for row in many_classes if row["task"] == "fine"]
+    kinds = (("intrinsic", "labels", f"{LABELS['ours']}, head from names"), ("intrinsic", "subspace", LABELS["ours"]))
+    for method, head, label in (*kinds, ("lora", "subspace", "LoRA r=8"), ("head", "subspace", "head alone")):
+        runs = [row for row in fine if (row["method"], row["head"]) == (method, head)]
+        if method != "intrinsic" and runs:  # at the best learning rate on the validation set
+            first = max((row for row in runs if row["seed"] == 0), key=lambda row: row["validation"])
+            runs = [row for row in runs if row["lr"] == first["lr"]]
+        groups = [[row for row in runs if row["numbers"] == n] for n in sorted({row["numbers"] for row in runs})]
+        if groups:
+            draw(last, [summarize(group, "accuracy") for group in groups], marker="o", label=label)
+    for row in fine:
+        if row["method"] == "frozen":
+            last.plot(row["numbers"], row["accuracy"], "k*", label="frozen encoder, logistic regression")
+    last.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy", title="questions (TREC), 50 classes")
+    for axis in axes:
+        axis.legend(fontsize=8)
     figure.savefig(path, dpi=150)

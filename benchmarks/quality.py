@@ -54,6 +54,7 @@ from methods import attach, count_trainable
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 LOCKS: list[FileLock] = []
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
+MANY_CLASSES = RESULTS.with_name("many_classes.jsonl")
 Row = dict[str, Any]
 TASKS: Row = {
     "sst2": {"text": ("sentence",), "train": 4000, "steps": 250, "batch": 32},
@@ -227,7 +228,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if args.action != "run":
-        return (table if args.action == "table" else plot)(read_rows(RESULTS), args.group)
+        rows = read_rows(RESULTS)
+        return table(rows, args.group) if args.action == "table" else plot(rows, read_rows(MANY_CLASSES), args.group)
     torch.set_num_threads(args.threads)
     path = args.model or minilm()
     model = Path(path).name if args.model else "all-MiniLM-L6-v2"
