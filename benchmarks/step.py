@@ -6,12 +6,15 @@
 Models have random weights: small, a 22 M BERT (6 × 384); base, a 110 M BERT (12 × 768); decoder, a 135 M Llama
 (30 × 576, tied). A step is forward, backward and fused AdamW in float32. Encoders classify 16 × 64 tokens, the decoder
 models 8 × 64. "head only" trains the classifier, or the decoder's last norm: its head is tied to the embedding. PEFT's
-own methods train the classifier beside the adapter.
+own methods train the classifier beside the adapter. "directly" trains the same parameters themselves, with the
+classifier and without a projection: norms and biases (BitFit and LayerNorm tuning), or biases of values. No tuner that
+adapts these parameters can be faster.
 
 Prints a table per model, a row per method:
     trained          number of trainable parameters
     attach s, ms     seconds to attach the adapter; a step: median over rounds of a round's median
     ×LoRA, ×full     median over rounds of the ratio to the row "LoRA r=8" or "full" in the same round
+    ×direct          the same to the row that trains the adapted parameters directly
     MB, above        peak resident (cuda: allocated) memory during a step; the same minus that of the bare model
     ×LoRA MB, …      ratios of "above"
 then the targets with the measured values, then the attach test. Every method has its own process. Those of one model
@@ -60,8 +63,15 @@ CONFIGS = {
 }
 ENCODERS = ("small", "base")
 LORA, FULL = "LoRA r=8", "full"
-COLUMNS = ("method", "trained", "attach s", "ms", "×LoRA", "×full", "MB", "above", "×LoRA MB", "×full MB")
-LIMITS = {"norms": ("×LoRA", "0.75", "0.75"), "linear": ("×LoRA", "1.15", "1.10"), "every": ("×full", "0.80", "0.50")}
+DIRECT = {"norms": "norms directly", "values": "values directly"}
+"""Rows that train the parameters directly which rows of this tuner adapt, by the second word of these."""
+COLUMNS = ("method", "trained", "attach s", "ms", "×LoRA", "×full", "×direct", "MB", "above", "×LoRA MB", "×full MB")
+LIMITS = {
+    "values": ("×direct", "1.03", ""),
+    "norms": ("×direct", "1.03", ""),
+    "linear": ("×LoRA", "1.15", "1.10"),
+    "every": ("×full", "0.80", "0.50"),
+}
 TARGETS = ("method", "against", "time", "target", "memory", "target ")
 # Freed buffers go back to the system at once, so that resident memory is memory in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
@@ -69,7 +79,7 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", 
 
 @dataclass(frozen=True)
 class Job:
-    """Settings of one process. `config` is a PEFT configuration class, "head" or "full"."""
+    """Settings of one process. `config` is a PEFT configuration class, "head", "full", or a key of `DIRECT`."""
 
     model: str
     config: Any
@@ -91,6 +101,8 @@ def methods(block_sizes: list[int | None]) -> dict[str, tuple[Any, Row]]:
         "Uni-LoRA r=4 d=256": (UniLoraConfig, linear),
         "TinyLoRA r=2 u=64": (TinyLoraConfig, linear),
     }
+    rows |= {name: (kind, {}) for kind, name in DIRECT.items()}
+    rows["ours values d=200"] = (IntrinsicConfig, {"d": 200, "projection": "value_bias"})
     for size in block_sizes:
         for label, target in (("norms", "norms-and-biases"), ("linear", "all-linear"), ("every", "all")):
             for d in (200, 4096) if label == "norms" else (200, 4096, 65536):
@@ -107,6 +119,16 @@ def attach(model: Any, job: Job) -> Any:
     if job.config == "head":
         model.requires_grad_(False)
         (model.classifier if job.model in ENCODERS else model.model.norm).requires_grad_(True)
+    if job.config in DIRECT:
+        model.requires_grad_(False)
+        if job.model in ENCODERS:
+            model.classifier.requires_grad_(True)
+        for name, module in list(model.named_modules()):
+            if job.config == "values" and name.endswith(("v_proj", "self.value")):
+                module.bias = torch.nn.Parameter(torch.zeros(module.out_features, device=job.device))
+            elif job.config == "norms":
+                for p in module.parameters(recurse=False):
+                    p.requires_grad_(p.dim() < 2)
     return model
 
 
@@ -237,7 +259,8 @@ def measure(jobs: dict[str, Job], repeats: int, steps: int) -> list[Row]:
         if name in live:
             pipe.send(0)
             row["ms"] = statistics.median(times[name] for times in rounds) if rounds else ""
-        for key, other in (("×LoRA", LORA), ("×full", FULL)):
+        direct = DIRECT.get(name.split()[1], "") if name.startswith("ours") else ""
+        for key, other in (("×LoRA", LORA), ("×full", FULL), ("×direct", direct)):
             if name in live and other in live:
                 row[key] = statistics.median(times[name] / times[other] for times in rounds)
                 row[f"{key} MB"] = answer["above"] / started[other][1]["above"]
@@ -258,7 +281,7 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[Row]) -> None:
 
 
 def compare(rows: list[Row]) -> list[Row]:
-    """Compare this tuner with LoRA (norms and biases, linear layers) or full fine-tuning (every parameter)."""
+    """Compare this tuner with direct training (values, norms), LoRA (linear layers) or full fine-tuning (every one)."""
     result = []
     for row in rows:
         key, *limits = next((limit for label, limit in LIMITS.items() if label in row["method"]), LIMITS["every"])
@@ -289,13 +312,14 @@ def main() -> None:
         print_table(title, COLUMNS, measured)
     print_table("targets (for the time of linear layers: at base)", TARGETS, compare(rows))
     jobs = {name: Job("1B", *row, "meta", args.threads) for name, row in methods([None]).items() if "ours" in name}
+    jobs = {name: job for name, job in jobs.items() if "values" not in name}  # these read the weights
     large = measure(jobs, 0, 0)
     print_table(
         "attach to 1 B on the meta device (targets: 2 s, 200 MB)", ("method", "trained", "attach s", "above"), large
     )
     if args.csv:
         with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["model", *COLUMNS, "n/a"])
+            writer = csv.DictWriter(file, ["model", *COLUMNS, "×direct MB", "n/a"])
             writer.writeheader()
             writer.writerows(rows + large)
 
