@@ -202,12 +202,30 @@ def plan(tasks: list[str], seeds: int) -> Iterator[Row]:
             yield from ({**run, "lr": lr, "seed": seed} for lr in ((best,) if seed else rates))
 
 
+def average(rows: list[Row], name: str = "accuracy") -> str:
+    """Mean over seeds, to three digits; empty without rows."""
+    return f"{np.mean([row[name] for row in rows]):.3f}" if rows else ""
+
+
 def table() -> None:
-    """Print the rows as Markdown."""
-    cells = "task", "method", "head", "trained", "lr", "seed", "zero", "validation", "accuracy", "loss"
-    print(f"| {' | '.join(cells)} |\n| {' | '.join(['---'] * len(cells))} |")
-    for row in sorted(read_rows(RESULTS), key=lambda row: (row["task"], row["method"], row["trained"], row["head"])):
-        print(f"| {' | '.join(str(row.get(cell, '')) for cell in cells)} |")
+    """Print mean accuracies as Markdown: a table for each task, and its baselines at their best rate on validation."""
+    for task in TASKS:
+        mine = [row for row in read_rows(RESULTS) if row["task"] == task]
+        seeds = len({row["seed"] for row in mine if row["method"] == "intrinsic"})
+        if not seeds:
+            continue
+        print(f"\n{task}, seeds: {seeds}\n\n| head | untrained | {' | '.join(f'd = {d}' for d in sorted(DIMS))} |")
+        print(f"| {' | '.join(['---'] * (len(DIMS) + 2))} |")
+        for head in ("labels", "subspace", "random", "exchanged"):
+            if runs := [row for row in mine if (row["method"], row["head"]) == ("intrinsic", head)]:
+                cells = [average([row for row in runs if row["d"] == d]) for d in sorted(DIMS)]
+                print(f"| {' | '.join([head, average(runs, 'zero'), *cells])} |")
+        for method, head in product(("frozen", *RATES), ("none", "subspace", "labels")):
+            runs = [row for row in mine if (row["method"], row["head"]) == (method, head)]
+            if first := max(runs, key=lambda row: row["validation"] - row["seed"], default=None):
+                best = [row for row in runs if row.get("lr") == first.get("lr")]
+                rate = f", lr {first['lr']:g}" if "lr" in first else ""
+                print(f"{method}, head {head}{rate}: {average(best)} with {first['trained']} trained weights")
 
 
 def main() -> None:

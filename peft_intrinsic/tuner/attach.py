@@ -139,9 +139,9 @@ def _warn_of_many_labels(labels: int, config: IntrinsicConfig) -> None:
     new = config.manifest is None and config.head == "subspace" and config.reinitialized
     if new and labels > MANY_LABELS and config.d < PER_LABEL * labels:
         warnings.warn(
-            f"d={config.d} is too few for a newly initialized head with {labels} labels: most of them will not be "
-            f"learned. Start the head from the labels' names (head='labels'), or use d ≥ {PER_LABEL * labels} "
-            "(docs/tuner.md, Choosing d).",
+            f"d={config.d} is little for a newly initialized head with {labels} labels, most of which it will not "
+            "learn. Start the head from the labels' names (head='labels'), or use more parameters: from "
+            f"d = {PER_LABEL * labels} about half were learned in our measurements (docs/tuner.md, Choosing d).",
             stacklevel=2,
         )
 
