@@ -25,9 +25,10 @@ SCALES = ("fan_in", "isometric")
 HEADS = ("subspace", "keep")
 TARGETS = ("norms-and-biases", "all")
 TASKS = (None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+SINCE_2 = ("label_texts", "label_sketch", "value_sketch")
 RARE = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
-    *("label_texts", "label_sketch"),  # since version 2, with head="labels"
+    *SINCE_2,
 )
 """Options that the file has in JSON unless they are `None`."""
 
@@ -80,6 +81,7 @@ class PackedAdapter:
         """
         options = self.options
         labels = options["label_texts"] is not None  # and so head="labels"
+        new = options["projection"] == "value_bias" or any(options[name] is not None for name in SINCE_2)
         target = options["target_modules"]
         flags = (
             options["said"]
@@ -101,7 +103,7 @@ class PackedAdapter:
         return b"".join(
             (
                 MAGIC,
-                bytes([2 if labels or options["projection"] == "value_bias" else 1]),
+                bytes([2 if new else 1]),
                 *(wire.write_varint(value) for value in (self.algorithm, self.d, self.seed)),
                 bytes([flags, sizes, TASKS.index(options["task_type"])]),
                 wire.write_text(others),

@@ -25,15 +25,17 @@ from .module_types import is_embedding, is_linear, logical_shape
 from .modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicModule
 from .names import VECTOR, canonical, is_inside
 from .parametrized import IntrinsicParameters
-from .sketch import difference, sketch_projections
+from .sketch import check_sketch, sketch_projections
 from .targets import LAMBDA_SCALE, Targeting, identify
 from .vector import IntrinsicVector
 
 logger = logging.getLogger(__name__)
 
-OTHER_MODEL, ROUNDING = 0.8, 0.03
-"""Relative differences of sketches: above the first attaching a saved adapter raises an error, above the second it
-warns. SmolLM2-135M, d = 240 and 5,760: 0.003 and 0.009 in bfloat16, 0.02 and 0.06 in 8 bits, 0.2 and 0.5 in NF4."""
+LIMITS = 0.03, 0.8
+"""Relative differences of sketches above which attaching a saved adapter warns, and above which it raises an error.
+
+SmolLM2-135M, d = 240 and 5,760: 0.003 and 0.009 in bfloat16, 0.02 and 0.06 in 8 bits, 0.2 and 0.5 in NF4.
+"""
 
 MANY_LABELS, PER_LABEL = 10, 20
 """Attaching warns if a head for more labels than this starts at random and d is below so many times their number."""
@@ -49,7 +51,8 @@ def attach(model: nn.Module, adapter: str, targeting: Targeting, config: Intrins
     projections = PROJECTIONS[str(config.projection)](targeting.spec, targeting.shapes)
     if values := [projection for name, projection in projections.items() if name in targeting.spec.values]:
         sketch = sketch_projections(values, targeting.spec.d)
-        config.value_sketch = _check_directions(config.value_sketch, sketch)
+        check_sketch(config, "value_sketch", sketch, LIMITS, "The directions of value biases")
+        config.value_sketch = sketch
     if not config.inference_mode:
         _warn_of_running_statistics(model, config)
         _warn_of_many_labels(count_labels(model, config.task_type) or 0, config)
@@ -77,22 +80,6 @@ def attach(model: nn.Module, adapter: str, targeting: Targeting, config: Intrins
     module, own = next(iter(targeting.users.values()))[0]
     like = next(p for p in (module._parameters.get(own), *module.parameters(), *module.buffers()) if p is not None)
     vector.add(adapter, theta, np.ones(len(set(targeting.groups.values()))) / LAMBDA_SCALE[config.scale], like)
-
-
-def _check_directions(stored: list[float] | None, here: list[float]) -> list[float]:
-    """Compare the sketch of the directions of value biases with that of a saved adapter. Returns the one to store."""
-    if stored is None:
-        return here
-    change = difference(stored, here)
-    message = (
-        f"The base model gives value biases other directions than those that the adapter was trained with (relative "
-        f"difference {change:.2g})"
-    )
-    if not change <= OTHER_MODEL:
-        raise ValueError(f"{message}: it has other weights. Load the base model that the adapter was trained on.")
-    if change > ROUNDING:
-        warnings.warn(f"{message}, as where it is quantized. Load it in the same precision.", stacklevel=2)
-    return stored
 
 
 def _is_split(model: nn.Module, module: nn.Module, name: str) -> bool:

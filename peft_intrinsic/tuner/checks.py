@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from math import isfinite
 from numbers import Integral
 from typing import Any
@@ -116,9 +117,11 @@ def _check_names(config: Any) -> None:
 def _check_labels(config: Any) -> None:
     texts = config.label_texts
     if texts is not None and config.head != "labels":
-        raise ValueError(f"label_texts={texts!r} needs head='labels', got head={config.head!r}.")
+        raise ValueError(f"label_texts={reprlib.repr(texts)} needs head='labels', got head={config.head!r}.")
     if texts is not None and not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
-        raise TypeError(f"label_texts must be None or a list of strings, got {texts!r}.")
+        raise TypeError(f"label_texts must be None or a list of strings, got {reprlib.repr(texts)}.")
+    if len(texts or ()) > LABELS:
+        raise ValueError(f"label_texts must be at most {LABELS} texts, got {len(texts)}.")
     for text in texts or ():
         if not text.strip() or len(text) > MAX_TEXT:
             raise ValueError(f"label_texts must have from 1 to {MAX_TEXT} characters each, got {text[:50]!r}.")

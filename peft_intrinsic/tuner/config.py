@@ -247,6 +247,11 @@ class IntrinsicConfig(PeftConfig):
         ]
 
     @property
+    def is_saved(self) -> bool:
+        """Whether an adapter of this configuration is loaded: its base model must be that of the training."""
+        return self.manifest is not None and (self.checksum is not None or bool(self.inference_mode))
+
+    @property
     def full_modules(self) -> list[str] | None:
         """`modules_to_save` as the user passed it, each name once: PEFT adds heads at every use."""
         names = self.modules_to_save

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import reprlib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,13 +21,13 @@ from torch import nn
 from .config import IntrinsicConfig
 from .head import LABEL_NOTE, Reinitialization
 from .loading import parameter_at
-from .sketch import compute_sketch, difference
+from .sketch import check_sketch, compute_sketch, difference
 
 LOGIT_SCALE = 2.0
 """Standard deviation of the head's logits for the labels' own texts."""
 
-MAX_DIFFERENCE, MAX_ROUNDING = 0.1, 1e-3
-"""Relative differences of sketches: above the first loading raises an error, above the second it warns.
+LIMITS = 1e-3, 0.1
+"""Relative differences of sketches above which loading warns, and above which it raises an error.
 
 Measured on all-MiniLM-L6-v2 for four sets of texts: 0.003 in float16, 0.012 to 0.023 in bfloat16, 0.011 to 0.034 with
 weights rounded to 8 bits, 0.25 to 0.67 to 4 bits; 0.21 to 0.80 for texts with an article before them.
@@ -68,16 +67,18 @@ class LabelHead(Reinitialization):
         _check_texts(model, self.texts)
         super().__init__(model, config, attached)
         if (output := self._find_output(self.names)) is None:
+            whole = f" and not in modules_to_save={config.full_modules}" if config.full_modules else ""
             raise ValueError(
-                f"head='labels' needs a classification head for num_labels={len(self.texts)} that is missing from the "
-                "checkpoint, and this model has none. Pass head='subspace' to train the head that it has."
+                f"head='labels' needs a linear head for num_labels={len(self.texts)} that is missing from the "
+                f"checkpoint{whole}, and {type(model).__name__} has none. Load the model with the class for "
+                "classification, or pass head='subspace' to train the head that it has."
             )
         self.output, module = output, self._places[output][0]
         others = [other for other in attached.values() if output in (other.reinitialized or ())]
         if others:
             self.sketch = others[0].label_sketch or []
-        elif output not in self.pending:  # `_has_start` compared the weight
-            self.sketch = config.label_sketch or []
+        elif output not in self.pending:  # the base was saved with these rows
+            self.sketch = compute_sketch(parameter_at(self._places[output]))
         elif note and note[0] == output:
             if note[1] != self.texts:
                 raise ValueError(
@@ -89,8 +90,7 @@ class LabelHead(Reinitialization):
             with self._other_values():
                 self._rows = compute_rows(model, module, tokenizer or _load_tokenizer(model), self.texts)
             self.sketch = compute_sketch(self._rows)
-        if config.label_sketch is not None:
-            _check_sketch(config.label_sketch, self.sketch)
+        check_sketch(config, "label_sketch", self.sketch, LIMITS, "The rows of the head from the labels' texts")
 
     def _find_output(self, names: Sequence[str]) -> str | None:
         """Name of the weight of the last linear layer with an output per label, among newly initialized parameters."""
@@ -124,12 +124,11 @@ class LabelHead(Reinitialization):
         return super()._start(name)
 
     def _has_start(self, name: str) -> bool:
-        self.output = self._find_output(self._config.reinitialized or ()) or ""
-        if name != self.output:
+        if name != self._find_output(self._config.reinitialized or ()):
             return super()._has_start(name)
         parameter = parameter_at(self._places[name])
-        stored = self._config.label_sketch or []
-        return not parameter.is_meta and difference(stored, compute_sketch(parameter)) <= MAX_DIFFERENCE
+        stored = self._config.label_sketch
+        return bool(stored) and not parameter.is_meta and difference(stored, compute_sketch(parameter)) <= LIMITS[1]
 
 
 def _label_names(model: Any) -> list[str]:
@@ -248,22 +247,6 @@ def compute_rows(model: Any, layer: nn.Module, tokenizer: Any, texts: Sequence[s
     if not torch.isfinite(rows).all():
         raise ValueError("label_texts: the model has the same, or infinite, features for all texts. Pass other texts.")
     return rows.float()
-
-
-def _check_sketch(stored: Sequence[float], here: Sequence[float]) -> None:
-    """Raise ValueError if a base model, its tokenizer or the texts give other rows than those of a loaded adapter."""
-    change = difference(stored, here)
-    if not change <= MAX_DIFFERENCE:
-        raise ValueError(
-            f"The labels' texts give this base model another head than the adapter's (relative difference "
-            f"{change:.2g}). Load the base model and tokenizer that the adapter was trained on."
-        )
-    if change > MAX_ROUNDING:
-        warnings.warn(
-            f"The labels' texts give a slightly different head than the adapter's (relative difference "
-            f"{change:.2g}), as in another dtype or with quantized weights.",
-            stacklevel=2,
-        )
 
 
 def init_head_from_labels(model: nn.Module, tokenizer: Any, label_texts: Sequence[str] | None = None) -> None:

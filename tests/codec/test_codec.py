@@ -26,7 +26,6 @@ NOT_STORED = {
     "auto_mapping": "class of the base model",
     "base_model_name_or_path": "stored as a name; the caller passes the base model",
     "revision": "replaced by the digest of the base model",
-    "value_sketch": "likewise",
     "inference_mode": "true after loading",
     "init_weights": "only matters for training",
     "ensemble": "likewise",

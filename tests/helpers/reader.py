@@ -21,7 +21,7 @@ HEADS = ["subspace", "keep"]
 TARGETS = ["norms-and-biases", "all"]
 TASKS = [None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 OTHERS = ["exclude_modules", "layers_pattern", "layers_to_transform", "target_modules", "target_parameters"]
-SINCE_2 = ["label_sketch", "label_texts"]
+SINCE_2 = ["label_sketch", "label_texts", "value_sketch"]
 
 
 def demand(condition: bool, what: str) -> None:
@@ -154,7 +154,7 @@ def read_head(cursor: Cursor) -> dict[str, Any]:
     if others["label_texts"] is not None:
         demand(fields["head"] == "subspace", "two heads")
         fields["head"] = "labels"
-    new = fields["head"] == "labels" or fields["projection"] == "value_bias"
+    new = fields["projection"] == "value_bias" or any(others[name] is not None for name in SINCE_2)
     demand(version == 1 + new, "not the lowest version that can hold it")
     length = cursor.number()
     demand(length <= 255, "base name too long")

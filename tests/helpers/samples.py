@@ -32,6 +32,7 @@ PLAIN: dict[str, Any] = {
     "target_parameters": None,
     "label_texts": None,
     "label_sketch": None,
+    "value_sketch": None,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig
+from peft_intrinsic.codec import compress, load_packed
 from peft_intrinsic.tuner.attention import find_value_biases
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -260,9 +262,9 @@ def test_other_directions_than_in_training_raise_or_warn(tmp_path):
     stored = model.peft_config["default"].value_sketch
     assert load(lambda weight: None).peft_config["default"].value_sketch == stored
     load(lambda weight: weight.copy_(weight.half()))  # warnings are errors here
-    with pytest.warns(UserWarning, match="other directions .* as where it is quantized"):
+    with pytest.warns(UserWarning, match=r"directions .* differ from those in training .* as where it is quantized"):
         load(lambda weight: weight.copy_((weight * 128).round() / 128))
-    with pytest.raises(ValueError, match=r"other directions .* it has other weights\. Load the base model that"):
+    with pytest.raises(ValueError, match=r"directions .* differ .* it has other weights, or another tokenizer\. Load"):
         load(lambda weight: weight.copy_(weight.flip(1)))
 
 
@@ -307,3 +309,28 @@ def test_a_saved_configuration_without_a_projection_keeps_the_first_one(tmp_path
     (tmp_path / "adapter_config.json").write_text(json.dumps(stored))
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path).eval()
     assert torch.equal(evaluate(loaded, "llama"), evaluate(model, "llama"))
+
+
+def test_a_seed_can_be_replaced_in_a_configuration_that_was_used():
+    config = IntrinsicConfig(d=D)
+    get_peft_model(build("llama"), config)
+    model = get_peft_model(build("llama"), replace(config, seed=3))
+    plain = get_peft_model(build("llama"), IntrinsicConfig(d=D, seed=3))
+    assert model.peft_config["default"].value_sketch == plain.peft_config["default"].value_sketch
+
+
+def test_a_saved_adapter_without_a_sketch_raises(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**stored, "value_sketch": None}))
+    with pytest.raises(ValueError, match="lacks value_sketch, so it is damaged"):
+        PeftModel.from_pretrained(build("llama"), tmp_path)
+
+
+def test_a_packed_adapter_is_compared_with_a_base_that_is_not_checked():
+    data = compress(adapted(), 20)
+    base = build("llama")
+    for layer in base.model.layers:
+        layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight.data.flip(1)
+    with pytest.raises(ValueError, match="directions of value biases of this base model differ"):
+        load_packed(base, data, check_base=False)
