@@ -208,7 +208,7 @@ def average(rows: list[Row], name: str = "accuracy") -> str:
 
 
 def table() -> None:
-    """Print mean accuracies as Markdown: a table for each task, and its baselines at their best rate on validation."""
+    """Print mean accuracies as Markdown: a table for each task, and its baselines at their best learning rate."""
     for task in TASKS:
         mine = [row for row in read_rows(RESULTS) if row["task"] == task]
         seeds = len({row["seed"] for row in mine if row["method"] == "intrinsic"})

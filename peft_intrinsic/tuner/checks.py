@@ -120,7 +120,7 @@ def _check_labels(config: Any) -> None:
         raise ValueError(f"label_texts={reprlib.repr(texts)} needs head='labels', got head={config.head!r}.")
     if texts is not None and not (isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
         raise TypeError(f"label_texts must be None or a list of strings, got {reprlib.repr(texts)}.")
-    if len(texts or ()) > LABELS:
+    if texts is not None and len(texts) > LABELS:
         raise ValueError(f"label_texts must be at most {LABELS} texts, got {len(texts)}.")
     for text in texts or ():
         if not text.strip() or len(text) > MAX_TEXT:

@@ -127,8 +127,9 @@ class LabelHead(Reinitialization):
         if name != self._find_output(self._config.reinitialized or ()):
             return super()._has_start(name)
         parameter = parameter_at(self._places[name])
-        stored = self._config.label_sketch
-        return bool(stored) and not parameter.is_meta and difference(stored, compute_sketch(parameter)) <= LIMITS[1]
+        if parameter.is_meta or not (stored := self._config.label_sketch):
+            return False
+        return difference(stored, compute_sketch(parameter)) <= LIMITS[1]
 
 
 def _label_names(model: Any) -> list[str]:
