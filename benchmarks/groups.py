@@ -90,13 +90,7 @@ def places(task: str) -> list[Row]:
     return [plan(task, d, **c) for c in ({}, {"target_modules": "all"}) for d in (1024, 4096, 16384)]
 
 
-def values(task: str) -> list[Row]:
-    """Runs with biases of value projections, for several d and learning rates."""
-    first = [plan(task, 256, lr, projection="value_bias") for lr in (2e-4, 1e-4, 4e-4)]
-    return [*first, *(plan(task, d, lr, projection="value_bias") for d in (4096, 16) for lr in (2e-4, 1e-4, 4e-4))]
-
-
-OWN = {"rates": rates, "sizes": sizes, "places": places, "values": values}
+OWN = {"rates": rates, "sizes": sizes, "places": places}
 
 
 def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
@@ -204,7 +198,7 @@ def list_runs(name: str, rows: list[Row], model: str) -> list[Row]:
         return sorted(runs, key=lambda run: run["seed"])
     if kind not in OWN:
         raise SystemExit(
-            f"Unknown group {name!r}. Use values, rates, sizes, places, peers, free or smallest, a dash, and the task."
+            f"Unknown group {name!r}. Use rates, sizes, places, peers, free or smallest, a dash, and the task."
         )
     return OWN[kind](task)
 
