@@ -90,7 +90,14 @@ def places(task: str) -> list[Row]:
     return [plan(task, d, **c) for c in ({}, {"target_modules": "all"}) for d in (1024, 4096, 16384)]
 
 
-OWN = {"rates": rates, "sizes": sizes, "places": places}
+def heads(task: str) -> list[Row]:
+    """Runs that start the head from the labels' names, beside those of `peers`, which start it from a fixed seed."""
+    texts = {"sst2": ["negative", "positive"], "mrpc": ["not equivalent", "equivalent"]}[task]
+    labels: Row = {"head": "labels", "label_texts": texts}
+    return [plan(task, d, seed=seed, **labels) for seed in range(3) for d in (64, 256, 1024)]
+
+
+OWN = {"rates": rates, "sizes": sizes, "places": places, "heads": heads}
 
 
 def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
@@ -198,7 +205,7 @@ def list_runs(name: str, rows: list[Row], model: str) -> list[Row]:
         return sorted(runs, key=lambda run: run["seed"])
     if kind not in OWN:
         raise SystemExit(
-            f"Unknown group {name!r}. Use rates, sizes, places, peers, free or smallest, a dash, and the task."
+            f"Unknown group {name!r}. Use heads, rates, sizes, places, peers, free or smallest, a dash, and the task."
         )
     return OWN[kind](task)
 

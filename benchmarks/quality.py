@@ -4,9 +4,9 @@
     python benchmarks/quality.py table GROUP
     python benchmarks/quality.py plot FILE.png
 
-A group is rates, sizes, places, peers, free or smallest, a dash, and a task: benchmarks/groups.py lists its runs. Each
-run appends one JSON line to benchmarks/results/quality.jsonl. Stored runs are skipped, so an interrupted group resumes.
-Several processes can work on one group.
+A group is heads, rates, sizes, places, peers, free or smallest, a dash, and a task: benchmarks/groups.py lists its
+runs. Each run appends one JSON line to benchmarks/results/quality.jsonl. Stored runs are skipped, so an interrupted
+group resumes. Several processes can work on one group.
 
 Protocol: AdamW without weight decay, Trainer's default schedule (linear decay, no warm-up), dropout on, batches of
 sentences of about the same length, bfloat16 autocast, on the accelerator where there is one (rows without "device" are
