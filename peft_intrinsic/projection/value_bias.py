@@ -55,7 +55,8 @@ def build_value_bias(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
     """Build projections of the biases in `spec.values`, and Fastfood projections of the other parameters (a head).
 
     Raises:
-        ValueError: d exceeds the number of weights. Of a bias, only the entries that belong to values count.
+        ValueError: d exceeds the number of weights, of which a bias has those entries that belong to values; or no bias
+            has an effect, because base weights are zero.
     """
     values = {name: spec.values[name] for name in shapes if name in spec.values}
     sizes = {name: Shape(values[name].size, 1, "bias") if name in values else shapes[name] for name in shapes}
@@ -66,12 +67,14 @@ def build_value_bias(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
     rest = {name: shape for name, shape in shapes.items() if name not in values}
     others = build_fastfood(spec, rest, coordinates) if rest else {}
     result: dict[str, TensorProjection] = {}
+    zero = []
     for name, shape in shapes.items():
         if name not in values:
             result[name] = others[name]
             continue
         (first, count), value = coordinates[name], values[name]
         matrix, scale = value.read()
+        zero += [name] if not matrix.any() or (spec.scale == "fan_in" and not scale) else []
         start = normals(words(spec.seed, "frame", name, count * value.size)).reshape(count, value.size).T
         directions = find_directions(matrix, start)
         if spec.scale == "isometric":
@@ -81,4 +84,9 @@ def build_value_bias(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
         rows = np.zeros((shape.size, count), np.float32)
         rows[value.first : value.first + value.size] = spec.factor * directions
         result[name] = DenseTensor(shape.rows, shape.cols, torch.from_numpy(rows), first)
+    if zero and len(zero) == len(values):
+        raise ValueError(
+            f"θ has no effect: the weights of values or outputs of all attention layers are zero ({', '.join(zero)}). "
+            "Load a base model with pretrained weights, or use projection='fastfood'."
+        )
     return result

@@ -32,17 +32,10 @@ NORMS = ("input_layernorm", "ln_1")
 def find_value_biases(model: nn.Module) -> dict[str, ValueBias]:
     """Find the value projections of attention layers by the names of their biases, whether they have one or not.
 
-    Their weights are read later, by `ValueBias.read`.
-
-    Raises:
-        ValueError: an adapter is merged, which changes these weights.
+    Their weights are read later, by `ValueBias.read`. Attention to an encoder counts only where the model has one.
     """
-    if any(getattr(module, "merged_adapters", None) for module in model.modules()):
-        raise ValueError(
-            "projection='value_bias' reads the weights of the base model, but an adapter is merged into them. Call "
-            "unmerge_adapter() first."
-        )
     modules = dict(base_modules(model))
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", True)
 
     def find(parent: str, names: Iterable[str]) -> str | None:
         return next((name for each in names if (name := f"{parent}.{each}".lstrip(".")) in modules), None)
@@ -52,7 +45,9 @@ def find_value_biases(model: nn.Module) -> dict[str, ValueBias]:
         own = next((own for own in OUTPUTS if f".{name}".endswith(f".{own}")), "")
         attention, fused = name.removesuffix(own).rstrip("."), own == "c_attn"
         output = find(attention, OUTPUTS.get(own, ()))
-        if output is None or fused != isinstance(value, Conv1D):
+        block, _, layer = attention.rpartition(".")
+        crosses = "cross" in layer or layer in ("encoder_attn", "EncDecAttention")
+        if output is None or fused != isinstance(value, Conv1D) or (crosses and not encodes):
             continue
         if not (is_linear(value) and is_linear(modules[output])):
             continue
@@ -61,8 +56,7 @@ def find_value_biases(model: nn.Module) -> dict[str, ValueBias]:
         head = size if read == size else getattr(modules[attention], "head_dim", None)
         if not head or size % head or read % size:  # the values do not reach the output as they are
             continue
-        block, _, own = attention.rpartition(".")
-        norm = None if "cross" in own else find(block, NORMS)  # there it computes the input of the queries
+        norm = None if crosses else find(block, NORMS)  # there it computes the input of the queries
         read_all = partial(_read, model, modules, name, output, norm, size, head)
         result[f"{name}.bias"] = ValueBias(rows - size, size, read_all)
     return result
@@ -75,7 +69,17 @@ def _read(
 
     Query heads that use the values of the same head are summed. The size is half the root mean square of the values of
     inputs with independent entries of variance one before the gain of the norm.
+
+    Raises:
+        ValueError: an adapter is merged into these weights, or they have no finite values here.
     """
+    merged = [layer.get_base_layer() for layer in model.modules() if getattr(layer, "merged_adapters", None)]
+    for key in (output, name, norm):
+        if key and any(modules[key] is base for base in merged):
+            raise ValueError(
+                f"projection='value_bias' reads the weights of {key}, but an adapter is merged into them. Call "
+                "unmerge_adapter() first, or use projection='fastfood'."
+            )
     read, weight = (_read_weight(model, key, modules[key]) for key in (output, name))
     summed = read.reshape(len(read), size // head, -1, head).sum(2).reshape(len(read), size)
     weight = weight[-size:] * (_read_gain(norm, modules[norm]) if norm and is_norm(modules[norm]) else 1.0)
@@ -108,21 +112,25 @@ def _to_double(name: str, data: Any) -> torch.Tensor:
     """Copy values to the CPU, in float64.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or not all are finite.
     """
-    if type(data) is not torch.Tensor or data.is_meta:
+    if type(data) is not torch.Tensor or data.is_meta or not data.numel():  # ZeRO-3 leaves empty ones
         raise ValueError(
             f"projection='value_bias' needs the values of {name}, but they are on the meta device, split over devices, "
-            "or quantized in a way that PEFT cannot undo. Load the whole base model, or choose another projection."
+            "or quantized in a way that PEFT cannot undo. Load the whole base model, or use projection='fastfood'."
         )
-    return data.detach().to("cpu", torch.float64)
+    values = data.detach().to("cpu", torch.float64)
+    if not values.isfinite().all():
+        raise ValueError(f"{name} contains values that are not finite. Load a base model without them.")
+    return values
 
 
 def _read_gain(name: str, norm: Any) -> Any:
     """Measure by how much a norm multiplies each entry, up to the sign: `float64[hidden]`, or 1 without parameters.
 
     Its class decides whether that is the weight, or the weight plus one as in Gemma. It is applied without its adapters
-    to a vector of ±1 and to its negative, so that the bias of the norm cancels.
+    to a vector of ±1 and to its negative, so that the bias of the norm cancels. If the class runs
+    on GPUs alone, its weight is returned.
     """
     present = [own for own, parameter in norm._parameters.items() if parameter is not None]
     values = {own: _to_double(f"{name}.{own}", _stored(norm, own)) for own in present}
@@ -133,4 +141,7 @@ def _read_gain(name: str, norm: Any) -> Any:
     x = torch.ones(len(values[present[0]]), dtype=torch.float64, device="cpu")
     x[1::2] = -1
     forward = type(plain).forward
-    return ((forward(plain, x) - forward(plain, -x)) / 2).numpy()
+    try:
+        return ((forward(plain, x) - forward(plain, -x)) / 2).numpy()
+    except Exception:  # from any kernel
+        return values["weight"].numpy() if "weight" in values else 1.0

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload
-from conftest import SIZES, batch, build, evaluate, output, train
+from conftest import SIZES, TWO_STACKS, batch, build, evaluate, output, train
 from helpers.oracle import draw
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -33,6 +34,12 @@ FIRST = {
 
 MECHANICS = ["llama", "qwen2", "gemma", "gpt2"]
 D = 20
+
+
+def mistral() -> nn.Module:
+    """A decoder whose class has no biases of values."""
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2)).eval()
 
 
 def adapted(family: str = "llama", base: nn.Module | None = None, **options) -> PeftModel:
@@ -133,9 +140,10 @@ def test_a_merged_model_is_saved_with_the_biases_that_its_class_can_have(family,
 
 
 def test_merging_raises_where_the_class_cannot_have_the_bias():
-    model = adapted(base=MistralForCausalLM(MistralConfig(**SIZES, num_key_value_heads=2)).eval())
+    model = adapted(base=mistral())
     expected = evaluate(model, "llama")
-    with pytest.raises(ValueError, match=r"MistralForCausalLM cannot hold these added biases: model\.layers\.0"):
+    error = r"MistralForCausalLM cannot hold these added biases: model\.layers\.0"
+    with pytest.raises(ValueError, match=error):
         model.merge_and_unload()
     model.merge_adapter()
     torch.testing.assert_close(evaluate(model, "llama"), expected, **CLOSE)
@@ -202,18 +210,93 @@ def test_another_adapter_does_not_change_the_directions():
     assert all(torch.equal(actual[name], offset) for name, offset in expected.items())
     model.set_adapter("default")
     model.merge_adapter()
-    with pytest.raises(ValueError, match="an adapter is merged into them"):
-        model.add_adapter("third", IntrinsicConfig(d=D, projection="value_bias"))
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="Unmerging the model first"):  # PEFT
+        model.add_adapter("third", IntrinsicConfig(d=D, seed=1, projection="value_bias", init_weights=False))
+    model.set_adapter("third")
+    actual = offsets_of(model)
+    assert all(torch.equal(actual[name], offset) for name, offset in offsets_of(adapted(seed=1)).items())
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_default_can_be_added_beside_a_merged_adapter(family):
+    model = get_peft_model(build(family), IntrinsicConfig(d=50, target_modules="all", init_weights=False))
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):  # PEFT
+        model.add_adapter("second", IntrinsicConfig(d=200))
+    assert model.peft_config["second"].projection == "fastfood"
+
+
+def test_weights_with_a_merged_lora_raise_only_where_they_are_read():
+    def read(target: str) -> tuple:
+        model = get_peft_model(build("llama"), LoraConfig(target_modules=[target]))
+        model.merge_adapter()
+        return find_value_biases(model.get_base_model())["model.layers.1.self_attn.v_proj.bias"].read()
+
+    assert read("q_proj")[1] > 0
+    error = r"reads the weights of model\.layers\.1\.self_attn\.o_proj, but an adapter is merged"
+    with pytest.raises(ValueError, match=error):
+        read("o_proj")
 
 
 def test_weights_without_values_raise_and_offloaded_ones_are_read():
     with torch.device("meta"):
         base = build("llama")
-    with pytest.raises(ValueError, match=r"needs the values of model.layers.0.self_attn.o_proj.weight, but"):
+    error = r"needs the values of model.layers.0.self_attn.o_proj.weight, but .*, or use projection='fastfood'"
+    with pytest.raises(ValueError, match=error):
+        adapted(base=base)
+    base = build("llama")
+    base.model.layers[0].self_attn.o_proj.weight.data = torch.empty(0)  # as DeepSpeed ZeRO-3 leaves it
+    with pytest.raises(ValueError, match=error):
         adapted(base=base)
     expected = offsets_of(adapted())
     actual = offsets_of(adapted(base=cpu_offload(build("llama"), execution_device="cpu")))
     assert all(torch.equal(actual[name], offset) for name, offset in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("projection", "value", "message"),
+    [
+        ("v_proj", 0.0, r"no effect: .* are zero \(model\.layers\.0\.self_attn\.v_proj\.bias"),
+        ("o_proj", 0.0, "θ has no effect"),
+        ("o_proj", float("nan"), r"model\.layers\.1\.self_attn\.o_proj\.weight contains values that are not finite"),
+    ],
+)
+def test_weights_that_give_no_directions_raise(projection, value, message):
+    base = build("llama")
+    for layer in base.model.layers[1 if value else 0 :]:
+        nn.init.constant_(layer.self_attn.get_submodule(projection).weight, value)
+    with pytest.raises(ValueError, match=message):
+        adapted(base=base)
+
+
+def test_a_norm_that_runs_on_gpus_alone_is_read_by_its_weight():
+    class KernelRMSNorm(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no kernel for this device")
+
+    base, replaced = build("llama"), build("llama")
+    for one, other in zip(base.model.layers, replaced.model.layers, strict=True):
+        nn.init.constant_(one.input_layernorm.weight, -3.0)
+        other.input_layernorm = KernelRMSNorm(one.input_layernorm.weight)
+    expected, actual = offsets_of(adapted(base=base)), offsets_of(adapted(base=replaced))
+    for name, offset in expected.items():
+        torch.testing.assert_close(actual[name], offset)
+
+
+def test_attention_to_an_encoder_is_adapted_only_where_there_is_one():
+    bert = transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True))
+    sizes = {"vocab_size": 97, "n_embd": 24, "n_layer": 2, "n_head": 4, "add_cross_attention": True}
+    bart = transformers.BartForCausalLM(transformers.BartConfig(**TWO_STACKS))
+    for model in (bert, bart, transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))):
+        assert any("cross" in name or "encoder_attn" in name for name, _ in model.named_modules())
+        names = list(find_value_biases(model))
+        assert len(names) == 2
+        assert not any("cross" in name or "encoder_attn" in name for name in names)
 
 
 @torch.no_grad()
