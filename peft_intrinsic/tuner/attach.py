@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Container, Iterable
 from contextlib import ExitStack
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,12 +21,12 @@ from .base_model import base_modules
 from .config import IntrinsicConfig
 from .head import count_labels
 from .layer import IntrinsicLayer, Offset
-from .module_types import is_embedding, is_linear, logical_shape
+from .module_types import adaptable_names, is_embedding, is_linear, logical_shape
 from .modules import IntrinsicEmbedding, IntrinsicLinear, IntrinsicModule
-from .names import VECTOR, canonical, is_inside
+from .names import KEYWORDS, VECTOR, canonical, is_inside
 from .parametrized import IntrinsicParameters
 from .sketch import check_sketch, sketch_projections
-from .targets import LAMBDA_SCALE, Targeting, identify
+from .targets import LAMBDA_SCALE, Targeting, identify, is_excluded, is_targeted
 from .vector import IntrinsicVector
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def attach(model: nn.Module, adapter: str, targeting: Targeting, config: Intrins
         ValueError: a dense projection would be out of proportion to the model, or value biases have other directions
             than in training.
     """
-    projections = PROJECTIONS[str(config.projection)](targeting.spec, targeting.shapes)
+    projections = PROJECTIONS[cast(str, config.projection)](targeting.spec, targeting.shapes)
     if values := [projection for name, projection in projections.items() if name in targeting.spec.values]:
         sketch = sketch_projections(values, targeting.spec.d)
         check_sketch(config, "value_sketch", sketch, LIMITS, "The directions of value biases")
@@ -59,6 +59,8 @@ def attach(model: nn.Module, adapter: str, targeting: Targeting, config: Intrins
     if not hasattr(model, VECTOR):
         _add_vector(model)
         _report_unadapted(model, targeting.users, config)
+    if config.projection == "value_bias" and config.target_modules not in KEYWORDS:
+        _report_other_targets(model, targeting, config)
     vector: Any = model.get_submodule(VECTOR)
     layers = _make_layers(model, vector, [module for users in targeting.users.values() for module, _ in users])
     vector.choices.forget()
@@ -101,6 +103,19 @@ def _report_unadapted(model: nn.Module, targets: Container[str], config: Intrins
     rest = [name for name in rest if name not in targets]
     if config.target_modules == "all" and rest:
         logger.info("Not adapted (not floating point): %s", ", ".join(rest))
+
+
+def _report_other_targets(model: nn.Module, targeting: Targeting, config: IntrinsicConfig) -> None:
+    """Report the targeted modules that `"value_bias"` leaves unchanged."""
+    adapted = {module for users in targeting.users.values() for module, _ in users}
+    rest = [
+        key
+        for key, module in base_modules(model)
+        if module not in adapted and adaptable_names(module) and is_targeted(config, key)
+        if not is_excluded(config, key)
+    ]
+    if rest:
+        logger.info("Not adapted (projection='value_bias' adapts values alone): %s", ", ".join(rest))
 
 
 def _warn_of_running_statistics(model: nn.Module, config: IntrinsicConfig) -> None:

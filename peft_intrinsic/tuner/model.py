@@ -16,7 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..projection import ValueBias
 from .attach import attach, detach, remove_vector, unwrap
+from .attention import find_value_biases
 from .bank import select_by_name
 from .base import CheckedTuner
 from .batch_first import count_samples
@@ -66,6 +68,7 @@ class IntrinsicModel(CheckedTuner):
     peft_config: Any
     _matched_modules: set[nn.Module]  # while an adapter is attached: the modules and parameters that PEFT targets
     _matched_names: list[str]
+    _values: dict[str, ValueBias]  # while an adapter is attached
 
     @property
     def vector(self) -> IntrinsicVector:
@@ -112,7 +115,7 @@ class IntrinsicModel(CheckedTuner):
             options.trainable_token_indices = config.trainable_token_indices or None
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             options.trainable_token_indices = config.trainable_token_indices  # for saving, empty instead of None
-            targeting = find_targets(model, options, self._matched_modules, self._matched_names)
+            targeting = find_targets(model, options, self._matched_modules, self._matched_names, self._values)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 attach(model, adapter_name, targeting, options)
         except Exception as error:
@@ -124,7 +127,7 @@ class IntrinsicModel(CheckedTuner):
                 raise ValueError(labels) from error
             raise
         finally:
-            self._matched_modules, self._matched_names = set(), []
+            self._matched_modules, self._matched_names, self._values = set(), [], {}
         options.manifest, options.block_size = compute_manifest(targeting.shapes), targeting.spec.block_size
         options.num_labels = count_labels(model, config.task_type)
         self.peft_config[adapter_name] = config.resolve(options)
@@ -139,7 +142,9 @@ class IntrinsicModel(CheckedTuner):
         config = self.peft_config[adapter_name]
         attached = list(self.vector.intrinsic_theta) if hasattr(model, VECTOR) else []
         configs = {name: self.peft_config.get(name, config) for name in attached}
-        config.projection = config.projection or default_projection(model, config)
+        self._values = find_value_biases(model) if config.projection in (None, "value_bias") else {}
+        config.projection = config.projection or default_projection(model, config, self._values)
+        self._values = self._values if config.projection == "value_bias" else {}
         config.modules_to_save = outermost_modules(model, config)
         check_adapter_names(model, {**configs, adapter_name: config})
         start = (LabelHead if config.head == "labels" else Reinitialization)(model, config, configs)
@@ -174,7 +179,7 @@ class IntrinsicModel(CheckedTuner):
         self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Note the parameters of `target_parameters`."""
-        self._matched_names = targeted_parameters(model, peft_config)
+        self._matched_names = targeted_parameters(model, peft_config, self._values)
         return self._matched_names
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

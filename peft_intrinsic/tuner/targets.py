@@ -15,7 +15,6 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from ..projection import BLOCK_SIZE, Shapes, Spec, ValueBias
-from .attention import find_value_biases
 from .base_model import base_modules
 from .manifest import check_manifest
 from .module_types import adaptable_names, is_linear, is_vector, logical_shape, matrix_view
@@ -104,17 +103,19 @@ def match_module(config: Any, key: str, model: nn.Module) -> Any:
     return _ExcludedModule() if is_excluded(config, key) else is_targeted(config, key)
 
 
-def adaptable_parameters(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module, str]]:
+def adaptable_parameters(
+    model: nn.Module, config: Any, values: Mapping[str, ValueBias] | None = None
+) -> Iterator[tuple[str, nn.Module, str]]:
     """Name of the module, module and name in it of every parameter that can get an offset.
 
-    With `add_bias`, biases that linear layers lack are among them. `"value_bias"` adapts biases of values and the head.
+    With `add_bias`, biases that linear layers lack are among them. `"value_bias"` adapts the biases `values` and the
+    head.
     """
-    values = find_value_biases(model) if config.projection == "value_bias" else None
     output = _output_embeddings(model) if config.add_bias else None
     for key, module in base_modules(model):
         names = adaptable_names(module)
-        if values is not None and not is_head(config, key):
-            names = ["bias"] if _join(key, "bias") in values else []
+        if config.projection == "value_bias" and not is_head(config, key):
+            names = ["bias"] if _join(key, "bias") in (values or ()) else []
         if config.add_bias and is_linear(module) and getattr(module, "bias", None) is None:
             names = names if is_head(config, key) or key == output else [*names, "bias"]
         for own in names:
@@ -137,29 +138,44 @@ def _is_chosen(config: Any, key: str, module: nn.Module, own: str, targets: Any)
     return bool(key) or (is_targeted(config, own) and not is_excluded(config, own))
 
 
-def targeted_parameters(model: nn.Module, config: Any) -> list[str]:
+def targeted_parameters(model: nn.Module, config: Any, values: Mapping[str, ValueBias]) -> list[str]:
     """Names of the parameters that `target_parameters` selects: by suffix, as in LoRA; by whole name for a subspace."""
     names, exact = config.target_parameters, config.projection == "trajectory"
-    adaptable = [_join(key, own) for key, _, own in adaptable_parameters(model, config)]
+    adaptable = [_join(key, own) for key, _, own in adaptable_parameters(model, config, values)]
     return [name for name in adaptable if (name in names if exact else is_named(names, name))]
 
 
-def default_projection(model: Any, config: Any) -> str:
-    """The value for `projection=None`: biases of values for decoders, which learn most from them (docs/defaults.md)."""
+def default_projection(model: Any, config: Any, values: Mapping[str, ValueBias]) -> str:
+    """The value for `projection=None`: biases of values for decoders, which learn most from them (docs/defaults.md).
+
+    Every layer of the decoder must have known values, and no other part of the model may have any.
+    """
     names = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "block_size", "manifest")
     selected = config.said or config.add_bias or any(getattr(config, name) is not None for name in names)
     settings: Any = getattr(model, "config", None)
     if selected or config.task_type not in (None, TaskType.CAUSAL_LM) or not hasattr(settings, "get_text_config"):
         return "fastfood"
     generates = getattr(model, "can_generate", lambda: False)() and not settings.is_encoder_decoder
-    if not generates or settings.get_text_config() is not settings:  # of several modalities
+    modalities = getattr(settings, "sub_configs", None) or settings.get_text_config() is not settings
+    if not generates or modalities or len(values) != getattr(settings, "num_hidden_layers", None):
         return "fastfood"
-    values = sum(value.size for value in find_value_biases(model).values())
-    return "value_bias" if config.d <= values else "fastfood"
+    decoder = set(getattr(model, "get_decoder", lambda: model)().modules())
+    known = {key: module for key, module in base_modules(model) if _join(key, "bias") in values}
+    sizes = {
+        identify(module, "bias"): values[_join(key, "bias")].size
+        for key, module in known.items()
+        if not is_excluded(config, key)
+    }
+    return "value_bias" if decoder.issuperset(known.values()) and config.d <= sum(sizes.values()) else "fastfood"
 
 
 def default_targets(model: nn.Module, config: Any) -> str:
-    """The value for `target_modules=None`: norms, biases and head, or all where those have fewer than d weights."""
+    """The value for `target_modules=None`: norms, biases and head, or all where those have fewer than d weights.
+
+    It is also all under `"value_bias"`, which adapts no other parameters than biases of values and the head.
+    """
+    if config.projection == "value_bias":
+        return "all"
     sizes = {
         identify(module, own): math.prod(logical_shape(module, own)[0])
         for key, module, own in adaptable_parameters(model, config)
@@ -191,7 +207,13 @@ def outermost_modules(model: nn.Module, config: Any) -> Any:
     return outer
 
 
-def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], names: Container[str]) -> Targeting:
+def find_targets(
+    model: nn.Module,
+    config: Any,
+    modules: Container[nn.Module],
+    names: Container[str],
+    values: Mapping[str, ValueBias],
+) -> Targeting:
     """Find the parameters of targeted modules and single ones, in all modules that have them.
 
     Raises:
@@ -199,7 +221,7 @@ def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], n
             exceeds the number of weights; the projection is out of proportion to the model; or the model is not the
             one that a saved adapter was trained on.
     """
-    adaptable = list(adaptable_parameters(model, config))
+    adaptable = list(adaptable_parameters(model, config, values))
     wanted = {
         identify(module, own)
         for key, module, own in adaptable
@@ -222,12 +244,11 @@ def find_targets(model: nn.Module, config: Any, modules: Container[nn.Module], n
         offloaded = parameter is not None and parameter.is_meta
         name = first.setdefault(identify(module, own), ties.get(name, name) if offloaded else name)
         users.setdefault(name, []).append((module, own))
-    values = find_value_biases(model) if config.projection == "value_bias" else {}
     if config.projection == "value_bias" and not values.keys() & users:
         raise ValueError(
             f"projection='value_bias' adapts the value projections of attention layers. Of those that it knows, "
             f"{type(model).__name__} has {len(values)}, and target_modules={config.target_modules!r} selects none. "
-            "Select some (such as v_proj beside o_proj), or choose another projection."
+            "Select some (such as v_proj beside o_proj), or use projection='fastfood'."
         )
     named = (
         bool(names) or config.target_modules is None or config.target_modules in KEYWORDS or config.manifest is not None
@@ -312,6 +333,14 @@ def _specify(config: Any, count: int, shapes: Shapes, values: Mapping[str, Value
             f"d={config.d} must exceed the number of λ, which is {count} with lambda_granularity="
             f"{config.lambda_granularity!r}. Use a larger d, a coarser granularity, or said=False."
         )
+    if values:
+        sizes = {name: values[name].size if name in values else shape.size for name, shape in shapes.items()}
+        if config.d > (size := sum(sizes.values())):
+            head = "" if sizes.keys() <= values.keys() else " and weights of the head"
+            raise ValueError(
+                f"d={config.d} exceeds the {size} values of the attention layers{head}. Use d ≤ {size} or "
+                "projection='fastfood'."
+            )
     option = "target_modules" if config.target_modules is not None else "target_parameters"
     if config.d > total:
         raise ValueError(

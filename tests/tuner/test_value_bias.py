@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig
 from peft_intrinsic.codec import compress, load_packed
+from peft_intrinsic.tuner import attention
 from peft_intrinsic.tuner.attention import find_value_biases
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -178,8 +180,13 @@ def test_options_of_targets_select_attention_layers(options, layers):
             {"target_modules": ["q_proj"]},
             r"LlamaForCausalLM has 2, and target_modules={'q_proj'} selects none",
         ),
-        ("llama", {"d": 25}, "d=25 exceeds the 24 weights"),
-        ("gpt2", {"d": 49}, "d=49 exceeds the 48 weights"),  # of 144, with queries and keys
+        (
+            "llama",
+            {"d": 25},
+            r"d=25 exceeds the 24 values of the attention layers\. Use d ≤ 24 or projection='fastfood'",
+        ),
+        ("gpt2", {"d": 49}, "d=49 exceeds the 48 values"),  # of 144, with queries and keys
+        ("bert", {"d": 200, "task_type": "SEQ_CLS", "reinitialized": []}, "the 123 values .* and weights of the head"),
         ("llama", {"add_bias": True}, "add_bias=True does not go with projection='value_bias'"),
     ],
 )
@@ -299,6 +306,36 @@ def test_attention_to_an_encoder_is_adapted_only_where_there_is_one():
         assert not any("cross" in name or "encoder_attn" in name for name in names)
 
 
+def test_targeted_modules_without_an_adapted_parameter_are_logged(caplog):
+    with caplog.at_level(logging.INFO, "peft_intrinsic"):
+        names = set(offsets_of(adapted(target_modules=["q_proj", "v_proj"])))
+    assert names == {f"model.layers.{i}.self_attn.v_proj.bias" for i in range(2)}
+    text = "Not adapted (projection='value_bias' adapts values alone): " + ", ".join(
+        f"model.layers.{i}.self_attn.q_proj" for i in range(2)
+    )
+    assert text in caplog.messages
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "peft_intrinsic"):
+        adapted(target_modules=["v_proj"])
+        adapted()
+    assert not caplog.messages
+
+
+def test_value_projections_are_searched_once(monkeypatch):
+    calls = []
+
+    def base_modules(model):
+        calls.append(model)
+        return list(base_modules_of(model))
+
+    base_modules_of = attention.base_modules
+    monkeypatch.setattr(attention, "base_modules", base_modules)
+    for options in ({"projection": None}, {"target_modules": ["v_proj"]}, {"target_parameters": ["v_proj.bias"]}):
+        calls.clear()
+        adapted(**options)
+        assert len(calls) == 1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", MECHANICS)
 def test_samples_of_a_batch_can_have_different_adapters(family):
@@ -370,11 +407,67 @@ def test_copies_of_a_model_have_the_same_offsets():
         ("bert", {}, "fastfood"),
         ("t5", {}, "fastfood"),
         ("custom", {}, "fastfood"),
+        ("llama", {"modules_to_save": ["v_proj"]}, "fastfood"),
+        ("llama", {"modules_to_save": ["model.layers.0"]}, "fastfood"),
+        ("llama", {"modules_to_save": ["model.layers.0"], "d": 12}, "value_bias"),
     ],
 )
 def test_decoders_get_biases_of_values_by_default(family, options, projection):
     model = get_peft_model(build(family), IntrinsicConfig(**{"d": D, **options}))
     assert model.peft_config["default"].projection == projection
+
+
+def test_a_shared_bias_counts_once():
+    base = build("qwen2")
+    first, second = (layer.self_attn.v_proj for layer in base.model.layers)
+    second.bias = first.bias
+    assert get_peft_model(base, IntrinsicConfig(d=D)).peft_config["default"].projection == "fastfood"
+
+
+def git() -> nn.Module:
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    return transformers.GitForCausalLM(transformers.GitConfig(**SIZES, vision_config=vision))
+
+
+def phi4() -> nn.Module:
+    sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
+    audio = {"hidden_size": 24, "intermediate_size": 40, "num_blocks": 2, "num_attention_heads": 4, "input_size": 8}
+    audio |= {"ext_pw_out_channel": 24, "depthwise_separable_out_channel": 24, "nemo_conv_channels": 24}
+    config = transformers.Phi4MultimodalConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        vision_config={**sizes, "image_size": 56, "patch_size": 14, "crop_size": 56},
+        audio_config=audio,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
+    return transformers.Phi4MultimodalForCausalLM(config)
+
+
+def with_an_unknown_layer() -> nn.Module:
+    base = build("llama")
+    base.model.layers[1].self_attn = nn.Identity()
+    return base
+
+
+def with_values_outside_the_decoder() -> nn.Module:
+    base = build("llama")
+    base.outside = base.model.layers[1].self_attn
+    base.model.layers[1].self_attn = nn.Identity()
+    return base
+
+
+@pytest.mark.parametrize("model", [git, phi4, with_an_unknown_layer, with_values_outside_the_decoder])
+def test_models_whose_attention_is_known_in_part_get_fastfood(model):
+    base = model()
+    assert sum(value.size for value in find_value_biases(base).values()) >= 12
+    assert get_peft_model(base, IntrinsicConfig(d=12)).peft_config["default"].projection == "fastfood"
+
+
+def test_the_default_selects_all_value_projections():
+    assert get_peft_model(build("llama"), IntrinsicConfig(d=D)).peft_config["default"].target_modules == "all"
 
 
 def test_one_configuration_serves_decoders_and_encoders():
