@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from peft.utils import resolve_quantization_backend
+from torch import nn
 from transformers import PreTrainedModel
 
 STEP = 2**20
@@ -90,7 +92,7 @@ def save_original(layer: Any, name: str, offset: Any, theta: torch.Tensor) -> An
     """
     base, parameter = layer.get_base_layer(), layer.base_parameter(name)
     if parameter is None:
-        setattr(base, name, torch.nn.Parameter(zero_bias(layer, offset, theta), requires_grad=False))
+        setattr(base, name, nn.Parameter(zero_bias(layer, offset, theta), requires_grad=False))
         return None
     if _backend(layer, name):
         return base, parameter, copy.copy(getattr(base, "state", None))
@@ -127,17 +129,18 @@ def find_bias_flags(model: Any, names: Iterable[str]) -> tuple[list[str], list[s
     if missing := sorted(wanted - present):
         raise ValueError(
             f"A saved {type(model).__name__} cannot hold these added biases: {', '.join(missing)}. Leave the adapter "
-            "unmerged, or merge it in memory with merge_adapter()."
+            "unmerged, merge it in memory with merge_adapter(), or train one with projection='fastfood'."
         )
     return chosen, sorted(present - plain - wanted)
 
 
 def add_zero_bias(linear: Any) -> None:
     """Add a bias of zeros to a linear layer without one."""
-    weight = linear.weight
-    dtype = weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else torch.float32
-    bias = torch.zeros(linear.out_features, dtype=dtype, device=weight.device)
-    linear.bias = torch.nn.Parameter(bias, requires_grad=False)
+    with onload_layer(nn.ModuleDict({"base_layer": linear})):  # the hook of an offloaded layer then stores the bias
+        weight = linear.weight
+        dtype = weight.dtype if weight.is_floating_point() and weight.element_size() > 1 else torch.float32
+        bias = torch.zeros(linear.out_features, dtype=dtype, device=weight.device)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def restore_original(layer: Any, name: str, original: Any) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, cast
@@ -43,6 +44,8 @@ from .targets import (
     targeted_parameters,
 )
 from .vector import IntrinsicVector
+
+logger = logging.getLogger(__name__)
 
 MIN_PRESERVED = 0.95
 """Merging warns if rounding preserves less than this fraction of the norm of the offset."""
@@ -107,6 +110,7 @@ class IntrinsicModel(CheckedTuner):
         config = self.peft_config[adapter_name]
         check(config)  # again: options can be changed after the configuration was created
         options = self.peft_config[adapter_name] = config.as_requested()  # PEFT resolves some of them
+        default = options.projection is None
         try:
             start = self._resolve(model, adapter_name)
             # PEFT does not visit the root.
@@ -136,6 +140,19 @@ class IntrinsicModel(CheckedTuner):
         if not first:  # other adapters remain trainable or frozen
             for parameter, trained in trainable.items():
                 parameter.requires_grad_(trained)
+        if default and options.projection == "value_bias" and logger.isEnabledFor(logging.INFO):
+            self._report_unsavable_biases(adapter_name)
+
+    def _report_unsavable_biases(self, adapter_name: str) -> None:
+        """Report that `merge_and_unload` will not work, because the model's class cannot have the biases."""
+        try:
+            find_bias_flags(self.model, self._added_biases([adapter_name]))
+        except ValueError as error:
+            logger.info("merge_and_unload will raise an error. %s", error)
+
+    def _added_biases(self, adapters: Iterable[str]) -> Iterator[str]:
+        """Names of the biases that layers lack, for some adapters and the merged ones."""
+        return chain.from_iterable(layer.added_biases(adapters) for layer in self.tuner_layers())
 
     def _resolve(self, model: nn.Module, adapter_name: str) -> Reinitialization:
         """Resolve the options of a new adapter for the model, which is not changed."""
@@ -243,9 +260,7 @@ class IntrinsicModel(CheckedTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         wanted = (adapter_names or self.active_adapters) if merge else ()
-        flags, zeros = find_bias_flags(
-            self.model, chain.from_iterable(layer.added_biases(wanted) for layer in self.tuner_layers())
-        )
+        flags, zeros = find_bias_flags(self.model, self._added_biases(wanted))
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
         for flag in flags:

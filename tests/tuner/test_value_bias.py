@@ -144,7 +144,7 @@ def test_a_merged_model_is_saved_with_the_biases_that_its_class_can_have(family,
 def test_merging_raises_where_the_class_cannot_have_the_bias():
     model = adapted(base=mistral())
     expected = evaluate(model, "llama")
-    error = r"MistralForCausalLM cannot hold these added biases: model\.layers\.0"
+    error = r"MistralForCausalLM cannot hold these added biases: model\.layers\.0.* with projection='fastfood'"
     with pytest.raises(ValueError, match=error):
         model.merge_and_unload()
     model.merge_adapter()
@@ -261,6 +261,13 @@ def test_weights_without_values_raise_and_offloaded_ones_are_read():
     assert all(torch.equal(actual[name], offset) for name, offset in expected.items())
 
 
+def test_an_offloaded_model_runs_after_merging():
+    """The class then has biases of queries, keys and outputs too, which are zero."""
+    expected = evaluate(adapted(), "llama")
+    plain = adapted(base=cpu_offload(build("llama"), execution_device="cpu")).merge_and_unload()
+    torch.testing.assert_close(evaluate(plain, "llama"), expected, **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("projection", "value", "message"),
     [
@@ -319,6 +326,16 @@ def test_targeted_modules_without_an_adapted_parameter_are_logged(caplog):
         adapted(target_modules=["v_proj"])
         adapted()
     assert not caplog.messages
+
+
+def test_the_default_reports_a_class_that_cannot_save_merged_biases(caplog):
+    with caplog.at_level(logging.INFO, "peft_intrinsic"):
+        get_peft_model(build("llama"), IntrinsicConfig(d=D))
+        adapted(base=mistral())
+        assert not caplog.messages
+        get_peft_model(mistral(), IntrinsicConfig(d=D))
+    assert len(caplog.messages) == 1
+    assert "A saved MistralForCausalLM cannot hold these added biases" in caplog.messages[0]
 
 
 def test_value_projections_are_searched_once(monkeypatch):
