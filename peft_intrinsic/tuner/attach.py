@@ -41,14 +41,27 @@ MANY_LABELS, PER_LABEL = 10, 20
 """Attaching warns if a head for more labels than this starts at random and d is below so many times their number."""
 
 
-def attach(model: nn.Module, adapter: str, targeting: Targeting, config: IntrinsicConfig) -> None:
+def attach(
+    model: nn.Module, adapter: str, targeting: Targeting, config: IntrinsicConfig, twin: str | None = None
+) -> None:
     """Add the offsets of an adapter to the modules, and its θ and λ to the model.
+
+    Args:
+        model: the base model.
+        adapter: name of the new adapter.
+        targeting: the parameters that it adapts.
+        config: its options.
+        twin: name of an attached adapter with the same P, whose projections are shared.
 
     Raises:
         ValueError: a dense projection would be out of proportion to the model, or value biases have other directions
             than in training.
     """
-    projections = PROJECTIONS[cast(str, config.projection)](targeting.spec, targeting.shapes)
+    if twin is None:
+        projections = PROJECTIONS[cast(str, config.projection)](targeting.spec, targeting.shapes)
+    else:
+        attached = [module.offsets.get(twin, {}) for module in model.modules() if isinstance(module, IntrinsicLayer)]
+        projections = {offset.name: offset.projection for offsets in attached for offset in offsets.values()}
     if values := [projection for name, projection in projections.items() if name in targeting.spec.values]:
         sketch = sketch_projections(values, targeting.spec.d)
         check_sketch(config, "value_sketch", sketch, LIMITS, "The directions of value biases")

@@ -120,8 +120,12 @@ class IntrinsicModel(CheckedTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             options.trainable_token_indices = config.trainable_token_indices  # for saving, empty instead of None
             targeting = find_targets(model, options, self._matched_modules, self._matched_names, self._values)
+            resolved = copy.copy(options)
+            resolved.manifest, resolved.block_size = compute_manifest(targeting.shapes), targeting.spec.block_size
+            attached = [name for name in self.peft_config if not first and name in self.vector.intrinsic_theta]
+            twin = next((name for name in attached if not resolved.differences(self.peft_config[name])), None)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                attach(model, adapter_name, targeting, options)
+                attach(model, adapter_name, targeting, options, twin)
         except Exception as error:
             detach(model, adapter_name)
             self.peft_config[adapter_name] = config
@@ -132,7 +136,7 @@ class IntrinsicModel(CheckedTuner):
             raise
         finally:
             self._matched_modules, self._matched_names, self._values = set(), [], {}
-        options.manifest, options.block_size = compute_manifest(targeting.shapes), targeting.spec.block_size
+        options.manifest, options.block_size = resolved.manifest, resolved.block_size
         options.num_labels = count_labels(model, config.task_type)
         self.peft_config[adapter_name] = config.resolve(options)
         start.apply(self.vector.replaced)

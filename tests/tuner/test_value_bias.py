@@ -246,6 +246,20 @@ def test_weights_with_a_merged_lora_raise_only_where_they_are_read():
         read("o_proj")
 
 
+def test_adapters_with_the_same_options_share_their_projections():
+    def projections(name: str) -> list:
+        layers = model.base_model.tuner_layers()
+        return [offset.projection for layer in layers for offset in layer.offsets.get(name, {}).values()]
+
+    model = adapted()
+    for name, seed in (("same", 0), ("other", 1)):
+        model.add_adapter(name, IntrinsicConfig(d=D, seed=seed, projection="value_bias"))
+    first, same, other = map(projections, ("default", "same", "other"))
+    assert len(first) == 2
+    assert all(one is another for one, another in zip(first, same, strict=True))
+    assert not any(one is another for one, another in zip(first, other, strict=True))
+
+
 def test_weights_without_values_raise_and_offloaded_ones_are_read():
     with torch.device("meta"):
         base = build("llama")
