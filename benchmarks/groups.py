@@ -91,7 +91,7 @@ def places(task: str) -> list[Row]:
 
 
 def heads(task: str) -> list[Row]:
-    """Runs that start the head from the labels' names, beside those of `peers`, which start it from a fixed seed."""
+    """Runs that start the head from the labels' names, not from a fixed seed."""
     texts = {"sst2": ["negative", "positive"], "mrpc": ["not equivalent", "equivalent"]}[task]
     labels: Row = {"head": "labels", "label_texts": texts}
     return [plan(task, d, seed=seed, **labels) for seed in range(3) for d in (64, 256, 1024)]
