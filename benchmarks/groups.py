@@ -114,7 +114,7 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
         result[f"tinylora {d}"] = {**base, "method": "tinylora", "d": d, "config": options}, (3e-3, 1.25e-2, 5e-2)
     if task == "reviews":
         for d in DECODER_BUDGETS:
-            result[f"ours, value biases {d}"] = plan(task, d, projection="value_bias"), (5e-5, 2e-4, 8e-4)
+            result[f"ours, value biases {d}"] = plan(task, d, projection="value_bias"), (RATE,)
             options = {**result["unilora 256"][0]["config"], "theta_d_length": d}
             result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (2e-1, 8e-1, 3.2)
         # value projections alone
@@ -165,7 +165,10 @@ def list_methods(kind: str, task: str) -> dict[str, tuple[Row, tuple[float, ...]
 
 
 def tune(methods: dict[str, tuple[Row, tuple[float, ...]]], rows: list[Row], model: str) -> Iterator[tuple[str, Row]]:
-    """Yield the next runs: all learning rates, more while the best by loss is at an edge, then two more seeds."""
+    """Yield the next runs: all learning rates, more while the best by loss is at an edge, then two more seeds.
+
+    A single learning rate is taken as it is.
+    """
     for name, (run, grid) in methods.items():
         done: dict[float, float] = {}
         todo = list(grid)
@@ -177,7 +180,7 @@ def tune(methods: dict[str, tuple[Row, tuple[float, ...]]], rows: list[Row], mod
             if any(lr not in done for lr in todo):
                 break
             best, todo = min(done, key=done.__getitem__), []
-            if best in (min(done), max(done)):
+            if len(grid) > 1 and best in (min(done), max(done)):
                 todo = [best / 4 if best == min(done) else best * 4]
             else:
                 for seed in (1, 2):
@@ -336,7 +339,9 @@ def plot(rows: list[Row], many_classes: list[Row], path: str) -> None:
     kinds = (("intrinsic", "labels", f"{LABELS['ours']}, head from names"), ("intrinsic", "subspace", LABELS["ours"]))
     for method, head, label in (*kinds, ("lora", "subspace", "LoRA r=8"), ("head", "subspace", "head alone")):
         runs = [row for row in fine if (row["method"], row["head"]) == (method, head)]
-        if method != "intrinsic" and runs:  # at the best learning rate on the validation set
+        if method != "intrinsic" and len({row["lr"] for row in runs}) < 3:
+            continue  # not tuned
+        if method != "intrinsic":  # at the best learning rate on the validation set
             first = max((row for row in runs if row["seed"] == 0), key=lambda row: row["validation"])
             runs = [row for row in runs if row["lr"] == first["lr"]]
         groups = [[row for row in runs if row["numbers"] == n] for n in sorted({row["numbers"] for row in runs})]

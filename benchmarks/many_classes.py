@@ -224,7 +224,8 @@ def table() -> None:
             runs = [row for row in mine if (row["method"], row["head"]) == (method, head)]
             if first := max(runs, key=lambda row: row["validation"] - row["seed"], default=None):
                 best = [row for row in runs if row.get("lr") == first.get("lr")]
-                rate = f", lr {first['lr']:g}" if "lr" in first else ""
+                count = len({row["lr"] for row in runs if "lr" in row})
+                rate = f", lr {first['lr']:g} (of {count})" if count else ""
                 print(f"{method}, head {head}{rate}: {average(best)} with {first['trained']} trained weights")
 
 
