@@ -1,6 +1,6 @@
 """A training run for `torchrun`: the losses go to FOLDER/losses.json, the adapter to FOLDER/adapter.
 
-    python launched.py KIND FOLDER        KIND: plain, reentrant or fsdp2
+    python launched.py KIND FOLDER OPTIONS        KIND: plain, reentrant or fsdp2; OPTIONS of IntrinsicConfig, as JSON
 
 accelerate shards on accelerators alone, so FSDP2 is torch's own call, in its processes.
 """
@@ -36,11 +36,9 @@ def sharded(model: nn.Module) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
-def main(kind: str, folder: Path) -> None:
+def main(kind: str, folder: Path, options: dict[str, Any]) -> None:
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
-    peft_model = get_peft_model(
-        build("llama"), IntrinsicConfig(d=60, said=True, task_type="CAUSAL_LM", target_modules="all")
-    )
+    peft_model = get_peft_model(build("llama"), IntrinsicConfig(task_type="CAUSAL_LM", **options))
     if kind == "reentrant":
         peft_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     peft_model.train()
@@ -56,8 +54,8 @@ def main(kind: str, folder: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options) if shard else accelerator.get_state_dict(model)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=whole) if shard else accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         found = {"losses": losses, "processes": accelerator.num_processes, "model": type(model).__name__}
         (folder / "losses.json").write_text(json.dumps(found))
@@ -68,4 +66,4 @@ def main(kind: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(180, exit=True)  # prints where it hangs
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
