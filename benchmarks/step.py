@@ -1,11 +1,11 @@
 """Step time and peak memory of this tuner and other methods, and the cost of attaching it to a 1 B model.
 
     python benchmarks/step.py [--threads N] [--repeats N] [--steps N] [--models small,base,decoder] [--device cpu|cuda]
-        [--batch N] [--tokens N] [--block-size N,N] [--methods REGEX] [--clock wall|cpu] [--csv FILE]
+        [--batch N] [--tokens N] [--block-size N,N] [--methods REGEX] [--clock wall|cpu] [--inference] [--csv FILE]
 
 Models have random weights: small, a 22 M BERT (6 × 384); base, a 110 M BERT (12 × 768); decoder, a 135 M Llama
 (30 × 576, tied). A step is forward, backward and fused AdamW in float32. Encoders classify 16 × 64 tokens, the decoder
-models 8 × 64. "head only" trains the classifier, or the decoder's last norm: its head is tied to the embedding. PEFT's
+models 8 × 64. With --inference, a step is a forward pass in evaluation mode. "head only" trains the classifier, or the decoder's last norm: its head is tied to the embedding. PEFT's
 own methods train the classifier beside the adapter. "directly" trains the same parameters themselves, with the
 classifier and without a projection: norms and biases (BitFit and LayerNorm tuning), or biases of values. No tuner that
 adapts these parameters can be faster.
@@ -89,6 +89,7 @@ class Job:
     batch: int = 1
     tokens: int = 1
     clock: str = "wall"
+    inference: bool = False
 
 
 def methods(block_sizes: list[int | None]) -> dict[str, tuple[Any, Row]]:
@@ -193,9 +194,13 @@ def prepare(job: Job) -> tuple[Row, Callable[[], float]]:
 
     def step() -> float:
         start = clock()
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        if job.inference:
+            with torch.inference_mode():
+                model(**batch)
+        else:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
         if job.device == "cuda":
             torch.cuda.synchronize()
         return 1000 * (clock() - start)
@@ -203,7 +208,7 @@ def prepare(job: Job) -> tuple[Row, Callable[[], float]]:
     if job.device != "meta":
         if job.config is IntrinsicConfig:
             check(model, parameters, batch)
-        model.train()
+        model.train(not job.inference)
         reset_peak(job.device)
         step(), step()  # the first one makes the optimizer state
     peak = torch.cuda.max_memory_allocated() / 2**20 if job.device == "cuda" else read_memory("VmHWM")
@@ -280,11 +285,13 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[Row]) -> None:
         print("  ".join([line[0].ljust(widths[0]), *([f"n/a: {row['n/a']}"] if "n/a" in row else figures)]), flush=True)
 
 
-def compare(rows: list[Row]) -> list[Row]:
+def compare(rows: list[Row], inference: bool) -> list[Row]:
     """Compare this tuner with direct training (values, norms), LoRA (linear layers) or full fine-tuning (every one)."""
     result = []
     for row in rows:
         key, *limits = next((limit for label, limit in LIMITS.items() if label in row["method"]), LIMITS["every"])
+        if inference:
+            limits = ["1.05" if key == "×direct" else "", ""]
         if row["method"].startswith("ours") and key in row:
             values = (f"{row['model']}: {row['method']}", key, row[key], limits[0], row[f"{key} MB"], limits[1])
             result.append(dict(zip(TARGETS, values, strict=True)))
@@ -297,6 +304,7 @@ def main() -> None:
     for name, value in {**defaults, "block-size": "", "methods": "", "csv": ""}.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--inference", action="store_true")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
     args = parser.parse_args()
     os.environ.update(MALLOC)
@@ -305,12 +313,12 @@ def main() -> None:
     rows: list[Row] = []
     for model in filter(None, args.models.split(",")):
         batch = args.batch or (16 if model in ENCODERS else 8)
-        setting: Any = (args.device, args.threads, batch, args.tokens, args.clock)
+        setting: Any = (args.device, args.threads, batch, args.tokens, args.clock, args.inference)
         jobs = {name: Job(model, *row, *setting) for name, row in chosen.items()}
         rows += (measured := measure(jobs, args.repeats, args.steps))
-        title = f"{model}: {batch} × {args.tokens} tokens, {args.device}, threads {args.threads}, {args.clock} time"
+        title = f"{'inference' * args.inference or 'training'}, {model}: {batch} × {args.tokens} tokens, {args.device}, threads {args.threads}, {args.clock} time"
         print_table(title, COLUMNS, measured)
-    print_table("targets (for the time of linear layers: at base)", TARGETS, compare(rows))
+    print_table("targets (for the time of linear layers: at base)", TARGETS, compare(rows, args.inference))
     jobs = {name: Job("1B", *row, "meta", args.threads) for name, row in methods([None]).items() if "ours" in name}
     jobs = {name: job for name, job in jobs.items() if "values" not in name}  # these read the weights
     large = measure(jobs, 0, 0)
