@@ -5,10 +5,10 @@
 
 Models have random weights: small, a 22 M BERT (6 × 384); base, a 110 M BERT (12 × 768); decoder, a 135 M Llama
 (30 × 576, tied). A step is forward, backward and fused AdamW in float32. Encoders classify 16 × 64 tokens, the decoder
-models 8 × 64. With --inference, a step is a forward pass in evaluation mode. "head only" trains the classifier, or the decoder's last norm: its head is tied to the embedding. PEFT's
-own methods train the classifier beside the adapter. "directly" trains the same parameters themselves, with the
-classifier and without a projection: norms and biases (BitFit and LayerNorm tuning), or biases of values. No tuner that
-adapts these parameters can be faster.
+models 8 × 64. With --inference, a step is a forward pass in evaluation mode. "head only" trains the classifier, or the
+decoder's last norm: its head is tied to the embedding. PEFT's own methods train the classifier beside the adapter.
+"directly" trains the same parameters themselves, with the classifier and without a projection: norms and biases (BitFit
+and LayerNorm tuning), or biases of values. No tuner that adapts these parameters can be faster.
 
 Prints a table per model, a row per method:
     trained          number of trainable parameters
@@ -316,8 +316,8 @@ def main() -> None:
         setting: Any = (args.device, args.threads, batch, args.tokens, args.clock, args.inference)
         jobs = {name: Job(model, *row, *setting) for name, row in chosen.items()}
         rows += (measured := measure(jobs, args.repeats, args.steps))
-        title = f"{'inference' * args.inference or 'training'}, {model}: {batch} × {args.tokens} tokens, {args.device}, threads {args.threads}, {args.clock} time"
-        print_table(title, COLUMNS, measured)
+        title = f"{model}: {batch} × {args.tokens} tokens, {args.device}, threads {args.threads}, {args.clock} time"
+        print_table(f"{title}, inference" if args.inference else title, COLUMNS, measured)
     print_table("targets (for the time of linear layers: at base)", TARGETS, compare(rows, args.inference))
     jobs = {name: Job("1B", *row, "meta", args.threads) for name, row in methods([None]).items() if "ours" in name}
     jobs = {name: job for name, job in jobs.items() if "values" not in name}  # these read the weights

@@ -20,7 +20,7 @@ MAX_D, MAX_NAME, MAX_JSON = 2**24, 255, 2**16
 """Limits of the format: d; bytes of the base model's name; bytes of the options in JSON."""
 
 GRANULARITIES = ("layer", "module", "tensor")
-PROJECTIONS = ("fastfood", "global", "dense", "value_bias")
+PROJECTIONS = ("fastfood", "global", "dense", "value_bias", "value_lora")
 SCALES = ("fan_in", "isometric")
 HEADS = ("subspace", "keep")
 TARGETS = ("norms-and-biases", "all")
@@ -81,12 +81,13 @@ class PackedAdapter:
         """
         options = self.options
         labels = options["label_texts"] is not None  # and so head="labels"
-        new = options["projection"] == "value_bias" or any(options[name] is not None for name in SINCE_2)
+        projection = PROJECTIONS.index(options["projection"])
+        new = projection > 2 or any(options[name] is not None for name in SINCE_2)
         target = options["target_modules"]
         flags = (
             options["said"]
             | GRANULARITIES.index(options["lambda_granularity"]) << 1
-            | PROJECTIONS.index(options["projection"]) << 3
+            | min(projection, 3) << 3
             | SCALES.index(options["scale"]) << 5
             | (0 if labels else HEADS.index(options["head"])) << 6
             | options["add_bias"] << 7
@@ -96,6 +97,8 @@ class PackedAdapter:
         rare = {name: options[name] for name in RARE if options[name] is not None}
         if target in TARGETS:
             del rare["target_modules"]
+        if projection > 3:
+            rare["projection"] = options["projection"]
         others = json.dumps(rare, separators=(",", ":"), sort_keys=True).encode() if rare else b""
         if len(others) > MAX_JSON:
             names = ", ".join(rare)
@@ -205,7 +208,7 @@ def _parse_json(text: str) -> dict[str, Any]:
         options = json.loads(text)
     except (ValueError, RecursionError):
         raise ValueError("the other options are not JSON") from None
-    if not isinstance(options, dict) or not options or not set(options) <= set(RARE):
+    if not isinstance(options, dict) or not options or not set(options) <= {*RARE, "projection"}:
         raise ValueError(f"the other options are not some of {', '.join(RARE)}")
     return options
 

@@ -14,6 +14,7 @@ from .fastfood import FastfoodTensor as FastfoodTensor
 from .fastfood import build_fastfood, build_global
 from .randomness import ALGORITHM_VERSION as ALGORITHM_VERSION
 from .trajectory import build_trajectory
+from .value_bias import RankOneTensor as RankOneTensor
 from .value_bias import build_value_bias
 
 PROJECTIONS: dict[str, Callable[[Spec, Shapes], dict[str, TensorProjection]]] = {
@@ -22,5 +23,9 @@ PROJECTIONS: dict[str, Callable[[Spec, Shapes], dict[str, TensorProjection]]] = 
     "dense": build_dense,
     "trajectory": build_trajectory,
     "value_bias": build_value_bias,
+    "value_lora": build_value_bias,
 }
 """Builders by the value of `IntrinsicConfig.projection`. Each returns the projection of every tensor, by its name."""
+
+OF_VALUES = ("value_bias", "value_lora")
+"""Projections that adapt the value projections of attention layers: their biases, or their weights by rank one."""

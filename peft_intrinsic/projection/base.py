@@ -53,18 +53,21 @@ Shapes = Mapping[str, Shape]
 
 
 class ValueBias(NamedTuple):
-    """What `"value_bias"` needs to know of the bias of one value projection.
+    """What `"value_bias"` and `"value_lora"` need to know of one value projection.
 
     Args:
         first: first entry of the bias that belongs to values, where a layer computes queries and keys too.
         size: number of these entries, n_v.
         read: returns the map from these entries to the output of the attention layer, `float64[hidden, n_v]`, and the
             size s of the values.
+        read_input: returns a vector `float64[cols]` whose product with each input of the layer is about one, for
+            `"value_lora"`.
     """
 
     first: int
     size: int
     read: Callable[[], tuple[np.ndarray, float]]
+    read_input: Callable[[], np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Spec:
         scale: `"fan_in"` or `"isometric"`, defined in this folder's README.md.
         factor: factor of P that makes up for a stored λ that is smaller by it.
         subspace: path of the file with the directions of `"trajectory"`.
-        values: the biases of value projections, by name, for `"value_bias"`.
+        values: the adapted parameters of value projections, by name, for `"value_bias"` and `"value_lora"`.
     """
 
     d: int

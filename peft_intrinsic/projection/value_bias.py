@@ -1,4 +1,7 @@
-"""Biases of value projections, along the directions that the output projection of their attention layer reads most."""
+"""Biases of value projections, along the directions that the output projection of their attention layer reads most.
+
+`"value_lora"` has the same biases as weights of rank one, which a LoRA can represent.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .allocation import allocate
-from .base import Shape, Shapes, Spec, TensorProjection
+from .base import DeviceCopies, Shape, Shapes, Spec, TensorProjection
 from .dense import DenseTensor
 from .fastfood import build_fastfood
 from .randomness import normals, words
@@ -21,6 +25,32 @@ POWERS = 8
 
 SHIFT = 2.0**-10
 """Part of the mean squared singular value that is added to all of them, so that zeros do not leave Q undefined."""
+
+
+class RankOneTensor(TensorProjection):
+    """The offset b aᵀ of a weight, which adds about the bias b, as a·x is about one for each input x.
+
+    Args:
+        bias: projection of b.
+        direction: a, `float32[cols]`.
+    """
+
+    def __init__(self, bias: TensorProjection, direction: torch.Tensor) -> None:
+        self.rows, self.cols = bias.rows, len(direction)
+        self.bias, self._direction = bias, DeviceCopies(direction)
+
+    def factors(self, theta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the offset as a product, `[d] -> [rows, 1], [1, cols]`. `[batch, d]` adds a batch axis to b."""
+        (direction,) = self._direction.on(theta.device)
+        return self.bias.materialize(theta), direction[None]
+
+    def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        left, right = self.factors(theta)
+        return left[..., start:stop, :] * right
+
+    def linear(self, x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+        left, right = (factor.to(x.dtype) for factor in self.factors(theta))
+        return F.linear(x, right) * left.view(*left.shape[:-2], *[1] * (x.dim() - 2), self.rows)
 
 
 def find_directions(matrix: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -52,7 +82,7 @@ def _orthonormalize(columns: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode(False)
 def build_value_bias(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
-    """Build projections of the biases in `spec.values`, and Fastfood projections of the other parameters (a head).
+    """Build projections of the parameters in `spec.values`, and Fastfood projections of the others (a head).
 
     Raises:
         ValueError: d exceeds the number of weights, of which a bias has those entries that belong to values; or no bias
@@ -75,15 +105,22 @@ def build_value_bias(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
         (first, count), value = coordinates[name], values[name]
         matrix, scale = value.read()
         zero += [name] if not matrix.any() or (spec.scale == "fan_in" and not scale) else []
-        start = normals(words(spec.seed, "frame", name, count * value.size)).reshape(count, value.size).T
+        bias = name if value.read_input is None else f"{name.removesuffix('.weight')}.bias"  # equal θ, equal biases
+        start = normals(words(spec.seed, "frame", bias, count * value.size)).reshape(count, value.size).T
         directions = find_directions(matrix, start)
         if spec.scale == "isometric":
             directions = directions / np.sqrt(used[first : first + count])
         else:
             directions = directions * (VALUE_SCALE * scale * math.sqrt(value.size / count))
-        rows = np.zeros((shape.size, count), np.float32)
+        cols = shape.cols if value.read_input is None else 1
+        rows = np.zeros((shape.rows * cols, count), np.float32)
         rows[value.first : value.first + value.size] = spec.factor * directions
-        result[name] = DenseTensor(shape.rows, shape.cols, torch.from_numpy(rows), first)
+        result[name] = DenseTensor(shape.rows, cols, torch.from_numpy(rows), first)
+        if value.read_input is not None:
+            direction = value.read_input()
+            if spec.scale == "isometric":
+                direction = direction / np.linalg.norm(direction)
+            result[name] = RankOneTensor(result[name], torch.from_numpy(direction.astype(np.float32)))
     if zero and len(zero) == len(values):
         raise ValueError(
             f"θ has no effect: the weights of values or outputs of all attention layers are zero ({', '.join(zero)}). "

@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..projection import PROJECTIONS
+from ..projection import OF_VALUES, PROJECTIONS
 from ..projection.randomness import normals, words
 from .base_model import base_modules
 from .config import IntrinsicConfig
@@ -62,7 +62,8 @@ def attach(
     else:
         attached = [module.offsets.get(twin, {}) for module in model.modules() if isinstance(module, IntrinsicLayer)]
         projections = {offset.name: offset.projection for offsets in attached for offset in offsets.values()}
-    if values := [projection for name, projection in projections.items() if name in targeting.spec.values]:
+    values = [projections[name] for name in projections if name in targeting.spec.values]
+    if values := [getattr(projection, "bias", projection) for projection in values]:  # a·x is about one in any base
         sketch = sketch_projections(values, targeting.spec.d)
         check_sketch(config, "value_sketch", sketch, LIMITS, "The directions of value biases")
         config.value_sketch = sketch
@@ -72,7 +73,7 @@ def attach(
     if not hasattr(model, VECTOR):
         _add_vector(model)
         _report_unadapted(model, targeting.users, config)
-    if config.projection == "value_bias" and config.target_modules not in KEYWORDS:
+    if config.projection in OF_VALUES and config.target_modules not in KEYWORDS:
         _report_other_targets(model, targeting, config)
     vector: Any = model.get_submodule(VECTOR)
     layers = _make_layers(model, vector, [module for users in targeting.users.values() for module, _ in users])
@@ -119,7 +120,7 @@ def _report_unadapted(model: nn.Module, targets: Container[str], config: Intrins
 
 
 def _report_other_targets(model: nn.Module, targeting: Targeting, config: IntrinsicConfig) -> None:
-    """Report the targeted modules that `"value_bias"` leaves unchanged."""
+    """Report the targeted modules that `"value_bias"` or `"value_lora"` leaves unchanged."""
     adapted = {module for users in targeting.users.values() for module, _ in users}
     rest = [
         key
@@ -128,7 +129,7 @@ def _report_other_targets(model: nn.Module, targeting: Targeting, config: Intrin
         if not is_excluded(config, key)
     ]
     if rest:
-        logger.info("Not adapted (projection='value_bias' adapts values alone): %s", ", ".join(rest))
+        logger.info("Not adapted (projection=%r adapts values alone): %s", config.projection, ", ".join(rest))
 
 
 def _warn_of_running_statistics(model: nn.Module, config: IntrinsicConfig) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, cast
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..projection import ValueBias
+from ..projection.randomness import words
 from .base_model import base_modules
 from .module_types import is_linear, is_norm, linear_features, own_class
 
@@ -29,12 +32,24 @@ NORMS = ("input_layernorm", "ln_1")
 """Names of norms beside an attention layer that compute its input in every class that has them."""
 
 
-def find_value_biases(model: nn.Module) -> dict[str, ValueBias]:
-    """Find the value projections of attention layers by the names of their biases, whether they have one or not.
+SAMPLES = (8, 64)
+"""Sequences of random tokens, and tokens in each, whose inputs of the value projections `"value_lora"` measures."""
 
-    Their weights are read later, by `ValueBias.read`. Attention to an encoder counts only where the model has one.
+RIDGE = 0.01
+"""Penalty of the regression on these inputs, in multiples of their mean square."""
+
+
+def find_value_projections(model: nn.Module, projection: str | None = None) -> dict[str, ValueBias]:
+    """Find the value projections of attention layers, by the names of the parameters to adapt.
+
+    These are weights under `"value_lora"`, and otherwise biases, whether the layers have one or not. What base weights
+    say about them is read later, by `ValueBias.read` and `read_input`. Attention to an encoder counts only where the
+    model has one.
     """
     modules = dict(base_modules(model))
+    folded = projection == "value_lora"
+    layers: dict[str, nn.Module] = {}
+    inputs = cache(partial(_fit_inputs, model, layers))
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", True)
 
     def find(parent: str, names: Iterable[str]) -> str | None:
@@ -58,7 +73,9 @@ def find_value_biases(model: nn.Module) -> dict[str, ValueBias]:
             continue
         norm = None if crosses else find(block, NORMS)  # there it computes the input of the queries
         read_all = partial(_read, model, modules, name, output, norm, size, head)
-        result[f"{name}.bias"] = ValueBias(rows - size, size, read_all)
+        read_input = partial(lambda name: inputs()[name], name) if folded else None
+        layers[name] = value
+        result[f"{name}.{'weight' if folded else 'bias'}"] = ValueBias(rows - size, size, read_all, read_input)
     return result
 
 
@@ -84,6 +101,62 @@ def _read(
     summed = read.reshape(len(read), size // head, -1, head).sum(2).reshape(len(read), size)
     weight = weight[-size:] * (_read_gain(norm, modules[norm]) if norm and is_norm(modules[norm]) else 1.0)
     return summed, float(np.sqrt(np.square(weight).sum() / size)) / 2
+
+
+@torch.no_grad()
+def _fit_inputs(model: Any, layers: Mapping[str, nn.Module]) -> dict[str, np.ndarray]:
+    """Fit a vector for each layer whose product with all inputs is about one, by ridge regression.
+
+    The inputs are those of the base model for random tokens, the same for every adapter.
+
+    Raises:
+        ValueError: the model does not run on tokens alone, or an adapter is merged.
+    """
+    inner = getattr(model, "base_model", model)
+    wrappers: list[Any] = [
+        each for each in model.modules() if isinstance(each, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    if any(getattr(each, "merged_adapters", None) for each in wrappers):
+        raise ValueError("projection='value_lora' runs the base model, but an adapter is merged into it. Unmerge it.")
+    active = [each for each in wrappers if not each.disable_adapters]
+    training = [module for module in model.modules() if module.training]
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0]}))
+        for name, module in layers.items()
+    ]
+    try:
+        for each in active:
+            each._disable_adapters = True
+        model.eval()
+        vocabulary = model.get_input_embeddings().num_embeddings
+        tokens = words(0, "tokens", "", SAMPLES[0] * SAMPLES[1]) % np.uint64(vocabulary)
+        device = next(model.parameters()).device
+        ids = torch.from_numpy(tokens.astype(np.int64)).view(SAMPLES).to(device)
+        decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        inner(input_ids=ids, **decoder)
+    except Exception as error:
+        raise ValueError(
+            f"projection='value_lora' runs the base model on tokens when it is attached, which failed for "
+            f"{type(model).__name__}: {error}. Load the whole base model, or use another projection."
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for each in active:
+            each._disable_adapters = False
+        for module in training:
+            module.training = True
+    return {
+        name: _fit_constant(_to_double(f"the inputs of {name}", x).flatten(0, -2).numpy()) for name, x in seen.items()
+    }
+
+
+def _fit_constant(x: np.ndarray) -> np.ndarray:
+    """Fit a with x a ≈ 1 by ridge regression, in the dual form: `float64[samples, cols] -> float64[cols]`."""
+    gram = x @ x.T
+    penalty = RIDGE * np.trace(gram) / x.shape[1]
+    return cast(np.ndarray, x.T @ np.linalg.solve(gram + penalty * np.eye(len(x)), np.ones(len(x))))
 
 
 def _read_weight(model: Any, name: str, module: Any) -> np.ndarray:

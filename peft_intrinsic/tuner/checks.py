@@ -10,7 +10,7 @@ from typing import Any
 
 from peft_intrinsic_autoload.labels import LABELS
 
-from ..projection import ALGORITHM_VERSION, PROJECTIONS
+from ..projection import ALGORITHM_VERSION, OF_VALUES, PROJECTIONS
 from ..version import __version__, pip_install
 from .names import KEYWORDS
 
@@ -61,8 +61,11 @@ def check(config: Any) -> None:
     for name in ("said", "add_bias", "init_weights", "embed_subspace"):
         if not isinstance(getattr(config, name), bool):
             raise TypeError(f"{name} must be True or False, got {getattr(config, name)!r}.")
-    if config.add_bias and config.projection == "value_bias":
-        raise ValueError("add_bias=True does not go with projection='value_bias', which adds its own. Leave it out.")
+    if config.add_bias and config.projection in OF_VALUES:
+        raise ValueError(
+            f"add_bias=True does not go with projection={config.projection!r}, which adapts value projections alone. "
+            "Leave it out."
+        )
     _check_names(config)
     _check_subspace(config)
     _check_labels(config)

@@ -75,7 +75,7 @@ class IntrinsicConfig(PeftConfig):
         seed (`int`):
             Seed of the projection, from 0 to 2**63 − 1. The same seed and model give the same P on every device and
             platform.
-        projection (`Optional[Literal["fastfood", "global", "dense", "trajectory", "value_bias"]]`):
+        projection (`Optional[Literal["fastfood", "global", "dense", "trajectory", "value_bias", "value_lora"]]`):
             How P is computed. `None` is `"value_bias"` for decoders that generate text, if no option selects
             parameters and d does not exceed the number of their values, and `"fastfood"` otherwise. `"fastfood"`
             (section 3.1, Le et al. 2013): each tensor mixes entries of θ of its own. `"global"`: Fastfood over θ as a
@@ -84,7 +84,8 @@ class IntrinsicConfig(PeftConfig):
             lists the adapted parameters. d is allocated evenly to its groups: 32 directions for each of 12 layers, as
             in that paper, are `d=32 * 12`. `"value_bias"`: a bias of the values in every attention layer, and the
             task's head. Its directions are those that the layer's output projection reads most, computed from the base
-            weights. Loading warns where the base model is quantized otherwise than in training.
+            weights. Loading warns where the base model is quantized otherwise than in training. `"value_lora"`: the
+            same biases as weights of rank one, for servers that know LoRA alone. Attaching runs the base model once.
         subspace (`Optional[str]`):
             The file that `peft_intrinsic.trajectory.fit_subspace` wrote, for `projection="trajectory"`. The adapter
             stores its path and digest.
@@ -104,8 +105,8 @@ class IntrinsicConfig(PeftConfig):
         target_modules (`Optional[Union[list[str], str]]`):
             The modules to adapt, as in LoRA: name suffixes, a regular expression, or `"all-linear"`.
             `"norms-and-biases"`: norms, biases and the task's head. `"all"`: every parameter, as in the paper. `None`
-            is all value projections under `"value_bias"`, and otherwise `"norms-and-biases"`, or `"all"` where those
-            have fewer than d weights.
+            is all value projections under `"value_bias"` and `"value_lora"`, and otherwise `"norms-and-biases"`, or
+            `"all"` where those have fewer than d weights.
         exclude_modules (`Optional[Union[list[str], str]]`):
             The modules to leave unchanged: name suffixes or a regular expression.
         layers_to_transform (`Optional[Union[list[int], int]]`):
@@ -157,7 +158,7 @@ class IntrinsicConfig(PeftConfig):
         default="layer", metadata={"help": "Group of parameters that has one λ."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the projection."})
-    projection: Literal["fastfood", "global", "dense", "trajectory", "value_bias"] | None = field(
+    projection: Literal["fastfood", "global", "dense", "trajectory", "value_bias", "value_lora"] | None = field(
         default=None, metadata={"help": "How the projection P is computed."}
     )
     subspace: str | None = field(default=None, metadata={"help": "File of directions, for 'trajectory'."})

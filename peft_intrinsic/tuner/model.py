@@ -17,9 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..projection import ValueBias
+from ..projection import OF_VALUES, ValueBias
 from .attach import attach, detach, remove_vector, unwrap
-from .attention import find_value_biases
+from .attention import find_value_projections
 from .bank import select_by_name
 from .base import CheckedTuner
 from .batch_first import count_samples
@@ -163,9 +163,9 @@ class IntrinsicModel(CheckedTuner):
         config = self.peft_config[adapter_name]
         attached = list(self.vector.intrinsic_theta) if hasattr(model, VECTOR) else []
         configs = {name: self.peft_config.get(name, config) for name in attached}
-        self._values = find_value_biases(model) if config.projection in (None, "value_bias") else {}
-        config.projection = config.projection or default_projection(model, config, self._values)
-        self._values = self._values if config.projection == "value_bias" else {}
+        values = find_value_projections(model, config.projection) if config.projection in (None, *OF_VALUES) else {}
+        config.projection = config.projection or default_projection(model, config, values)
+        self._values = values if config.projection in OF_VALUES else {}
         config.modules_to_save = outermost_modules(model, config)
         check_adapter_names(model, {**configs, adapter_name: config})
         start = (LabelHead if config.head == "labels" else Reinitialization)(model, config, configs)

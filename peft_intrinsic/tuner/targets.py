@@ -14,7 +14,7 @@ from peft.utils import TaskType
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
-from ..projection import BLOCK_SIZE, Shapes, Spec, ValueBias
+from ..projection import BLOCK_SIZE, OF_VALUES, Shapes, Spec, ValueBias
 from .base_model import base_modules
 from .manifest import check_manifest
 from .module_types import adaptable_names, is_linear, is_vector, logical_shape, matrix_view
@@ -108,14 +108,14 @@ def adaptable_parameters(
 ) -> Iterator[tuple[str, nn.Module, str]]:
     """Name of the module, module and name in it of every parameter that can get an offset.
 
-    With `add_bias`, biases that linear layers lack are among them. `"value_bias"` adapts the biases `values` and the
-    head.
+    With `add_bias`, biases that linear layers lack are among them. `"value_bias"` and `"value_lora"` adapt the
+    parameters `values` and the head.
     """
     output = _output_embeddings(model) if config.add_bias else None
     for key, module in base_modules(model):
         names = adaptable_names(module)
-        if config.projection == "value_bias" and not is_head(config, key):
-            names = ["bias"] if _join(key, "bias") in (values or ()) else []
+        if config.projection in OF_VALUES and not is_head(config, key):
+            names = [own for own in ("weight", "bias") if _join(key, own) in (values or ())]
         if config.add_bias and is_linear(module) and getattr(module, "bias", None) is None:
             names = names if is_head(config, key) or key == output else [*names, "bias"]
         for own in names:
@@ -172,9 +172,10 @@ def default_projection(model: Any, config: Any, values: Mapping[str, ValueBias])
 def default_targets(model: nn.Module, config: Any) -> str:
     """The value for `target_modules=None`: norms, biases and head, or all where those have fewer than d weights.
 
-    It is also all under `"value_bias"`, which adapts no other parameters than biases of values and the head.
+    It is also all under `"value_bias"` and `"value_lora"`, which adapt no other parameters than those of value
+    projections and the head.
     """
-    if config.projection == "value_bias":
+    if config.projection in OF_VALUES:
         return "all"
     sizes = {
         identify(module, own): math.prod(logical_shape(module, own)[0])
@@ -244,11 +245,11 @@ def find_targets(
         offloaded = parameter is not None and parameter.is_meta
         name = first.setdefault(identify(module, own), ties.get(name, name) if offloaded else name)
         users.setdefault(name, []).append((module, own))
-    if config.projection == "value_bias" and not values.keys() & users:
+    if config.projection in OF_VALUES and not values.keys() & users:
         raise ValueError(
-            f"projection='value_bias' adapts the value projections of attention layers. Of those that it knows, "
-            f"{type(model).__name__} has {len(values)}, and target_modules={config.target_modules!r} selects none. "
-            "Select some (such as v_proj beside o_proj), or use projection='fastfood'."
+            f"projection={config.projection!r} adapts the value projections of attention layers. Of those that it "
+            f"knows, {type(model).__name__} has {len(values)}, and target_modules={config.target_modules!r} selects "
+            "none. Select some (such as v_proj beside o_proj), or use projection='fastfood'."
         )
     named = (
         bool(names) or config.target_modules is None or config.target_modules in KEYWORDS or config.manifest is not None
@@ -350,7 +351,7 @@ def _specify(config: Any, count: int, shapes: Shapes, values: Mapping[str, Value
     n = config.block_size or BLOCK_SIZE
     height = min(max(shape.rows for shape in shapes.values()), 16384)
     numbers = n * (height + sum(-(-shape.cols // n) for shape in shapes.values()))
-    if config.projection in ("fastfood", "global", "value_bias") and numbers > max(MAX_RANDOM_NUMBERS, 16 * total):
+    if config.projection in ("fastfood", "global", *OF_VALUES) and numbers > max(MAX_RANDOM_NUMBERS, 16 * total):
         raise ValueError(
             f"block_size={n} needs {numbers:.2g} random numbers for {total} adapted weights. "
             "Use a smaller block_size, or None."

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
-from ..projection import FastfoodTensor
+from ..projection import FastfoodTensor, RankOneTensor
 from .base_model import base_modules, base_parameters
 from .layer import IntrinsicLayer, find_adapter
 from .modules import IntrinsicEmbedding, IntrinsicLinear
@@ -32,8 +32,9 @@ def convert_to_lora(
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """Convert an intrinsic adapter to a LoRA with equal outputs within rounding, without a decomposition.
 
-    The rank is the block size n (times the chunks of a tensor of more than 16,384 rows), and alpha equals the rank. A
-    head that is missing from the checkpoint becomes one of `modules_to_save`, as do fully trained modules.
+    The rank is the block size n (times the chunks of a tensor of more than 16,384 rows), or one under `"value_lora"`.
+    Alpha equals the rank. A head that is missing from the checkpoint becomes one of `modules_to_save`, as do fully
+    trained modules.
 
     Args:
         model: a `PeftModel` with an intrinsic adapter.
@@ -72,7 +73,11 @@ def convert_to_lora(
             norms[f"{module}.{own}"] = float(delta.square().sum()) if offset.merges else 0.0
             if module in whole:
                 state[f"{PREFIX}{module}.{own}"] = layer.base_parameter(own) + delta
-            elif own == "weight" and isinstance(offset.projection, FastfoodTensor) and type(layer) in KEYS:
+            elif (
+                own == "weight"
+                and isinstance(offset.projection, FastfoodTensor | RankOneTensor)
+                and type(layer) in KEYS
+            ):
                 theta = layer.vector.scaled(adapter_name, offset.group).float()
                 left, right = offset.projection.factors(theta)
                 ranks[module] = len(right)

@@ -27,6 +27,7 @@ RARE: list[dict[str, Any]] = [
     {"exclude_modules": ["word_embeddings"], "layers_to_transform": 1},
     {"layers_to_transform": [0, 1], "layers_pattern": "layer"},
     {"layers_to_transform": [0], "layers_pattern": ["layer", "block"]},
+    {"projection": "value_lora", "value_sketch": [0.5, -1.25e-07, *[3.0] * 6]},
     {"head": "labels", "label_texts": ["größe", 'a "b"'], "label_sketch": [0.5, -1.25e-07, *[3.0] * 6]},
 ]
 

@@ -196,23 +196,27 @@ def trajectory(d: int, scale: str, shapes: dict[str, Shape], path: str) -> dict[
 def value_bias(
     d: int, seed: int, scale: str, shapes: dict[str, Shape], values: dict[str, ValueBias]
 ) -> dict[str, np.ndarray]:
-    """P of biases of value projections: `float64[d, rows, cols]` for each name. QR by Gram and Schmidt."""
+    """P of biases of value projections, or of their weights: `float64[d, rows, cols]`. QR by Gram and Schmidt."""
     allocated = allocate(d, {name: Shape(values[name].size, 1, "bias") for name in shapes})
     shared = [sum(first <= i < first + count for first, count in allocated.values()) for i in range(d)]
     result = {}
     for name, shape in shapes.items():
         first, count = allocated[name]
-        low, n, read = values[name]
+        low, n, read, read_input = values[name]
         matrix, size = read()
         gram = matrix.T @ matrix
         gram = gram * (n / np.trace(gram)) + np.eye(n) / 1024
-        columns = np.array([normal(word) for word in words(seed, "frame", name, count * n)]).reshape(count, n).T
+        bias = name.removesuffix(".weight") + ".bias" if read_input else name
+        columns = np.array([normal(word) for word in words(seed, "frame", bias, count * n)]).reshape(count, n).T
         for power in range(9):
             columns = gram_schmidt(gram @ columns if power else columns)
-        p = np.zeros((d, shape.rows * shape.cols))
+        p = np.zeros((d, shape.rows if read_input else shape.size))
         for i in range(count):
             length = 1 / sqrt(shared[first + i]) if scale == "isometric" else 200 * size * sqrt(n / count)
             p[first + i, low : low + n] = length * columns[:, i]
+        if read_input:
+            a = read_input()
+            p = np.einsum("dr,c->drc", p, a / sqrt(a @ a) if scale == "isometric" else a)
         result[name] = p.reshape(d, shape.rows, shape.cols)
     return result
 

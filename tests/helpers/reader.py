@@ -142,7 +142,9 @@ def read_head(cursor: Cursor) -> dict[str, Any]:
     demand(length <= 2**16, "other options too long")
     if text := cursor.take(length):
         given = json.loads(text.decode("ascii"))
-        demand(isinstance(given, dict) and set(given) <= set(others) and bool(given), "unknown options")
+        demand(isinstance(given, dict) and set(given) <= {*others, "projection"} and bool(given), "unknown options")
+        if "projection" in given:
+            demand(fields["projection"] == "value_bias" and given["projection"] == "value_lora", "two projections")
         demand(None not in given.values(), "an option that is null")
         plain = json.dumps(given, sort_keys=True, separators=(",", ":")).encode()
         demand(plain == text, "other options written otherwise")
@@ -154,7 +156,7 @@ def read_head(cursor: Cursor) -> dict[str, Any]:
     if others["label_texts"] is not None:
         demand(fields["head"] == "subspace", "two heads")
         fields["head"] = "labels"
-    new = fields["projection"] == "value_bias" or any(others[name] is not None for name in SINCE_2)
+    new = fields["projection"] in ("value_bias", "value_lora") or any(others[name] is not None for name in SINCE_2)
     demand(version == 1 + new, "not the lowest version that can hold it")
     length = cursor.number()
     demand(length <= 255, "base name too long")

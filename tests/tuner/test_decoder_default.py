@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.tuner.attention import find_value_biases
+from peft_intrinsic.tuner.attention import find_value_projections
 
 D = 20
 
@@ -86,7 +86,7 @@ def with_values_outside_the_decoder() -> nn.Module:
 @pytest.mark.parametrize("model", [git, phi4, with_an_unknown_layer, with_values_outside_the_decoder])
 def test_models_whose_attention_is_known_in_part_get_fastfood(model):
     base = model()
-    assert sum(value.size for value in find_value_biases(base).values()) >= 12
+    assert sum(value.size for value in find_value_projections(base).values()) >= 12
     assert get_peft_model(base, IntrinsicConfig(d=12)).peft_config["default"].projection == "fastfood"
 
 

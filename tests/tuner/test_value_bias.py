@@ -20,7 +20,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from peft_intrinsic import AdapterBank, IntrinsicConfig
 from peft_intrinsic.codec import compress, load_packed
 from peft_intrinsic.tuner import attention
-from peft_intrinsic.tuner.attention import find_value_biases
+from peft_intrinsic.tuner.attention import find_value_projections
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 FIRST = {
@@ -76,7 +76,7 @@ def record(model: nn.Module, family: str, name: str) -> tuple[torch.Tensor, torc
 def test_a_bias_changes_the_output_of_attention_by_the_map_that_was_read(family):
     """The weights of attention sum to one, so a bias of the values passes through it."""
     model, (name, output_name) = build(family), FIRST[family]
-    biases = find_value_biases(model)
+    biases = find_value_projections(model)
     assert len(biases) == (6 if family in ("t5", "bart", "whisper") else 2)
     bias, layer = biases[f"{name}.bias"], model.get_submodule(name)
     at_output = f"{name.removesuffix('self.value').rpartition('.')[0]}.{output_name}"
@@ -99,7 +99,7 @@ def test_the_size_is_half_the_rms_of_values_of_normalized_inputs(family):
         x = norm(draw(20000, 24))
         if family == "gpt2":
             x -= norm.bias
-        bias, layer = find_value_biases(model)[f"{name}.bias"], model.get_submodule(name)
+        bias, layer = find_value_projections(model)[f"{name}.bias"], model.get_submodule(name)
         values = (layer(x) - (0 if layer.bias is None else layer.bias))[:, bias.first :]
     assert bias.read()[1] == pytest.approx(values.square().mean().sqrt().item() / 2, rel=0.03)
 
@@ -238,7 +238,7 @@ def test_weights_with_a_merged_lora_raise_only_where_they_are_read():
     def read(target: str) -> tuple:
         model = get_peft_model(build("llama"), LoraConfig(target_modules=[target]))
         model.merge_adapter()
-        return find_value_biases(model.get_base_model())["model.layers.1.self_attn.v_proj.bias"].read()
+        return find_value_projections(model.get_base_model())["model.layers.1.self_attn.v_proj.bias"].read()
 
     assert read("q_proj")[1] > 0
     error = r"reads the weights of model\.layers\.1\.self_attn\.o_proj, but an adapter is merged"
@@ -322,7 +322,7 @@ def test_attention_to_an_encoder_is_adapted_only_where_there_is_one():
     bart = transformers.BartForCausalLM(transformers.BartConfig(**TWO_STACKS))
     for model in (bert, bart, transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))):
         assert any("cross" in name or "encoder_attn" in name for name, _ in model.named_modules())
-        names = list(find_value_biases(model))
+        names = list(find_value_projections(model))
         assert len(names) == 2
         assert not any("cross" in name or "encoder_attn" in name for name in names)
 
