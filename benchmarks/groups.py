@@ -14,6 +14,9 @@ DECODER_BUDGETS = (256, 64, 1024, 16, 4096)
 HEADS = (4e-3, 1.6e-2, 6.4e-2)
 """Learning rates of a free head that has its own."""
 QUERY_VALUE, LINEAR = ["query", "value"], r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
+LAYERS = {16: range(12, 16), 64: range(12, 20), 256: range(12, 28)}
+"""Layers of SmolLM2-135M that d value biases adapt by default; all for other d."""
+
 TINY: dict[int, tuple[int, int, Any]] = {
     64: (4, 5, QUERY_VALUE),
     256: (4, 7, LINEAR),
@@ -28,9 +31,17 @@ LARGER: dict[str, tuple[list[str], int, int, str]] = {
 """Tasks of larger models, at d = 256: UniLoRA's modules; TinyLoRA's r, u and modules."""
 
 
+MAJORITY = 0.6685
+"""Accuracy of the majority class on MRPC."""
+
+CHANGES = ("factors", "parts", "warmup", "batch")
+"""Changes of a run that are no options of the configuration."""
+
+
 def plan(task: str, d: int, lr: float = RATE, seed: int = 0, **other: Any) -> Row:
-    """Plan a run of this tuner. `factors` and `parts` replace the projection's; others are options of its config."""
-    changed = {name: other.pop(name) for name in ("factors", "parts") if name in other}
+    """Plan a run of this tuner. `factors` and `parts` replace the projection's, `warmup` is the part of the steps in
+    which the learning rate rises, `batch` multiplies the batches; others are options of its config."""
+    changed = {name: other.pop(name) for name in CHANGES if name in other}
     return {
         "task": task,
         "method": "intrinsic",
@@ -97,7 +108,21 @@ def heads(task: str) -> list[Row]:
     return [plan(task, d, seed=seed, **labels) for seed in range(3) for d in (64, 256, 1024)]
 
 
-OWN = {"rates": rates, "sizes": sizes, "places": places, "heads": heads}
+def plateau(task: str) -> list[Row]:
+    """Runs of ten seeds, of which some stay at the majority class."""
+    recipes: list[Row] = [
+        {},
+        {"warmup": 0.1},
+        {"lr": 4e-4, "warmup": 0.1},
+        {"head": "labels", "label_texts": ["not equivalent", "equivalent"]},
+        {"batch": 4},
+        {"parts": {"head": 4}},
+        {"factors": {"head": 2}},
+    ]
+    return [plan(task, 256, seed=seed, **recipe) for recipe in recipes for seed in range(10)]
+
+
+OWN = {"rates": rates, "sizes": sizes, "places": places, "heads": heads, "plateau": plateau}
 
 
 def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
@@ -114,7 +139,11 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
         result[f"tinylora {d}"] = {**base, "method": "tinylora", "d": d, "config": options}, (3e-3, 1.25e-2, 5e-2)
     if task == "reviews":
         for d in DECODER_BUDGETS:
-            result[f"ours, value biases {d}"] = plan(task, d, projection="value_bias"), (RATE,)
+            every = {"projection": "value_bias"}
+            result[f"ours, value biases of all layers {d}"] = plan(task, d, **every), (RATE,)
+            if d in LAYERS:  # the default
+                few = {**every, "layers_to_transform": list(LAYERS[d])}
+                result[f"ours, value biases {d}"] = plan(task, d, **few), (RATE,)
             options = {**result["unilora 256"][0]["config"], "theta_d_length": d}
             result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (2e-1, 8e-1, 3.2)
         # value projections alone
@@ -208,14 +237,15 @@ def list_runs(name: str, rows: list[Row], model: str) -> list[Row]:
         return sorted(runs, key=lambda run: run["seed"])
     if kind not in OWN:
         raise SystemExit(
-            f"Unknown group {name!r}. Use heads, rates, sizes, places, peers, free or smallest, a dash, and the task."
+            f"Unknown group {name!r}. Use heads, rates, sizes, places, plateau, peers, free or "
+            "smallest, a dash, and the task."
         )
     return OWN[kind](task)
 
 
 def describe(row: Row) -> tuple[str, str, str]:
     """Describe a run of this tuner: d, learning rate, and its options."""
-    changed = {**row["config"], **{name: row[name] for name in ("factors", "parts") if name in row}}
+    changed = {**row["config"], **{name: row[name] for name in CHANGES if name in row}}
     words = ", ".join(f"{name} {value}" for name, value in changed.items())
     return f"{row['d']}", f"{row['lr']:g}", words or "default"
 
@@ -252,13 +282,16 @@ def table(rows: list[Row], name: str) -> None:
                 jumps = [f"{largest_jump(row):.3f}" for row in done if row and row["lr"] == RATE]
                 print_row(d, *(format_cell([row] if row else []) for row in done), *jumps)
         elif kind in OWN:
-            print_row("d", "lr", "candidate", "accuracy / cross-entropy", "seeds", "each")
+            last = "at the majority class" if kind == "plateau" else "each"
+            print_row("d", "lr", "candidate", "accuracy / cross-entropy", "seeds", last)
             print_row(*["---"] * 6)
             planned = [{"model": model, **run} for run in OWN[kind](task)]
             for words in dict.fromkeys(map(describe, planned)):
                 same = [run for run in planned if describe(run) == words]
                 if done := [row for run in same if (row := find_row(mine, run))]:
-                    print_row(*words, format_cell(done), len(done), ", ".join(f"{row['loss']:.3f}" for row in done))
+                    each = ", ".join(f"{row['loss']:.3f}" for row in done)
+                    stuck = sum(row["accuracy"] < MAJORITY + 0.005 for row in done) if kind == "plateau" else None
+                    print_row(*words, format_cell(done), len(done), each if stuck is None else stuck)
         else:
             methods = list_methods(kind, task)
             print_row("method", "parameters", "best learning rate", "accuracy / cross-entropy", "seeds")

@@ -4,8 +4,8 @@
     python benchmarks/quality.py table GROUP
     python benchmarks/quality.py plot FILE.png
 
-A group is heads, rates, sizes, places, peers, free or smallest, a dash, and a task: benchmarks/groups.py lists its
-runs. Each run appends one JSON line to benchmarks/results/quality.jsonl. Stored runs are skipped, so an interrupted
+A group is heads, rates, sizes, places, plateau, peers, free or smallest, a dash, and a task: benchmarks/groups.py lists
+its runs. Each run appends one JSON line to benchmarks/results/quality.jsonl. Stored runs are skipped, so an interrupted
 group resumes. Several processes can work on one group.
 
 Protocol: AdamW without weight decay, Trainer's default schedule (linear decay, no warm-up), dropout on, batches of
@@ -158,7 +158,7 @@ class Runner:
                 if isinstance(module, torch.nn.Dropout):
                     module.p = row["dropout"]
         start = time.time()
-        losses = self.fit(model, optimizer, row["seed"])
+        losses = self.fit(model, optimizer, row["seed"], warmup=row.get("warmup", 0.0), times=row.get("batch", 1))
         return {
             "numbers": count_trainable(model, row),
             **self.score(model),
@@ -167,11 +167,20 @@ class Runner:
         }
 
     def fit(
-        self, model: Any, optimizer: Any, seed: int, after: Callable[[int], None] = lambda step: None
+        self,
+        model: Any,
+        optimizer: Any,
+        seed: int,
+        after: Callable[[int], None] = lambda step: None,
+        warmup: float = 0.0,
+        times: int = 1,
     ) -> list[float]:
-        """Train, and call `after` with each step from 1. Return the loss of every step."""
-        steps, size = self.task["steps"], self.task["batch"]
-        schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
+        """Train, and call `after` with each step from 1. Return the loss of every step.
+
+        `warmup` is the part of the steps in which the learning rate rises, and `times` multiplies the batches.
+        """
+        steps, size = self.task["steps"], self.task["batch"] * times
+        schedule = get_linear_schedule_with_warmup(optimizer, round(warmup * steps), steps)
         model.train()
         losses = []
         for step, index in enumerate(make_batches(self.lengths, size, steps, seed), 1):

@@ -28,7 +28,10 @@ RESULTS = (
 )
 """Options that a model decides: they differ where a configuration is used for another one."""
 
-RESOLVED = ("projection", "target_modules", "target_parameters", "modules_to_save", *RESULTS)
+RESOLVED = (
+    *("projection", "target_modules", "target_parameters", "layers_to_transform", "modules_to_save"),
+    *RESULTS,
+)
 """Options that are resolved for a model when the adapter is attached."""
 
 WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
@@ -110,7 +113,8 @@ class IntrinsicConfig(PeftConfig):
         exclude_modules (`Optional[Union[list[str], str]]`):
             The modules to leave unchanged: name suffixes or a regular expression.
         layers_to_transform (`Optional[Union[list[int], int]]`):
-            The indexes of the layers to adapt. It does not work with a regular expression or `"all-linear"`.
+            The indexes of the layers to adapt. It does not work with a regular expression or `"all-linear"`. `None` is
+            all of them, or under `"value_bias"` and `"value_lora"` √d layers of a decoder that has more.
         layers_pattern (`Optional[Union[list[str], str]]`):
             The name of the list of layers, if it is not found automatically. It needs `layers_to_transform`.
         target_parameters (`Optional[list[str]]`):

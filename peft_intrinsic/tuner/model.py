@@ -35,6 +35,7 @@ from .names import KEYWORDS, VECTOR, canonical, is_foreign
 from .parametrized import IntrinsicParameters
 from .subspace_files import read_subspace
 from .targets import (
+    default_layers,
     default_projection,
     default_targets,
     find_targets,
@@ -173,6 +174,8 @@ class IntrinsicModel(CheckedTuner):
         if config.projection == "trajectory":
             config.subspace_digest, config.target_parameters = read_subspace(model, config)
         if config.target_modules is None and not config.target_parameters:
+            if config.layers_to_transform is None and config.projection in OF_VALUES:
+                config.layers_to_transform = default_layers(model, config, self._values)
             config.target_modules = default_targets(model, config)
         return start
 

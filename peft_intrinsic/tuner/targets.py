@@ -186,6 +186,22 @@ def default_targets(model: nn.Module, config: Any) -> str:
     return "norms-and-biases" if config.d <= sum(sizes.values()) else "all"
 
 
+def default_layers(model: Any, config: Any, values: Mapping[str, ValueBias]) -> list[int] | None:
+    """The value for `layers_to_transform=None` where value projections are adapted: √d layers, or None for all.
+
+    Few parameters learn most in the layers that follow the first two fifths (docs/defaults.md).
+    """
+    blocks = [int(block.rpartition(".")[2]) for name in values if (block := block_of(name))]
+    count, wanted = len(blocks), math.isqrt(config.d)
+    known = blocks == list(range(count)) and count == getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    if config.task_type not in (None, TaskType.CAUSAL_LM) or config.exclude_modules or config.full_modules or not known:
+        return None
+    first = min(2 * count // 5, count - wanted)
+    chosen = list(range(first, first + wanted))
+    sizes = [value.size for value in values.values()]
+    return chosen if 0 < wanted < count and config.d <= sum(sizes[i] for i in chosen) else None
+
+
 def outermost_modules(model: nn.Module, config: Any) -> Any:
     """`modules_to_save`, spelled out where a name fits a module and others inside it, such as BERT's embeddings.
 

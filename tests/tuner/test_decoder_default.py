@@ -48,6 +48,36 @@ def test_a_shared_bias_counts_once():
     assert get_peft_model(base, IntrinsicConfig(d=D)).peft_config["default"].projection == "fastfood"
 
 
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({"d": 20}, [4, 5, 6, 7]),
+        ({"d": 20, "projection": "value_bias"}, [4, 5, 6, 7]),
+        ({"d": 20, "projection": "value_lora"}, [4, 5, 6, 7]),
+        ({"d": 60}, [3, 4, 5, 6, 7, 8, 9]),
+        ({"d": 100}, None),
+        ({"d": 20, "projection": "value_bias", "target_modules": "all"}, None),
+        ({"d": 20, "projection": "value_bias", "exclude_modules": ["layers.9.self_attn.v_proj"]}, None),
+        ({"d": 12, "projection": "value_bias", "layers_to_transform": [1]}, [1]),
+        ({"d": 20, "projection": "fastfood"}, None),
+    ],
+)
+def test_few_parameters_adapt_as_many_layers_as_their_square_root(options, layers, tmp_path):
+    """Ten layers of 12 values."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 10}, num_key_value_heads=2)
+        )
+
+    model = get_peft_model(base(), IntrinsicConfig(**options, init_weights=False)).eval()
+    assert model.peft_config["default"].layers_to_transform == layers
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert torch.equal(evaluate(loaded, "llama"), evaluate(model, "llama"))
+
+
 def git() -> nn.Module:
     sizes = {name: size for name, size in SIZES.items() if name != "vocab_size"}
     vision = {**sizes, "image_size": 8, "patch_size": 4}
