@@ -14,7 +14,7 @@ DECODER_BUDGETS = (256, 64, 1024, 16, 4096)
 HEADS = (4e-3, 1.6e-2, 6.4e-2)
 """Learning rates of a free head that has its own."""
 QUERY_VALUE, LINEAR = ["query", "value"], r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
-LAYERS = {16: range(12, 16), 64: range(12, 20), 256: range(12, 28)}
+LAYERS = {16: range(12, 20), 64: range(12, 20), 256: range(12, 28)}
 """Layers of SmolLM2-135M that d value biases adapt by default; all for other d."""
 
 TINY: dict[int, tuple[int, int, Any]] = {

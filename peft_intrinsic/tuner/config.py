@@ -114,7 +114,7 @@ class IntrinsicConfig(PeftConfig):
             The modules to leave unchanged: name suffixes or a regular expression.
         layers_to_transform (`Optional[Union[list[int], int]]`):
             The indexes of the layers to adapt. It does not work with a regular expression or `"all-linear"`. `None` is
-            all of them, or under `"value_bias"` and `"value_lora"` √d layers of a decoder that has more.
+            all of them, or of a decoder under `"value_bias"` and `"value_lora"` √d layers, at least eight.
         layers_pattern (`Optional[Union[list[str], str]]`):
             The name of the list of layers, if it is not found automatically. It needs `layers_to_transform`.
         target_parameters (`Optional[list[str]]`):

@@ -30,6 +30,9 @@ HEAD_NAMES: dict[str, tuple[str, ...]] = {
 MAX_RANDOM_NUMBERS = 2**22
 """Random numbers that every projection may store (16 MiB); larger ones: at most 16 for each adapted weight."""
 
+MIN_LAYERS = 8
+"""The fewest layers that value biases adapt by default."""
+
 LAMBDA_SCALE = {"fan_in": 256, "isometric": 1}
 """λ is stored divided by this: under `fan_in` a λ of 1 is 1/256, so that it trains at the learning rate of θ."""
 
@@ -187,19 +190,19 @@ def default_targets(model: nn.Module, config: Any) -> str:
 
 
 def default_layers(model: Any, config: Any, values: Mapping[str, ValueBias]) -> list[int] | None:
-    """The value for `layers_to_transform=None` where value projections are adapted: √d layers, or None for all.
+    """The value for `layers_to_transform=None` under `"value_bias"`: √d layers, at least eight, or None for all.
 
     Few parameters learn most in the layers that follow the first two fifths (docs/defaults.md).
     """
     blocks = [int(block.rpartition(".")[2]) for name in values if (block := block_of(name))]
-    count, wanted = len(blocks), math.isqrt(config.d)
+    count, wanted = len(blocks), max(MIN_LAYERS, math.isqrt(config.d))
     known = blocks == list(range(count)) and count == getattr(getattr(model, "config", None), "num_hidden_layers", None)
     if config.task_type not in (None, TaskType.CAUSAL_LM) or config.exclude_modules or config.full_modules or not known:
         return None
     first = min(2 * count // 5, count - wanted)
     chosen = list(range(first, first + wanted))
     sizes = [value.size for value in values.values()]
-    return chosen if 0 < wanted < count and config.d <= sum(sizes[i] for i in chosen) else None
+    return chosen if wanted < count and config.d <= sum(sizes[i] for i in chosen) else None
 
 
 def outermost_modules(model: nn.Module, config: Any) -> Any:

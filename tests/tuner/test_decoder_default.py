@@ -51,11 +51,12 @@ def test_a_shared_bias_counts_once():
 @pytest.mark.parametrize(
     ("options", "layers"),
     [
-        ({"d": 20}, [4, 5, 6, 7]),
-        ({"d": 20, "projection": "value_bias"}, [4, 5, 6, 7]),
-        ({"d": 20, "projection": "value_lora"}, [4, 5, 6, 7]),
-        ({"d": 60}, [3, 4, 5, 6, 7, 8, 9]),
-        ({"d": 100}, None),
+        ({"d": 20}, list(range(8, 16))),
+        ({"d": 20, "projection": "value_bias"}, list(range(8, 16))),
+        ({"d": 20, "projection": "value_lora"}, list(range(8, 16))),
+        ({"d": 100}, list(range(8, 18))),
+        ({"d": 144}, list(range(8, 20))),
+        ({"d": 196}, None),
         ({"d": 20, "projection": "value_bias", "target_modules": "all"}, None),
         ({"d": 20, "projection": "value_bias", "exclude_modules": ["layers.9.self_attn.v_proj"]}, None),
         ({"d": 12, "projection": "value_bias", "layers_to_transform": [1]}, [1]),
@@ -63,12 +64,12 @@ def test_a_shared_bias_counts_once():
     ],
 )
 def test_few_parameters_adapt_as_many_layers_as_their_square_root(options, layers, tmp_path):
-    """Ten layers of 12 values."""
+    """Twenty layers of 12 values. Eight are the fewest, and 196 parameters need all."""
 
     def base() -> nn.Module:
         torch.manual_seed(0)
         return transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 10}, num_key_value_heads=2)
+            transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 20}, num_key_value_heads=2)
         )
 
     model = get_peft_model(base(), IntrinsicConfig(**options, init_weights=False)).eval()
