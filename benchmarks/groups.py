@@ -139,13 +139,14 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
         result[f"tinylora {d}"] = {**base, "method": "tinylora", "d": d, "config": options}, (3e-3, 1.25e-2, 5e-2)
     if task == "reviews":
         for d in DECODER_BUDGETS:
-            every = {"projection": "value_bias"}
-            result[f"ours, value biases of all layers {d}"] = plan(task, d, **every), (RATE,)
-            if d in LAYERS:  # the default
-                few = {**every, "layers_to_transform": list(LAYERS[d])}
-                result[f"ours, value biases {d}"] = plan(task, d, **few), (RATE,)
+            layers = {"layers_to_transform": list(LAYERS[d])} if d in LAYERS else {}
+            result[f"ours, value biases {d}"] = plan(task, d, projection="value_bias", **layers), (RATE,)
+            if d in LAYERS:
+                result[f"ours, value biases of all layers {d}"] = plan(task, d, projection="value_bias"), (RATE,)
             options = {**result["unilora 256"][0]["config"], "theta_d_length": d}
             result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (2e-1, 8e-1, 3.2)
+        folded = plan(task, 256, projection="value_lora", layers_to_transform=list(LAYERS[256]))
+        result["ours, value biases as a LoRA 256"] = folded, (RATE,)
         # value projections alone
         for name, option in (("unilora", {}), ("tinylora", {"u": 8})):
             run, rates = result[f"{name} 256"]
