@@ -119,7 +119,7 @@ class AdapterBank:
     one adapter. The model has a single attached adapter, whose projection all of them use.
 
     Args:
-        model: a `PeftModel` with an intrinsic adapter, in evaluation mode.
+        model: a `PeftModel` with an intrinsic adapter.
         vectors: θ and then λ of each adapter, `[K, d]`. A row of zeros is the base model.
         adapter: name of the attached adapter with the projection; by default the active one.
 
@@ -152,7 +152,7 @@ class AdapterBank:
         """Load saved adapters into a bank.
 
         Args:
-            model: a `PeftModel` with an intrinsic adapter, in evaluation mode.
+            model: a `PeftModel` with an intrinsic adapter.
             paths: folders or names on the Hub. Row k of the bank is `paths[k]`.
             adapter: name of the attached adapter with the projection; by default the active one.
 
@@ -174,16 +174,17 @@ class AdapterBank:
     def select(self, index: Sequence[int] | torch.Tensor) -> Iterator[None]:
         """Within this context, sample i of a batch uses the adapter `index[i]`.
 
-        Each coroutine and each thread has its own choice. Beam search and several returned sequences repeat samples
-        automatically.
+        In training, gradients reach the rows of the bank that the batch uses, if these require gradients. The adapter
+        of the model is not trained. Each coroutine and each thread has its own choice. Beam search and several returned
+        sequences repeat samples automatically.
 
         Args:
             index: rows of the bank, `int[batch]`; −1 is the base model.
 
         Raises:
             IndexError: an index is not in the bank.
-            ValueError: the model is in training mode, an adapter is merged, the active one has fully trained modules,
-                or the one with the projection is no longer attached.
+            ValueError: an adapter is merged, the active one has fully trained modules, or the one with the projection
+                is no longer attached.
         """
         if self.model.peft_config.get(self.adapter) is not self._config:
             raise ValueError(
@@ -197,8 +198,9 @@ class AdapterBank:
             raise IndexError(
                 f"index must be a list of −1 to {len(self.vectors) - 1}, one for each sample, got {index}."
             )
-        if self.model.training:
-            raise ValueError("The model is in training mode; mixed batches are for inference. Call model.eval() first.")
-        vectors = torch.where(chosen[:, None] < 0, 0, self.vectors[chosen.clamp(min=0)])
+        (own,) = torch.where(chosen >= 0)
+        vectors = self.vectors.new_zeros(len(chosen), self.vectors.shape[1]).index_copy(
+            0, own, self.vectors[chosen[own]]
+        )
         with self._vector.choices.use([_route(self._vector, self.adapter, vectors)]):
             yield

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Route:
         return self.theta if group is None else self.theta * self.scales[:, group, None]
 
 
-_CHOSEN: contextvars.ContextVar[Mapping[Any, list[Route]]] = contextvars.ContextVar("chosen")
+_CHOSEN: contextvars.ContextVar[Mapping[Any, list[Route] | None]] = contextvars.ContextVar("chosen")
 
 
 class _ThreadState(threading.local):
@@ -37,6 +38,7 @@ class _ThreadState(threading.local):
 
     def __init__(self) -> None:  # not on the class: a compiler reads the instance
         self.routes: list[Route] | None = None
+        self.backward = -1  # number of the backward pass in which it was made, −1 outside
         self.rows: int | None = None
         self.depth = 0  # of forward passes of the model or its encoder
         self.repeats = 1  # rows of each sample, for beams and returned sequences
@@ -50,7 +52,7 @@ def _confirmed(theta: torch.Tensor) -> torch.Tensor:
     Raises:
         RuntimeError: the running coroutine did not choose it.
     """
-    routes = [route for chosen in _CHOSEN.get({}).values() for route in chosen]
+    routes = [route for chosen in _CHOSEN.get({}).values() for route in chosen or ()]
     if not any(route.theta.data_ptr() == theta.data_ptr() for route in routes):
         raise RuntimeError(_ELSEWHERE)
     return theta.clone()
@@ -70,6 +72,12 @@ _ELSEWHERE = (
 )
 
 
+_UNKNOWN = (
+    "A backward pass computes activations again, and which adapters the samples had is unknown to it. Checkpoint "
+    "activations by the model's gradient_checkpointing_enable(), which transformers' Trainer calls too."
+)
+
+
 class Choices:
     """The adapters that each context (coroutine, thread) has chosen for the samples of one model.
 
@@ -78,6 +86,7 @@ class Choices:
 
     def __init__(self) -> None:
         self.open = self.crowded = False  # whether there is a choice, and more than one
+        self.differentiated = False  # whether a mixed batch may have had a backward pass
         self._threads: Counter[int] = Counter()
         self._lock = threading.Lock()
         self._here = _ThreadState()
@@ -89,17 +98,31 @@ class Choices:
         return Choices, ()
 
     @contextmanager
-    def use(self, routes: list[Route]) -> Iterator[None]:
-        """Within this context, every sample has its own θ and λ instead of those of the active adapters."""
+    def use(self, routes: list[Route] | None) -> Iterator[None]:
+        """Within this context, every sample has its own θ and λ instead of those of the active adapters (None)."""
         token = _CHOSEN.set({**_CHOSEN.get({}), self: routes})
-        before, self._here.routes = self._here.routes, routes
+        before = self._here.routes, self._here.backward
+        self._here.routes, self._here.backward = routes, torch._C._current_graph_task_id()
         self._count(1)
         try:
             yield
         finally:
             self._count(-1)
-            self._here.routes = before
+            self._here.routes, self._here.backward = before
             _CHOSEN.reset(token)
+
+    def checkpoint(self, call: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call torch's `checkpoint` so that the backward pass computes `function` again with the choice of this one.
+
+        The backward pass may run in another thread, after the context of the choice has ended.
+        """
+        if torch.compiler.is_compiling():  # the compiled graph contains the choice
+            return call(function, *args, **kwargs)
+        return call(partial(self._run, self.routes(), function), *args, **kwargs)
+
+    def _run(self, routes: list[Route] | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.use(routes) if torch._C._current_graph_task_id() != -1 else nullcontext():
+            return function(*args, **kwargs)
 
     def _count(self, change: int) -> None:
         with self._lock:
@@ -112,8 +135,12 @@ class Choices:
 
         Raises:
             RuntimeError: only another thread has chosen. A thread that is started inside `select` does not inherit the
-                choice and would silently use another adapter.
+                choice and would silently use another adapter. Or a backward pass does not know the choice.
         """
+        if self.differentiated and not torch.compiler.is_compiling():
+            backward = torch._C._current_graph_task_id()
+            if backward not in (-1, self._here.backward):
+                raise RuntimeError(_UNKNOWN)
         if not self.open:
             return None
         if self._here.proving:
@@ -144,6 +171,7 @@ class Choices:
         here.rows = count_samples(root, arguments)
         if torch.compiler.is_compiling():
             return
+        self.differentiated |= torch.is_grad_enabled()
         call = id(root), frozenset(name for name, value in arguments.items() if value is not None)
         with self._proof:
             if here.rows is not None and call not in self._proved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -106,8 +107,8 @@ class IntrinsicVector(nn.Module):
 
         Raises:
             RuntimeError: gradient checkpointing is reentrant in several processes, where DDP silently averages the
-                gradient of a shared vector before all of its parts have been added; or the model uses DeepSpeed ZeRO-3
-                or tensor parallelism.
+                gradient of a shared vector before all of its parts have been added, or in a mixed batch, whose vectors
+                it would not reach; or the model uses DeepSpeed ZeRO-3 or tensor parallelism.
         """
         self.choices.enter(root, args, kwargs)
         if hasattr(self._like[0], "ds_id"):
@@ -120,19 +121,28 @@ class IntrinsicVector(nn.Module):
                 "parallelism is not supported: load the model without tp_plan, or choose target_modules that are not "
                 "split. With FSDP 2, attach the adapter before fully_shard."
             )
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not self.training or not distributed or torch.distributed.get_world_size() < 2:
+        choices, distributed = self.choices, torch.distributed.is_available() and torch.distributed.is_initialized()
+        several = distributed and torch.distributed.get_world_size() > 1
+        if not self.training or not (several or choices.differentiated):
             return
         for module in root.modules():
             if not getattr(module, "gradient_checkpointing", False):
                 continue
-            settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-            if settings.get("use_reentrant") is not False:
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if (several or choices.open) and getattr(function, "keywords", {}).get("use_reentrant") is not False:
                 raise RuntimeError(
-                    "Reentrant gradient checkpointing in several processes gives wrong gradients for a shared θ. Pass "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False} to TrainingArguments, to "
-                    "gradient_checkpointing_enable() or to prepare_model_for_kbit_training()."
+                    "Reentrant gradient checkpointing in several processes, or of a batch with several adapters, gives "
+                    "wrong gradients for a shared θ. Pass gradient_checkpointing_kwargs={'use_reentrant': False} to "
+                    "TrainingArguments, to gradient_checkpointing_enable() or to prepare_model_for_kbit_training()."
                 )
+            if (
+                not isinstance(function, partial)
+                or function.func == choices.checkpoint
+                or torch.compiler.is_compiling()
+            ):
+                continue
+            checkpoint = partial(choices.checkpoint, function.func, *function.args, **function.keywords)
+            module.__dict__["_gradient_checkpointing_func"] = checkpoint
 
     def _leave(self, root: nn.Module, args: Any, output: Any) -> None:
         if self.choices.open:

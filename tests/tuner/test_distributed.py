@@ -66,7 +66,7 @@ def test_two_processes_learn_the_same_as_one(kind, wrapped, settings, drop, tmp_
 def test_reentrant_checkpointing_raises(tmp_path):
     done = launch("reentrant", tmp_path, ALL)
     assert done.returncode != 0
-    assert "Reentrant gradient checkpointing in several processes gives wrong gradients" in done.stderr
+    assert "Reentrant gradient checkpointing in several processes, or" in done.stderr
     assert not (tmp_path / "losses.json").exists()
 
 

@@ -237,8 +237,6 @@ def test_invalid_choices_raise():
     model.train()
     with pytest.raises(ValueError, match="training mode"):
         model(**batch("bert"), adapter_names=names)
-    with pytest.raises(ValueError, match="training mode"), bank.select([0] * 4):
-        pass
 
 
 def test_a_bank_of_an_unknown_adapter_raises():
