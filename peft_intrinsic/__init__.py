@@ -5,6 +5,7 @@ from .supermask import SupermaskModel as SupermaskModel
 from .tuner import AdapterBank as AdapterBank
 from .tuner import IntrinsicConfig as IntrinsicConfig
 from .tuner import IntrinsicModel as IntrinsicModel
+from .tuner import RowAdam as RowAdam
 from .tuner import convert_to_lora as convert_to_lora
 from .tuner import init_head_from_labels as init_head_from_labels
 from .tuner import register, register_method

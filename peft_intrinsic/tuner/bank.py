@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import load_peft_weights
+from peft import PeftModel, get_peft_model, load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .bank_files import describe_rows, find_broken, read_bank, save_adapter, write_bank
 from .batch_first import without_samples
 from .batches import Choices, Route
 from .config import IntrinsicConfig
@@ -112,80 +118,205 @@ def _check_full(config: IntrinsicConfig, what: str) -> None:
         )
 
 
-class AdapterBank:
-    """K adapters of one projection as one tensor, selected by index for each sample of a batch.
+def _check_same(own: IntrinsicConfig, other: IntrinsicConfig, path: str) -> None:
+    if unlike := own.differences(other):
+        raise ValueError(f"{path} cannot join the bank: it differs from the attached adapter in {unlike}.")
+
+
+@cache
+def _with_signature(bank: Any, base: Any) -> Any:
+    """A subclass whose `forward` has the signature of a base model's, in which Trainer looks for columns and labels."""
+    signature = inspect.signature(base.forward)
+    parameters = list(signature.parameters.values())
+    last = parameters.pop() if parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else None
+    parameters.append(inspect.Parameter("adapter_index", inspect.Parameter.KEYWORD_ONLY))
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return bank.forward(self, *args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=parameters + ([last] if last else []))  # type: ignore[attr-defined]
+    members = {"forward": forward, "__module__": bank.__module__}
+    return type(f"{bank.__name__}Of{base.__name__}", (bank,), members)
+
+
+def _unpickle(model: Any) -> AdapterBank:
+    base: Any = type(model.get_base_model())
+    kind = _with_signature(AdapterBank, base)
+    return kind.__new__(kind)
+
+
+@cache
+def _support_sparse_norms() -> torch.library.Library:
+    """Teach torch the norm of a sparse gradient, which Trainer computes in every step and torch lacks."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def norm(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.linalg.vector_norm(x.coalesce().values(), *args, **kwargs)
+
+    for backend in ("SparseCPU", "SparseCUDA"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::linalg_vector_norm", backend):
+            library.impl("linalg_vector_norm", norm, backend)
+    return library  # which unregisters when it is deleted
+
+
+class AdapterBank(nn.Module):
+    """K adapters of one projection as one matrix, selected by index or name for each sample of a batch, and trained.
 
     G and H of the projection do not depend on θ, so a batch with as many adapters as samples costs about as much as
-    one adapter. The model has a single attached adapter, whose projection all of them use.
+    one adapter. The model has a single attached adapter, whose projection all of them use. It is not trained.
+
+    A bank is the model with one more argument, `adapter_index`, so that Trainer trains it unchanged. Its parameters are
+    the rows. Their gradients are sparse: a row without a sample in the batch costs nothing in a step. All attributes
+    that it lacks are those of the model.
 
     Args:
         model: a `PeftModel` with an intrinsic adapter.
-        vectors: θ and then λ of each adapter, `[K, d]`. A row of zeros is the base model.
+        vectors: θ and then λ of each adapter, `[K, d]`, which are trained if they require gradients. Or the number K of
+            new adapters, which are trained and start as the attached one: at the base model, if that one is new.
         adapter: name of the attached adapter with the projection; by default the active one.
+        names: a name for each row, such as a user's. They can be used instead of indexes.
 
     Raises:
         ValueError: the vectors do not have d columns, an adapted module cannot be mixed, the adapter has fully trained
-            modules, or it is not attached.
+            modules, it is not attached, or the names are not one for each row.
 
     Example:
-        >>> bank = AdapterBank.from_pretrained(model, ["users/ann", "users/bob"])
-        >>> with bank.select([0, 1, 1, -1]):  # −1: the base model
-        ...     model.generate(**inputs)  # 4 prompts
+        >>> bank = AdapterBank(get_peft_model(base_model, IntrinsicConfig(d=200)), 2, names=["ann", "bob"])
+        >>> optimizer = RowAdam(bank.parameters(), lr=2e-4)
+        >>> bank(adapter_index=["bob", "ann", "bob"], **inputs).loss.backward()  # 3 samples
+        >>> with bank.select(["ann", "__base__"]):  # or [0, -1]
+        ...     model.generate(**prompts)  # 2 prompts
     """
 
-    def __init__(self, model: Any, vectors: torch.Tensor, adapter: str | None = None) -> None:
-        self.model = model
+    _hf_peft_config_loaded = True  # Trainer then accepts a quantized base model
+    model: Any
+
+    def __init__(
+        self,
+        model: Any,
+        vectors: torch.Tensor | int,
+        adapter: str | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        object.__setattr__(self, "model", model)  # not a sub-module: the rows are the only parameters
         self.adapter = find_adapter(model, adapter)
-        config = model.peft_config[self.adapter]
-        if vectors.dim() != 2 or vectors.shape[1] != config.d:
-            raise ValueError(
-                f"vectors must have the shape [K, {config.d}] for adapter {self.adapter!r}, got {tuple(vectors.shape)}."
-            )
-        _check_full(config, f"adapter {self.adapter!r}")
-        self._vector: Any = model.base_model.vector
-        self._config, self._layers = config, model.base_model.tuner_layers()
+        self._config, self._layers = model.peft_config[self.adapter], model.base_model.tuner_layers()
+        _check_full(self._config, f"adapter {self.adapter!r}")
         check_mixable(model.get_base_model(), self._layers, {self.adapter})
-        self.vectors = vectors.to(self._vector.concatenate(self.adapter))
+        self._set_rows(self._read(vectors), names)
+        self.rows.requires_grad_(not isinstance(vectors, torch.Tensor) or vectors.requires_grad)
+        self.training = model.training
+        base: Any = type(model.get_base_model())
+        self.__class__ = _with_signature(AdapterBank, base)
 
     @classmethod
-    def from_pretrained(cls, model: Any, paths: Sequence[str], adapter: str | None = None) -> AdapterBank:
-        """Load saved adapters into a bank.
+    def from_pretrained(
+        cls, model: Any, paths: str | os.PathLike | Sequence[str], adapter: str | None = None
+    ) -> AdapterBank:
+        """Load a saved bank, or saved adapters into a bank. `bank.requires_grad_()` makes it trainable.
 
         Args:
-            model: a `PeftModel` with an intrinsic adapter.
-            paths: folders or names on the Hub. Row k of the bank is `paths[k]`.
+            model: a `PeftModel` with an intrinsic adapter. For a saved bank, the base model is enough.
+            paths: the folder of a saved bank. Or a list of adapters, folders or names on the Hub; row k of the bank is
+                then `paths[k]`.
             adapter: name of the attached adapter with the projection; by default the active one.
 
         Raises:
-            ValueError: an adapter has another projection than the attached one. The error lists the options.
+            ValueError: an adapter has another projection than the attached one, which the error lists; or the file of a
+                bank is damaged.
         """
-        own = model.peft_config[adapter or model.active_adapter]
+        if isinstance(paths, str | os.PathLike):
+            config = IntrinsicConfig.from_pretrained(str(paths))
+            vectors, names = read_bank(config, Path(paths))
+            model = model if isinstance(model, PeftModel) else get_peft_model(model, config)
+            _check_same(model.peft_config[find_adapter(model, adapter)], config, str(paths))
+            return cls(model, vectors, adapter, names)
+        own = model.peft_config[find_adapter(model, adapter)]
         rows = []
         for path in paths:
             config = IntrinsicConfig.from_pretrained(path)
             _check_full(config, path)
-            if unlike := own.differences(config):
-                raise ValueError(f"{path} cannot join the bank: it differs from the attached adapter in {unlike}.")
+            _check_same(own, config, path)
             weights = load_peft_weights(path, device="cpu")
             rows.append(torch.cat(read_vectors(config, weights)).float())
         return cls(model, torch.stack(rows), adapter)
 
-    @contextmanager
-    def select(self, index: Sequence[int] | torch.Tensor) -> Iterator[None]:
-        """Within this context, sample i of a batch uses the adapter `index[i]`.
+    @property
+    def vectors(self) -> torch.Tensor:
+        """θ and then λ of each adapter, `[K, d]`."""
+        return self.rows.weight
 
-        In training, gradients reach the rows of the bank that the batch uses, if these require gradients. The adapter
-        of the model is not trained. Each coroutine and each thread has its own choice. Beam search and several returned
-        sequences repeat samples automatically.
+    @property
+    def names(self) -> list[str]:
+        """The name of each row; empty without names."""
+        return list(self._places)[1:]
+
+    @property
+    def _vector(self) -> Any:
+        return self.model.base_model.vector
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet
+                raise
+            return getattr(self.model, name)
+
+    def __reduce__(self) -> Any:  # its class has no name to be imported by
+        return _unpickle, (self.model,), self.__dict__
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.model._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the model and the bank to training or evaluation mode."""
+        self.model.train(mode)
+        return super().train(mode)
+
+    @torch.compiler.disable(recursive=False)  # the model is compiled, the selection is not
+    def forward(self, *args: Any, adapter_index: Any = None, **kwargs: Any) -> Any:
+        """Run the model, where sample i of the batch uses the adapter `adapter_index[i]`.
 
         Args:
-            index: rows of the bank, `int[batch]`; −1 is the base model.
+            args: arguments of the model.
+            adapter_index: rows of the bank or their names, as in `select`.
+            kwargs: arguments of the model, by name.
+
+        Raises:
+            ValueError: `adapter_index` is missing.
+        """
+        if adapter_index is None:
+            raise ValueError(
+                "adapter_index is missing. Pass the row of the bank for each sample. In a dataset it must be a column "
+                "of integers, such as bank.find(names), as data collators drop strings."
+            )
+        with self.select(adapter_index):
+            self._vector.choices.prove(self.model.get_base_model(), args, kwargs)  # as a compiled model cannot
+            return self.model(*args, **kwargs)
+
+    @contextmanager
+    def select(self, index: Sequence[int] | Sequence[str] | torch.Tensor) -> Iterator[None]:
+        """Within this context, sample i of a batch uses the adapter `index[i]`.
+
+        In training, gradients reach the rows that the batch uses, if the bank requires gradients. Each coroutine and
+        each thread has its own choice. Beam search and several returned sequences repeat samples automatically.
+
+        Args:
+            index: rows of the bank, `int[batch]`, or their names; −1 or `"__base__"` is the base model.
 
         Raises:
             IndexError: an index is not in the bank.
-            ValueError: an adapter is merged, the active one has fully trained modules, or the one with the projection
-                is no longer attached.
+            ValueError: a name is not in the bank; a row has NaN or infinite values; an adapter is merged, the active
+                one has fully trained modules, or the one with the projection is no longer attached.
         """
+        with self._vector.choices.use([self._choose(index)]):
+            yield
+
+    @torch.compiler.disable
+    def _choose(self, index: Sequence[int] | Sequence[str] | torch.Tensor) -> Route:
         if self.model.peft_config.get(self.adapter) is not self._config:
             raise ValueError(
                 f"Adapter {self.adapter!r} with the projection of the bank is no longer attached. Make a new bank."
@@ -193,14 +324,118 @@ class AdapterBank:
         for name in self.model.active_adapters:
             _check_full(self.model.peft_config[name], f"the active adapter {name!r}")
         check_mixable(self.model.get_base_model(), self._layers, set())
+        if not isinstance(index, torch.Tensor) and any(isinstance(each, str) for each in index):
+            index = self.find([str(each) for each in index])
         chosen = torch.as_tensor(index, device=self.vectors.device)
-        if chosen.dim() != 1 or (chosen < -1).any() or (chosen >= len(self.vectors)).any():
+        if (
+            chosen.is_floating_point()
+            or chosen.dim() != 1
+            or (chosen < -1).any()
+            or (chosen >= len(self.vectors)).any()
+        ):
             raise IndexError(
                 f"index must be a list of −1 to {len(self.vectors) - 1}, one for each sample, got {index}."
             )
+        if self.vectors.requires_grad:
+            _support_sparse_norms()
         (own,) = torch.where(chosen >= 0)
-        vectors = self.vectors.new_zeros(len(chosen), self.vectors.shape[1]).index_copy(
-            0, own, self.vectors[chosen[own]]
-        )
-        with self._vector.choices.use([_route(self._vector, self.adapter, vectors)]):
-            yield
+        rows = self.rows(chosen[own])
+        if len(broken := find_broken(rows)):
+            raise ValueError(
+                f"Rows {describe_rows(chosen[own][broken].unique(), self.names)} contain NaN or infinite values. The "
+                "others do not. Replace these rows in bank.vectors, for instance by those of an earlier save."
+            )
+        vectors = rows.new_zeros(len(chosen), rows.shape[1]).index_copy(0, own, rows)
+        return _route(self._vector, self.adapter, vectors)
+
+    def find(self, names: Iterable[str]) -> list[int]:
+        """The rows with these names; −1 for `"__base__"`.
+
+        Args:
+            names: names of rows.
+
+        Raises:
+            ValueError: a name is not in the bank.
+        """
+        names = list(names)
+        if unknown := sorted({name for name in names if name not in self._places}):
+            raise ValueError(f"names={unknown[:10]} are not in the bank. Add them with append, or see bank.names.")
+        return [self._places[name] for name in names]
+
+    def append(self, vectors: torch.Tensor | int, names: Sequence[str] | None = None) -> None:
+        """Add adapters as rows at the end. `vectors` is a new parameter afterwards, so make a new optimizer.
+
+        Args:
+            vectors: θ and then λ of each, `[n, d]`, or the number n of new adapters, as for a new bank.
+            names: a name for each row, if the bank has names.
+
+        Raises:
+            ValueError: the vectors do not have d columns, or the names are not one for each row.
+        """
+        trained = self.vectors.requires_grad
+        self._set_rows(torch.cat([self.vectors.detach(), self._read(vectors)]), [*self.names, *(names or ())])
+        self.rows.requires_grad_(trained)
+
+    def _read(self, vectors: torch.Tensor | int) -> torch.Tensor:
+        start = self._vector.concatenate(self.adapter).detach()
+        if not isinstance(vectors, torch.Tensor):
+            return start.repeat(vectors, 1)
+        if vectors.dim() != 2 or vectors.shape[1] != len(start):
+            raise ValueError(
+                f"vectors must have the shape [K, {len(start)}] for adapter {self.adapter!r}, got "
+                f"{tuple(vectors.shape)}."
+            )
+        return vectors.detach().to(start)
+
+    def _set_rows(self, vectors: torch.Tensor, names: Sequence[str] | None) -> None:
+        names = list(names or ())
+        if names and len(names) != len(vectors):
+            raise ValueError(f"names has {len(names)} names for {len(vectors)} rows. Name each row, or none.")
+        if wrong := sorted(str(name) for name, count in Counter(names).items() if count > 1 or name == BASE):
+            raise ValueError(
+                f"names={wrong[:10]} occur twice, or name the base model. Give each row a name of its own."
+            )
+        self._places = {BASE: -1, **{name: row for row, name in enumerate(names)}}
+        self.rows = nn.Embedding.from_pretrained(vectors, sparse=True)
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Save the bank: the rows with their names in one file, and the configuration of the adapters.
+
+        Args:
+            save_directory: the folder. After an error, its files are the old ones.
+
+        Raises:
+            ValueError: a row has NaN or infinite values.
+        """
+        write_bank(self._config, self.vectors, self.names, Path(save_directory))
+
+    def save_adapter(self, row: int | str, save_directory: str | os.PathLike) -> None:
+        """Save one row as an adapter, which PEFT loads as any other.
+
+        Args:
+            row: number or name of the row.
+            save_directory: the folder of the adapter.
+
+        Raises:
+            IndexError: the bank has no such row.
+            ValueError: it has none of this name, or the row has NaN or infinite values.
+        """
+        number = self.find([row])[0] if isinstance(row, str) else row
+        if not 0 <= number < len(self.vectors):
+            raise IndexError(f"row={row!r} must be one of 0 to {len(self.vectors) - 1}.")
+        save_adapter(self.model, self.adapter, self.vectors[number], Path(save_directory))
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The names, for checkpoints."""
+        return torch.tensor(list(json.dumps(self.names).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Compare the names in a checkpoint.
+
+        Raises:
+            ValueError: they are not those of this bank.
+        """
+        if bytes(state.tolist()) != json.dumps(self.names).encode():
+            raise ValueError(
+                "The rows in the checkpoint have other names, or another order. Make the bank with its names."
+            )

@@ -76,7 +76,7 @@ def _variants(arguments: dict[str, Any], rows: int, size: int) -> Iterator[dict[
 def _unchanged(root: nn.Module) -> Iterator[None]:
     """Within this context, forward passes do not change buffers and random states."""
     buffers = [
-        (module, name, b, b.clone())
+        (module, name, b, b.clone(), None if b.is_inference() else b._version)
         for module in root.modules()
         for name, b in module._buffers.items()
         if b is not None
@@ -86,8 +86,9 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
-        for module, name, buffer, value in buffers:
-            buffer.copy_(value)
+        for module, name, buffer, value, version in buffers:
+            if version is None or buffer._version != version:  # a write would break an earlier graph's backward pass
+                buffer.copy_(value)
             module._buffers[name] = buffer
 
 

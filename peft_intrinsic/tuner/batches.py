@@ -160,24 +160,29 @@ class Choices:
         return self._here.proving
 
     def enter(self, root: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before a forward pass, note the rows of the batch; before the first, prove which modules are batch first."""
+        """Before a forward pass, note the rows of the batch, and prove which modules are batch first."""
         here = self._here
         if not self.open or here.proving:
             return
         here.depth += 1
         if here.depth > 1:
             return
-        arguments = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
-        here.rows = count_samples(root, arguments)
-        if torch.compiler.is_compiling():
-            return
+        here.rows = count_samples(root, _numbered(args, kwargs))
+        if not torch.compiler.is_compiling():
+            self.prove(root, args, kwargs)
+
+    @torch.compiler.disable
+    def prove(self, root: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the first forward pass with these names of arguments, prove which modules are batch first."""
         self.differentiated |= torch.is_grad_enabled()
+        arguments = _numbered(args, kwargs)
+        rows, here = count_samples(root, arguments), self._here
         call = id(root), frozenset(name for name, value in arguments.items() if value is not None)
         with self._proof:
-            if here.rows is not None and call not in self._proved:
+            if rows is not None and call not in self._proved:
                 here.proving = True
                 try:
-                    found = batch_first(root, here.rows, named_arguments(root, args, kwargs), lambda: here.proving)
+                    found = batch_first(root, rows, named_arguments(root, args, kwargs), lambda: here.proving)
                 finally:
                     here.proving = False
                 self._first |= {name: first and self._first.get(name, True) for name, first in found.items()}
@@ -230,6 +235,10 @@ class Choices:
                 f"exclude_modules=['{name.rpartition('.')[0]}']."
             )
         return theta.repeat_interleave(repeats, 0), x
+
+
+def _numbered(args: Any, kwargs: Any) -> dict[str, Any]:
+    return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
 
 
 def spread(vectors: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ def _match_keys(adapter: str = "") -> re.Pattern[str]:
     return re.compile(rf"(?:^|\.){VECTOR}\.(intrinsic_\w+){re.escape(f'.{adapter}' if adapter else '')}\.weight$")
 
 
-def _checksum(config: IntrinsicConfig, vectors: Mapping[str, torch.Tensor]) -> str | None:
+def checksum(config: IntrinsicConfig, vectors: Mapping[str, torch.Tensor]) -> str | None:
     """Checksum of θ, λ and all options that define their meaning; None if they are sharded or on the meta device."""
     meaning = [getattr(config, name) for name in (*SAME, "manifest", "reinitialized")]
     meaning += [config.subspace_digest] if config.subspace_digest else []
@@ -57,7 +57,7 @@ def vectors_to_save(
     found = {name: (match[1], value) for name, value in state.items() if (match := keys.search(name))}
     if state:  # processes that do not write pass an empty one
         _check_saved(config, adapter, dict(found.values()))
-    config.checksum_to_save = _checksum(config, dict(found.values())) if found else None
+    config.checksum_to_save = checksum(config, dict(found.values())) if found else None
     config.checksum = None  # that of the file it was loaded from is outdated
     return {name: value for name, (_, value) in found.items()}
 
@@ -117,7 +117,7 @@ def read_vectors(config: IntrinsicConfig, state: Mapping[str, torch.Tensor]) -> 
             raise ValueError(f"{name}: the file contains {values.dtype}, not floating-point numbers. {REMEDY}")
         if not torch.isfinite(values).all():
             raise ValueError(f"{name}: the file contains NaN or infinite values. {REMEDY}")
-    if found and config.checksum is not None and config.checksum != _checksum(config, found):
+    if found and config.checksum is not None and config.checksum != checksum(config, found):
         raise ValueError(
             f"These are not the parameters and options that were saved (checksum={config.checksum!r} in the file). "
             f"{REMEDY} If you changed them on purpose, remove the checksum from adapter_config.json."

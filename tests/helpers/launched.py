@@ -1,7 +1,8 @@
 """A training run for `torchrun`: the losses go to FOLDER/losses.json, the adapter to FOLDER/adapter.
 
-    python launched.py KIND FOLDER OPTIONS        KIND: plain, reentrant or fsdp2; OPTIONS of IntrinsicConfig, as JSON
+    python launched.py KIND FOLDER OPTIONS        KIND: plain, reentrant, fsdp2 or bank; OPTIONS of IntrinsicConfig, as JSON
 
+With `bank`, four rows of an adapter bank are trained instead, and saved as the bank.
 accelerate shards on accelerators alone, so FSDP2 is torch's own call, in its processes.
 """
 
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import build
 from peft import get_peft_model
 
-from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic import AdapterBank, IntrinsicConfig, RowAdam
 
 
 def sharded(model: nn.Module) -> Any:
@@ -34,6 +35,28 @@ def sharded(model: nn.Module) -> Any:
         if isinstance(module, LlamaDecoderLayer):
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def train_bank(folder: Path, options: dict[str, Any]) -> None:
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    bank = AdapterBank(get_peft_model(build("llama"), IntrinsicConfig(**options)).train(), 4)
+    model = accelerator.prepare(bank)
+    optimizer = RowAdam(bank.parameters(), 1e-3)
+    ids = torch.randint(1, 90, (8, 7), generator=torch.Generator().manual_seed(5))
+    rows = [{"input_ids": row, "labels": row, "adapter_index": i % 3} for i, row in enumerate(ids)] * 4
+    losses = []
+    for batch in accelerator.prepare(DataLoader(rows, batch_size=8, shuffle=False)):
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
+    if accelerator.is_main_process:
+        found = {"losses": losses, "processes": accelerator.num_processes, "model": type(model).__name__}
+        (folder / "losses.json").write_text(json.dumps(found))
+        bank.save_pretrained(folder / "bank")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def main(kind: str, folder: Path, options: dict[str, Any]) -> None:
@@ -66,4 +89,5 @@ def main(kind: str, folder: Path, options: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(180, exit=True)  # prints where it hangs
-    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
+    kind, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    train_bank(folder, options) if kind == "bank" else main(kind, folder, options)

@@ -14,11 +14,12 @@ from conftest import batch, build, output, train, trained
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic import AdapterBank, IntrinsicConfig, RowAdam
 
 SCRIPT = Path(__file__).parents[1] / "helpers" / "launched.py"
 HUNG = "Timeout (0:03:00)!"
 ALL = {"d": 60, "said": True, "target_modules": "all"}
+LINEAR = {"d": 60, "target_modules": "all-linear"}
 VALUES = {"d": 20, "projection": "value_bias"}
 IDS = torch.randint(1, 90, (8, 7), generator=torch.Generator().manual_seed(5))
 
@@ -60,6 +61,28 @@ def test_two_processes_learn_the_same_as_one(kind, wrapped, settings, drop, tmp_
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_bank_learns_the_same_in_two_processes(tmp_path):
+    """Each process has other rows in its half of the batch, and the gradients are sparse."""
+    done = launch("bank", tmp_path, LINEAR)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "losses.json").read_text())
+    bank = AdapterBank(get_peft_model(build("llama"), IntrinsicConfig(**LINEAR)).train(), 4)
+    optimizer, losses = RowAdam(bank.parameters(), 1e-3), []
+    for _ in range(4):
+        loss = bank(input_ids=IDS, labels=IDS, adapter_index=[0, 1, 2, 0, 1, 2, 0, 1]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert (found["processes"], found["model"]) == (2, "DistributedDataParallel")
+    assert found["losses"] == pytest.approx(losses, abs=1e-4)
+    loaded = AdapterBank.from_pretrained(build("llama"), tmp_path / "bank")
+    trained = bank.vectors.detach()
+    assert (loaded.vectors - trained).norm() < 0.05 * trained.norm()  # Adam enlarges rounding
+    assert not loaded.vectors[3].any()
 
 
 @pytest.mark.slow

@@ -1,0 +1,194 @@
+"""Rows of a bank by name, saved banks, and banks that cannot be made."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batch, build
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from peft_intrinsic import AdapterBank, IntrinsicConfig
+from peft_intrinsic.tuner.bank_files import FILE
+
+NAMES = ["ann", "bob", "eve"]
+
+
+def named(said: bool = True, adapter: str = "default") -> AdapterBank:
+    config = IntrinsicConfig(d=60, said=said, target_modules="all-linear")
+    model = get_peft_model(build("bert"), config, adapter_name=adapter).eval()
+    return AdapterBank(model, torch.randn(3, 60, generator=torch.Generator().manual_seed(0)) / 500, names=NAMES)
+
+
+@torch.no_grad()
+def logits(bank: AdapterBank, index) -> torch.Tensor:
+    return bank(adapter_index=index, **batch("bert")).logits
+
+
+def test_names_select_the_same_rows_as_indexes():
+    bank = named()
+    assert torch.equal(logits(bank, ["eve", "__base__", "ann", "eve"]), logits(bank, [2, -1, 0, 2]))
+    assert bank.find(["bob", "__base__"]) == [1, -1]
+    with pytest.raises(ValueError, match=r"names=\['dan'\] are not in the bank. Add them with append"):
+        logits(bank, ["eve", "dan", "ann", "eve"])
+
+
+@pytest.mark.parametrize("names", [["ann", "ann", "bob"], ["ann", "__base__", "bob"]])
+def test_names_that_are_not_unique_raise(names):
+    with pytest.raises(ValueError, match=r"names=\['(ann|__base__)'\] occur twice, or name the base model"):
+        AdapterBank(named().model, 3, names=names)
+
+
+def test_names_for_some_rows_raise():
+    with pytest.raises(ValueError, match="names has 2 names for 3 rows"):
+        AdapterBank(named().model, 3, names=["ann", "bob"])
+    with pytest.raises(ValueError, match="names has 3 names for 4 rows"):
+        named().append(1)
+
+
+def test_new_rows_start_as_the_attached_adapter():
+    """At the base model, until that one is trained."""
+    bank = AdapterBank(named().model, 2)
+    assert torch.equal(logits(bank, [0, 1, 1, 0]), logits(bank, [-1] * 4))
+    assert bank.vectors.requires_grad
+    vector = bank.model.base_model.vector
+    vector.intrinsic_theta["default"].weight.data += 0.01
+    bank.append(1)
+    assert torch.equal(bank.vectors[2], vector.concatenate("default"))
+    assert not torch.equal(bank.vectors[2], bank.vectors[1])
+
+
+def test_appended_rows_leave_the_others_as_they_were():
+    bank = named()
+    before, expected = bank.vectors.clone(), logits(bank, [0, 1, 2, 0])
+    bank.append(torch.full((1, 60), 1e-3), ["dan"])
+    assert bank.names == [*NAMES, "dan"]
+    assert torch.equal(bank.vectors[:3], before)
+    assert torch.equal(logits(bank, [0, 1, 2, 0]), expected)
+    assert not torch.equal(logits(bank, ["dan"] * 4), logits(bank, [-1] * 4))
+    for wrong in (torch.zeros(1, 61), torch.zeros(60)):
+        with pytest.raises(ValueError, match=r"shape \[K, 60\]"):
+            bank.append(wrong, ["dan2"])
+    with pytest.raises(ValueError, match=r"names=\['ann'\] occur twice"):
+        bank.append(1, ["ann"])
+    assert bank.names == [*NAMES, "dan"]
+    assert len(bank.vectors) == 4
+
+
+def test_indexes_that_are_missing_or_outside_the_bank_raise():
+    bank = named()
+    with pytest.raises(ValueError, match=r"adapter_index is missing. Pass the row of the bank for each sample"):
+        bank(**batch("bert"))
+    for index in ([0, 1, 2, 3], [-2, 0, 0, 0], torch.tensor([0.0, 1.0, 0.0, 0.0])):
+        with pytest.raises(IndexError, match="−1 to 2"):
+            bank(adapter_index=index, **batch("bert"))
+    with pytest.raises(ValueError, match="chosen for 3 samples"):
+        bank(adapter_index=[0, 1, 2], **batch("bert"))
+
+
+def test_a_row_with_nan_is_named_and_the_others_work(tmp_path):
+    bank = named()
+    bank.save_pretrained(tmp_path)
+    expected = logits(bank, [0, 2, 2, 0])
+    bank.vectors[1, 5] = float("nan")
+    assert torch.equal(logits(bank, [0, 2, 2, 0]), expected)
+    with pytest.raises(ValueError, match=r"Rows 1 \('bob'\) contain NaN or infinite values. The others do not"):
+        logits(bank, [0, 1, 2, 0])
+    with pytest.raises(ValueError, match=r"Rows 1 \('bob'\) contain NaN.*Nothing was written"):
+        bank.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="contains NaN or infinite values"):
+        bank.save_adapter("bob", tmp_path / "bob")
+    assert AdapterBank.from_pretrained(build("bert"), tmp_path).vectors.isfinite().all()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("adapter", ["default", "shared"])
+def test_a_saved_bank_gives_the_same_outputs(tmp_path, adapter, attached):
+    bank = named(adapter=adapter)
+    bank.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, "adapter_config.json"]
+    loaded = AdapterBank.from_pretrained(named().model if attached else build("bert"), tmp_path).eval()
+    assert loaded.names == NAMES
+    assert not loaded.vectors.requires_grad
+    assert torch.equal(logits(loaded, ["eve", "bob", "ann", "__base__"]), logits(bank, [2, 1, 0, -1]))
+
+
+@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize("adapter", ["default", "shared"])
+def test_a_row_is_saved_as_an_adapter_of_peft(tmp_path, adapter, said):
+    bank = named(said, adapter)
+    bank.save_adapter("bob", tmp_path)
+    bank.save_adapter(2, tmp_path / "eve")
+    expected = logits(bank, ["bob"] * 4)
+    model = PeftModel.from_pretrained(build("bert"), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch("bert")).logits, expected, rtol=1e-4, atol=1e-5)
+    again = AdapterBank.from_pretrained(model, [str(tmp_path), str(tmp_path / "eve")])
+    assert torch.equal(again.vectors, bank.vectors[1:])
+    for row in (3, -1):
+        with pytest.raises(IndexError, match=f"row={row} must be one of 0 to 2"):
+            bank.save_adapter(row, tmp_path)
+
+
+def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
+    bank = named()
+    bank.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    bank.vectors.mul_(2)
+    monkeypatch.setattr(IntrinsicConfig, "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+    with pytest.raises(OSError, match="disk is full"):
+        bank.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def rewrite(folder: Path, vectors: torch.Tensor | None = None, **metadata: str) -> None:
+    with safe_open(folder / FILE, "pt") as file:
+        rows, written = file.get_tensor("vectors"), file.metadata()
+    save_file({"vectors": rows if vectors is None else vectors}, folder / FILE, {**written, **metadata})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: rewrite(folder, torch.zeros(3, 61)), "not one matrix 'vectors' of 60 columns"),
+        (lambda folder: rewrite(folder, torch.zeros(3, 60)), "not the rows, names and options that were saved"),
+        (lambda folder: rewrite(folder, names=json.dumps(["bob", "ann", "eve"])), "not the rows, names and options"),
+        (lambda folder: (folder / FILE).unlink(), "contains no adapter_bank.safetensors.*saved adapters as a list"),
+    ],
+)
+def test_files_of_a_bank_that_are_damaged_raise(tmp_path, damage, message):
+    named().save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AdapterBank.from_pretrained(build("bert"), tmp_path)
+
+
+def test_a_bank_of_another_projection_raises(tmp_path):
+    named().save_pretrained(tmp_path)
+    model = get_peft_model(build("bert"), IntrinsicConfig(d=60, said=True, target_modules="all-linear", seed=3))
+    with pytest.raises(ValueError, match=r"cannot join the bank: it differs.*seed \(3 and 0\)"):
+        AdapterBank.from_pretrained(model, tmp_path)
+
+
+def test_copies_of_a_bank_have_their_own_rows_and_model():
+    bank = named()
+    expected = logits(bank, [2, 1, 0, -1])
+    for other in (copy.deepcopy(bank), pickle.loads(pickle.dumps(bank))):
+        assert torch.equal(logits(other, ["eve", "bob", "ann", "__base__"]), expected)
+        other.vectors.zero_()
+        other.train()
+        assert other.model.training
+    assert torch.equal(logits(bank, [2, 1, 0, -1]), expected)
+    assert not bank.model.training
+
+
+def test_a_bank_moves_with_its_model():
+    bank = named().to(torch.float64)
+    assert {p.dtype for p in [*bank.parameters(), *bank.model.parameters()]} == {torch.float64}
+    assert bank.config is bank.model.config
