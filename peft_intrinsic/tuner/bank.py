@@ -363,7 +363,7 @@ class AdapterBank(nn.Module):
         return [self._places[name] for name in names]
 
     def append(self, vectors: torch.Tensor | int, names: Sequence[str] | None = None) -> None:
-        """Add adapters as rows at the end. `vectors` is a new parameter afterwards, so make a new optimizer.
+        """Add adapters as rows at the end. The rows are a new parameter afterwards, so make a new optimizer.
 
         Args:
             vectors: θ and then λ of each, `[n, d]`, or the number n of new adapters, as for a new bank.

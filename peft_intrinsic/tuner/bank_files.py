@@ -60,7 +60,7 @@ def write_bank(config: IntrinsicConfig, vectors: torch.Tensor, names: list[str],
     rows = vectors.detach().cpu().contiguous()
     written = {"names": json.dumps(names), "checksum": str(checksum(config, {json.dumps(names): rows}))}
     with _replacing(folder) as new:
-        save_file({"vectors": rows}, new / FILE, metadata=written)
+        save_file({"rows": rows}, new / FILE, metadata=written)
         config.save_pretrained(new)
 
 
@@ -75,10 +75,10 @@ def read_bank(config: IntrinsicConfig, folder: Path) -> tuple[torch.Tensor, list
         raise ValueError(f"{folder} contains no {FILE}, so it is no saved bank. Pass saved adapters as a list.")
     with safe_open(path, "pt") as file:
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        shape = found.get("vectors", [])
-        if list(found) != ["vectors"] or len(shape) != 2 or shape[1] != config.d:
-            raise ValueError(f"{path} contains {found}, not one matrix 'vectors' of {config.d} columns. {REMEDY}")
-        vectors, written = file.get_tensor("vectors"), file.metadata() or {}
+        shape = found.get("rows", [])
+        if list(found) != ["rows"] or len(shape) != 2 or shape[1] != config.d:
+            raise ValueError(f"{path} contains {found}, not one matrix 'rows' of {config.d} columns. {REMEDY}")
+        vectors, written = file.get_tensor("rows"), file.metadata() or {}
     if written.get("checksum") != checksum(config, {written.get("names", ""): vectors}):
         raise ValueError(f"{path}: these are not the rows, names and options that were saved. {REMEDY}")
     if not vectors.is_floating_point():

@@ -1,6 +1,6 @@
 """A training run for `torchrun`: the losses go to FOLDER/losses.json, the adapter to FOLDER/adapter.
 
-    python launched.py KIND FOLDER OPTIONS        KIND: plain, reentrant, fsdp2 or bank; OPTIONS of IntrinsicConfig, as JSON
+    python launched.py KIND FOLDER OPTIONS    KIND: plain, reentrant, fsdp2, bank; OPTIONS of IntrinsicConfig, as JSON
 
 With `bank`, four rows of an adapter bank are trained instead, and saved as the bank.
 accelerate shards on accelerators alone, so FSDP2 is torch's own call, in its processes.

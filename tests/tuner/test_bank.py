@@ -149,14 +149,14 @@ def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
 
 def rewrite(folder: Path, vectors: torch.Tensor | None = None, **metadata: str) -> None:
     with safe_open(folder / FILE, "pt") as file:
-        rows, written = file.get_tensor("vectors"), file.metadata()
-    save_file({"vectors": rows if vectors is None else vectors}, folder / FILE, {**written, **metadata})
+        rows, written = file.get_tensor("rows"), file.metadata()
+    save_file({"rows": rows if vectors is None else vectors}, folder / FILE, {**written, **metadata})
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: rewrite(folder, torch.zeros(3, 61)), "not one matrix 'vectors' of 60 columns"),
+        (lambda folder: rewrite(folder, torch.zeros(3, 61)), "not one matrix 'rows' of 60 columns"),
         (lambda folder: rewrite(folder, torch.zeros(3, 60)), "not the rows, names and options that were saved"),
         (lambda folder: rewrite(folder, names=json.dumps(["bob", "ann", "eve"])), "not the rows, names and options"),
         (lambda folder: (folder / FILE).unlink(), "contains no adapter_bank.safetensors.*saved adapters as a list"),
@@ -188,7 +188,7 @@ def test_copies_of_a_bank_have_their_own_rows_and_model():
     assert not bank.model.training
 
 
-def test_a_bank_moves_with_its_model():
+def test_to_converts_the_rows_and_the_model():
     bank = named().to(torch.float64)
     assert {p.dtype for p in [*bank.parameters(), *bank.model.parameters()]} == {torch.float64}
     assert bank.config is bank.model.config

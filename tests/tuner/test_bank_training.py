@@ -29,7 +29,7 @@ noise around zero. P is float32."""
 EPS = 5e-3
 """The same for SparseAdam, which adds ε before it corrects the bias of the second moment, and Adam after."""
 
-INDEX = [2, 0, -1, 2]
+INDEX = [2, 2, -1, 0]
 
 
 def bank_of(name: str, rows: int = 3, **options) -> AdapterBank:
