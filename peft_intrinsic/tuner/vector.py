@@ -100,6 +100,11 @@ class IntrinsicVector(nn.Module):
         """Remove this module and its hooks from the model."""
         for guard in self._guards:
             guard.remove()
+        for module in root.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(function, partial) and function.func == self.choices.checkpoint:
+                call, *args = function.args
+                module.__dict__["_gradient_checkpointing_func"] = partial(call, *args, **function.keywords)
         delattr(root, VECTOR)
 
     def _enter(self, root: nn.Module, args: Any, kwargs: Any) -> None:

@@ -107,6 +107,8 @@ def test_checkpointing_recomputes_with_the_rows_of_its_own_forward_pass(name, th
         module.gradient_checkpointing = False
     loss(bank.model, batch(name)).sum().backward()
     assert_near(checkpointed, theta.grad)
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in bank.model.unload().modules()]
+    assert {function.func for function in functions if function} == {checkpoint}
 
 
 def test_checkpointing_that_cannot_know_the_rows_raises():
@@ -370,3 +372,9 @@ def test_an_interrupted_training_resumes_with_its_optimizer_state(tmp_path):
     other = trainer(of_users(list("abdc")), tmp_path / "killed", index, optimizer)
     with pytest.raises(ValueError, match="rows in the checkpoint have other names, or another order"):
         other.train(resume_from_checkpoint=True)
+
+
+def test_trainer_accepts_a_bank_on_a_quantized_base(tmp_path):
+    bank = of_users()
+    bank.get_base_model().is_quantized = True
+    trainer(bank, tmp_path, [0] * ROWS, (RowAdam, {"lr": 1e-3}))
