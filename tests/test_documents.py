@@ -31,7 +31,7 @@ from transformers import (
     pipeline,
 )
 
-from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic import AdapterBank, IntrinsicConfig
 from peft_intrinsic.codec import adapter_from_string
 from peft_intrinsic.version import REPOSITORY
 
@@ -300,6 +300,24 @@ def test_serving(tmp_path):
     out = run("serving.py", "--model", base, "--adapters", "user0", "user1", "--ask", *asked, cwd=tmp_path)
     assert [line.split("\t")[0] for line in out.splitlines()[:3]] == ["0", "1", "base"]
     assert "2 adapters, 200 parameters each" in out
+
+
+@pytest.mark.slow
+def test_bank_training(tmp_path):
+    """Two users label the same films in opposite ways, which one adapter cannot learn."""
+    words = {"ann": ("good", "bad"), "bob": ("bad", "good")}
+    rows = [f"{user},a very {word} film,{label}" for user, both in words.items() for label, word in enumerate(both)]
+    (tmp_path / "data.csv").write_text("\n".join(["user,text,label", *rows * 20]))
+    base = tiny("bert", tmp_path / "base")
+    options = ["--train", "data.csv", "--eval", "data.csv", "--model", base, "--epochs", "60", "--batch", "8"]
+    out = run("bank_training.py", *options, "--export", "bob", cwd=tmp_path)
+    assert "2 users, 200 parameters each" in out
+    found = re.search(r"accuracy 0.5000 -> (\S+); bank in runs/bank", out)
+    assert found, out
+    assert float(found[1]) > 0.7
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    assert AdapterBank.from_pretrained(model, tmp_path / "runs/bank").names == ["ann", "bob"]
+    assert (tmp_path / "runs/bank/export/adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow
