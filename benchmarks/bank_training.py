@@ -5,11 +5,11 @@
 The model is all-MiniLM-L6-v2 with a head for six classes, d = 200. A step is forward, backward and optimizer, in
 float32.
 Each method trains on the same batch, whose samples belong to 1, 8 or 64 adapters:
-    one adapter          one adapter for all samples, AdamW: the unit of all times
+    one adapter          one adapter for all samples, AdamW: all times are relative to it
     bank of K            `AdapterBank` with K rows, RowAdam
     one after the other  K attached adapters, each a step of its own on its samples: `set_adapter`, AdamW
     LoRA                 the same with LoRA r=8 on linear layers, and the head, which PEFT trains beside it
-Times are of the processor. Each is the median over rounds of the ratio to the unit in the same round. Bytes are those
+Times are of the processor. Each is the median over rounds of the ratio to it in the same round. Bytes are those
 of the parameters of one adapter and of its optimizer.
 
 The rows go to benchmarks/results/bank_training.jsonl, the figure to docs/bank_training.png. Nothing is timed unless the
