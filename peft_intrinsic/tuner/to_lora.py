@@ -61,7 +61,6 @@ def convert_to_lora(
     }
     state: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
-    norms: dict[str, float] = {}  # squared, of every offset
     lost: list[str] = []
     layers = [m for m in base.modules() if isinstance(m, IntrinsicLayer) and adapter_name in m.offsets]
     if any(layer.merged for layer in layers):
@@ -69,9 +68,8 @@ def convert_to_lora(
     for layer in layers:
         module = names[id(layer.get_base_layer())]
         for own, offset in layer.offsets[adapter_name].items():
-            delta = layer.get_delta_weight(adapter_name, own)
-            norms[f"{module}.{own}"] = float(delta.square().sum()) if offset.merges else 0.0
             if module in whole:
+                delta = layer.get_delta_weight(adapter_name, own)
                 state[f"{PREFIX}{module}.{own}"] = layer.base_parameter(own) + delta
             elif (
                 own == "weight"
@@ -92,7 +90,15 @@ def convert_to_lora(
         state |= {f"{PREFIX}{canonical(key, base)}.{own}": value.clone() for own, value in trained.items()}
     full = {key for key in beside if is_named(config.full_modules or (), key)}
     if lost and not accept_loss:
-        share = math.sqrt(sum(norms[name] for name in lost) / max(sum(norms.values()), 1e-30))
+        norms = {
+            f"{names[id(layer.get_base_layer())]}.{own}": float(
+                layer.get_delta_weight(adapter_name, own).square().sum()
+            )
+            for layer in layers
+            for own, offset in layer.offsets[adapter_name].items()
+            if offset.merges
+        }
+        share = math.sqrt(sum(norms.get(name, 0.0) for name in lost) / max(sum(norms.values()), 1e-30))
         raise ValueError(
             f"A LoRA cannot represent {len(lost)} of the adapted parameters, with {share:.1%} of the offset's norm: "
             f"{', '.join(lost)}. Pass accept_loss=True to leave them out, or merge the adapter instead."
