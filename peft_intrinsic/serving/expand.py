@@ -1,0 +1,111 @@
+"""The LoRA that equals a stored adapter, made from its d parameters in milliseconds."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights
+from transformers import AutoModelForCausalLM
+
+from ..codec import load_packed, read_packed
+from ..tuner.base_model import base_digest
+from ..tuner.config import IntrinsicConfig
+from ..tuner.files import read_vectors
+from ..tuner.to_lora import convert_to_lora
+
+
+class LoraExpander:
+    """Convert stored adapters of one base model to LoRAs.
+
+    The base model is read at the start, for its digest, and for each kind of adapter (its options and seed), to compute
+    P. Its weights do not stay in memory.
+
+    Args:
+        base: folder or name of the base model, a decoder that generates text.
+
+    Example:
+        >>> expander = LoraExpander("HuggingFaceTB/SmolLM2-135M-Instruct")
+        >>> config, tensors = expander.expand(Path("ann.pia").read_bytes())
+    """
+
+    def __init__(self, base: str | os.PathLike) -> None:
+        self.base = str(base)
+        self._digest = base_digest(self._load())
+        self._kinds: dict[Any, PeftModel] = {}
+        self._lock = threading.Lock()
+
+    def expand(self, adapter: bytes | Path, max_rank: int | None = None) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+        """Convert an adapter to the LoRA with equal outputs within rounding.
+
+        Args:
+            adapter: bytes of a packed adapter, or the folder of a saved one.
+            max_rank: the largest rank that the server takes.
+
+        Returns:
+            The configuration and the state dict of the LoRA.
+
+        Raises:
+            ValueError: the adapter is damaged, is of another base model, adapts what a LoRA cannot represent, or has a
+                larger rank.
+        """
+        with self._lock:
+            model = self._with_packed(adapter) if isinstance(adapter, bytes) else self._with_saved(adapter)
+            config, state = convert_to_lora(model)
+        if config.modules_to_save or config.trainable_token_indices:
+            raise ValueError(
+                f"The adapter trains {config.modules_to_save or 'rows of embeddings'} fully, which servers of LoRAs do "
+                "not take. Train it without these."
+            )
+        if max_rank is not None and config.r > max_rank:
+            raise ValueError(
+                f"The adapter is a LoRA of rank {config.r}, and the server takes ranks up to {max_rank}. Start it with "
+                f"--max-lora-rank {config.r}, or train with projection='value_lora' (rank 1) or a smaller block_size."
+            )
+        return config, state
+
+    def _with_packed(self, data: bytes) -> PeftModel:
+        packed = read_packed(data)
+        if packed.base_digest != self._digest:
+            raise ValueError(
+                f"The adapter was made for {packed.base or 'a base model without a name'} (digest "
+                f"{packed.base_digest.hex()}), and the server has {self.base} (digest {self._digest.hex()}). Pack an "
+                "adapter that was trained on this model."
+            )
+        options = [(name, repr(value)) for name, value in sorted(packed.options.items())]
+        key = (packed.d, packed.seed, packed.block_size, packed.algorithm, *options)
+        if key not in self._kinds:
+            self._kinds[key] = _without_weights(load_packed(self._load(), data, check_base=False))
+        return _with_vectors(self._kinds[key], torch.from_numpy(packed.theta), torch.from_numpy(packed.scales))
+
+    def _with_saved(self, folder: Path) -> PeftModel:
+        config = IntrinsicConfig.from_pretrained(str(folder))
+        vectors = read_vectors(config, load_peft_weights(str(folder), device="cpu"))
+        key = repr(sorted((name, repr(value)) for name, value in config.to_dict().items() if name != "checksum"))
+        if key not in self._kinds:
+            self._kinds[key] = _without_weights(get_peft_model(self._load(), config))
+        return _with_vectors(self._kinds[key], *vectors)
+
+    def _load(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.base, dtype="auto")
+
+
+@torch.no_grad()
+def _with_vectors(model: PeftModel, theta: torch.Tensor, *scales: torch.Tensor) -> PeftModel:
+    """Set θ and λ of the only adapter."""
+    vector: Any = model.base_model.vector
+    for own, values in ((vector.intrinsic_theta, [theta]), (vector.intrinsic_lambda, scales)):
+        for parameter, value in zip(own.values(), values, strict=False):
+            parameter.weight.copy_(value)
+    return model
+
+
+def _without_weights(model: PeftModel) -> PeftModel:
+    """Free the weights of the base model, which converting to LoRA does not read."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and "intrinsic_" not in name:
+            parameter.data = parameter.data.new_empty(0)
+    return model

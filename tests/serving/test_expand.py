@@ -1,0 +1,91 @@
+"""Stored adapters as LoRAs for servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build, evaluate
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+
+from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.codec import compress
+from peft_intrinsic.serving import LoraExpander
+
+CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+ROUNDED = {"rtol": 1e-3, "atol": 2e-4}  # θ as float16
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    build("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expander(base) -> LoraExpander:
+    return LoraExpander(base)
+
+
+def adapted(seed: int, **options) -> PeftModel:
+    torch.manual_seed(seed)
+    options = {"d": 20, "projection": "value_lora", "init_weights": False, "task_type": "CAUSAL_LM", **options}
+    return get_peft_model(build("llama"), IntrinsicConfig(**options)).eval()
+
+
+def served(expander: LoraExpander, adapter: bytes | Path) -> torch.Tensor:
+    """Output of the base model with the LoRA, as PEFT loads it."""
+    config, state = expander.expand(adapter)
+    config.base_model_name_or_path = None
+    model = get_peft_model(build("llama"), config)
+    assert not set_peft_model_state_dict(model, state).unexpected_keys
+    return evaluate(model.eval(), "llama")
+
+
+@pytest.mark.parametrize("options", [{}, {"projection": "fastfood", "target_modules": "all-linear", "block_size": 8}])
+def test_packed_and_saved_adapters_give_their_outputs_as_a_lora(expander, options, tmp_path):
+    rank = options.get("block_size", 1)
+    for seed in (1, 2, 1):
+        model = adapted(seed, **options)
+        expected = evaluate(model, "llama")
+        data = compress(model, levels=256)
+        assert expander.expand(data)[0].r == rank
+        torch.testing.assert_close(served(expander, data), expected, **ROUNDED)
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(served(expander, tmp_path), expected, **CLOSE)
+    assert (evaluate(build("llama"), "llama") - expected).abs().max() > 1e-3
+
+
+def test_the_weights_of_the_base_model_are_freed(expander):
+    expander.expand(compress(adapted(1)))
+    for model in expander._kinds.values():
+        parameters = {name: p.numel() for name, p in model.named_parameters() if "intrinsic_" not in name}
+        assert not any(parameters.values())
+
+
+def test_adapters_that_a_server_cannot_hold_raise(expander):
+    for options, message in (
+        ({"projection": "value_bias"}, r"A LoRA cannot represent 2 of the adapted parameters.*v_proj\.bias"),
+        ({"projection": "fastfood"}, "A LoRA cannot represent"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            expander.expand(compress(adapted(1, **options)))
+    large = compress(adapted(1, projection="fastfood", target_modules=["q_proj"]))
+    with pytest.raises(
+        ValueError, match=r"rank 64, and the server takes ranks up to 16\. Start it with --max-lora-rank"
+    ):
+        expander.expand(large, max_rank=16)
+
+
+def test_damaged_and_foreign_adapters_raise(expander):
+    data = compress(adapted(1))
+    with pytest.raises(ValueError, match="damaged"):
+        expander.expand(data[:-1] + b"x")
+    base = build("llama")
+    with torch.no_grad():
+        base.model.norm.weight.mul_(2)
+    model = get_peft_model(base, IntrinsicConfig(d=20, projection="value_lora", task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"The adapter was made for .* \(digest [0-9a-f]{16}\), and the server has"):
+        expander.expand(compress(model))

@@ -1,0 +1,88 @@
+"""Stores of adapters: what is found by a name, and names that could reach something else."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from peft_intrinsic.serving import open_store
+
+HOSTILE = [
+    "../ann",
+    "a/b",
+    "/etc/passwd",
+    "..",
+    ".hidden",
+    "-x",
+    "",
+    "a\0b",
+    "a\n",
+    "x" * 129,
+    "ann; DROP TABLE adapters",
+]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "store"
+    (root / "bob").mkdir(parents=True)
+    (root / "bob" / "adapter_config.json").write_text("{}")
+    (root / "ann.pia").write_bytes(b"PIA1")
+    (tmp_path / "secret.pia").write_bytes(b"secret")
+    return root
+
+
+@pytest.fixture
+def database(tmp_path) -> Path:
+    path = tmp_path / "adapters.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE adapters (name VARCHAR(128) PRIMARY KEY, data BLOB NOT NULL)")
+        connection.executemany("INSERT INTO adapters VALUES (?, ?)", [("bob", b"PIA2"), ("ann", b"PIA1")])
+    return path
+
+
+def test_a_folder_has_packed_files_and_saved_adapters(folder):
+    store = open_store(str(folder))
+    assert store.get("ann") == b"PIA1"
+    assert store.get("bob") == folder.resolve() / "bob"
+    assert store.get("carl") is None
+    assert list(store.names()) == ["ann", "bob"]
+
+
+def test_a_database_is_read_as_it_is_now(database):
+    pytest.importorskip("sqlalchemy")
+    store = open_store(f"sqlite:///{database}")
+    assert store.get("ann") == b"PIA1"
+    assert list(store.names()) == ["ann", "bob"]
+    with sqlite3.connect(database) as connection:
+        connection.execute("UPDATE adapters SET data = ? WHERE name = 'ann'", (b"PIA3",))
+        connection.execute("DELETE FROM adapters WHERE name = 'bob'")
+    assert store.get("ann") == b"PIA3"
+    assert store.get("bob") is None
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_raise(folder, database, name):
+    pytest.importorskip("sqlalchemy")
+    for url in (str(folder), f"sqlite:///{database}", "hub:someone"):
+        with pytest.raises(ValueError, match="no name of an adapter"):
+            open_store(url).get(name)
+    assert list(open_store(f"sqlite:///{database}").names()) == ["ann", "bob"]
+
+
+def test_links_out_of_a_folder_raise(folder):
+    (folder / "eve.pia").symlink_to(folder.parent / "secret.pia")
+    with pytest.raises(ValueError, match="a link to a place outside the store"):
+        open_store(str(folder)).get("eve")
+
+
+def test_stores_that_do_not_exist_raise(tmp_path):
+    pytest.importorskip("sqlalchemy")
+    with pytest.raises(ValueError, match="is no folder"):
+        open_store(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"has no table 'adapters' .* CREATE TABLE adapters"):
+        open_store(f"sqlite:///{tmp_path / 'empty.db'}")
+    with pytest.raises(ValueError, match="cannot be opened"):
+        open_store("nothing://host/db")
