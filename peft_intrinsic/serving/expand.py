@@ -67,6 +67,14 @@ class LoraExpander:
             )
         return config, state
 
+    def zeros(self) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+        """Make a LoRA of rank 1 that leaves the base model as it is."""
+        with self._lock:
+            if None not in self._kinds:
+                config = IntrinsicConfig(d=1, block_size=1, target_modules="all-linear", task_type="CAUSAL_LM")
+                self._kinds[None] = _without_weights(get_peft_model(self._load(), config))
+            return convert_to_lora(self._kinds[None])
+
     def _with_packed(self, data: bytes) -> PeftModel:
         packed = read_packed(data)
         if packed.base_digest != self._digest:

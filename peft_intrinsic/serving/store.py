@@ -65,7 +65,7 @@ class FolderStore:
         file, folder = self.folder / f"{name}{SUFFIX}", self.folder / name
         for path in (file, folder):
             if path.exists() and not path.resolve().is_relative_to(self.folder):
-                raise ValueError(f"{name!r} is a link to a place outside the store. Copy the adapter into it.")
+                raise ValueError(f"{name!r} is a link to a path outside the store. Copy the adapter into it.")
         if file.is_file():
             if file.stat().st_size > MAX_BYTES:
                 raise ValueError(f"{name!r} has {file.stat().st_size} bytes, more than the {MAX_BYTES} of an adapter.")

@@ -74,7 +74,7 @@ def test_hostile_names_raise(folder, database, name):
 
 def test_links_out_of_a_folder_raise(folder):
     (folder / "eve.pia").symlink_to(folder.parent / "secret.pia")
-    with pytest.raises(ValueError, match="a link to a place outside the store"):
+    with pytest.raises(ValueError, match="a link to a path outside the store"):
         open_store(str(folder)).get("eve")
 
 
