@@ -27,6 +27,7 @@ TINY: dict[int, tuple[int, int, Any]] = {
 LARGER: dict[str, tuple[list[str], int, int, str]] = {
     "sst2_150": (["q", "v"], 4, 3, r".*encoder\.layer\.\d+\..*(q|k|v|o|dense)"),  # MPNet
     "reviews": (["q_proj", "v_proj"], 4, 1, r".*_proj"),  # Llama
+    "reviews_40": (["q_proj", "v_proj"], 4, 1, r".*_proj"),  # Gemma 3
 }
 """Tasks of larger models, at d = 256: UniLoRA's modules; TinyLoRA's r, u and modules."""
 
@@ -137,6 +138,10 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
         result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (1.25e-2, 5e-2, 2e-1)
         options = {"r": r, "u": u, "target_modules": modules, "projection_seed": "seed"}
         result[f"tinylora {d}"] = {**base, "method": "tinylora", "d": d, "config": options}, (3e-3, 1.25e-2, 5e-2)
+    if task == "reviews_40":  # Gemma 3 of 18 layers
+        values = plan(task, 256, projection="value_bias", layers_to_transform=list(range(2, 18)))
+        result["ours, value biases 256"] = values, (RATE,)
+        result["unilora 256"] = result["unilora 256"][0], (5e-2, 2e-1, 8e-1)
     if task == "reviews":
         for d in DECODER_BUDGETS:
             layers = {"layers_to_transform": list(LAYERS[d])} if d in LAYERS else {}

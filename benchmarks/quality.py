@@ -14,7 +14,8 @@ of a CPU). sst2: 4,000 phrases, 250 batches of 32, accuracy and cross-entropy on
 sst2_150, for larger encoders: 150 batches. rotten_tomatoes: 4,000 sentences, as many batches, 1,000 held out;
 rotten_tomatoes_apart: without those that contain a sentence of sst2's validation set. mrpc: 3,668 pairs, 500 batches of
 16, on validation and test together (2,133); mrpc_250: 250 of them. reviews, for decoders: the words of rotten_tomatoes,
-150 batches of 8, accuracy and cross-entropy of the next token.
+150 batches of 8, accuracy and cross-entropy of the next token; reviews_40, for decoders with a large vocabulary: 40
+batches, and 250 test reviews.
 sst2 and mrpc are read from --data, which has GLUE's files as JSON lines. The encoders are sentence encoders, tuned on
 pairs of sentences.
 
@@ -64,6 +65,7 @@ TASKS: Row = {
     "mrpc_250": {"text": ("sentence1", "sentence2"), "train": 3668, "steps": 250, "batch": 16},
     "sst2_150": {"text": ("sentence",), "train": 4000, "steps": 150, "batch": 32},
     "reviews": {"text": ("text",), "train": 4000, "steps": 150, "batch": 8},
+    "reviews_40": {"text": ("text",), "train": 4000, "steps": 40, "batch": 8},
 }
 
 
@@ -89,8 +91,8 @@ def load(task: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
         held_out = [strip(row["sentence"]) for row in read_rows(folder / "sst2" / "validation.jsonl")]
         data = rotten_tomatoes(train=7530, eval=1000)
         return [row for row in data["train"] if not is_in(strip(row["text"]), held_out)][:4000], list(data["eval"])
-    if task in ("rotten_tomatoes", "reviews"):
-        data = rotten_tomatoes(train=4000, eval=1000)
+    if task in ("rotten_tomatoes", "reviews", "reviews_40"):
+        data = rotten_tomatoes(train=4000, eval=250 if task == "reviews_40" else 1000)
         return list(data["train"]), list(data["eval"])
     if folder is None:
         raise SystemExit(f"{task} needs --data, a folder with {task}/train.jsonl and {task}/validation.jsonl.")
@@ -118,7 +120,7 @@ class Runner:
 
     def __init__(self, path: str, task: str, folder: Path | None) -> None:
         self.path, self.task = path, TASKS[task]
-        self.kind = AutoModelForCausalLM if task == "reviews" else AutoModelForSequenceClassification
+        self.kind = AutoModelForCausalLM if task.startswith("reviews") else AutoModelForSequenceClassification
         tokenizer = AutoTokenizer.from_pretrained(path)
         self.parts = []
         for examples in load(task, folder):
