@@ -149,7 +149,8 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
             if d in LAYERS:
                 result[f"ours, value biases of all layers {d}"] = plan(task, d, projection="value_bias"), (RATE,)
             options = {**result["unilora 256"][0]["config"], "theta_d_length": d}
-            result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (2e-1, 8e-1, 3.2)
+            tuned = (2e-1, 8e-1, 3.2) if d == 256 else (2e-1 if d == 4096 else 8e-1,)  # it diverges at 0.8 for 4,096
+            result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, tuned
         folded = plan(task, 256, projection="value_lora", layers_to_transform=list(LAYERS[256]))
         result["ours, value biases as a LoRA 256"] = folded, (RATE,)
         # value projections alone
