@@ -62,12 +62,15 @@ class ValueBias(NamedTuple):
             size s of the values.
         read_input: returns a vector `float64[cols]` whose product with each input of the layer is about one, for
             `"value_lora"`.
+        read_spread: returns the root mean square, over the layer's inputs, of their part in the size s, divided by its
+            median. Where it is large, few inputs decide s.
     """
 
     first: int
     size: int
     read: Callable[[], tuple[np.ndarray, float]]
     read_input: Callable[[], np.ndarray] | None = None
+    read_spread: Callable[[], float] = lambda: 1.0
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ def value_bias(
     result = {}
     for name, shape in shapes.items():
         first, count = allocated[name]
-        low, n, read, read_input = values[name]
+        low, n, read, read_input, _ = values[name]
         matrix, size = read()
         gram = matrix.T @ matrix
         gram = gram * (n / np.trace(gram)) + np.eye(n) / 1024
