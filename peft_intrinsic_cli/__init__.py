@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from . import adapters, measure, trajectory
+from . import adapters, measure, serve, trajectory
 from .parsing import HelpFormatter
 
 INTERRUPTED = "interrupted. What a run with a folder of trials or snapshots has finished is stored, and is reused."
@@ -22,14 +22,14 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command with all subcommands."""
     parser = argparse.ArgumentParser(
         prog="peft-intrinsic",
-        description="Train, measure, inspect, pack and certify intrinsic-dimension adapters.",
+        description="Train, measure, inspect, pack, certify and serve intrinsic-dimension adapters.",
         epilog="example:\n  peft-intrinsic train --help",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=version("peft_intrinsic"), help="print the version")
     parser.add_argument("--debug", action="store_true", help="print the whole traceback of every error")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
-    for module in (adapters, measure, trajectory):
+    for module in (adapters, measure, trajectory, serve):
         module.add_parsers(commands)
     return parser
 

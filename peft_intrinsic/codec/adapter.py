@@ -159,7 +159,7 @@ def load_packed(
     packed = read_packed(source)
     root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     names = list(base_parameters(root))
-    config = _make_config(packed, names)
+    config = make_config(packed, names)
     labels = explain_labels(config.num_labels, root, config.task_type)
     if labels and (check_base or config.head != "keep"):
         raise ValueError(labels)
@@ -210,8 +210,16 @@ def read_packed(source: Source) -> PackedAdapter:
     return PackedAdapter.from_bytes(Path(source).read_bytes())
 
 
-def _make_config(packed: PackedAdapter, names: list[str]) -> IntrinsicConfig:
-    """Make the configuration for a base model with parameters of these names."""
+def make_config(packed: PackedAdapter, names: list[str]) -> IntrinsicConfig:
+    """Make the configuration of a packed adapter for a base model.
+
+    Args:
+        packed: the packed adapter.
+        names: names of the base model's parameters.
+
+    Raises:
+        ValueError: the base model has too few parameters, or the options are damaged.
+    """
     if packed.reinitialized and packed.reinitialized[-1] >= len(names):
         raise ValueError(
             f"This adapter was made for {packed.base}, which has more than the {len(names)} parameters of this model. "
