@@ -1,0 +1,230 @@
+"""Private training with opacus: per-sample gradients of θ and λ, from one backward pass.
+
+opacus samples the batches, clips the gradients, adds the noise and accounts for ε (Abadi et al. 2016, Deep Learning
+with Differential Privacy, arXiv 1607.00133). This module gives it the gradients.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils._pytree import tree_leaves
+
+from .tuner.bank import check_mixable
+from .tuner.batches import Route
+from .version import pip_install
+
+_PROVED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""By model: the code of the losses that were the same without the other samples."""
+
+
+def _private_parameters(model: Any) -> list[torch.nn.Parameter]:
+    """θ and λ of the active adapter, after all checks that need no forward pass."""
+    active = model.active_adapters
+    vector = getattr(model.base_model, "vector", None)
+    if len(active) > 1 or vector is None:
+        raise ValueError(f"Active adapters {active}: private training needs exactly one, of an IntrinsicConfig.")
+    if beside := model.peft_config[active[0]].trained_beside:
+        raise ValueError(
+            f"{beside} trains parameters outside θ, which have no per-sample gradients. Train without this option."
+        )
+    vectors = (vector.intrinsic_theta, vector.intrinsic_lambda)
+    own = [each[active[0]].weight for each in vectors if active[0] in each]
+    if not all(parameter.requires_grad for parameter in own):
+        raise ValueError(f"Adapter {active[0]!r} is frozen. Call model.set_requires_grad({active[0]!r}) first.")
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(parameter is each for each in own)
+    ]
+    if others:
+        raise ValueError(
+            f"These parameters are trained outside θ and have no per-sample gradients: {', '.join(others)}. Freeze "
+            "them with requires_grad_(False)."
+        )
+    norms = [
+        name
+        for name, module in model.get_base_model().named_modules()
+        if (isinstance(module, _BatchNorm) and module.running_mean is None)
+        or (isinstance(module, _NormBase) and module.training and module.track_running_stats)
+    ]
+    if norms:
+        raise ValueError(
+            f"These layers use or store statistics of all samples of a batch: {', '.join(norms)}. Call eval() on them "
+            "after model.train(), or use a model without them."
+        )
+    check_mixable(model.get_base_model(), model.base_model.tuner_layers(), {active[0]})
+    return own
+
+
+def _first(batch: Any, count: int | None) -> Any:
+    """The first samples of a batch; all of them for None."""
+    if isinstance(batch, Mapping):
+        return {key: _first(value, count) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [_first(value, count) for value in batch]
+    return batch[:count]
+
+
+def _prove_isolated(model: Any, losses: Callable[[Any], torch.Tensor], batch: Any, size: int) -> None:
+    """Check that the losses of the first half of a batch are the same without the other half.
+
+    Both are computed without dropout. BatchNorm, which mixes samples in training mode only, is found by its type.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            together, alone = losses(batch)[: size // 2], losses(_first(batch, size // 2))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    changed = (together - alone).abs() > 0.05 * together.abs().max()  # half precision depends on the batch, slightly
+    if changed.any():
+        raise ValueError(
+            f"The losses of samples {changed.nonzero().flatten().tolist()[:5]} depend on other samples of the batch, "
+            "so a clipped gradient does not bound the influence of a sample. Average over the tokens of each sample "
+            "alone, and use layers and losses that treat every sample alone."
+        )
+
+
+def compute_sample_gradients(model: Any, losses: Callable[[Any], torch.Tensor], batch: Any) -> None:
+    """Compute the gradients of θ and λ for every sample, and store them where opacus expects them.
+
+    It takes the place of the forward pass and `loss.backward()`. Every sample gets its own copy of θ and λ, so one
+    backward pass gives all gradients. They are in `grad_sample` of θ and λ, `[batch, d]`.
+
+    Args:
+        model: a `PeftModel` with one active intrinsic adapter, whose parameters are the only trainable ones.
+        losses: a function from the batch to the loss of every sample, `[batch]`. It calls the model.
+        batch: the tensors of a batch, in lists or dictionaries. Their first axis is the batch. It may be empty, as
+            Poisson sampling can draw no sample; `losses` is then not called.
+
+    Raises:
+        ValueError: a parameter outside θ and λ is trainable; a module mixes samples or cannot be mixed; the losses are
+            not one for each sample, or depend on other samples, which is checked in its first batch; a gradient is not
+            finite; or the gradients of the batch before have not been used and cleared.
+
+    Example:
+        >>> engine = opacus.PrivacyEngine()
+        >>> _, optimizer, loader = engine.make_private(
+        ...     module=model, optimizer=optimizer, data_loader=loader, grad_sample_mode="no_op",
+        ...     noise_multiplier=find_noise(epsilon=1.0, delta=1e-5, sample_rate=1 / len(loader), steps=100),
+        ...     max_grad_norm=100.0,
+        ... )
+        >>> def losses(batch):
+        ...     return cross_entropy(model(batch["input_ids"]).logits, batch["labels"], reduction="none")
+        >>> for batch in loader:
+        ...     compute_sample_gradients(model, losses, batch)
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+    """
+    parameters = _private_parameters(model)
+    if any(getattr(parameter, "grad_sample", None) is not None for parameter in parameters):
+        raise ValueError(
+            "The gradients of the batch before are still there. Call optimizer.step() and optimizer.zero_grad() after "
+            "every batch: a sample that counts twice has twice the influence."
+        )
+    sizes = {len(tensor) for tensor in tree_leaves(_first(batch, None))}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"The tensors of the batch have first axes of {sorted(sizes)}, but each must have the samples."
+        )
+    size = max(sizes, default=0)
+    gradients = copies = [parameter.detach().repeat(size, 1).requires_grad_() for parameter in parameters]
+    if size:
+        scales = copies[1] if len(copies) > 1 else copies[0][:, :0]
+        with model.base_model.vector.choices.use([Route(model.active_adapter, copies[0], scales)]):
+            values = losses(batch)
+        if values.shape != (size,) or not values.requires_grad:
+            raise ValueError(
+                f"losses(batch) must be one value for each of the {size} samples, with a gradient, got the shape "
+                f"{tuple(values.shape)}. Use reduction='none', and average over the tokens of each sample alone."
+            )
+        code = getattr(losses, "__code__", losses)
+        if size > 1 and _PROVED.get(model) is not code:
+            _prove_isolated(model, losses, batch, size)
+            _PROVED[model] = code
+        gradients = list(torch.autograd.grad(values.sum(), copies))
+    finite = torch.cat(gradients, 1).isfinite().all(1)
+    if not finite.all():
+        raise ValueError(
+            f"The gradients of samples {(~finite).nonzero().flatten().tolist()[:5]} of the batch are not finite."
+        )
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad_sample = gradient.detach()  # type: ignore[attr-defined]
+
+
+def pop_norms(model: Any) -> torch.Tensor:
+    """Norms of the per-sample gradients of the latest batch, `[batch]`. They are removed from the model.
+
+    Use it with public data, to choose opacus' `max_grad_norm` and to check it. Norms of private data are not covered
+    by ε.
+
+    Args:
+        model: a `PeftModel`, after `compute_sample_gradients`.
+    """
+    parameters = _private_parameters(model)
+    norms = torch.cat([parameter.grad_sample for parameter in parameters], 1).norm(dim=1)  # type: ignore[attr-defined]
+    for parameter in parameters:
+        parameter.grad_sample = None  # type: ignore[attr-defined]
+    return norms
+
+
+def check_clipping(norms: torch.Tensor, max_grad_norm: float) -> None:
+    """Warn if nearly all or nearly none of the gradients are longer than the clip.
+
+    Args:
+        norms: of the gradients of public samples, `[batch]`.
+        max_grad_norm: the norm to which opacus clips.
+    """
+    clipped = (norms > max_grad_norm).float().mean().item()
+    if not 0.05 <= clipped <= 0.95:
+        warnings.warn(
+            f"max_grad_norm={max_grad_norm:g} clips {clipped:.0%} of these gradients, whose median is "
+            f"{norms.median().item():g}. {'Raise' if clipped > 0.5 else 'Lower'} it towards the median.",
+            stacklevel=2,
+        )
+
+
+def find_noise(epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str = "prv") -> float:
+    """The smallest noise multiplier σ for a budget (ε, δ), found by opacus.
+
+    Args:
+        epsilon: ε, the largest log-ratio of probabilities with and without one sample.
+        delta: δ, the probability with which this may not hold; less than 1 / (number of samples).
+        sample_rate: probability with which a sample is in a batch, 1 / len(loader) for opacus' loader.
+        steps: number of optimizer steps.
+        accountant: opacus' accountant, `"prv"` or `"rdp"`.
+
+    Raises:
+        ImportError: opacus is not installed. The extra `privacy` installs it.
+        ValueError: an argument is outside its range, or no noise reaches ε.
+    """
+    try:
+        from opacus.accountants import create_accountant
+        from opacus.accountants.utils import MAX_SIGMA, get_noise_multiplier
+    except ImportError as error:
+        raise ImportError(f"{error}. {pip_install('[privacy]')}") from None
+    ranges = {"epsilon": (epsilon, float("inf")), "delta": (delta, 1.0), "sample_rate": (sample_rate, 1.0)}
+    for name, (value, top) in {**ranges, "steps": (steps, float("inf"))}.items():
+        if not 0 < value <= top:
+            raise ValueError(f"{name}={value} must be greater than 0 and at most {top}.")
+    try:
+        return get_noise_multiplier(
+            target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps, accountant=accountant
+        )
+    except ValueError as error:
+        if "budget is too low" not in str(error):
+            raise
+        limit = create_accountant(accountant)
+        limit.history = [(MAX_SIGMA, sample_rate, steps)]
+        raise ValueError(
+            f"epsilon={epsilon} cannot be reached by accountant={accountant!r} at delta={delta:g}: with any noise, it "
+            f"computes at least {limit.get_epsilon(delta):.3g}. Choose a larger epsilon or another accountant."
+        ) from error
