@@ -19,6 +19,7 @@ from pathlib import Path
 
 import carriers
 import pytest
+import torch
 from conftest import build, trained
 from mktestdocs import check_md_file
 from peft import get_peft_model
@@ -98,10 +99,10 @@ def run(script: str, *arguments: str, cwd: Path) -> str:
     return out.getvalue()
 
 
-def labelled(folder: Path, *names: object) -> list[str]:
-    """Options that name 40 films, which are good or bad, by these labels."""
-    rows = [{"text": f"a very {word} film", "label": name} for word, name in zip(["good", "bad"], names, strict=True)]
-    (folder / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 20))
+def labelled(folder: Path, *names: object, rows: int = 40) -> list[str]:
+    """Options that name films, which are good or bad, by these labels."""
+    pair = [{"text": f"a very {word} film", "label": name} for word, name in zip(["good", "bad"], names, strict=True)]
+    (folder / "data.jsonl").write_text("\n".join(json.dumps(row) for row in pair * (rows // 2)))
     return ["--train", "data.jsonl", "--eval", "data.jsonl"]
 
 
@@ -192,6 +193,36 @@ def test_supermask(tmp_path):
     assert 5 < float(found[2]) < 30
     assert float(re.search(r"angular distance from the base (0\.\d+)", out)[1]) > 0
     assert "can be restored for at most 1% of the score" in out
+
+
+@pytest.mark.slow
+def test_private(tmp_path):
+    pytest.importorskip("opacus", reason="opacus is not installed")
+    data = labelled(tmp_path, "good", "bad", rows=400)
+    small = ["--d", "50", "--steps", "40", "--batch", "200", "--lr", "3e-4", "--epsilon", "8"]
+    torch.manual_seed(0)
+    out = run("private.py", "--model", tiny("bert", tmp_path / "base"), *data, *small, cwd=tmp_path)
+    found = re.search(r"accuracy ([\d.]+) -> ([\d.]+) with d=50, ε=([\d.]+), δ=0.0025", out)
+    assert found, out
+    assert float(found[2]) > float(found[1])
+    assert 7.9 < float(found[3]) <= 8.0
+    assert json.loads((tmp_path / "runs/private/adapter_config.json").read_text())["d"] == 50
+
+
+@pytest.mark.slow
+def test_federated(tmp_path):
+    pytest.importorskip("flwr", reason="flwr is not installed")
+    pytest.importorskip("opacus", reason="opacus is not installed")
+    base, data = tiny("bert", tmp_path / "base"), labelled(tmp_path, "good", "bad", rows=80)
+    small = ["--d", "50", "--clients", "3", "--rounds", "2", "--steps", "2"]
+    plain = run("federated.py", "--model", base, *data, *small, cwd=tmp_path)
+    assert "θ: a round sends 200 bytes to and from each client, 1,200 in all" in plain
+    assert re.findall(r"round (\d): accuracy [\d.]+", plain) == ["0", "1", "2"]
+    private = run("federated.py", "--model", base, *data, *small, "--epsilon", "8", cwd=tmp_path)
+    spent = re.search(r"ε of the clients, at δ = 1 / rows: (.+)", private)[1].split(", ")
+    assert len(spent) == 3
+    assert all(7.9 < float(epsilon) <= 8.0 for epsilon in spent)
+    assert json.loads((tmp_path / "runs/federated/adapter_config.json").read_text())["d"] == 50
 
 
 @pytest.mark.slow
