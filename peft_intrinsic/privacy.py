@@ -96,7 +96,7 @@ def _prove_isolated(model: Any, losses: Callable[[Any], torch.Tensor], batch: An
 def compute_sample_gradients(model: Any, losses: Callable[[Any], torch.Tensor], batch: Any) -> None:
     """Compute the gradients of θ and λ for every sample, and store them where opacus expects them.
 
-    It takes the place of the forward pass and `loss.backward()`. Every sample gets its own copy of θ and λ, so one
+    Call it instead of the forward pass and `loss.backward()`. Every sample gets its own copy of θ and λ, so one
     backward pass gives all gradients. They are in `grad_sample` of θ and λ, `[batch, d]`.
 
     Args:
@@ -168,8 +168,13 @@ def pop_norms(model: Any) -> torch.Tensor:
 
     Args:
         model: a `PeftModel`, after `compute_sample_gradients`.
+
+    Raises:
+        ValueError: the model has no per-sample gradients.
     """
     parameters = _private_parameters(model)
+    if any(getattr(parameter, "grad_sample", None) is None for parameter in parameters):
+        raise ValueError("The model has no per-sample gradients. Call compute_sample_gradients first.")
     norms = torch.cat([parameter.grad_sample for parameter in parameters], 1).norm(dim=1)  # type: ignore[attr-defined]
     for parameter in parameters:
         parameter.grad_sample = None  # type: ignore[attr-defined]
@@ -216,9 +221,11 @@ def find_noise(epsilon: float, delta: float, sample_rate: float, steps: int, acc
         if not 0 < value <= top:
             raise ValueError(f"{name}={value} must be greater than 0 and at most {top}.")
     try:
-        return get_noise_multiplier(
-            target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps, accountant=accountant
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Optimal order is the")  # the search begins with far too much noise
+            return get_noise_multiplier(
+                target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps, accountant=accountant
+            )
     except ValueError as error:
         if "budget is too low" not in str(error):
             raise

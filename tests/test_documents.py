@@ -44,6 +44,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")  # by Trainer
+@pytest.mark.filterwarnings("ignore:Secure RNG turned off")  # by opacus
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """With a tiny model wherever a page names a checkpoint of the Hub."""

@@ -195,9 +195,8 @@ def test_an_empty_batch_adds_noise_only():
 
 @with_opacus
 @quiet
-@pytest.mark.filterwarnings("ignore:Optimal order is the")
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
-def test_epsilon_of_a_training_is_that_of_its_noise_rate_and_steps(accountant):
+def test_epsilon_of_a_training_is_that_of_its_noise_and_steps(accountant):
     """By the accountant alone, and by the noise that was found for it."""
     from opacus import PrivacyEngine
     from opacus.accountants import create_accountant
@@ -226,7 +225,7 @@ def test_epsilon_of_a_training_is_that_of_its_noise_rate_and_steps(accountant):
 
 
 def advantage(bound: bool) -> tuple[float, float]:
-    """How often the best threshold tells a step with a canary from one without, and what ε and δ allow.
+    """The advantage of the best threshold that detects a canary in one step, and the one that ε and δ allow.
 
     The canary's gradient is far longer than others. `bound` is whether it is clipped.
     """
@@ -360,6 +359,8 @@ def test_invalid_losses_and_batches_raise():
     model = tiny()
     x, y = next(iter(DataLoader(points(8), batch_size=8)))
     losses = partial(losses_of_points, model)
+    with pytest.raises(ValueError, match=r"no per-sample gradients\. Call compute_sample_gradients first"):
+        pop_norms(model)
     with pytest.raises(ValueError, match=r"one value for each of the 8 samples.*shape \(\)"):
         compute_sample_gradients(model, lambda samples: cross_entropy(model(x), y), [x, y])
     with pytest.raises(ValueError, match=r"first axes of \[7, 8\]"):
