@@ -3,6 +3,7 @@
 # make demo: environment, demo.   make lock: update requirements/.
 # make test-oldest, make test-newest: tests with the oldest versions that pyproject.toml admits, or the newest that exist.
 # make test-vllm: a CPU build of vLLM that serves adapters from a store.
+# make test-package: source distribution and wheel, built, checked, and installed to run the README's first block.
 # make test-programs: an installed wheel, and programs that load an adapter without importing the package.
 VERSIONS ?= tested
 VENV ?= .venv$(patsubst %,-%,$(filter-out tested,$(VERSIONS)))
@@ -12,7 +13,7 @@ COMMA := ,
 PINS := requirements/$(VERSIONS).txt
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(PINS)
 
-.PHONY: demo test test-fast lint pytest docs docs-serve test-oldest test-newest test-programs test-vllm lock
+.PHONY: demo test test-fast lint pytest docs docs-serve test-oldest test-newest test-package test-programs test-vllm lock
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -33,6 +34,10 @@ test-fast:
 
 test-oldest test-newest:
 	$(MAKE) pytest VERSIONS=$(@:test-%=%)
+
+test-package: $(VENV)/demo
+	$(PIP) "build>=1.2" "twine>=6.1"
+	$(BIN)/python tests/wheel.py
 
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
