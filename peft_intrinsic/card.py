@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
 from peft.utils import CONFIG_NAME
 
 from .version import REPOSITORY, pip_install
@@ -30,6 +31,15 @@ MODEL_CLASSES = {
 
 _TOP = re.compile(r"(?:---\n.*?^---\n)?.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 """The text above the section: metadata, the title and everything up to the first heading."""
+
+_OWN = re.compile(rf"^{HEADING}$.*?(?=^#{{2,3}} |\Z)", re.DOTALL | re.MULTILINE)
+"""The section itself, which is written again at every save: d and targets may be others."""
+
+_TEMPLATE_TITLE = "# Model Card for Model ID"
+_TRAINER_HEADINGS = ("## Model description", "## Intended uses & limitations", "## Training and evaluation data")
+_PLACEHOLDER = re.compile(r"More information needed|This is the model card of a 🤗 transformers model.*")
+
+_OF_PEFT = re.compile(r"---\n(?:(?!^---$).)*^library_name: peft$", re.MULTILINE | re.DOTALL)
 
 _WRITERS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
     ("transformers.trainer", "Trainer", "create_model_card", lambda trainer: trainer.args.output_dir),
@@ -72,38 +82,126 @@ model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
 
 `KeyError: '{method}'` means that the package is not installed, or that its registration is switched off. In the second
 case, `import peft_intrinsic` before loading.
+
+{_describe(config)}
 """
 
 
-def add_section(folder: Path) -> None:
-    """Add the section to the card in a folder, if there is a card and an adapter of this package beside or below it."""
-    card = folder / "README.md"
-    if not card.is_file() or HEADING in (text := card.read_text(encoding="utf-8")):
-        return
+def _describe(config: Mapping[str, Any]) -> str:
+    """A list of what the adapter is, from its configuration."""
+    facts = {
+        "Method": "mask of the base weights" if config["peft_type"] == "SUPERMASK" else config.get("projection"),
+        "Trainable parameters": config.get("d"),
+        "Base model": config.get("base_model_name_or_path"),
+        "Targets": config.get("target_modules"),
+        "Manifest": (config.get("manifest") or "")[:16],
+        "Digest of the base weights": config.get("base_digest"),
+    }
+    return "\n".join(
+        f"- {name}: {', '.join(value) if isinstance(value, list) else value}" for name, value in facts.items() if value
+    )
+
+
+@functools.cache
+def _template() -> frozenset[str]:
+    """Lines of the template that PEFT and transformers begin a card with."""
+    return frozenset(ModelCard.from_template(ModelCardData()).text.splitlines())
+
+
+def _is_empty(lines: list[str]) -> bool:
+    """Whether the lines are all of a template."""
+    return all(line in _template() or _PLACEHOLDER.fullmatch(line) for line in lines if line.strip())
+
+
+def _remove_placeholders(text: str) -> str:
+    """Remove the sections of a template that are not filled in. A heading stays above a section that is."""
+    if "more information needed" not in text.lower():
+        return text
+    sections: list[str] = []
+    below = 0
+    for section in reversed(re.split(r"^(?=#{2,6} )", text, flags=re.MULTILINE)):
+        heading, *lines = section.splitlines() or [""]
+        known = heading in _template()
+        level = len(heading) - len(heading.lstrip("#"))
+        if level < below or not ((known or heading in _TRAINER_HEADINGS) and _is_empty(lines)):
+            sections.append(section)
+            below = level if known else 0
+    return "".join(reversed(sections))
+
+
+def _tag(metadata: Any, config: Mapping[str, Any]) -> None:
+    """Set what the Hub filters by, and leave out a base model without a name."""
+    name = config.get("base_model_name_or_path")
+    tags = {tag for tag in metadata.tags or [] if tag != "base_model:adapter:"}
+    tags |= {"peft", config["peft_type"].lower()} | ({f"base_model:adapter:{name}"} if name else set())
+    metadata.tags = sorted(tags)
+    metadata.base_model = metadata.base_model or name or None
+
+
+def _find_config(folder: Path) -> Mapping[str, Any] | None:
+    """The configuration of the first adapter of this package in a folder or below it."""
     for path in (folder / CONFIG_NAME, *sorted(folder.glob(f"*/{CONFIG_NAME}"))):
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if config.get("peft_type") in EXTRAS:
-            top = _TOP.match(text).end()  # type: ignore[union-attr]
-            card.write_text(f"{text[:top].rstrip()}\n{_section(config)}\n{text[top:]}", encoding="utf-8")
-            return
+            return config
+    return None
+
+
+def add_section(folder: Path) -> None:
+    """Write the section into the card of a folder, if an adapter of this package is beside or below it."""
+    path = folder / "README.md"
+    if not path.is_file() or (config := _find_config(folder)) is None:
+        return
+    text = _OWN.sub("", path.read_text(encoding="utf-8"))
+    top = _TOP.match(text).end()  # type: ignore[union-attr]
+    metadata, title, summary = text[:top].rstrip().partition(_TEMPLATE_TITLE)
+    if title and _is_empty(summary.splitlines()):
+        name = config.get("base_model_name_or_path") or "a base model"
+        title, summary = f"# Adapter for {name}", f"\n\nIt was trained with [peft_intrinsic]({REPOSITORY})."
+    text = f"{metadata}{title}{summary}\n{_section(config)}\n{_remove_placeholders(text[top:])}"
+    if _OF_PEFT.match(text):
+        card = ModelCard(text, ignore_metadata_errors=True)
+        _tag(card.data, config)
+        text = str(card)
+    path.write_text(text, encoding="utf-8")
 
 
 def add_sections(folder: Path) -> None:
     """Add the section where an adapter has just been saved.
 
     PEFT writes one card for all adapters of a model, above the folders of those that are not called `default`. Trainers
-    and sentence-transformers write theirs after the adapter, so their methods are extended first.
+    and sentence-transformers write theirs after the adapter, and transformers replaces the card before it uploads a
+    folder, so their methods are extended first.
     """
     for writer in _WRITERS:
         _extend(*writer)
+    _wrap("transformers.utils.hub", "PushToHubMixin", "_upload_modified_files", _complete_upload)
     add_section(folder)
     above = folder.parent / "README.md"
     text = above.read_text(encoding="utf-8", errors="replace") if above.is_file() else ""  # of any project
-    if re.match(r"---\n.*?^library_name: peft$.*?^---$", text, re.MULTILINE | re.DOTALL):
+    if _OF_PEFT.match(text):
         add_section(folder.parent)
 
 
 def _extend(module: str, name: str, method: str, folder: Callable[[Any], str]) -> None:
+    def write(original: Callable[[], Any], writer: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original()
+        add_section(Path(folder(writer)))
+        return result
+
+    _wrap(module, name, method, write)
+
+
+def _complete_upload(upload: Callable[[], Any], model: Any, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+    """Upload a folder whose card transformers has replaced by a template."""
+    if _find_config(Path(working_dir)) is not None:
+        if hasattr(model, "create_or_update_model_card"):
+            model.create_or_update_model_card(working_dir)
+        add_section(Path(working_dir))
+    return upload()
+
+
+def _wrap(module: str, name: str, method: str, wrapper: Callable[..., Any]) -> None:
     owner = getattr(sys.modules.get(module), name, None)
     original = getattr(owner, method, None)
     if original is None or getattr(original, "adds_section", False):
@@ -111,9 +209,7 @@ def _extend(module: str, name: str, method: str, folder: Callable[[Any], str]) -
 
     @functools.wraps(original)
     def write_card(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        add_section(Path(folder(self)))
-        return result
+        return wrapper(functools.partial(original, self, *args, **kwargs), self, *args, **kwargs)
 
     write_card.adds_section = True  # type: ignore[attr-defined]
     setattr(owner, method, write_card)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from conftest import adapter_calls, build, trained
+from huggingface_hub import ModelCard, ModelCardData
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -45,6 +47,37 @@ def test_section_loads_the_base_model_as_the_adapter_needs_it(tmp_path):
     card.write_text("# Title\n")
     IntrinsicConfig().save_pretrained(tmp_path)
     assert "PeftModel\n\nbase_model = ...  # load the model as" in card.read_text(encoding="utf-8")
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # of this base model, by PEFT
+def test_a_saved_card_is_short_and_describes_the_adapter(tmp_path):
+    for d in (50, 60):  # the second one replaces the first
+        base = build("bert")
+        base.config._name_or_path = base.name_or_path = "some/base"
+        get_peft_model(base, IntrinsicConfig(d=d)).save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"peft", "intrinsic", "base_model:adapter:some/base"} <= set(card.data.tags)
+    assert (card.data.library_name, card.data.base_model) == ("peft", "some/base")
+    assert card.text.strip().startswith("# Adapter for some/base\n")
+    assert "- Trainable parameters: 60\n" in card.text
+    assert "Trainable parameters: 50" not in card.text
+    assert "nformation needed" not in card.text.lower()
+    assert "- Base model: some/base\n" in card.text
+    assert re.search(r"^- Manifest: [0-9a-f]{16}$", card.text, re.MULTILINE)
+    assert len(card.text.splitlines()) < 50
+    assert "- PEFT " in card.text
+
+
+def test_sections_that_the_user_filled_in_are_preserved_below_their_heading(tmp_path):
+    get_peft_model(build("bert"), IntrinsicConfig()).save_pretrained(tmp_path)
+    template = ModelCard.from_template(ModelCardData(library_name="peft"))
+    template.text = template.text.replace("### Results\n\n[More Information Needed]", "### Results\n\nAccuracy 0.9.")
+    template.save(tmp_path / "README.md")
+    IntrinsicConfig().save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "## Evaluation\n\n" in card
+    assert "### Results\n\nAccuracy 0.9.\n" in card
+    assert "Carbon" not in card
 
 
 def test_every_method_that_autoload_registers_has_a_section():

@@ -219,7 +219,10 @@ def test_push_to_hub_uploads_a_complete_adapter(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.hf_api, "ENDPOINT", address, raising=False)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
     monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # cached by an earlier call to the Hub
-    monkeypatch.setattr(transformers_hub.ModelCard, "load", Mock(side_effect=EntryNotFoundError("no card yet")))
+    load = transformers_hub.ModelCard.load
+    no_card = Mock(side_effect=EntryNotFoundError("no card yet"))
+    either = Mock(side_effect=lambda card, **options: load(card) if Path(card).exists() else no_card())
+    monkeypatch.setattr(transformers_hub.ModelCard, "load", either)
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     model = trained("bert", said=True, task_type="SEQ_CLS")
     expected = evaluate(model, "bert")
@@ -231,7 +234,11 @@ def test_push_to_hub_uploads_a_complete_adapter(tmp_path, monkeypatch):
     files = server.RequestHandlerClass.files
     for path, content in files.items():
         (tmp_path / Path(path).name).write_bytes(content)
-    # transformers writes an empty card over the saved one; the configuration still says what is needed.
+    card = files["README.md"].decode()  # transformers writes a template over the saved one
+    assert card.count("## How to get started with this adapter") == 1
+    assert "- Trainable parameters: 200\n" in card
+    assert "- intrinsic\n" in card.partition("# ")[0]
+    assert "more information needed" not in card.lower()
     assert json.loads(files["adapter_config.json"])["requires"].startswith("peft_intrinsic>=")
     assert torch.equal(evaluate(PeftModel.from_pretrained(build("bert"), tmp_path).eval(), "bert"), expected)
 
