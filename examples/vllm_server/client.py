@@ -1,6 +1,6 @@
 """Send a prompt as several users at once.
 
-    python examples/vllm_server/client.py "How was the film?" user0 user1 __base__
+python examples/vllm_server/client.py "How was the film?" user0 user1 __base__
 """
 
 from __future__ import annotations
