@@ -12,11 +12,13 @@ import random
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from helpers.steps import DIMS, step
+from tqdm.auto import tqdm
 
 from peft_intrinsic.measure import NothingToMeasure, analyze, grid, measure_intrinsic_dimension, write_report
 from peft_intrinsic.measure.report import format_markdown, summarize
@@ -149,6 +151,8 @@ def test_unwritable_folder_raises(tmp_path):
 
 
 def run(folder: Path) -> None:
+    tqdm.set_lock(threading.RLock())  # the default is shared with processes that are killed while they hold it
+
     def fit(d, seed):
         time.sleep(0.004)
         return 0.8 if d is None else 0.8 / (1 + 300 / d) + random.Random(f"{d} {seed}").gauss(0, 0.01)
