@@ -65,6 +65,10 @@ METHODS: dict[str, tuple[Row, tuple[float, ...]]] = {
         {"method": "intrinsic", "d": 256, "config": {"head": "labels", "label_texts": LABELS}},
         INTRINSIC,
     ),
+    "d=1024, head from label names": (
+        {"method": "intrinsic", "d": 1024, "config": {"head": "labels", "label_texts": LABELS}},
+        INTRINSIC,
+    ),
     "LoRA r=8, head from label names": (
         {"method": "lora", "config": {"r": 8, "lora_alpha": 16, "task_type": "SEQ_CLS"}, "labels": LABELS},
         LORA,
