@@ -84,7 +84,8 @@ class LoraExpander:
                 "adapter that was trained on this model."
             )
         options = [(name, repr(value)) for name, value in sorted(packed.options.items())]
-        key = (packed.d, packed.seed, packed.block_size, packed.algorithm, *options)
+        numbers = (packed.d, packed.seed, packed.block_size, packed.algorithm)
+        key = (*numbers, packed.manifest_digest, *packed.reinitialized, *options)
         if key not in self._kinds:
             self._kinds[key] = _without_weights(load_packed(self._load(), data, check_base=False))
         return _with_vectors(self._kinds[key], torch.from_numpy(packed.theta), torch.from_numpy(packed.scales))

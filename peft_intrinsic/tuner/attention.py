@@ -35,8 +35,8 @@ NORMS = ("input_layernorm", "ln_1")
 MAX_SPREAD = 3.0
 """Largest `read_spread` at which the size of values is known from weights.
 
-SmolLM2-135M has 1.8 at most, and Gemma 3 270M has 8.0: there the size is estimated ten times too large in half of the
-layers, because the inputs with large gains are small.
+SmolLM2-135M has 1.8 at most, and Gemma 3 270M has 8.0: there the size is estimated far too large, because the inputs
+with large gains are small.
 """
 
 SAMPLES = (8, 64)
@@ -82,7 +82,7 @@ def find_value_projections(model: nn.Module, projection: str | None = None) -> d
         read_all = partial(_read, model, modules, name, output, norm, size, head)
         read_input = partial(lambda name: inputs()[name], name) if folded else None
         layers[name] = value
-        read_spread = partial(_read_spread, model, modules, name, norm, size)
+        read_spread = cache(partial(_read_spread, model, modules, name, norm, size))
         own = "weight" if folded else "bias"
         result[f"{name}.{own}"] = ValueBias(rows - size, size, read_all, read_input, read_spread)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import build, evaluate
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
 from peft_intrinsic import IntrinsicConfig
-from peft_intrinsic.codec import compress
+from peft_intrinsic.codec import compress, read_packed
 from peft_intrinsic.serving import LoraExpander
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -77,6 +78,13 @@ def test_adapters_that_a_server_cannot_hold_raise(expander):
         ValueError, match=r"rank 64, and the server takes ranks up to 16\. Start it with --max-lora-rank"
     ):
         expander.expand(large, max_rank=16)
+
+
+def test_an_adapter_of_other_parameters_raises_after_a_good_one(expander):
+    packed = read_packed(compress(adapted(1)))
+    expander.expand(packed.to_bytes())
+    with pytest.raises(ValueError, match="manifest"):
+        expander.expand(replace(packed, manifest_digest=bytes(8)).to_bytes())
 
 
 def test_damaged_and_foreign_adapters_raise(expander):

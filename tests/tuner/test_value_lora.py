@@ -13,6 +13,7 @@ from torch import nn
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig, convert_to_lora, save_as_lora
 from peft_intrinsic.codec import compress, load_packed
+from peft_intrinsic.tuner.attention import find_value_projections
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 ROUNDED = {"rtol": 1e-3, "atol": 2e-4}  # θ as float16
@@ -121,11 +122,11 @@ def test_a_model_that_does_not_run_on_tokens_raises():
     assert list(base.state_dict()) == list(build("vit").state_dict())
 
 
-def test_a_merged_adapter_raises():
+def test_inputs_are_not_measured_under_a_merged_adapter():
     model = get_peft_model(build("llama"), IntrinsicConfig(d=50, target_modules=["q_proj"], init_weights=False))
     model.merge_adapter()
-    config = IntrinsicConfig(d=D, projection="value_lora")
-    layers = model.base_model.tuner_layers()
-    with pytest.warns(UserWarning, match="Unmerging the model first"):  # PEFT unmerges its own
-        model.add_adapter("second", config)
-    assert not any(layer.merged for layer in layers)
+    value = next(iter(find_value_projections(model.get_base_model(), "value_lora").values()))
+    with pytest.raises(ValueError, match=r"an adapter is merged into it\. Unmerge it"):
+        value.read_input()
+    model.unmerge_adapter()
+    assert value.read_input().shape == (24,)
