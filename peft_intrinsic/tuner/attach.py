@@ -154,9 +154,11 @@ def _warn_of_running_statistics(model: nn.Module, config: IntrinsicConfig) -> No
 
 def _warn_of_unknown_sizes(targeting: Targeting, config: IntrinsicConfig) -> None:
     """Warn that the scale of θ may be too large where few inputs decide the size of the values."""
+    if config.manifest is not None:  # trained before, with the scale as it is
+        return
     values = targeting.spec.values
     names = [name for name in targeting.users if name in values and values[name].read_spread() > MAX_SPREAD]
-    if names and config.manifest is None:
+    if names:
         warnings.warn(
             f"projection={config.projection!r} estimates the size of values from weights, and few inputs decide it in "
             f"{len(names)} layers ({names[0]}{', …' if len(names) > 1 else ''}). Offsets may be ten times too large: "
