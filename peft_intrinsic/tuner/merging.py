@@ -35,6 +35,18 @@ def _backend(layer: Any, name: str) -> Any:
     return backend
 
 
+def dequantize(backend: Any, module: Any) -> torch.Tensor:
+    """Read a quantized weight through PEFT's backend.
+
+    bitsandbytes repacks 4-bit weights on some CPUs when they are used, and PEFT then reads wrong values. `state_dict`
+    undoes it with a loss, so on a copy.
+    """
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        module = copy.deepcopy(module)
+        module.state_dict()
+    return backend.get_base_weight(module)
+
+
 def add_offsets(layer: Any, name: str, parts: Sequence[tuple[Any, torch.Tensor]]) -> tuple[Any, Any, Any]:
     """Add offsets to a base parameter, some rows at a time.
 
@@ -48,7 +60,7 @@ def add_offsets(layer: Any, name: str, parts: Sequence[tuple[Any, torch.Tensor]]
         parameter's device, so that nothing waits for it here.
     """
     backend = _backend(layer, name)
-    data = backend.get_base_weight(layer.get_base_layer()) if backend else layer.base_parameter(name).data
+    data = dequantize(backend, layer.get_base_layer()) if backend else layer.base_parameter(name).data
     first = parts[0][0]
     rows, cols = first.projection.rows, first.projection.cols
     offloaded = hasattr(layer.get_base_layer(), "_hf_hook")  # tied weights may share the values that the hook stores

@@ -103,8 +103,8 @@ def test_merge_then_unmerge_restores_quantized_weights_bitwise(kind, checkpoint)
         base = evaluate(model, "llama")
     model.merge_adapter(safe_merge=True)
     merged = evaluate(model, "llama")
-    # Quantizing again changes every weight by up to half a step, which is large in 4 bits.
-    assert (merged - expected).norm() < (0.7 if "4" in kind else 0.35) * (base - expected).norm()
+    # Quantizing again changes every weight by up to half a step.
+    assert (merged - expected).norm() < 0.35 * (base - expected).norm()
     model.unmerge_adapter()
     assert torch.equal(evaluate(model, "llama"), expected)
     with model.disable_adapter():
@@ -194,8 +194,8 @@ def test_directions_of_value_biases_are_those_of_the_dequantized_base(kind, chec
     pairs = list(zip(model.get_base_model().model.layers, plain.model.layers, strict=True))
     with torch.no_grad():
         for layer, exact in pairs:
-            for name in ("v_proj", "o_proj"):
-                module, weight = getattr(layer.self_attn, name), getattr(exact.self_attn, name).weight
+            for name in (name for name, module in exact.named_modules() if isinstance(module, torch.nn.Linear)):
+                module, weight = layer.get_submodule(name), exact.get_submodule(name).weight
                 weight.copy_(getattr(module, "base_layer", module)(torch.eye(weight.shape[1])).T)
     torch.manual_seed(1)
     plain = get_peft_model(plain, IntrinsicConfig(d=60, **options))
