@@ -58,19 +58,17 @@ class ValueBias(NamedTuple):
     Args:
         first: first entry of the bias that belongs to values, where a layer computes queries and keys too.
         size: number of these entries, n_v.
-        read: returns the map from these entries to the output of the attention layer, `float64[hidden, n_v]`, and the
-            size s of the values.
-        read_input: returns a vector `float64[cols]` whose product with each input of the layer is about one, for
-            `"value_lora"`.
-        read_spread: returns the root mean square, over the layer's inputs, of their part in the size s, divided by its
-            median. Where it is large, few inputs decide s.
+        folded: whether they are adapted as a weight of rank one, for `"value_lora"`.
+        read_map: returns the map from these entries to the output of the attention layer, `float64[hidden, n_v]`.
+        measure: returns the root mean square of the base model's values for random tokens, and if folded a vector
+            `float64[cols]` whose product with each input of the layer is about one.
     """
 
     first: int
     size: int
-    read: Callable[[], tuple[np.ndarray, float]]
-    read_input: Callable[[], np.ndarray] | None = None
-    read_spread: Callable[[], float] = lambda: 1.0
+    folded: bool
+    read_map: Callable[[], np.ndarray]
+    measure: Callable[[], tuple[float, np.ndarray | None]]
 
 
 @dataclass(frozen=True)

@@ -103,24 +103,24 @@ def build_value_bias(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
             result[name] = others[name]
             continue
         (first, count), value = coordinates[name], values[name]
-        matrix, scale = value.read()
-        zero += [name] if not matrix.any() or (spec.scale == "fan_in" and not scale) else []
-        bias = name if value.read_input is None else f"{name.removesuffix('.weight')}.bias"  # equal θ, equal biases
+        matrix = value.read_map()
+        size, constant = value.measure() if value.folded or spec.scale == "fan_in" else (1.0, None)
+        zero += [] if matrix.any() and size else [name]
+        bias = f"{name.removesuffix('.weight')}.bias" if value.folded else name  # equal θ, equal biases
         start = normals(words(spec.seed, "frame", bias, count * value.size)).reshape(count, value.size).T
         directions = find_directions(matrix, start)
         if spec.scale == "isometric":
             directions = directions / np.sqrt(used[first : first + count])
         else:
-            directions = directions * (VALUE_SCALE * scale * math.sqrt(value.size / count))
-        cols = shape.cols if value.read_input is None else 1
+            directions = directions * (VALUE_SCALE * size * math.sqrt(value.size / count))
+        cols = 1 if constant is not None else shape.cols
         rows = np.zeros((shape.rows * cols, count), np.float32)
         rows[value.first : value.first + value.size] = spec.factor * directions
         result[name] = DenseTensor(shape.rows, cols, torch.from_numpy(rows), first)
-        if value.read_input is not None:
-            direction = value.read_input()
+        if constant is not None:
             if spec.scale == "isometric":
-                direction = direction / np.linalg.norm(direction)
-            result[name] = RankOneTensor(result[name], torch.from_numpy(direction.astype(np.float32)))
+                constant = constant / np.linalg.norm(constant)
+            result[name] = RankOneTensor(result[name], torch.from_numpy(constant.astype(np.float32)))
     if zero and len(zero) == len(values):
         raise ValueError(
             f"θ has no effect: the weights of values or outputs of all attention layers are zero ({', '.join(zero)}). "

@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..projection import OF_VALUES, PROJECTIONS
 from ..projection.randomness import normals, words
-from .attention import MAX_SPREAD
 from .base_model import base_modules
 from .config import IntrinsicConfig
 from .head import count_labels
@@ -70,7 +69,6 @@ def attach(
         config.value_sketch = sketch
     if not config.inference_mode:
         _warn_of_running_statistics(model, config)
-        _warn_of_unknown_sizes(targeting, config)
         _warn_of_many_labels(count_labels(model, config.task_type) or 0, config)
     if not hasattr(model, VECTOR):
         _add_vector(model)
@@ -148,21 +146,6 @@ def _warn_of_running_statistics(model: nn.Module, config: IntrinsicConfig) -> No
             f"{', …' if len(names) > 3 else ''}), which are not part of the adapter: a reloaded adapter uses those of "
             "the base model. Save these modules with the adapter (modules_to_save=[their names]), or keep them in "
             "evaluation mode (module.eval() after each model.train()).",
-            stacklevel=2,
-        )
-
-
-def _warn_of_unknown_sizes(targeting: Targeting, config: IntrinsicConfig) -> None:
-    """Warn that the scale of θ may be too large where few inputs decide the size of the values."""
-    if config.manifest is not None:  # trained before, with the scale as it is
-        return
-    values = targeting.spec.values
-    names = [name for name in targeting.users if name in values and values[name].read_spread() > MAX_SPREAD]
-    if names:
-        warnings.warn(
-            f"projection={config.projection!r} estimates the size of values from weights, and few inputs decide it in "
-            f"{len(names)} layers ({names[0]}{', …' if len(names) > 1 else ''}). Offsets may be ten times too large: "
-            "use a learning rate of 2e-5, or projection='fastfood'.",
             stacklevel=2,
         )
 

@@ -15,7 +15,6 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from ..projection import BLOCK_SIZE, OF_VALUES, Shapes, Spec, ValueBias
-from .attention import MAX_SPREAD
 from .base_model import base_modules
 from .manifest import check_manifest
 from .module_types import adaptable_names, is_linear, is_vector, logical_shape, matrix_view
@@ -152,7 +151,7 @@ def targeted_parameters(model: nn.Module, config: Any, values: Mapping[str, Valu
 def default_projection(model: Any, config: Any, values: Mapping[str, ValueBias]) -> str:
     """The value for `projection=None`: biases of values for decoders, which learn most from them (docs/defaults.md).
 
-    Every layer of the decoder must have known values of a known size, and no other part of the model may have any.
+    Every layer of the decoder must have known values, and no other part of the model may have any.
     """
     names = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "block_size", "manifest")
     selected = config.said or config.add_bias or any(getattr(config, name) is not None for name in names)
@@ -170,9 +169,8 @@ def default_projection(model: Any, config: Any, values: Mapping[str, ValueBias])
         for key, module in known.items()
         if not is_excluded(config, key)
     }
-    if not decoder.issuperset(known.values()) or config.d > sum(sizes.values()):
-        return "fastfood"
-    return "fastfood" if any(value.read_spread() > MAX_SPREAD for value in values.values()) else "value_bias"
+    fits = decoder.issuperset(known.values()) and config.d <= sum(sizes.values())
+    return "value_bias" if fits else "fastfood"
 
 
 def default_targets(model: nn.Module, config: Any) -> str:

@@ -202,20 +202,19 @@ def value_bias(
     result = {}
     for name, shape in shapes.items():
         first, count = allocated[name]
-        low, n, read, read_input, _ = values[name]
-        matrix, size = read()
+        low, n, folded, read_map, measure = values[name]
+        matrix, (size, a) = read_map(), measure()
         gram = matrix.T @ matrix
         gram = gram * (n / np.trace(gram)) + np.eye(n) / 1024
-        bias = name.removesuffix(".weight") + ".bias" if read_input else name
+        bias = name.removesuffix(".weight") + ".bias" if folded else name
         columns = np.array([normal(word) for word in words(seed, "frame", bias, count * n)]).reshape(count, n).T
         for power in range(9):
             columns = gram_schmidt(gram @ columns if power else columns)
-        p = np.zeros((d, shape.rows if read_input else shape.size))
+        p = np.zeros((d, shape.rows if folded else shape.size))
         for i in range(count):
             length = 1 / sqrt(shared[first + i]) if scale == "isometric" else 200 * size * sqrt(n / count)
             p[first + i, low : low + n] = length * columns[:, i]
-        if read_input:
-            a = read_input()
+        if a is not None:
             p = np.einsum("dr,c->drc", p, a / sqrt(a @ a) if scale == "isometric" else a)
         result[name] = p.reshape(d, shape.rows, shape.cols)
     return result

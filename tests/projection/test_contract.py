@@ -112,8 +112,8 @@ def make_values(shapes: Shapes, weights: bool) -> dict[str, ValueBias]:
     result = {}
     for i, (name, shape) in enumerate(sorted(shapes.items())):
         size = shape.rows if weights else shape.size
-        read_input = partial(lambda i, cols: np.cos(np.arange(cols) + i), i, shape.cols) if weights else None
-        result[name] = ValueBias(0, size, partial(lambda i, size: (values(5, size) + i, 0.5 + i), i, size), read_input)
+        measured = 0.5 + i, np.cos(np.arange(shape.cols) + i) if weights else None
+        result[name] = ValueBias(0, size, weights, partial(np.add, values(5, size), i), partial(tuple, measured))
     return result
 
 

@@ -1,5 +1,7 @@
 """What only the projection of value biases promises: its directions, and θ shared with a head."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -53,7 +55,10 @@ def test_rotating_the_output_of_the_layer_does_not_change_directions():
 
 def make_spec(d: int, sizes: dict[str, int], scale: str = "fan_in", first: int = 0) -> Spec:
     matrices = {name: draw(8, size, seed=size).double().numpy() for name, size in sizes.items()}
-    values = {name: ValueBias(first, size, lambda name=name: (matrices[name], 0.3)) for name, size in sizes.items()}
+    values = {
+        name: ValueBias(first, size, False, partial(matrices.get, name), lambda: (0.3, None))
+        for name, size in sizes.items()
+    }
     return Spec(d, 1, 4, scale, values=values)
 
 

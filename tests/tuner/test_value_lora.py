@@ -13,7 +13,6 @@ from torch import nn
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig, convert_to_lora, save_as_lora
 from peft_intrinsic.codec import compress, load_packed
-from peft_intrinsic.tuner.attention import find_value_projections
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 ROUNDED = {"rtol": 1e-3, "atol": 2e-4}  # θ as float16
@@ -113,20 +112,3 @@ def test_other_adapters_and_dropout_do_not_change_the_measured_inputs():
     assert not any(layer.disable_adapters for layer in model.base_model.tuner_layers())
     model.set_adapter("second")
     assert torch.equal(offset_of(model, VALUES["llama"].format(1), "weight"), expected)
-
-
-def test_a_model_that_does_not_run_on_tokens_raises():
-    base = build("vit")
-    with pytest.raises(ValueError, match=r"projection=.value_lora. runs the base model on tokens .* ViT"):
-        adapted("vit", base)
-    assert list(base.state_dict()) == list(build("vit").state_dict())
-
-
-def test_inputs_are_not_measured_under_a_merged_adapter():
-    model = get_peft_model(build("llama"), IntrinsicConfig(d=50, target_modules=["q_proj"], init_weights=False))
-    model.merge_adapter()
-    value = next(iter(find_value_projections(model.get_base_model(), "value_lora").values()))
-    with pytest.raises(ValueError, match=r"an adapter is merged into it\. Unmerge it"):
-        value.read_input()
-    model.unmerge_adapter()
-    assert value.read_input().shape == (24,)
