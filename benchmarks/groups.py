@@ -14,9 +14,6 @@ DECODER_BUDGETS = (256, 64, 1024, 16, 4096)
 HEADS = (4e-3, 1.6e-2, 6.4e-2)
 """Learning rates of a free head that has its own."""
 QUERY_VALUE, LINEAR = ["query", "value"], r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
-LAYERS = {16: range(12, 20), 64: range(12, 20), 256: range(12, 28)}
-"""Layers of SmolLM2-135M that d value biases adapt by default; all for other d."""
-
 TINY: dict[int, tuple[int, int, Any]] = {
     64: (4, 5, QUERY_VALUE),
     256: (4, 7, LINEAR),
@@ -27,7 +24,7 @@ TINY: dict[int, tuple[int, int, Any]] = {
 LARGER: dict[str, tuple[list[str], int, int, str]] = {
     "sst2_150": (["q", "v"], 4, 3, r".*encoder\.layer\.\d+\..*(q|k|v|o|dense)"),  # MPNet
     "reviews": (["q_proj", "v_proj"], 4, 1, r".*_proj"),  # Llama
-    "reviews_40": (["q_proj", "v_proj"], 4, 1, r".*_proj"),  # Gemma 3
+    **dict.fromkeys(("reviews_40", "words_40", "python_40"), (["q_proj", "v_proj"], 4, 1, r".*_proj")),
 }
 """Tasks of larger models, at d = 256: UniLoRA's modules; TinyLoRA's r, u and modules."""
 
@@ -120,7 +117,7 @@ def plateau(task: str) -> list[Row]:
         {"parts": {"head": 4}},
         {"factors": {"head": 2}},
     ]
-    return [plan(task, 256, seed=seed, **recipe) for recipe in recipes for seed in range(10)]
+    return [plan(task, 256, seed=seed, **recipe) for seed in range(10) for recipe in recipes]
 
 
 OWN = {"rates": rates, "sizes": sizes, "places": places, "heads": heads, "plateau": plateau}
@@ -138,21 +135,26 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
         result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, (1.25e-2, 5e-2, 2e-1)
         options = {"r": r, "u": u, "target_modules": modules, "projection_seed": "seed"}
         result[f"tinylora {d}"] = {**base, "method": "tinylora", "d": d, "config": options}, (3e-3, 1.25e-2, 5e-2)
-    if task == "reviews_40":  # Gemma 3 of 18 layers
-        values = plan(task, 256, projection="value_bias", layers_to_transform=list(range(2, 18)))
-        result["ours, value biases 256"] = values, (2e-5,)  # the warning's
+    values: Row = {"projection": "value_bias"}
+    if task.endswith("_40"):
+        tuned = (5e-5, 2e-4, 8e-4)
+        result["ours, value biases 256"] = plan(task, 256, **values), tuned
         result["unilora 256"] = result["unilora 256"][0], (5e-2, 2e-1, 8e-1)
+        options = {"r": 1, "lora_alpha": 2, "target_modules": ["q_proj", "v_proj"]}
+        result["lora"] = {**base, "method": "lora", "d": None, "config": options}, (1e-3, 4e-3, 1.6e-2)
+    if task == "scored_100":  # a decoder with a head
+        for d in DECODER_BUDGETS:
+            result[f"ours {d}"] = plan(task, d), (RATE,)
+            result[f"ours, value biases {d}"] = plan(task, d, **values), (RATE,)
     if task == "reviews":
         for d in DECODER_BUDGETS:
-            layers = {"layers_to_transform": list(LAYERS[d])} if d in LAYERS else {}
-            result[f"ours, value biases {d}"] = plan(task, d, projection="value_bias", **layers), (RATE,)
-            if d in LAYERS:
-                result[f"ours, value biases of all layers {d}"] = plan(task, d, projection="value_bias"), (RATE,)
+            result[f"ours, value biases {d}"] = plan(task, d, **values), (RATE,)
             options = {**result["unilora 256"][0]["config"], "theta_d_length": d}
-            tuned = (2e-1, 8e-1, 3.2) if d == 256 else (2e-1 if d == 4096 else 8e-1,)  # it diverges at 0.8 for 4,096
+            tuned = (2e-1, 8e-1, 3.2) if d == 256 else (2e-1,) if d > 256 else (8e-1,)  # 0.8 diverges above 256
             result[f"unilora {d}"] = {**base, "method": "unilora", "d": d, "config": options}, tuned
-        folded = plan(task, 256, projection="value_lora", layers_to_transform=list(LAYERS[256]))
-        result["ours, value biases as a LoRA 256"] = folded, (RATE,)
+        every = plan(task, 256, **values, layers_to_transform=list(range(30)))
+        result["ours, value biases of all layers 256"] = every, (RATE,)
+        result["ours, value biases as a LoRA 256"] = plan(task, 256, projection="value_lora"), (RATE,)
         # value projections alone
         for name, option in (("unilora", {}), ("tinylora", {"u": 8})):
             run, rates = result[f"{name} 256"]

@@ -61,7 +61,7 @@ def attach(model: Any, row: dict[str, Any]) -> Any:
         options["modules_to_save"] = ["classifier"]
     if method == "intrinsic":
         with patch.dict(base.FACTORS, row.get("factors", {})), patch.dict(base.PARTS, row.get("parts", {})):
-            task = "CAUSAL_LM" if row["task"].startswith("reviews") else "SEQ_CLS"
+            task = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else "SEQ_CLS"
             options = {"projection": "fastfood", **options}  # the default of encoders, and of all when rows were stored
             model = get_peft_model(model, IntrinsicConfig(d=row["d"], seed=row["seed"], task_type=task, **options))
         return model

@@ -15,7 +15,9 @@ sst2_150, for larger encoders: 150 batches. rotten_tomatoes: 4,000 sentences, as
 rotten_tomatoes_apart: without those that contain a sentence of sst2's validation set. mrpc: 3,668 pairs, 500 batches of
 16, on validation and test together (2,133); mrpc_250: 250 of them. reviews, for decoders: the words of rotten_tomatoes,
 150 batches of 8, accuracy and cross-entropy of the next token; reviews_40, for decoders with a large vocabulary: 40
-batches, and 250 test reviews.
+batches, and 250 test reviews. words_40, likewise: the word for the sentiment after a review, the one token with a loss.
+python_40, likewise: the next token of Python's standard library, in pieces of 12 lines, tests from other files.
+scored_100: a decoder with a head, the classes of rotten_tomatoes, 100 batches of 8.
 sst2 and mrpc are read from --data, which has GLUE's files as JSON lines. The encoders are sentence encoders, tuned on
 pairs of sentences.
 
@@ -65,8 +67,13 @@ TASKS: Row = {
     "mrpc_250": {"text": ("sentence1", "sentence2"), "train": 3668, "steps": 250, "batch": 16},
     "sst2_150": {"text": ("sentence",), "train": 4000, "steps": 150, "batch": 32},
     "reviews": {"text": ("text",), "train": 4000, "steps": 150, "batch": 8},
-    "reviews_40": {"text": ("text",), "train": 4000, "steps": 40, "batch": 8},
+    **{task: {"text": ("text",), "steps": 40, "batch": 8} for task in ("reviews_40", "words_40", "python_40")},
+    "scored_100": {"text": ("text",), "steps": 100, "batch": 8},
 }
+
+
+CAUSAL = ("reviews", "reviews_40", "words_40", "python_40")
+"""Tasks of decoders without a head."""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -91,9 +98,22 @@ def load(task: str, folder: Path | None) -> tuple[list[Row], list[Row]]:
         held_out = [strip(row["sentence"]) for row in read_rows(folder / "sst2" / "validation.jsonl")]
         data = rotten_tomatoes(train=7530, eval=1000)
         return [row for row in data["train"] if not is_in(strip(row["text"]), held_out)][:4000], list(data["eval"])
-    if task in ("rotten_tomatoes", "reviews", "reviews_40"):
-        data = rotten_tomatoes(train=4000, eval=250 if task == "reviews_40" else 1000)
-        return list(data["train"]), list(data["eval"])
+    if task == "python_40":
+        files = [file.read_text().splitlines() for file in sorted(Path(os.__file__).parent.glob("*.py"))]
+        parts: tuple[list[Row], list[Row]] = [], []
+        for i, lines in enumerate(files):  # each fifth file is held out
+            pieces = ["\n".join(lines[k : k + 12]) for k in range(0, len(lines), 12)]
+            parts[i % 5 == 0].extend({"text": piece, "label": 0} for piece in pieces if piece.strip())
+        random = np.random.default_rng(0)
+        train, test = ([part[k] for k in random.permutation(len(part))] for part in parts)
+        return train[:4000], test[:250]
+    if task in (*CAUSAL, "rotten_tomatoes", "scored_100"):
+        data = rotten_tomatoes(train=4000, eval=250 if task.endswith("_40") else 1000)
+        train, test = (list(data[part]) for part in ("train", "eval"))
+        if task == "words_40":
+            for row in train + test:
+                row["text"] = f"Review: {row['text']}\nSentiment: {('negative', 'positive')[row['label']]}"
+        return train, test
     if folder is None:
         raise SystemExit(f"{task} needs --data, a folder with {task}/train.jsonl and {task}/validation.jsonl.")
     files = folder / task.partition("_")[0]
@@ -120,7 +140,8 @@ class Runner:
 
     def __init__(self, path: str, task: str, folder: Path | None) -> None:
         self.path, self.task = path, TASKS[task]
-        self.kind = AutoModelForCausalLM if task.startswith("reviews") else AutoModelForSequenceClassification
+        self.kind = AutoModelForCausalLM if task in CAUSAL else AutoModelForSequenceClassification
+        self.last = task == "words_40"
         tokenizer = AutoTokenizer.from_pretrained(path)
         self.parts = []
         for examples in load(task, folder):
@@ -140,6 +161,8 @@ class Runner:
             logits = model(input_ids=ids, attention_mask=(ids != self.pad).long()).logits
         if logits.dim() == 3:
             seen = ids[:, 1:] != self.pad
+            if self.last:
+                seen &= seen.cumsum(1) == seen.sum(1, keepdim=True)
             logits, target = logits[:, :-1][seen], ids[:, 1:][seen]
         else:
             target = labels[torch.as_tensor(index, device=DEVICE)]
