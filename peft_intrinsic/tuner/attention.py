@@ -126,7 +126,7 @@ def _measure(
         for each in active:
             each._disable_adapters = True
         model.eval()
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = 1 << (model.get_input_embeddings().num_embeddings.bit_length() - 1)  # without most added tokens
         count, limit = SAMPLES[0], getattr(model.config.get_text_config(), "max_position_embeddings", SAMPLES[1])
         tokens = words(0, "tokens", "", count * min(SAMPLES[1], limit)) % np.uint64(vocabulary)
         device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")  # offloaded ones are on meta

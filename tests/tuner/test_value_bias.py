@@ -93,7 +93,7 @@ def test_a_bias_changes_the_output_of_attention_by_the_map_that_was_read(family)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bart", "t5", "bert"])
 def test_the_size_is_the_rms_of_the_values_for_random_tokens(family):
     model, (name, _) = build(family), FIRST[family]
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = 64  # a power of two, at most the vocabulary
     length = 40 if family == "bart" else 64  # its positions
     ids = torch.tensor([word % vocabulary for word in words(0, "tokens", "", 8 * length)]).view(8, length)
     bias, seen = find_value_projections(model)[f"{name}.bias"], []
@@ -413,6 +413,14 @@ def test_other_directions_than_in_training_raise_or_warn(tmp_path):
         load(lambda weight: weight.copy_((weight * 128).round() / 128))
     with pytest.raises(ValueError, match=r"directions .* differ .* it has other weights, or another tokenizer\. Load"):
         load(lambda weight: weight.copy_(weight.flip(1)))
+
+
+def test_tokens_that_are_added_to_the_vocabulary_do_not_change_the_offsets():
+    expected, base = offsets_of(adapted()), build("llama")
+    base.resize_token_embeddings(base.config.vocab_size + 5, mean_resizing=False)
+    actual = offsets_of(adapted(base=base))
+    for name, offset in expected.items():
+        torch.testing.assert_close(actual[name], offset)
 
 
 def test_copies_of_a_model_have_the_same_offsets():

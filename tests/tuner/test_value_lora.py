@@ -46,7 +46,7 @@ def inputs_of(model: nn.Module, name: str, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("family", VALUES)
 def test_the_weight_is_the_bias_times_a_ridge_regression_of_one_on_the_inputs(family):
     base = build(family)
-    vocabulary = base.get_input_embeddings().num_embeddings
+    vocabulary = 64  # a power of two, at most the vocabulary
     ids = torch.tensor([word % vocabulary for word in words(0, "tokens", "", 512)]).view(8, 64)
     model, biases = adapted(family), adapted(family, projection="value_bias")
     for name in (VALUES[family].format(i) for i in range(2)):
