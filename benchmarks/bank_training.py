@@ -12,7 +12,7 @@ Each method trains on the same batch, whose samples belong to 1, 8 or 64 adapter
 Times are of the processor. Each is the median over rounds of the ratio to it in the same round. Bytes are those
 of the parameters of one adapter and of its optimizer.
 
-The rows go to benchmarks/results/bank_training.jsonl, the figure to docs/bank_training.png. Nothing is timed unless the
+The rows go to benchmarks/results/bank_training.jsonl, the figure to docs/bank_training.svg. Nothing is timed unless the
 gradient of each row of the bank is that of its samples under the attached adapter.
 """
 
@@ -36,9 +36,10 @@ from carriers import minilm
 from peft import LoraConfig, get_peft_model
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig, RowAdam
+from peft_intrinsic.figures import save_figure, styled
 
 ROOT = Path(__file__).parents[1]
-RESULTS, FIGURE = ROOT / "benchmarks/results/bank_training.jsonl", ROOT / "docs/bank_training.png"
+RESULTS, FIGURE = ROOT / "benchmarks/results/bank_training.jsonl", ROOT / "docs/bank_training.svg"
 COUNTS = (1, 8, 64)
 SIZES = (10, 100, 1_000, 10_000, 100_000)
 ONE = "one adapter"
@@ -168,9 +169,10 @@ def print_table(rows: list[Row]) -> None:
         print(f"| {name} | {read(1)['bytes']:,} | {' | '.join(cells)} |")
 
 
+@styled
 def plot(rows: list[Row]) -> None:
     """Draw step time against the number of adapters in the batch."""
-    figure = Figure((6, 3.6), layout="constrained")
+    figure = Figure((6, 3.6))
     axes = figure.subplots()
     for name, size in (("LoRA", None), ("one after the other", None), ("bank", SIZES[-1])):
         points = [row for row in rows if row["method"] == name and size in (None, row["in_bank"])]
@@ -181,7 +183,7 @@ def plot(rows: list[Row]) -> None:
     axes.set_yticks((1, 2, 5, 10), ("1", "2", "5", "10"))
     axes.minorticks_off()
     axes.legend()
-    figure.savefig(FIGURE, dpi=120)
+    save_figure(figure, FIGURE)
 
 
 def main() -> None:

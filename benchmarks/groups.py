@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
+from peft_intrinsic.figures import save_figure, styled
+
 Row = dict[str, Any]
 MEASURED = ("numbers", "accuracy", "loss", "train", "seconds", "device", "zeros", "sparsity", "bytes")
 RATE = 2e-4
@@ -311,12 +313,12 @@ def table(rows: list[Row], name: str) -> None:
 
 
 LABELS = {
-    "ours": "peft_intrinsic",
+    "ours": "this package",
     "unilora": "UniLoRA",
     "tinylora": "TinyLoRA",
     "head": "head alone",
     "full": "full fine-tuning",
-    "lora": "LoRA, r = 1",
+    "lora": "LoRA (r = 1)",
     "ia3": "IA³",
     "lntuning": "LayerNorm tuning",
     "bitfit": "BitFit",
@@ -334,14 +336,16 @@ def summarize(runs: list[Row], name: str) -> tuple[int, float, float, float]:
     return runs[0]["numbers"], mean(values), mean(values) - min(values), max(values) - mean(values)
 
 
-def draw(axis: Any, points: list[tuple[int, float, float, float]], **style: Any) -> None:
-    """Draw points with error bars from the lowest to the highest seed, in the order of trainable parameters."""
-    numbers, means, below, above = zip(*sorted(points), strict=True)
-    axis.errorbar(numbers, means, yerr=(below, above), capsize=2, **style)
+def draw(axes: Any, points: list[list[Row]], **style: Any) -> None:
+    """Draw cross-entropy above accuracy against trainable parameters, a point for the seeds of each setting."""
+    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+        numbers, means, below, above = zip(*sorted(summarize(rows, name) for rows in points), strict=True)
+        axis.errorbar(numbers, means, yerr=(below, above), **style)
 
 
+@styled
 def plot(rows: list[Row], many_classes: list[Row], path: str) -> None:
-    """Draw the quality of methods against trainable parameters, each at its best learning rate: a panel for each task.
+    """Draw the quality of methods against trainable parameters, each at its best learning rate: a column for each task.
 
     Args:
         rows: of this benchmark.
@@ -350,49 +354,52 @@ def plot(rows: list[Row], many_classes: list[Row], path: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    axes = list(figure.subplots(2, 2).flat)
+    figure = Figure(figsize=(15, 8))
+    columns = figure.subplots(2, 4, sharex="col").T
     encoder, decoder = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct"
     titles = {
         "sst2": (encoder, "sentiment (SST-2), 2 classes"),
         "mrpc": (encoder, "paraphrases (MRPC), 2 classes"),
-        "reviews": (decoder, "next word of film reviews, a decoder"),
+        "reviews": (decoder, "next token of film reviews, a decoder"),
     }
-    for axis, (task, (model, title)) in zip(axes, titles.items(), strict=False):
+    for axes, (task, (model, title)) in zip(columns, titles.items(), strict=False):
         ours = "ours, value biases" if task == "reviews" else "ours"
         methods = peers(task)
         for method, curve in ((ours, "ours"), ("unilora", "unilora"), ("tinylora", "tinylora")):
             names = [name for name in methods if name.rpartition(" ")[0] == method]
-            best = [found for name in names if (found := at_best(methods[name], rows, model))]
-            if best:
-                draw(axis, [summarize(found, "loss") for found in best], marker="o", label=LABELS[curve])
+            if best := [found for name in names if (found := at_best(methods[name], rows, model))]:
+                draw(axes, best, marker="o", label=LABELS[curve])
         if task == "reviews" and (norms := at_best(methods["ours 256"], rows, model)):
-            draw(
-                axis, [summarize(norms, "loss")], marker="s", color="C0", linestyle="", label=f"{LABELS['ours']}, norms"
-            )
+            draw(axes, [norms], marker="s", color="C0", linestyle="", label=f"{LABELS['ours']}, norms")
         elif task != "reviews":
             for marker, (label, run) in zip("oXs^v<>PDd", smallest(task).items(), strict=True):
                 if best := at_best(run, rows, model):
-                    style = {"color": "black", "linestyle": "", "marker": marker, "label": LABELS[label]}
-                    draw(axis, [summarize(best, "loss")], **style)
-        axis.set(xscale="log", xlabel="trainable parameters", ylabel="cross-entropy (lower is better)", title=title)
-    last = axes[-1]
+                    draw(axes, [best], color="black", linestyle="", marker=marker, label=LABELS[label])
+        axes[0].set(title=title)
+    last = columns[-1]
     fine = [{**row, "numbers": row["trained"]} for row in many_classes if row["task"] == "fine"]
-    kinds = (("intrinsic", "labels", f"{LABELS['ours']}, head from names"), ("intrinsic", "subspace", LABELS["ours"]))
-    for method, head, label in (*kinds, ("lora", "subspace", "LoRA r=8"), ("head", "subspace", "head alone")):
+    kinds = (
+        ("intrinsic", "labels", "C0", f"{LABELS['ours']}, head from names"),
+        ("intrinsic", "subspace", "C5", LABELS["ours"]),
+        ("lora", "subspace", "C3", "LoRA (r = 8)"),
+        ("head", "subspace", "C6", "head alone"),
+    )
+    for method, head, color, label in kinds:
         runs = [row for row in fine if (row["method"], row["head"]) == (method, head)]
         if method != "intrinsic" and len({row["lr"] for row in runs}) < 3:
             continue  # not tuned
         if method != "intrinsic":  # at the best learning rate on the validation set
             first = max((row for row in runs if row["seed"] == 0), key=lambda row: row["validation"])
             runs = [row for row in runs if row["lr"] == first["lr"]]
-        groups = [[row for row in runs if row["numbers"] == n] for n in sorted({row["numbers"] for row in runs})]
-        if groups:
-            draw(last, [summarize(group, "accuracy") for group in groups], marker="o", label=label)
+        if groups := [[row for row in runs if row["numbers"] == n] for n in sorted({row["numbers"] for row in runs})]:
+            draw(last, groups, marker="o", color=color, label=label)
     for row in fine:
         if row["method"] == "frozen":
-            last.plot(row["numbers"], row["accuracy"], "k*", label="frozen encoder, logistic regression")
-    last.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy", title="questions (TREC), 50 classes")
-    for axis in axes:
-        axis.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+            last[1].plot(row["numbers"], row["accuracy"], "k*", label="frozen encoder, logistic regression")
+    last[0].set(title="questions (TREC), 50 classes")
+    for column in columns:
+        column[1].set(xscale="log", xlabel="trainable parameters")
+        column[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    columns[0][0].set(ylabel="cross-entropy, lower is better")
+    columns[0][1].set(ylabel="accuracy")
+    save_figure(figure, path)

@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py run GROUP [--data FOLDER] [--model FOLDER] [--threads N]
     python benchmarks/quality.py table GROUP
-    python benchmarks/quality.py plot FILE.png
+    python benchmarks/quality.py plot FILE.svg
 
 A group is heads, rates, sizes, places, plateau, peers, free or smallest, a dash, and a task: benchmarks/groups.py lists
 its runs. Each run appends one JSON line to benchmarks/results/quality.jsonl. Stored runs are skipped, so an interrupted

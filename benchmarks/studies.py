@@ -15,6 +15,7 @@ from peft import get_peft_model
 from quality import DEVICE, Row, Runner, describe_time, minilm, read_rows
 
 from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.figures import save_figure, styled
 
 MODEL = "all-MiniLM-L6-v2"
 FULL_RATES = (2.5e-5, 1e-4, 4e-4)
@@ -88,20 +89,21 @@ class Methods:
                 shown = [rows[0].get(column, "") for column in self.columns]
                 print_row(name, *shown, f"{rows[0]['lr']:g}", format_cell(rows), len(rows))
 
+    @styled
     def plot(self, task: str) -> None:
         """Accuracy of every method, a point for each seed, as table.png beside the rows."""
         from matplotlib.figure import Figure
 
         done = {name: rows for name, method in self.made(task, self).items() if (rows := self.best(task, method))}
-        figure = Figure(figsize=(6, 0.8 + 0.3 * len(done)), layout="constrained")
+        figure = Figure(figsize=(6, 0.8 + 0.3 * len(done)))
         axis = figure.subplots()
         for place, rows in enumerate(reversed(done.values())):
             axis.plot([row["accuracy"] for row in rows], [place] * len(rows), "k.", alpha=0.6)
-            axis.plot(sum(row["accuracy"] for row in rows) / len(rows), place, "|", color="tab:red", markersize=14)
+            axis.plot(sum(row["accuracy"] for row in rows) / len(rows), place, "|", color="C1", markersize=14)
         axis.set_yticks(range(len(done)), list(reversed(done)))
-        axis.set(xlabel="accuracy: seeds, and their mean in red", title=task)
-        axis.grid(axis="x", alpha=0.3)
-        figure.savefig(self.folder / task / "table.png", dpi=150)
+        axis.set(xlabel="accuracy: seeds, and their mean as a line", title=task)
+        axis.grid(axis="y", visible=False)
+        save_figure(figure, self.folder / task / "table.png")
 
     def main(self, study: Callable[..., Any], doc: str | None, tasks: tuple[str, ...]) -> None:
         """The command line: run, table or plot."""

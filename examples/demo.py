@@ -40,6 +40,7 @@ from text_classification import accuracy_after, adapter_size, evaluate, save, to
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from peft_intrinsic import IntrinsicConfig
+from peft_intrinsic.figures import save_figure, styled
 from peft_intrinsic.text.tasks import Task
 
 
@@ -68,17 +69,18 @@ def logistic_regression(model: Any, tokenizer: Any, data: DatasetDict) -> tuple[
     return float(fitted.score(test, data["eval"]["label"])), fitted.coef_.size + fitted.intercept_.size
 
 
+@styled
 def plot(log: list[dict[str, float]], accuracies: dict[str, float], d: int, path: Path) -> None:
     """Training loss against steps, and the accuracies."""
     points = [(row["step"], row["loss"]) for row in log if "loss" in row]
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure = Figure(figsize=(8, 3))
     left, right = figure.subplots(1, 2)
-    left.plot(*zip(*points, strict=True), color="black")
+    left.plot(*zip(*points, strict=True))
     left.set(xlabel="step", ylabel="training loss", title=f"{d:,} trainable parameters")
-    bars = right.bar(list(accuracies), list(accuracies.values()), color=["lightgrey", "black", "grey"])
+    bars = right.bar(list(accuracies), list(accuracies.values()), color=["lightgrey", "C0", "grey"])
     right.bar_label(bars, fmt="%.3f")
     right.set(ylim=(0, 1), ylabel="accuracy on held-out questions")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def main() -> None:

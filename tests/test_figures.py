@@ -30,3 +30,14 @@ def test_plotting_a_figure_does_not_change_the_backend_of_the_process(draw, tmp_
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     draw(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("draw", [draw_heat_map, draw_sweep, draw_critical_layers])
+def test_a_figure_is_the_same_file_at_each_call_and_for_any_style_of_the_caller(draw, tmp_path):
+    draw(tmp_path / "first.svg")
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        draw(tmp_path / "second.svg")
+        assert matplotlib.rcParams["font.size"] == 30
+    first, second = ((tmp_path / f"{name}.svg").read_bytes() for name in ("first", "second"))
+    assert first == second
+    assert b"<text" in first  # letters can be searched and read aloud

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm import tqdm
 
+from ..figures import save_figure, styled
 from ..trials.engine import Engine, InProcess
 from ..trials.runner import Runner
 from ..trials.store import Store
@@ -76,15 +77,16 @@ class CriticalLayers:
         """Return all values for JSON."""
         return {**asdict(self), "restorable": self.restorable, "share": self.share}
 
+    @styled
     def plot(self, path: str | os.PathLike) -> None:
         """Draw the loss of score for each restored part, the most critical one on top."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6, 1 + 0.3 * len(self.parts)), layout="constrained")
+        figure = Figure(figsize=(6, 1 + 0.3 * len(self.parts)))
         axis = figure.subplots()
-        axis.barh(self.parts[::-1], [self.score - score for score in self.scores[::-1]], color="black")
+        axis.barh(self.parts[::-1], [self.score - score for score in self.scores[::-1]])
         axis.set(xlabel=f"loss of score (of {self.score:.4f}) when restored to the base")
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path)
 
     def report(self) -> str:
         """Format a table in Markdown, the most critical part first."""

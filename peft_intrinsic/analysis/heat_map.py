@@ -7,7 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..figures import save_figure, styled
 
+
+@styled
 def heat_map(cells: Mapping[tuple[str, str], float], label: str, path: str | os.PathLike) -> None:
     """Draw a heat map with a row for each layer and a column for each kind of parameter. Absent cells are white.
 
@@ -22,10 +25,11 @@ def heat_map(cells: Mapping[tuple[str, str], float], label: str, path: str | os.
     values = np.full((len(rows), len(columns)), np.nan)
     for (row, column), value in cells.items():
         values[rows.index(row), columns.index(column)] = value
-    figure = Figure(figsize=(2 + 0.35 * len(columns), 3 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(2 + 0.35 * len(columns), 3 + 0.3 * len(rows)))
     axis = figure.subplots()
-    image = axis.imshow(values, aspect="auto", cmap="viridis")
+    image = axis.imshow(values, aspect="auto")
     axis.set_xticks(range(len(columns)), columns, rotation=90)
     axis.set_yticks(range(len(rows)), rows)
     figure.colorbar(image, label=label)
-    figure.savefig(path, dpi=150)
+    axis.grid(False)
+    save_figure(figure, path)

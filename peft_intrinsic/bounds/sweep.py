@@ -12,6 +12,7 @@ from peft import get_peft_model
 
 from ..codec import PRIORS, adapter_from_string, adapter_to_string, read_packed
 from ..codec.quantize import check_levels
+from ..figures import save_figure, styled
 from ..text.labeled import LabeledTexts
 from ..trials.store import Store, write_whole
 from ..tuner.base_model import base_digest
@@ -125,6 +126,7 @@ def _certify_row(
     }
 
 
+@styled
 def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot bound, training error and test error: against d for the lowest bound of each d, and against bytes for all.
 
@@ -136,18 +138,18 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     dims = sorted({row["d"] for row in rows})
     best = [min((row for row in rows if row["d"] == d), key=lambda row: row["certificate"]["bound"]) for d in dims]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.5))
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, shown, name, style in ((left, best, "d", "o-"), (right, rows, "bytes", "o")):
         x, certificates = [row[name] for row in shown], [row["certificate"] for row in shown]
-        axis.plot(x, [values["bound"] for values in certificates], style, color="black", label="bound")
-        axis.plot(x, [values["risk"] for values in certificates], style, color="gray", label="training error")
+        axis.plot(x, [values["bound"] for values in certificates], style, label="bound")
+        axis.plot(x, [values["risk"] for values in certificates], style, label="training error")
         if all(values["test_n"] for values in certificates):
             errors = [values["test_errors"] / values["test_n"] for values in certificates]
-            axis.plot(x, errors, style, color="tab:blue", label="test error")
+            axis.plot(x, errors, style, label="test error")
         majority = certificates[0]["majority"] / certificates[0]["n"]
         axis.axhline(majority, color="gray", linestyle=":", label="majority class")
         axis.set(xscale="log", xlabel="trainable parameters (d)" if name == "d" else "bytes of the packed adapter")
     left.set(ylabel="error", ylim=(0, None))
     left.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..figures import save_figure, styled
 from ..trials.store import write_whole
 from .analysis import Answer, Result
 from .curve import TINY
@@ -178,6 +179,7 @@ def format_csv(result: Result) -> str:
     return text.getvalue()
 
 
+@styled
 def plot_curve(result: Result, folder: Path, name: str) -> None:
     """Plot the score against d, as PNG, SVG and PDF.
 
@@ -189,7 +191,7 @@ def plot_curve(result: Result, folder: Path, name: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(6.5, 4.5))
     axes = figure.subplots()
     rates = {point.d: point.learning_rate for point in result.points}
     floor = result.floor
@@ -205,7 +207,7 @@ def plot_curve(result: Result, folder: Path, name: str) -> None:
     axes.axhline(base.level, color="black", linestyle=":", label="full fine-tuning, its seeds")
     axes.axhspan(min(base.scores), max(base.scores), color="0.9", zorder=0)
     axes.plot([edge * 1.25] * len(base.scores), base.scores, "_", color="black", clip_on=False)
-    for color, (by, answer) in zip(("tab:red", "tab:blue"), result.answers.items(), strict=False):
+    for color, (by, answer) in zip(("C1", "C0"), result.answers.items(), strict=False):
         d, interval = format_answer(result, answer)
         axes.axhline(answer.target, color=color, linestyle="--", linewidth=0.8)
         low, high = (end or edge * 1.2 for end in answer.interval)
@@ -218,19 +220,15 @@ def plot_curve(result: Result, folder: Path, name: str) -> None:
         axes.axhline(floor, color="0.6", linestyle="-.", linewidth=0.8, label=text)
     metric = _get_setting(result, "metric") or "score"
     axes.set(xscale="log", xlabel="d, trainable parameters", ylabel=metric, title=format_title(result))
-    axes.legend(frameon=False, fontsize="small")
-    save_figure(figure, folder, name)
+    axes.legend()
+    save_formats(figure, folder, name)
 
 
-def save_figure(figure: Any, folder: Path, name: str) -> None:
-    """Save a figure in every format. The same figure gives the same bytes."""
-    import matplotlib as mpl
-
-    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+def save_formats(figure: Any, folder: Path, name: str) -> None:
+    """Save a figure in every format."""
     for suffix in FORMATS:
         data = io.BytesIO()
-        with mpl.rc_context({"svg.hashsalt": name}):
-            figure.savefig(data, format=suffix, dpi=150, metadata=undated.get(suffix))
+        save_figure(figure, data, suffix)
         write_whole(folder / f"{name}.{suffix}", data.getvalue())
 
 

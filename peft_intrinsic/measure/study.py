@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
 
+from ..figures import styled
 from ..trials.engine import Engine
 from ..trials.runner import Row
 from ..trials.store import check_folder, write_whole
 from .analysis import NothingToMeasure, Result
 from .evidence import TUNING, is_collapsed
 from .measure_text import prepare
-from .report import format_answer, name_task, save_figure
+from .report import format_answer, name_task, save_formats
 
 Kind = Literal["checkpoints", "models", "methods", "gap"]
 
@@ -183,13 +184,14 @@ def _format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
+@styled
 def _plot(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """Plot intervals as horizontal lines, a row for each measurement; open ones end in an arrow."""
     from matplotlib.figure import Figure
 
     measured = [row for row in rows if "answers" in row and row["x"] is not None]
     measured = sorted(measured, key=lambda row: row["x"], reverse=True)
-    figure = Figure(figsize=(6.5, 1.5 + 0.4 * len(measured)), layout="constrained")
+    figure = Figure(figsize=(6.5, 1.5 + 0.4 * len(measured)))
     axes = figure.subplots()
     for y, row in enumerate(measured):
         answer = row["answers"][row["relative_to"]]
@@ -209,5 +211,5 @@ def _plot(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     share = rows[0].get("share", "d90")
     axes.set(xscale="log", xlabel=f"{share}, 90 % interval", ylim=(-0.6, max(len(measured), 1) - 0.4))
     axes.set_title(", ".join(dict.fromkeys(row["task"] for row in measured)))
-    axes.grid(axis="x", alpha=0.3)
-    save_figure(figure, out, "study")
+    axes.grid(axis="y", visible=False)
+    save_formats(figure, out, "study")

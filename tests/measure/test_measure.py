@@ -37,7 +37,7 @@ def test_step_function_is_located_exactly_in_few_trials():
 @pytest.mark.parametrize("center", ["median", "mean"])
 def test_plot_draws_collapsed_runs_as_open_marks(center, tmp_path, monkeypatch):
     figures: list = []
-    monkeypatch.setattr("peft_intrinsic.measure.report.save_figure", lambda figure, *place: figures.append(figure))
+    monkeypatch.setattr("peft_intrinsic.measure.report.save_formats", lambda figure, *place: figures.append(figure))
     write_report(measure_intrinsic_dimension(step, DIMS, majority=0.4, sweep=True, center=center), tmp_path)
     marks = [line for line in figures[0].axes[0].lines if line.get_marker() == "o"]
     assert len(marks) == 3 * len(DIMS)
