@@ -52,6 +52,7 @@ def check(config: Any) -> None:
         "projection": (None, *PROJECTIONS),
         "scale": ("fan_in", "isometric"),
         "head": ("subspace", "keep", "labels"),
+        "serving": (None, "lora"),
     }
     check_choices(config, choices)
     for name in ("manifest", "checksum", "requires", "subspace", "subspace_digest"):

@@ -141,6 +141,11 @@ class IntrinsicConfig(PeftConfig):
         reinitialized (`Optional[list[str]]`):
             Names of the parameters that are re-initialized from a fixed seed. `None` takes those that transformers
             reported as missing from the checkpoint, if nothing has changed them since.
+        serving (`Optional[Literal["lora"]]`):
+            `"lora"`: adapt only what is exactly a LoRA, for servers such as vLLM. Where `projection=None` would be
+            `"value_bias"`, it is `"value_lora"` (rank 1). Otherwise it adapts the weights of linear layers with
+            `block_size=8` (rank 8). The rank and the size of the LoRA are logged. Options that select anything else
+            raise `ValueError`. It is resolved to other options, and so not saved.
         init_weights (`bool`):
             `True` starts at θ = 0, the pretrained model itself. `False` starts at a random θ from torch's generator,
             for tests.
@@ -190,6 +195,9 @@ class IntrinsicConfig(PeftConfig):
     label_texts: list[str] | None = field(default=None, metadata={"help": "A text per label, for head='labels'."})
     reinitialized: list[str] | None = field(
         default=None, metadata={"help": "Parameters that are re-initialized from a fixed seed."}
+    )
+    serving: Literal["lora"] | None = field(
+        default=None, metadata={"help": "Adapt only what is exactly a LoRA, for servers that take no other adapters."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Start at θ = 0. False is for tests."})
 
@@ -269,9 +277,11 @@ class IntrinsicConfig(PeftConfig):
         return ", ".join(f"{name}={value}" for name, value in options.items() if value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary."""
+        """The configuration as a dictionary, without `serving`, which other options result from."""
+        stored = super().to_dict()
+        del stored["serving"]
         return {
-            **super().to_dict(),
+            **stored,
             "modules_to_save": self.full_modules,
             "trainable_token_indices": self.trainable_token_indices or None,
             "checksum": self.checksum_to_save or self.checksum,

@@ -29,6 +29,7 @@ from .head import Reinitialization, count_labels, explain_labels, restore_values
 from .label_head import LabelHead
 from .layer import IntrinsicLayer
 from .loading import clear_notes
+from .lora_targets import check_lora_options, select_for_lora
 from .manifest import compute_manifest
 from .merging import add_zero_bias, find_bias_flags
 from .names import KEYWORDS, VECTOR, canonical, is_foreign
@@ -44,6 +45,7 @@ from .targets import (
     outermost_modules,
     targeted_parameters,
 )
+from .to_lora import report_lora
 from .vector import IntrinsicVector
 
 logger = logging.getLogger(__name__)
@@ -127,6 +129,8 @@ class IntrinsicModel(CheckedTuner):
             twin = next((name for name in attached if not resolved.differences(self.peft_config[name])), None)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 attach(model, adapter_name, targeting, options, twin)
+            if options.serving and options.manifest is None:
+                report_lora(model, adapter_name)
         except Exception as error:
             detach(model, adapter_name)
             self.peft_config[adapter_name] = config
@@ -164,13 +168,21 @@ class IntrinsicModel(CheckedTuner):
         config = self.peft_config[adapter_name]
         attached = list(self.vector.intrinsic_theta) if hasattr(model, VECTOR) else []
         configs = {name: self.peft_config.get(name, config) for name in attached}
-        values = find_value_projections(model, config.projection) if config.projection in (None, *OF_VALUES) else {}
+        for_lora, default = config.serving and config.manifest is None, config.projection is None
+        values = find_value_projections(model, config.projection) if default or config.projection in OF_VALUES else {}
         config.projection = config.projection or default_projection(model, config, values)
+        if for_lora and default and config.projection == "value_bias":
+            config.projection = "value_lora"
+            values = find_value_projections(model, config.projection)
         self._values = values if config.projection in OF_VALUES else {}
         config.modules_to_save = outermost_modules(model, config)
         check_adapter_names(model, {**configs, adapter_name: config})
         start = (LabelHead if config.head == "labels" else Reinitialization)(model, config, configs)
         config.reinitialized, config.label_texts, config.label_sketch = start.names, start.texts, start.sketch
+        if for_lora:
+            check_lora_options(model, config)
+            if config.projection not in OF_VALUES:
+                select_for_lora(model, config)
         if config.projection == "trajectory":
             config.subspace_digest, config.target_parameters = read_subspace(model, config)
         if config.target_modules is None and not config.target_parameters:

@@ -114,7 +114,7 @@ def adaptable_parameters(
     With `add_bias`, biases that linear layers lack are among them. `"value_bias"` and `"value_lora"` adapt the
     parameters `values` and the head.
     """
-    output = _output_embeddings(model) if config.add_bias else None
+    output = output_embeddings(model) if config.add_bias else None
     for key, module in base_modules(model):
         names = adaptable_names(module)
         if config.projection in OF_VALUES and not is_head(config, key):
@@ -125,7 +125,7 @@ def adaptable_parameters(
             yield key, module, own
 
 
-def _output_embeddings(model: Any) -> str | None:
+def output_embeddings(model: Any) -> str | None:
     """Name of the module that turns hidden states into tokens, as transformers knows it."""
     try:
         output = getattr(model, "get_output_embeddings", lambda: None)()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from typing import Any, cast
@@ -13,11 +14,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
-from ..projection import FastfoodTensor, RankOneTensor
+from ..projection import FastfoodTensor, RankOneTensor, TensorProjection
 from .base_model import base_modules, base_parameters
 from .layer import IntrinsicLayer, find_adapter
 from .modules import IntrinsicEmbedding, IntrinsicLinear
 from .names import canonical, is_named
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "base_model.model."
 KEYS: dict[type, tuple[str, str]] = {
@@ -71,13 +74,9 @@ def convert_to_lora(
             if module in whole:
                 delta = layer.get_delta_weight(adapter_name, own)
                 state[f"{PREFIX}{module}.{own}"] = layer.base_parameter(own) + delta
-            elif (
-                own == "weight"
-                and isinstance(offset.projection, FastfoodTensor | RankOneTensor)
-                and type(layer) in KEYS
-            ):
+            elif _rank(layer, own, offset.projection):
                 theta = layer.vector.scaled(adapter_name, offset.group).float()
-                left, right = offset.projection.factors(theta)
+                left, right = cast(FastfoodTensor | RankOneTensor, offset.projection).factors(theta)
                 ranks[module] = len(right)
                 for key, value in zip(KEYS[type(layer)], _arranged(layer, left, right), strict=True):
                     state[f"{PREFIX}{module}.{key}"] = value.contiguous()
@@ -120,8 +119,50 @@ def convert_to_lora(
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )
-    dtype = dtype or getattr(base, "dtype", None) or next(p.dtype for p in base.parameters() if p.is_floating_point())
+    dtype = dtype or _dtype_of(base)
     return lora, {name: value.to(dtype) for name, value in state.items()}
+
+
+def _rank(layer: IntrinsicLayer, own: str, projection: TensorProjection) -> int | None:
+    """The rank of an offset as a LoRA, or None if a LoRA cannot represent it."""
+    if own != "weight" or type(layer) not in KEYS:
+        return None
+    if isinstance(projection, FastfoodTensor):
+        return projection.tiling.chunks * projection.n
+    return 1 if isinstance(projection, RankOneTensor) else None
+
+
+def report_lora(model: Any, adapter: str) -> None:
+    """Report the rank and the size of the LoRA that a newly attached adapter is.
+
+    Args:
+        model: the base model.
+        adapter: name of the adapter.
+
+    Raises:
+        ValueError: a LoRA cannot represent a part of it.
+    """
+    ranks, size = [], 0
+    for layer in model.modules():
+        for own, offset in layer.offsets.get(adapter, {}).items() if isinstance(layer, IntrinsicLayer) else ():
+            rank = _rank(layer, own, offset.projection)
+            if rank is None:
+                raise ValueError(
+                    f"serving='lora': a LoRA cannot represent the offset of {offset.name}. Leave its module out "
+                    "(exclude_modules)."
+                )
+            ranks.append(rank)
+            size += rank * (offset.projection.rows + offset.projection.cols)
+    dtype = _dtype_of(model)
+    logger.info(
+        "serving='lora': the adapter is a LoRA of rank %d on %d layers, of %d bytes in %s.",
+        *(max(ranks), len(ranks), size * dtype.itemsize, dtype),
+    )
+
+
+def _dtype_of(base: Any) -> torch.dtype:
+    """The dtype of the weights of a base model."""
+    return getattr(base, "dtype", None) or next(p.dtype for p in base.parameters() if p.is_floating_point())
 
 
 def _arranged(layer: IntrinsicLayer, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

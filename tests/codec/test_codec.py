@@ -35,6 +35,7 @@ NOT_STORED = {
     "modules_to_save": "raises: a packed adapter cannot hold it",
     "trainable_token_indices": "likewise",
     "checksum": "of the usual file; a packed file has its own",
+    "serving": "resolved to other options, not saved either",
 }
 """Options that are not stored, and why."""
 
