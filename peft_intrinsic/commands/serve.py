@@ -6,11 +6,11 @@ import argparse
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ..codec import read_packed
 from ..serving import AdapterStore, open_store
+from ..serving.saved import is_packed, read_saved
 from ..version import pip_install
 
 
@@ -36,12 +36,14 @@ def _read_first(store: AdapterStore) -> tuple[str | None, int | None]:
     name = next(iter(store.names()), None)
     try:
         stored = None if name is None else store.get(name)
-        if isinstance(stored, bytes):
+        if stored is None:
+            return None, None
+        if is_packed(stored):
             packed = read_packed(stored)
             return packed.options["task_type"], packed.classes or None
-        config: Any = PeftConfig.from_pretrained(str(stored))
-        return config.task_type, getattr(config, "num_labels", None)
-    except (KeyError, OSError, TypeError, ValueError):  # requests for it will get the error
+        config, _ = read_saved(stored)
+        return config.task_type, config.num_labels
+    except (OSError, TypeError, ValueError):  # requests for it will get the error
         return None, None
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from ..codec import load_packed, read_packed
 from ..tuner.base_model import base_digest
 from ..tuner.config import IntrinsicConfig
-from ..tuner.files import read_vectors
 from ..tuner.to_lora import convert_to_lora
+from .saved import is_packed, read_saved
+from .store import Stored
 
 
 class LoraExpander:
@@ -38,11 +38,11 @@ class LoraExpander:
         self._kinds: dict[Any, PeftModel] = {}
         self._lock = threading.Lock()
 
-    def expand(self, adapter: bytes | Path, max_rank: int | None = None) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    def expand(self, adapter: Stored, max_rank: int | None = None) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
         """Convert an adapter to the LoRA with equal outputs within rounding.
 
         Args:
-            adapter: bytes of a packed adapter, or the folder of a saved one.
+            adapter: bytes of a packed adapter or of θ in safetensors, or the folder of a saved adapter.
             max_rank: the largest rank that the server takes.
 
         Returns:
@@ -53,7 +53,7 @@ class LoraExpander:
                 larger rank.
         """
         with self._lock:
-            model = self._with_packed(adapter) if isinstance(adapter, bytes) else self._with_saved(adapter)
+            model = self._with_packed(adapter) if is_packed(adapter) else self._with_saved(adapter)
             config, state = convert_to_lora(model)
         if config.modules_to_save or config.trainable_token_indices:
             raise ValueError(
@@ -90,9 +90,8 @@ class LoraExpander:
             self._kinds[key] = _without_weights(load_packed(self._load(), data, check_base=False))
         return _with_vectors(self._kinds[key], torch.from_numpy(packed.theta), torch.from_numpy(packed.scales))
 
-    def _with_saved(self, folder: Path) -> PeftModel:
-        config = IntrinsicConfig.from_pretrained(str(folder))
-        vectors = read_vectors(config, load_peft_weights(str(folder), device="cpu"))
+    def _with_saved(self, adapter: Stored) -> PeftModel:
+        config, vectors = read_saved(adapter)
         key = repr(sorted((name, repr(value)) for name, value in config.to_dict().items() if name != "checksum"))
         if key not in self._kinds:
             self._kinds[key] = _without_weights(get_peft_model(self._load(), config))
@@ -106,9 +105,12 @@ class LoraExpander:
 def _with_vectors(model: PeftModel, theta: torch.Tensor, *scales: torch.Tensor) -> PeftModel:
     """Set θ and λ of the only adapter."""
     vector: Any = model.base_model.vector
-    for own, values in ((vector.intrinsic_theta, [theta]), (vector.intrinsic_lambda, scales)):
-        for parameter, value in zip(own.values(), values, strict=False):
-            parameter.weight.copy_(value)
+    own = [each.weight for each in (*vector.intrinsic_theta.values(), *vector.intrinsic_lambda.values())]
+    values = [each for each in (theta, *scales) if len(each)]
+    if (sizes := [len(each) for each in own]) != (stored := [len(each) for each in values]):
+        raise ValueError(f"The adapter has {stored} entries of θ and λ instead of {sizes}. Save it again.")
+    for parameter, value in zip(own, values, strict=True):
+        parameter.copy_(value)
     return model
 
 

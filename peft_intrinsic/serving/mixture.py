@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model, load_peft_weights
+from peft import get_peft_model
 
 from ..codec import read_packed
 from ..codec.adapter import make_config
 from ..tuner import AdapterBank, IntrinsicConfig
 from ..tuner.base_model import base_digest, base_parameters
-from ..tuner.files import read_vectors
 from ..tuner.head import explain_labels
+from .saved import is_packed, read_saved
 from .store import Stored
 
 MAX_KINDS = 8
@@ -67,17 +67,14 @@ class Mixture:
         Raises:
             ValueError: it is damaged, of another method or task, or trains more than θ and λ.
         """
-        if isinstance(stored, bytes):
+        if is_packed(stored):
             packed = read_packed(stored)
             config = make_config(packed, self._names)
             values = [torch.from_numpy(each) for each in (packed.theta, packed.scales) if len(each)]
             adapter = Adapter(config, values, packed.base_digest)
         else:
-            config = PeftConfig.from_pretrained(str(stored))
-            if not isinstance(config, IntrinsicConfig):
-                raise ValueError(f"It is an adapter of the method {config.peft_type}. Store intrinsic adapters.")
-            adapter = Adapter(config, read_vectors(config, load_peft_weights(str(stored), device="cpu")), None)
-            config.inference_mode = True
+            adapter = Adapter(*read_saved(stored), None)
+        config = adapter.config
         if config.trained_beside:
             raise ValueError(f"It trains {config.trained_beside} beside θ. Train it without this option.")
         if config.task_type not in (None, self._task):

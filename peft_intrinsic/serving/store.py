@@ -12,14 +12,14 @@ from ..version import pip_install
 NAME = re.compile(r"[A-Za-z0-9_@][A-Za-z0-9._@-]{0,127}")
 """Names of adapters: no paths, no hidden files."""
 
-SUFFIX = ".pia"
-"""Suffix of packed adapters in a folder."""
+SUFFIXES = (".pia", ".safetensors")
+"""Suffixes of files in a folder: packed adapters, and θ in safetensors."""
 
 MAX_BYTES = 2**26
-"""Largest packed adapter that a store returns: 64 MiB."""
+"""Largest file or row that a store returns: 64 MiB."""
 
 Stored = bytes | Path
-"""A packed adapter, or the folder of a saved adapter."""
+"""A packed adapter, or θ in safetensors with its configuration (`read_saved`); or the folder of a saved adapter."""
 
 
 class AdapterStore(Protocol):
@@ -46,7 +46,7 @@ def check_name(name: str) -> None:
 
 
 class FolderStore:
-    """Packed adapters `NAME.pia`, and saved adapters in folders `NAME`.
+    """Packed adapters `NAME.pia`, θ in safetensors `NAME.safetensors`, and saved adapters in folders `NAME`.
 
     Args:
         folder: the folder that contains them.
@@ -62,24 +62,25 @@ class FolderStore:
 
     def get(self, name: str) -> Stored | None:
         check_name(name)
-        file, folder = self.folder / f"{name}{SUFFIX}", self.folder / name
-        for path in (file, folder):
+        files, folder = [self.folder / f"{name}{suffix}" for suffix in SUFFIXES], self.folder / name
+        for path in (*files, folder):
             if path.exists() and not path.resolve().is_relative_to(self.folder):
                 raise ValueError(f"{name!r} is a link to a path outside the store. Copy the adapter into it.")
-        if file.is_file():
-            if file.stat().st_size > MAX_BYTES:
-                raise ValueError(f"{name!r} has {file.stat().st_size} bytes, more than the {MAX_BYTES} of an adapter.")
-            return file.read_bytes()
+        for file in files:
+            if file.is_file():
+                if (size := file.stat().st_size) > MAX_BYTES:
+                    raise ValueError(f"{name!r} has {size} bytes, more than the {MAX_BYTES} of an adapter.")
+                return file.read_bytes()
         return folder if (folder / "adapter_config.json").is_file() else None
 
     def names(self) -> Iterator[str]:
-        files = (path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}"))
+        files = (path.name.removesuffix(suffix) for suffix in SUFFIXES for path in self.folder.glob(f"*{suffix}"))
         folders = (path.parent.name for path in self.folder.glob("*/adapter_config.json"))
         yield from sorted({name for name in (*files, *folders) if NAME.fullmatch(name)})
 
 
 class DatabaseStore:
-    """Packed adapters in the table `adapters` of a database, with the columns `name` (key) and `data` (bytes).
+    """Adapters in the table `adapters` of a database, with the columns `name` (key) and `data` (bytes).
 
     Args:
         url: of SQLAlchemy, such as `sqlite:///adapters.db`.

@@ -48,7 +48,9 @@ def test_a_folder_has_packed_files_and_saved_adapters(folder):
     assert store.get("ann") == b"PIA1"
     assert store.get("bob") == folder.resolve() / "bob"
     assert store.get("carl") is None
-    assert list(store.names()) == ["ann", "bob"]
+    (folder / "carl.safetensors").write_bytes(b"theta")
+    assert store.get("carl") == b"theta"
+    assert list(store.names()) == ["ann", "bob", "carl"]
 
 
 def test_a_database_is_read_as_it_is_now(database):
@@ -73,9 +75,10 @@ def test_hostile_names_raise(folder, database, name):
 
 
 def test_links_out_of_a_folder_raise(folder):
-    (folder / "eve.pia").symlink_to(folder.parent / "secret.pia")
-    with pytest.raises(ValueError, match="a link to a path outside the store"):
-        open_store(str(folder)).get("eve")
+    for name in ("eve.pia", "fay.safetensors", "guy"):
+        (folder / name).symlink_to(folder.parent / "secret.pia")
+        with pytest.raises(ValueError, match="a link to a path outside the store"):
+            open_store(str(folder)).get(name.partition(".")[0])
 
 
 def test_stores_that_do_not_exist_raise(tmp_path):

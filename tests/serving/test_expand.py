@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build, evaluate
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file, save
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.codec import compress, read_packed
@@ -36,6 +38,12 @@ def adapted(seed: int, **options) -> PeftModel:
     return get_peft_model(build("llama"), IntrinsicConfig(**options)).eval()
 
 
+def bare(folder: Path, change: dict | None = None, metadata: str = "adapter_config") -> bytes:
+    """θ of a saved adapter in safetensors, with its configuration as metadata, in which options are changed."""
+    options = {**json.loads((folder / "adapter_config.json").read_text()), **(change or {})}
+    return save(load_file(folder / "adapter_model.safetensors"), {metadata: json.dumps(options)})
+
+
 def served(expander: LoraExpander, adapter: bytes | Path) -> torch.Tensor:
     """Output of the base model with the LoRA, as PEFT loads it."""
     config, state = expander.expand(adapter)
@@ -56,6 +64,7 @@ def test_packed_and_saved_adapters_give_their_outputs_as_a_lora(expander, option
         torch.testing.assert_close(served(expander, data), expected, **ROUNDED)
         model.save_pretrained(tmp_path)
         torch.testing.assert_close(served(expander, tmp_path), expected, **CLOSE)
+        torch.testing.assert_close(served(expander, bare(tmp_path)), expected, **CLOSE)
     assert (evaluate(build("llama"), "llama") - expected).abs().max() > 1e-3
 
 
@@ -97,3 +106,54 @@ def test_damaged_and_foreign_adapters_raise(expander):
     model = get_peft_model(base, IntrinsicConfig(d=20, projection="value_lora", task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match=r"The adapter was made for .* \(digest [0-9a-f]{16}\), and the server has"):
         expander.expand(compress(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "not the parameters and options that were saved"),
+        ({"manifest": None}, "has no manifest"),
+        ({"subspace": "/etc/passwd"}, "needs a subspace file"),
+        ({"peft_type": "LORA"}, "cannot be read"),
+        ({"peft_type": "NONE"}, "cannot be read"),
+        ({"d": "twenty"}, "cannot be read: d must be an int"),
+    ],
+)
+def test_a_configuration_of_other_parameters_raises(expander, tmp_path, change, message):
+    adapted(1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        expander.expand(bare(tmp_path, change))
+
+
+def test_another_length_of_theta_raises(expander, tmp_path):
+    """Also that of one entry, which torch would copy to all."""
+    adapted(1, projection="fastfood", target_modules=["q_proj"]).save_pretrained(tmp_path)
+    options = json.loads((tmp_path / "adapter_config.json").read_text())
+    for length in (1, 21):
+        theta = {"base_model.model.intrinsic.intrinsic_theta.weight": torch.zeros(length)}
+        data = save(theta, {"adapter_config": json.dumps({**options, "checksum": None})})
+        with pytest.raises(ValueError, match=rf"The adapter has \[{length}\] entries of θ and λ instead of \[20\]"):
+            expander.expand(data)
+
+
+def test_safetensors_without_their_configuration_raise(expander, tmp_path):
+    adapted(1).save_pretrained(tmp_path)
+    data = bare(tmp_path)
+    with pytest.raises(ValueError, match="the safetensors file has no metadata 'adapter_config'"):
+        expander.expand(bare(tmp_path, metadata="other"))
+    for damaged in (data[:-1], data[:40], data.replace(b"peft_type", b"peft_typo")):
+        with pytest.raises(ValueError, match="cannot be read"):
+            expander.expand(damaged)
+    with pytest.raises(ValueError, match="no packed adapter: it begins with"):
+        expander.expand(b"something else")
+
+
+def test_saved_folders_that_are_damaged_or_of_other_methods_raise(expander, tmp_path):
+    adapted(1).save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cannot be read"):
+        expander.expand(tmp_path / "cut")
+    get_peft_model(build("llama"), LoraConfig()).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="an adapter of the method LORA"):
+        expander.expand(tmp_path / "lora")

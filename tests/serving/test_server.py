@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import build
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -577,6 +578,11 @@ def test_classes_are_those_of_each_users_model(tmp_path):
         data = pack(adapted("bert", user, **options))
         (tmp_path / f"{user}.pia").write_bytes(data)
         expected[user] = load_packed(make_base("bert"), data)
+    saved = tmp_path / "saved"
+    adapted("bert", "dora", seed=3).save_pretrained(saved)
+    expected["dora"] = PeftModel.from_pretrained(make_base("bert"), saved).eval()
+    metadata = {"adapter_config": (saved / "adapter_config.json").read_text()}
+    (tmp_path / "dora.safetensors").write_bytes(save(load_file(saved / "adapter_model.safetensors"), metadata))
     expected["base"] = make_base("bert")
     cutting = make_tokenizer()
     cutting.backend_tokenizer.enable_truncation(8)
