@@ -115,6 +115,7 @@ def server(folder: Path, *options: str) -> Iterator[subprocess.Popen]:
     environment = {
         **os.environ,
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "VLLM_PLUGINS": "peft_intrinsic",
         "PEFT_INTRINSIC_STORE": f"sqlite:///{folder / 'adapters.db'}",
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -169,6 +170,7 @@ def check(folder: Path) -> None:
     plain = expected(LlamaForCausalLM.from_pretrained(base))
     wanted = {name: expected(model) for name, model in adapters.items()}
     with server(folder, "--max-loras", "2", "--max-cpu-loras", "2") as process:
+        assert "The first adapter of the store, 'damaged', cannot be served" in (folder / "server.log").read_text()
         found = {name: served(name) for name in adapters}
         errors = [distance(found[name], wanted[name]) for name in adapters]
         apart = [distance(wanted["user0"], wanted[name]) for name in adapters if name != "user0"]
@@ -191,7 +193,7 @@ def check(folder: Path) -> None:
             ("foreign", "The adapter was made for"),
             ("norms", "A LoRA cannot represent"),
             ("../user0", "no name of an adapter"),
-            ("oversized", "could not be loaded"),
+            ("oversized", "rank 32, and the server takes ranks up to 16"),
         ):
             status, answer = ask(name, PROMPTS[0])
             print(f"{name}: {status}, {answer['error']['message'][:110]}")

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=200, help="parameters of each (default: 200)")
     args = parser.parse_args()
 
-    config = IntrinsicConfig(d=args.d, projection="value_lora", task_type="CAUSAL_LM")
+    config = IntrinsicConfig(d=args.d, serving="lora", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(args.model), config)
     theta = next(p for p in model.parameters() if p.requires_grad)
     generator = torch.Generator().manual_seed(0)
