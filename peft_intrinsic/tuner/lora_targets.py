@@ -29,7 +29,7 @@ def check_lora_options(model: nn.Module, config: Any) -> None:
     Raises:
         ValueError: an option does. The error names it.
     """
-    keywords = KEYWORDS[:1] if config.projection == "value_lora" else KEYWORDS  # there, "all" selects values alone
+    keywords = () if config.projection == "value_lora" else KEYWORDS  # which adapts values alone, whatever is selected
     heads = [key for key, module in base_modules(model) if is_head(config, key) and adaptable_names(module)]
     reasons = {
         "projection": config.projection not in LOW_RANK and "a LoRA cannot represent its offsets",

@@ -129,7 +129,7 @@ class IntrinsicModel(CheckedTuner):
             twin = next((name for name in attached if not resolved.differences(self.peft_config[name])), None)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 attach(model, adapter_name, targeting, options, twin)
-            if options.serving and options.manifest is None:
+            if options.serving:
                 report_lora(model, adapter_name)
         except Exception as error:
             detach(model, adapter_name)
@@ -168,10 +168,10 @@ class IntrinsicModel(CheckedTuner):
         config = self.peft_config[adapter_name]
         attached = list(self.vector.intrinsic_theta) if hasattr(model, VECTOR) else []
         configs = {name: self.peft_config.get(name, config) for name in attached}
-        for_lora, default = config.serving and config.manifest is None, config.projection is None
+        default = config.projection is None
         values = find_value_projections(model, config.projection) if default or config.projection in OF_VALUES else {}
         config.projection = config.projection or default_projection(model, config, values)
-        if for_lora and default and config.projection == "value_bias":
+        if config.serving and default and config.projection == "value_bias":
             config.projection = "value_lora"
             values = find_value_projections(model, config.projection)
         self._values = values if config.projection in OF_VALUES else {}
@@ -179,7 +179,7 @@ class IntrinsicModel(CheckedTuner):
         check_adapter_names(model, {**configs, adapter_name: config})
         start = (LabelHead if config.head == "labels" else Reinitialization)(model, config, configs)
         config.reinitialized, config.label_texts, config.label_sketch = start.names, start.texts, start.sketch
-        if for_lora:
+        if config.serving:
             check_lora_options(model, config)
             if config.projection not in OF_VALUES:
                 select_for_lora(model, config)

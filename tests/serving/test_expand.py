@@ -113,7 +113,7 @@ def test_damaged_and_foreign_adapters_raise(expander):
     [
         ({"seed": 1}, "not the parameters and options that were saved"),
         ({"manifest": None}, "has no manifest"),
-        ({"subspace": "/etc/passwd"}, "needs a subspace file"),
+        ({"projection": "trajectory", "subspace": "/etc/passwd"}, "it needs a subspace file"),
         ({"peft_type": "LORA"}, "cannot be read"),
         ({"peft_type": "NONE"}, "cannot be read"),
         ({"d": "twenty"}, "cannot be read: d must be an int"),

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from peft_intrinsic import IntrinsicConfig, save_as_lora
+from peft_intrinsic import IntrinsicConfig, convert_to_lora, save_as_lora
 from peft_intrinsic.codec import compress, load_packed
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
@@ -116,8 +116,8 @@ def test_parameters_that_stay_frozen_are_named_by_kind(caplog):
         ({"projection": "dense"}, "projection='dense'"),
         ({"projection": "trajectory", "subspace": "none"}, "projection='trajectory'"),
         ({"add_bias": True}, "add_bias=True"),
-        ({"target_modules": "norms-and-biases"}, "target_modules='norms-and-biases'"),
-        ({"target_modules": "all"}, "target_modules='all'"),
+        ({"target_modules": "norms-and-biases"}, "target_modules='norms-and-biases' .* no norms and biases"),
+        ({"target_modules": "all"}, "target_modules='all' .* no norms and biases"),
         ({"target_modules": "norms-and-biases", "projection": "value_lora"}, "target_modules='norms-and-biases'"),
         ({"target_modules": ["q_proj", "norm"]}, "target_modules={.*'norm'.*}"),
         ({"target_modules": ".*"}, r"target_modules='\.\*'"),
@@ -150,6 +150,16 @@ def test_layers_without_a_low_rank_form_raise_at_the_end():
         get_peft_model(nn.Sequential(nn.Linear(1, 9), nn.Linear(9, 2)), IntrinsicConfig(d=4, serving="lora"))
 
 
+def test_the_rank_of_a_tall_matrix_is_reported(caplog):
+    """Its rows are two chunks of Fastfood."""
+    base = nn.Sequential(nn.Linear(8, 20_000, bias=False), nn.Linear(20_000, 3, bias=False))
+    with caplog.at_level(logging.INFO, "peft_intrinsic"):
+        model = get_peft_model(base, IntrinsicConfig(d=9, block_size=4, serving="lora"))
+    rank = convert_to_lora(model)[0].r
+    assert f"a LoRA of rank {rank} on 2 layers" in caplog.text
+    assert rank == 8
+
+
 def test_a_layer_whose_name_ends_another_one_s_raises():
     base = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.ModuleDict({"a": nn.Linear(4, 4)})})
     with pytest.raises(ValueError, match=r"cannot adapt a\.weight alone"):
@@ -163,8 +173,9 @@ def test_one_configuration_serves_several_models():
     assert re.fullmatch(r"\['.*'\]", str(found[1].target_parameters))
 
 
-def test_weighted_sums_keep_the_resolved_options():
-    model = adapted(**LINEAR)
-    model.add_adapter("second", IntrinsicConfig(d=60, serving="lora", init_weights=False))
+@pytest.mark.parametrize("options", [VALUES, LINEAR])
+def test_weighted_sums_keep_the_resolved_options(options):
+    model = adapted(**options)
+    model.add_adapter("second", IntrinsicConfig(**options, serving="lora", init_weights=False))
     model.base_model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
     assert not model.peft_config["sum"].differences(model.peft_config["default"])
