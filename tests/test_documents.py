@@ -126,6 +126,13 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(navigation()) == sorted(expected)
 
 
+def test_the_list_of_pages_has_every_page_of_the_navigation_in_its_order():
+    rows = re.findall(r"^\| \[.+\]\((.+)\) \| (.+) \|$", (ROOT / "docs/contents.md").read_text(encoding="utf-8"), re.M)
+    included = {f"../{source}": page for source, page in included_pages().items()}
+    assert [included.get(target, target) for target, _ in rows] == navigation()
+    assert all(purpose.endswith(".") for _, purpose in rows)
+
+
 def test_the_reference_lists_every_public_name():
     listed = {
         name
@@ -157,6 +164,13 @@ def test_messages_on_the_troubleshooting_page_are_those_of_the_package():
     assert len(messages) > 10
     for part in {part.strip() for message in messages for part in re.split("…\\.?", message)} - {""}:
         assert any(part in string for string in strings), part
+
+
+def test_the_table_of_choosing_d_is_that_of_the_stored_rows(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    table = importlib.import_module("choosing_d").table()
+    assert table.count("\n") > 5
+    assert table in (ROOT / "docs/choosing_d.md").read_text(encoding="utf-8")
 
 
 def tiny(family: str, folder: Path) -> str:

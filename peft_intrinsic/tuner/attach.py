@@ -157,7 +157,7 @@ def _warn_of_many_labels(labels: int, config: IntrinsicConfig) -> None:
         warnings.warn(
             f"d={config.d} is little for a newly initialized head with {labels} labels, most of which it will not "
             "learn. Start the head from the labels' names (head='labels'), or use more parameters: from "
-            f"d = {PER_LABEL * labels} about half were learned in our measurements (docs/tuner.md, Choosing d).",
+            f"d = {PER_LABEL * labels} about half were learned in our measurements (docs/choosing_d.md).",
             stacklevel=2,
         )
 
