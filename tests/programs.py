@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,7 +140,7 @@ def trl(folder: Path) -> None:
 
 
 def sentence_transformers(folder: Path) -> None:
-    """Load a model saved with its adapter, and an adapter into a model."""
+    """Load a model saved with its adapter, and an adapter into a model. Run the page's blocks on a tiny model."""
     base = save(BertModel(BertConfig(vocab_size=len(WORDS), **SIZES)), folder / "base")
     model = SentenceTransformer(modules=[Transformer(base), Pooling(SIZES["hidden_size"])], device="cpu")
     model.save(str(folder / "plain"))
@@ -160,6 +161,13 @@ def sentence_transformers(folder: Path) -> None:
     for arguments in (["model"], ["plain", "model"]):
         torch.testing.assert_close(embed(*arguments), expected)
     print("sentence-transformers, largest difference: adapter 0")
+
+    save(BertModel(BertConfig(vocab_size=len(WORDS), **SIZES)), folder / "sentence-transformers/all-MiniLM-L6-v2")
+    page = Path(__file__).parents[1] / "docs/sentence_transformers.md"
+    blocks = re.findall(r"^```python\n(.+?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (folder / "page.py").write_text("\n".join(blocks), encoding="utf-8")
+    run("python", "page.py", cwd=folder)
+    print(f"sentence-transformers, blocks of {page.name}: {len(blocks)}")
 
 
 if __name__ == "__main__":
