@@ -13,7 +13,7 @@ from scipy.optimize import isotonic_regression
 RESAMPLES = 1000
 INSIDE = 0.93
 """Fraction of the resamples inside a 90 % interval: percentiles of isotonic fits cover too little where a curve is flat
-(docs/measure.md has the simulations)."""
+(docs/d90_protocol.md has the simulations)."""
 
 TINY = 1e-12
 """Tolerance for the rounding of sums, below the resolution of any score."""

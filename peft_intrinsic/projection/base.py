@@ -18,7 +18,7 @@ THETA_SCALE = 2**9
 """Scale of θ under `fan_in`. Divided by the fourth root of d, it makes one learning rate work for every d."""
 
 FACTORS: dict[str, int] = {"matrix": 1, "embedding": 1, "norm": 8, "bias": 8, "head": 8}
-"""Size of offsets relative to 1/√fan-in, by kind. docs/defaults.md compares THETA_SCALE, FACTORS and PARTS."""
+"""Size of offsets relative to 1/√fan-in, by kind. benchmarks/results/README.md compares THETA_SCALE, FACTORS, PARTS."""
 
 PARTS: dict[str, int] = {"matrix": 1, "embedding": 1, "norm": 1, "bias": 1, "head": 16}
 """Parts of θ that a tensor gets, by kind."""
