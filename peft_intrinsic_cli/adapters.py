@@ -130,7 +130,8 @@ def _add_certify(commands: Any) -> None:
         "Bound the error of an adapter on new examples",
         "certify --adapter runs/classifier --train train.csv",
         "The bound needs no held-out data: it counts the errors on the training examples\n"
-        "and the bits of the packed adapter.",
+        "and the bits of the packed adapter. For a language model, it bounds the bits per\n"
+        "token of new documents.",
     ).add_argument
     add("--adapter", help=f"folder or {PACKED} that was trained on the training data")
     several = "instead, values of d: adapters to train and select from"
@@ -147,6 +148,15 @@ def _add_certify(commands: Any) -> None:
     add("--delta", type=float, default=0.05, help="probability that the bound fails")
     add_texts(add)
     add("--eval", metavar="FILE", help="data that were used for no choice, to compare the bound with")
+    kind = "what the model predicts: a label per text, or the next token (default: as the adapter; SEQ_CLS with --dims)"
+    add("--task-type", choices=["SEQ_CLS", "CAUSAL_LM"], help=kind)
+    language = "for a language model, "
+    alphas = f"{language}weights of the uniform distribution to choose from (default: those of Lotfi et al. 2023)"
+    add("--alpha", type=_parse_floats, metavar="A[,A]", help=alphas)
+    documents = f"{language}training documents to compute the loss on (default: all, or 10000 of more)"
+    add("--sample", type=int, metavar="DOCUMENTS", help=documents)
+    length = f"{language}tokens of a document that are read (default: 128)"
+    add("--max-length", type=int, metavar="TOKENS", help=length)
     add("--model", type=parse_model, help=f"{FOUND}; required with --dims")
     out = "packed adapter to write, or with --dims the folder of the sweep (default: beside the adapter)"
     add("-o", "--out", help=out)
@@ -175,6 +185,14 @@ def _add_finetuning(add: Any, more: str = "") -> None:
     """Add the options for quantization-aware training."""
     add("--finetune", type=int, default=0, metavar="STEPS", help=f"steps of quantization-aware training{more}")
     add_learning_rate(add, 2e-4, "; --finetune uses a tenth of it")
+
+
+def _parse_floats(text: str) -> list[float]:
+    """Parse decimal numbers with commas between them."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not decimal numbers with commas between them.") from None
 
 
 def _parse_integers(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Bounds on the error on new examples, from the training error and the size of a packed adapter."""
+"""Bounds on the error or loss on new examples, from that in training and the size of a packed adapter."""
 
 from .certificate import CONDITIONS as CONDITIONS
 from .certificate import Certificate as Certificate
@@ -12,3 +12,5 @@ from .formulas import prefix_free as prefix_free
 from .formulas import seeger as seeger
 from .formulas import smoothed_span as smoothed_span
 from .formulas import subsampled as subsampled
+from .language import LANGUAGE_CONDITIONS as LANGUAGE_CONDITIONS
+from .language import LanguageCertificate as LanguageCertificate

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from ..aliases import renamed
 from .formulas import catoni, check, clopper_pearson, hoeffding, mcallester, occam, prefix_free, seeger
@@ -20,11 +20,38 @@ CONDITIONS = (
 """Conditions that make a certificate void."""
 
 _BOUNDS = (occam, seeger, catoni, mcallester, hoeffding)
-_OUTPUTS = ("risk", "nats", "bounds", "bound", "held_out", "test_bound", "vacuous")
+
+Own = TypeVar("Own", bound="Claims")
+
+
+class Claims:
+    """What all certificates have: inputs, which are the fields of a dataclass, and `outputs` that follow from them."""
+
+    outputs: ClassVar[tuple[str, ...]]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return inputs and outputs by name, for JSON."""
+        return {name: getattr(self, name) for name in (*(f.name for f in fields(self)), *self.outputs)}
+
+    @classmethod
+    def from_dict(cls: type[Own], values: Mapping[str, Any]) -> Own:
+        """Make a certificate from the inputs in a dictionary; outputs in it are ignored.
+
+        Raises:
+            ValueError: an input is missing, unknown or out of range.
+        """
+        values = renamed(values)
+        inputs = {f.name: f.default for f in fields(cls)}
+        if missing := [name for name, default in inputs.items() if default is MISSING and name not in values]:
+            raise ValueError(f"The certificate lacks {', '.join(missing)}; it has {', '.join(values) or 'nothing'}.")
+        if unknown := [name for name in values if name not in inputs and name not in cls.outputs]:
+            raise ValueError(f"A certificate has no {', '.join(unknown)}. Its inputs are {', '.join(inputs)}.")
+        return cls(**{name: values[name] for name in inputs if name in values})
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Claims):
     """A bound on the error of an adapter from the examples that it was trained on.
 
     Args:
@@ -54,6 +81,8 @@ class Certificate:
     majority: int | None = None
     test_errors: int | None = None
     test_n: int | None = None
+
+    outputs: ClassVar = ("risk", "nats", "bounds", "bound", "held_out", "test_bound", "vacuous")
 
     def __post_init__(self) -> None:
         if (self.test_errors is None) != (self.test_n is None):
@@ -101,28 +130,9 @@ class Certificate:
         """Whether the bound is not below the error of the majority-class baseline (or 1 if that is unknown)."""
         return self.bound >= (1 if self.majority is None else self.majority / self.n)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return inputs and outputs by name, for JSON."""
-        return {name: getattr(self, name) for name in (*(f.name for f in fields(self)), *_OUTPUTS)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Certificate:
-        """Make a certificate from the inputs in a dictionary; outputs in it are ignored.
-
-        Raises:
-            ValueError: an input is missing, unknown or out of range.
-        """
-        values = renamed(values)
-        inputs = {f.name: f.default for f in fields(cls)}
-        if missing := [name for name, default in inputs.items() if default is MISSING and name not in values]:
-            raise ValueError(f"The certificate lacks {', '.join(missing)}; it has {', '.join(values) or 'nothing'}.")
-        if unknown := [name for name in values if name not in inputs and name not in _OUTPUTS]:
-            raise ValueError(f"A certificate has no {', '.join(unknown)}. Its inputs are {', '.join(inputs)}.")
-        return cls(**{name: values[name] for name in inputs if name in values})
-
     def claim(self) -> str:
         """Return the claim as a phrase."""
-        return f"error on new examples at most {_ceil(self.bound)}, with confidence {100 * (1 - self.delta):.15g} %"
+        return f"error on new examples at most {_ceil(self.bound)}, {format_confidence(self.delta)}"
 
     def report(self) -> str:
         """Return the certificate as a table for people; bounds are rounded up."""
@@ -145,8 +155,18 @@ class Certificate:
             ("claimed bound", "occam, chosen beforehand"),
             ("other bounds", ", ".join(others)),
         ]
-        lines = [f"{name:<24}{value}" for name, value in rows]
-        return "\n".join([*lines, "The certificate is void if", *(f"- {condition}" for condition in CONDITIONS)]) + "\n"
+        return format_report(rows, CONDITIONS)
+
+
+def format_report(rows: Iterable[tuple[str, str]], conditions: Iterable[str]) -> str:
+    """Format the rows of a certificate, and the conditions that make it void."""
+    lines = [f"{name:<24}{value}" for name, value in rows]
+    return "\n".join([*lines, "The certificate is void if", *(f"- {condition}" for condition in conditions)]) + "\n"
+
+
+def format_confidence(delta: float) -> str:
+    """Format the confidence of a claim that fails with probability delta."""
+    return f"with confidence {100 * (1 - delta):.15g} %"
 
 
 def _ceil(fraction: float) -> str:

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftModel
 
 from ..codec import load_packed, read_packed
 from ..codec.adapter import check_trained
+from ..text.documents import Documents
 from ..text.labeled import LabeledTexts
 from ..trials.store import write_whole
 from ..version import __version__
 from .certificate import Certificate
+from .formulas import check
+from .language import LanguageCertificate
 from .texts import pack_rounded
 
+AnyCertificate = Certificate | LanguageCertificate
+AnyTexts = LabeledTexts | Documents
+
 SLACK = 0.001
-"""Tolerance for a bound from another machine, where another order of summation changes a few predictions."""
+"""Tolerance for a bound from another machine, where another order of summation changes a few predictions or bits."""
+
+DIGESTS = ("adapter", "training_data")
+"""Parts of a certificate's file that have a SHA-256."""
+
+COUNTS = ("m", "n", "bits", "majority", "vocabulary")
+"""Inputs of certificates that are the same on every machine."""
 
 ROUNDING = 1e-9
 """Tolerance for results computed from the same inputs."""
@@ -42,40 +54,73 @@ def count_message_bits(data: bytes) -> int:
     return 8 * (len(data) - 4 - len(read_packed(data).encode_head()))
 
 
-def count_errors(data: bytes, texts: LabeledTexts, splits: Sequence[Literal["train", "eval"]]) -> list[int]:
-    """Count the wrong predictions of a packed adapter on each split.
+def measure_packed(data: bytes, texts: AnyTexts, splits: Sequence[str]) -> dict[str, Any]:
+    """Measure a packed adapter, as it is deployed, on splits, `train` and `eval`. See `measure` of the texts.
 
     Raises:
         ValueError: the adapter belongs to another base model, or is damaged.
     """
     model = load_packed(texts.base, data)
     try:
-        return [texts.count_errors(model, split) for split in splits]
+        return texts.measure(model, splits)
     finally:
         model.unload()
 
 
-def make_certificate(data: bytes, texts: LabeledTexts, num_tried: int, delta: float, eval: bool) -> Certificate:
-    """Make the certificate of a packed adapter, whose errors are counted as it is deployed.
+def build_certificate(
+    texts: AnyTexts, measured: Mapping[str, Any], bits: float, num_tried: int, delta: float
+) -> AnyCertificate:
+    """Build the certificate of an adapter from what `measure_packed` returned. See `Certificate` for the others.
+
+    For documents, the weight of the uniform distribution is the one with the lowest bound, for the adapter and for the
+    base model.
+    """
+    if isinstance(texts, LabeledTexts):
+        test = {name: measured.get(name) for name in ("test_errors", "test_n")}
+        n, majority = len(texts.data["train"]), texts.count_majority_errors()
+        return Certificate(n, measured["errors"], bits, num_tried, delta, majority, **test)
+    alphas = texts.alphas
+
+    def build(i: int, j: int) -> LanguageCertificate:
+        return LanguageCertificate(
+            m=len(texts.data["train"]),
+            n=texts.sample,
+            risk=measured["risks"][i],
+            alpha=alphas[i],
+            vocabulary=texts.vocabulary,
+            bits=bits,
+            untrained_risk=texts.untrained[j],
+            untrained_alpha=alphas[j],
+            alphas=alphas,
+            num_tried=num_tried,
+            delta=delta,
+            test_risk=measured["test_risks"][i] if "test_risks" in measured else None,
+            test_n=measured.get("test_n"),
+        )
+
+    untrained = min(range(len(alphas)), key=lambda j: build(0, j).untrained_bound)
+    return min((build(i, untrained) for i in range(len(alphas))), key=lambda one: one.bound)
+
+
+def make_certificate(data: bytes, texts: AnyTexts, num_tried: int, delta: float, eval: bool) -> AnyCertificate:
+    """Make the certificate of a packed adapter, which is measured as it is deployed.
 
     Args:
         data: bytes of the packed adapter.
-        texts: its training data and base model.
+        texts: its training data and base model: `LabeledTexts`, or `Documents` for a language model.
         num_tried: combinations of d, seed, learning rate, steps and levels that it was chosen from.
         delta: probability that the bound fails.
-        eval: whether the evaluation split is test data, on which errors are counted too.
+        eval: whether the evaluation split is test data, on which it is measured too.
 
     Raises:
         ValueError: the adapter belongs to another base model, or is damaged.
     """
-    errors = count_errors(data, texts, ["train", "eval"] if eval else ["train"])
-    test = (errors[1], len(texts.data["eval"])) if eval else (None, None)
-    n, bits = len(texts.data["train"]), count_message_bits(data)
-    return Certificate(n, errors[0], bits, num_tried, delta, texts.count_majority_errors(), *test)
+    measured = measure_packed(data, texts, ["train", "eval"] if eval else ["train"])
+    return build_certificate(texts, measured, count_message_bits(data), num_tried, delta)
 
 
 def pack_adapter(
-    texts: LabeledTexts, folder: str, levels: Sequence[int], steps: int = 0, learning_rate: float = 2e-4
+    texts: AnyTexts, folder: str, levels: Sequence[int], steps: int = 0, learning_rate: float = 2e-4
 ) -> list[bytes]:
     """Pack the saved adapter in a folder with each number of levels.
 
@@ -102,18 +147,18 @@ def compute_digest(rows: Any) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def _describe(data: bytes, certificate: Certificate, texts: LabeledTexts) -> dict[str, Any]:
+def _describe(data: bytes, certificate: AnyCertificate, texts: AnyTexts) -> dict[str, Any]:
     """The content of a certificate's file."""
     return {
         "certificate": certificate.to_dict(),
         "adapter": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
-        "training_data": {"rows": certificate.n, "sha256": compute_digest(texts.task.data["train"])},
+        "training_data": {"rows": len(texts.data["train"]), "sha256": compute_digest(texts.task.data["train"])},
         "max_length": texts.training.options.max_length,
         "peft_intrinsic": __version__,
     }
 
 
-def write_certified(path: Path, data: bytes, certificate: Certificate, texts: LabeledTexts) -> Path:
+def write_certified(path: Path, data: bytes, certificate: AnyCertificate, texts: AnyTexts) -> Path:
     """Write a packed adapter and, next to it, its certificate as JSON, whose path is returned."""
     target = get_certificate_path(path)
     write_whole(path, data)
@@ -121,11 +166,17 @@ def write_certified(path: Path, data: bytes, certificate: Certificate, texts: La
     return target
 
 
-def verify_certificate(path: Path, texts: LabeledTexts) -> tuple[Certificate, Certificate, list[str]]:
-    """Compute the certificate of a packed adapter's file again, and compare it with the stored one.
+def parse_certificate(values: Mapping[str, Any]) -> AnyCertificate:
+    """Make the certificate of a classifier or of a language model from the inputs in a dictionary.
 
-    Returns:
-        The stored certificate, the new one, and the differences that make the stored one wrong.
+    Raises:
+        ValueError: an input is missing, unknown or out of range.
+    """
+    return (LanguageCertificate if "vocabulary" in values else Certificate).from_dict(values)
+
+
+def read_certificate(path: Path) -> tuple[AnyCertificate, dict[str, Any]]:
+    """Read the certificate beside a packed adapter's file, and the content of its own file.
 
     Raises:
         ValueError: the file of the certificate is missing or damaged.
@@ -135,25 +186,45 @@ def verify_certificate(path: Path, texts: LabeledTexts) -> tuple[Certificate, Ce
         raise ValueError(f"there is no {target.name} beside {path.name}. Write it with certify.")
     try:
         content = json.loads(target.read_text(encoding="utf-8"))
-        stored = Certificate.from_dict(content["certificate"])
-        bound = float(content["certificate"]["bound"])
-        digests = {name: content[name]["sha256"] for name in ("adapter", "training_data")}
+        stored = parse_certificate(content["certificate"])
+        float(content["certificate"]["bound"])
+        for name in DIGESTS:
+            content[name]["sha256"]
+        if isinstance(stored, LanguageCertificate):
+            check(max_length=content["max_length"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{target} is no certificate ({error!r}). Make it with certify.") from None
-    data = path.read_bytes()
+    return stored, content
+
+
+def verify_certificate(path: Path, texts: AnyTexts) -> tuple[AnyCertificate, AnyCertificate, list[str]]:
+    """Compute the certificate of a packed adapter's file again, and compare it with the stored one.
+
+    Returns:
+        The stored certificate, the new one, and the differences that make the stored one wrong.
+
+    Raises:
+        ValueError: the file of the certificate is missing or damaged.
+    """
+    stored, content = read_certificate(path)
+    bound, data = float(content["certificate"]["bound"]), path.read_bytes()
     new = make_certificate(data, texts, stored.num_tried, stored.delta, eval=False)
     computed = _describe(data, new, texts)
-    pairs = [(f"SHA-256 of {name}", digest, computed[name]["sha256"]) for name, digest in digests.items()]
-    pairs += [(name, getattr(stored, name), getattr(new, name)) for name in ("n", "bits", "majority")]
+    pairs = [(f"SHA-256 of {name}", *(one[name]["sha256"] for one in (content, computed))) for name in DIGESTS]
+    pairs += [(name, getattr(stored, name), getattr(new, name)) for name in COUNTS if hasattr(stored, name)]
     differences = [f"{name}: {claim} stored, {value} computed" for name, claim, value in pairs if claim != value]
-    for name, value in stored.to_dict().items():
+    for name, value in json.loads(json.dumps(stored.to_dict())).items():
         if name != "bound" and _differs(claim := content["certificate"].get(name, value), value):
             differences.append(f"{name}: {claim} stored, {value} from the stored inputs")
     if not bound >= max(stored.bound - ROUNDING, new.bound - SLACK):  # also true for NaN
         differences.append(
-            f"bound: {bound} stored, {stored.bound} from the stored inputs, {new.bound} computed ({stored.errors} and "
-            f"{new.errors} errors)"
+            f"bound: {bound} stored, {stored.bound} from the stored inputs, {new.bound} computed (training losses "
+            f"{stored.risk:g} and {new.risk:g})"
         )
+    if isinstance(stored, LanguageCertificate) and isinstance(new, LanguageCertificate):
+        claim, value = stored.untrained_bound, new.untrained_bound
+        if not abs(claim - value) <= SLACK:
+            differences.append(f"untrained_bound: {claim} stored, {value} computed")
     return stored, new, differences
 
 

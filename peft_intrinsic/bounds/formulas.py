@@ -30,7 +30,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "delta": (lambda value: 0 < value < 1, "a probability of failure strictly between 0 and 1, such as 0.05"),
     "alpha": (lambda value: 0 < value <= 1, "more than 0 and at most 1, such as 1e-4"),
     "span": (lambda value: 0 <= value < math.inf, "the width of the loss's range, finite and 0 or more"),
-    **dict.fromkeys(("n", "m", "vocabulary", "num_tried", "test_n"), _whole(1)),
+    **dict.fromkeys(("n", "m", "vocabulary", "num_tried", "test_n", "max_length"), _whole(1)),
     **dict.fromkeys(("errors", "majority", "test_errors"), _whole(0)),
 }
 _AT_MOST = {"errors": "n", "majority": "n", "test_errors": "test_n"}

@@ -13,16 +13,22 @@ from peft import get_peft_model
 from ..codec import PRIORS, adapter_from_string, adapter_to_string, read_packed
 from ..codec.quantize import check_levels
 from ..figures import save_figure, styled
-from ..text.labeled import LabeledTexts
 from ..trials.store import Store, write_whole
 from ..tuner.base_model import base_digest
-from .certificate import Certificate
-from .certify import compute_digest, count_errors, count_message_bits, make_certificate, write_certified
+from .certify import (
+    AnyTexts,
+    build_certificate,
+    compute_digest,
+    count_message_bits,
+    measure_packed,
+    parse_certificate,
+    write_certified,
+)
 from .texts import pack_rounded
 
 
 def sweep(
-    texts: LabeledTexts,
+    texts: AnyTexts,
     dims: Sequence[int],
     levels: Sequence[int],
     out: str | os.PathLike,
@@ -71,7 +77,7 @@ def sweep(
     settings = {
         "base_model": base_digest(texts.base, reinitialized).hex(),
         "training_data": compute_digest(texts.task.data["train"]),
-        "max_length": texts.training.options.max_length,
+        **texts.settings,
         **{"steps": steps, "tuning_steps": tuning_steps, "learning_rate": learning_rate, "seed": seed},
         "arguments": {name: texts.training.arguments[name] for name in ("per_device_train_batch_size",)},
     }
@@ -81,8 +87,7 @@ def sweep(
             missing = [count for count in levels if store.key({"d": d, "levels": count}) not in store.rows]
             if missing:
                 for count, data in train_and_pack(texts, d, missing, steps, tuning_steps, learning_rate, seed).items():
-                    certificate = make_certificate(data, texts, 1, delta, eval)
-                    row = {name: getattr(certificate, name) for name in ("errors", "test_errors", "test_n")}
+                    row = measure_packed(data, texts, ["train", "eval"] if eval else ["train"])
                     row |= {"test_data": test_data, "adapter": adapter_to_string(data)}
                     store.add({"d": d, "levels": count}, row)
         rows = sorted(store.rows.values(), key=lambda row: (row["d"], row["levels"]))
@@ -90,14 +95,14 @@ def sweep(
     results = [_certify_row(row, texts, num_tried, delta, test_data) for row in rows]
     best = min(range(len(results)), key=lambda i: results[i]["certificate"]["bound"])
     data = adapter_from_string(rows[best]["adapter"])
-    write_certified(Path(out, "best.pia"), data, Certificate.from_dict(results[best]["certificate"]), texts)
+    write_certified(Path(out, "best.pia"), data, parse_certificate(results[best]["certificate"]), texts)
     content = {"settings": settings, "num_tried": num_tried, "rows": results}
     write_whole(Path(out, "sweep.json"), json.dumps(content, indent=1))
     return results
 
 
 def train_and_pack(
-    texts: LabeledTexts, d: int, levels: Sequence[int], steps: int, tuning_steps: int, learning_rate: float, seed: int
+    texts: AnyTexts, d: int, levels: Sequence[int], steps: int, tuning_steps: int, learning_rate: float, seed: int
 ) -> dict[int, bytes]:
     """Train an adapter, and pack it with each number of levels."""
     model: Any = get_peft_model(texts.base, texts.build_config(d, seed))
@@ -109,26 +114,29 @@ def train_and_pack(
 
 
 def _certify_row(
-    row: dict[str, Any], texts: LabeledTexts, num_tried: int, delta: float, test_data: str | None
+    row: dict[str, Any], texts: AnyTexts, num_tried: int, delta: float, test_data: str | None
 ) -> dict[str, Any]:
     data = adapter_from_string(row["adapter"])
     packed = read_packed(data)
-    test: tuple[int | None, int | None] = None, None
-    if test_data is not None:
-        is_scored = row.get("test_data") == test_data  # rows of earlier versions lack it
-        test = row["test_errors"] if is_scored else count_errors(data, texts, ["eval"])[0], len(texts.data["eval"])
-    counts = (row["errors"], count_message_bits(data), num_tried, delta, texts.count_majority_errors(), *test)
+    is_scored = row.get("test_data") == test_data  # rows of earlier versions lack it
+    measured = row if is_scored else {name: row[name] for name in row if not name.startswith("test_")}
+    if test_data is not None and not is_scored:
+        measured |= measure_packed(data, texts, ["eval"])
+    certificate = build_certificate(texts, measured, count_message_bits(data), num_tried, delta)
     weights = {"table_bits": [0], "prior_bits": range(1, PRIORS + 1)}
     return {
         **{"d": row["d"], "levels": row["levels"], "bytes": len(data)},
         **{name: 8 * len(packed.encode_body(allowed)) for name, allowed in weights.items()},
-        "certificate": Certificate(len(texts.data["train"]), *counts).to_dict(),
+        "certificate": certificate.to_dict(),
     }
 
 
 @styled
 def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot bound, training error and test error: against d for the lowest bound of each d, and against bytes for all.
+    """Plot bound and error: against d for the lowest bound of each d, and against bytes for all.
+
+    The error is that of training, that of test data if there are any, and that of the majority class. For language
+    models the loss replaces it, and the bound of the base model that of the majority class.
 
     Args:
         rows: result of `sweep`.
@@ -138,18 +146,25 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     dims = sorted({row["d"] for row in rows})
     best = [min((row for row in rows if row["d"] == d), key=lambda row: row["certificate"]["bound"]) for d in dims]
+    is_language = "vocabulary" in rows[0]["certificate"]
+    error = "loss" if is_language else "error"
     figure = Figure(figsize=(9, 3.5))
     left, right = figure.subplots(1, 2, sharey=True)
     for axis, shown, name, style in ((left, best, "d", "o-"), (right, rows, "bytes", "o")):
         x, certificates = [row[name] for row in shown], [row["certificate"] for row in shown]
         axis.plot(x, [values["bound"] for values in certificates], style, label="bound")
-        axis.plot(x, [values["risk"] for values in certificates], style, label="training error")
+        axis.plot(x, [values["risk"] for values in certificates], style, label=f"training {error}")
         if all(values["test_n"] for values in certificates):
-            errors = [values["test_errors"] / values["test_n"] for values in certificates]
-            axis.plot(x, errors, style, label="test error")
-        majority = certificates[0]["majority"] / certificates[0]["n"]
-        axis.axhline(majority, color="gray", linestyle=":", label="majority class")
+            tested = [
+                values["test_risk"] if is_language else values["test_errors"] / values["test_n"]
+                for values in certificates
+            ]
+            axis.plot(x, tested, style, label=f"test {error}")
+        first = certificates[0]
+        level = first["untrained_bound"] if is_language else first["majority"] / first["n"]
+        label = "bound of the base model" if is_language else "majority class"
+        axis.axhline(level, color="gray", linestyle=":", label=label)
         axis.set(xscale="log", xlabel="trainable parameters (d)" if name == "d" else "bytes of the packed adapter")
-    left.set(ylabel="error", ylim=(0, None))
+    left.set(ylabel="bits per token" if is_language else "error", ylim=(0, None))
     left.legend()
     save_figure(figure, path)

@@ -1,24 +1,24 @@
-"""Quantization-aware training on labeled texts, and packing."""
+"""Quantization-aware training on texts, and packing."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..codec import compress, quantization_aware
-from ..text.labeled import LabeledTexts
+from ..text.labeled import AdapterTexts
 
 TUNING = 0.1
 """Learning rate of quantization-aware training, relative to that of the training before it (docs/packing.md)."""
 
 
-def train_rounded(texts: LabeledTexts, model: Any, levels: int, steps: int, learning_rate: float, seed: int) -> None:
+def train_rounded(texts: AdapterTexts, model: Any, levels: int, steps: int, learning_rate: float, seed: int) -> None:
     """Train an adapter as rounded, for `steps` steps at `TUNING` of the learning rate."""
     if steps:
         with quantization_aware(model, levels):
             texts.train(model, steps, TUNING * learning_rate, seed)
 
 
-def pack_rounded(texts: LabeledTexts, model: Any, levels: int, steps: int, learning_rate: float, seed: int) -> bytes:
+def pack_rounded(texts: AdapterTexts, model: Any, levels: int, steps: int, learning_rate: float, seed: int) -> bytes:
     """Pack an adapter after training it as rounded. The model itself is unchanged.
 
     Args:

@@ -5,18 +5,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..bounds.certificate import Certificate
-from ..bounds.certify import make_certificate, pack_adapter, verify_certificate, write_certified
+from ..bounds.certify import (
+    AnyCertificate,
+    AnyTexts,
+    make_certificate,
+    pack_adapter,
+    parse_certificate,
+    read_certificate,
+    verify_certificate,
+    write_certified,
+)
+from ..bounds.formulas import check
+from ..bounds.language import ALPHAS, LanguageCertificate
 from ..bounds.sweep import plot_sweep, sweep
 from ..codec import read_packed
 from ..codec.adapter import DEFAULT_LEVELS
 from ..trials.store import write_whole
-from .inputs import get_labels, load_texts, prepare_output_file, read_adapter_config
+from .inputs import get_labels, load_documents, load_texts, prepare_output_file, read_adapter_config
 
 
 def certify(args: argparse.Namespace) -> None:
     """Certify one adapter, or the best of a sweep."""
-    Certificate(n=1, errors=0, bits=1, num_tried=args.num_tried, delta=args.delta)  # checks both before training
+    check(num_tried=args.num_tried, delta=args.delta)
+    for alpha in args.alpha or ():
+        check(alpha=alpha)
     if (args.adapter is None) == (args.dims is None):
         raise ValueError("name either --adapter, to certify it, or --dims, to train adapters and certify the best.")
     if args.dims:
@@ -30,12 +42,12 @@ def certify(args: argparse.Namespace) -> None:
             )
         out = prepare_output_file("--out", args.out or source)
         adapter = read_packed(source)
-        texts = load_texts(args, adapter.base, get_labels(source, adapter))
+        texts = _load(args, adapter.options["task_type"], adapter.base, get_labels(source, adapter))
         candidates = [source.read_bytes()]
     else:
         config = read_adapter_config(args.adapter)
         out = prepare_output_file("--out", args.out or source / "adapter.pia")
-        texts = load_texts(args, config.base_model_name_or_path, config.num_labels)
+        texts = _load(args, config.task_type, config.base_model_name_or_path, config.num_labels)
         candidates = pack_adapter(texts, args.adapter, args.levels, args.finetune, args.lr)
     num_tried = args.num_tried * len(candidates)
     certified = [(make_certificate(data, texts, num_tried, args.delta, bool(args.eval)), data) for data in candidates]
@@ -46,7 +58,24 @@ def certify(args: argparse.Namespace) -> None:
     print(certificate.report() + f"\n{out}: {len(data)} bytes; {certificate_path}")
 
 
-def _write_claim(card: Path, certificate: Certificate, packed: Path) -> None:
+def _load(args: argparse.Namespace, own: str | None, named: str | None = None, labels: int | None = None) -> AnyTexts:
+    """Load the training data, for the task type of the adapter, which `--task-type` may repeat."""
+    own = getattr(own, "value", own)
+    if own and args.task_type and own != args.task_type:
+        raise ValueError(f"--task-type {args.task_type}: the adapter is for {own}. Leave the option out.")
+    task_type = own or args.task_type or "SEQ_CLS"
+    if task_type not in ("SEQ_CLS", "CAUSAL_LM"):
+        raise ValueError(f"The adapter is for {task_type}. Certificates exist for SEQ_CLS and CAUSAL_LM.")
+    given = {name: value for name in ("alpha", "sample", "max_length") if (value := getattr(args, name)) is not None}
+    if task_type == "CAUSAL_LM":
+        return load_documents(args, named, **{"alphas": given.pop("alpha", ALPHAS), **given})
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(f"{names}: only for language models, --task-type CAUSAL_LM. Leave the option out.")
+    return load_texts(args, named, labels)
+
+
+def _write_claim(card: Path, certificate: AnyCertificate, packed: Path) -> None:
     """Write the claim into the model card, in place of a former one."""
     lines = [line for line in card.read_text(encoding="utf-8").splitlines() if not line.startswith("Certified: ")]
     lines.append(f"Certified: {certificate.claim()} ({packed.name}; `peft-intrinsic verify` computes it again).")
@@ -58,30 +87,50 @@ def _certify_sweep(args: argparse.Namespace) -> None:
         raise ValueError("--dims needs --model, the base model, and --out, a folder.")
     training = (args.steps, args.finetune, args.lr, args.seed)
     rows = sweep(
-        load_texts(args), args.dims, args.levels, args.out, *training, args.delta, bool(args.eval), args.num_tried
+        _load(args, None), args.dims, args.levels, args.out, *training, args.delta, bool(args.eval), args.num_tried
     )
     plot_sweep(rows, Path(args.out, "certificates.png"))
-    print("| d | levels | bytes | bits with a table | with a prior | training error | test error | bound |")
+    certificates = [parse_certificate(row["certificate"]) for row in rows]
+    error = "loss" if isinstance(certificates[0], LanguageCertificate) else "error"
+    print(f"| d | levels | bytes | bits with a table | with a prior | training {error} | test {error} | bound |")
     print("|---|---|---|---|---|---|---|---|")
-    certificates = [Certificate.from_dict(row["certificate"]) for row in rows]
     for row, one in zip(rows, certificates, strict=True):
-        test = "" if one.test_errors is None or not one.test_n else f"{one.test_errors / one.test_n:.4f}"
         cells = [row[name] for name in ("d", "levels", "bytes", "table_bits", "prior_bits")]
-        print(f"| {' | '.join(map(str, cells))} | {one.risk:.4f} | {test} | {one.bound:.4f} |")
+        test = _get_test_risk(one)
+        shown = "" if test is None else f"{test:.4f}"
+        print(f"| {' | '.join(map(str, cells))} | {one.risk:.4f} | {shown} | {one.bound:.4f} |")
     best = min(certificates, key=lambda one: one.bound)
     print("\n" + best.report() + f"\nbest.pia, its certificate, sweep.json and certificates.png in {args.out}")
+
+
+def _get_test_risk(certificate: AnyCertificate) -> float | None:
+    if isinstance(certificate, LanguageCertificate):
+        return certificate.test_risk
+    if certificate.test_errors is None or certificate.test_n is None:
+        return None
+    return certificate.test_errors / certificate.test_n
 
 
 def verify(args: argparse.Namespace) -> None:
     """Compute a certificate again, and compare."""
     path = Path(args.file)
     adapter = read_packed(path)
-    texts = load_texts(args, adapter.base, get_labels(path, adapter))
+    stored, content = read_certificate(path)
+    if isinstance(stored, LanguageCertificate):
+        documents = load_documents(args, adapter.base, alphas=stored.alphas, max_length=content["max_length"])
+        documents.sample = min(stored.n, len(documents.data["train"]))  # other data have another digest
+        texts: AnyTexts = documents
+    else:
+        texts = load_texts(args, adapter.base, get_labels(path, adapter))
     claimed, computed, differences = verify_certificate(path, texts)
     print(computed.report())
     if claimed.test_n is not None:
-        held_out = f"test_errors={claimed.test_errors} of test_n={claimed.test_n}"
-        print(f"{held_out} were not counted again: verify has no data for evaluation.")
+        test = (
+            f"test_risk={claimed.test_risk}"
+            if isinstance(claimed, LanguageCertificate)
+            else f"test_errors={claimed.test_errors}"
+        )
+        print(f"{test} of test_n={claimed.test_n} were not counted again: verify has no data for evaluation.")
     if differences:
         raise ValueError(f"{path} does not bear out the certificate beside it. " + "; ".join(differences) + ".")
     print("Agrees with the certificate beside it.")

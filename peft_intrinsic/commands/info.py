@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..bounds.certificate import Certificate
-from ..bounds.certify import get_certificate_path
+from ..bounds.certify import get_certificate_path, parse_certificate
 from ..codec import read_packed
 from ..supermask import SupermaskConfig
 from ..tuner import IntrinsicConfig
@@ -90,7 +89,7 @@ def _describe_certificates(path: Path) -> str:
     for file in filter(Path.exists, files):
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            claim, digest = Certificate.from_dict(stored["certificate"]).claim(), stored["adapter"]["sha256"]
+            claim, digest = parse_certificate(stored["certificate"]).claim(), stored["adapter"]["sha256"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is not a certificate ({error!r}). Write it with certify.") from None
         if path.is_file() and digest != hashlib.sha256(path.read_bytes()).hexdigest():

@@ -18,6 +18,7 @@ from peft_intrinsic_autoload.labels import LABELS
 
 from ..card import MODEL_CLASSES
 from ..codec import PackedAdapter, load_packed
+from ..text.documents import Documents
 from ..text.labeled import LabeledTexts
 from ..text.training import load_with_head
 from ..tuner import IntrinsicConfig
@@ -132,6 +133,14 @@ def load_texts(args: argparse.Namespace, named: str | None = None, labels: int |
     held_out = getattr(args, "eval", None)
     train: Any = args.train or held_out
     return LabeledTexts(find_base_name(args, named), train, held_out, args.text, args.label, args.batch, labels)
+
+
+def load_documents(args: argparse.Namespace, named: str | None = None, **more: Any) -> Documents:
+    """Load the documents of `--train` and `--eval`, and the base model. See `load_texts` and `Documents`."""
+    if len(args.text) > 1:
+        raise ValueError(f"--text {','.join(args.text)}: a language model reads one column. Name one.")
+    held_out = getattr(args, "eval", None)
+    return Documents(find_base_name(args, named), args.train, held_out, args.text[0], batch=args.batch, **more)
 
 
 def build_text_options(args: argparse.Namespace, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Classification of labeled texts: adapters are trained as users train them, and their errors counted."""
+"""Texts for adapters, which are trained as users train them; and the errors of classifiers of labeled texts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,49 @@ from typing import Any
 
 import numpy as np
 import transformers
+from datasets import DatasetDict
 
 from ..tuner import IntrinsicConfig
 from .options import TextOptions
-from .tasks import load_task
+from .tasks import Task, load_task
 from .training import TextTraining
 
 
-class LabeledTexts:
+class AdapterTexts:
+    """Texts, the base model of adapters for them, and their training. A subclass loads both, and measures adapters."""
+
+    task: Task
+    training: TextTraining
+    data: DatasetDict
+    base: Any
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a measurement depends on beside the data."""
+        return {"max_length": self.training.options.max_length}
+
+    def measure(self, model: Any, splits: Sequence[str]) -> dict[str, Any]:
+        """Measure a model on splits, `train` and `eval`. Returns values for JSON, from which a certificate follows."""
+        raise NotImplementedError
+
+    def build_config(self, d: int, seed: int) -> IntrinsicConfig:
+        """Build the default configuration of an adapter."""
+        return IntrinsicConfig(d=d, seed=seed, task_type=self.task.task_type)
+
+    def train(self, model: Any, steps: int, learning_rate: float, seed: int) -> None:
+        """Train a model or adapter with AdamW for so many steps. The learning rate falls linearly to zero."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.build_trainer(model, folder, steps, learning_rate, seed).train()
+
+    def build_trainer(
+        self, model: Any, folder: str, steps: int, learning_rate: float, seed: int, **more: Any
+    ) -> transformers.Trainer:
+        """Build the Trainer of `train`, with checkpoints in `folder` and further `TrainingArguments`."""
+        arguments = {"max_steps": steps, "learning_rate": learning_rate, "seed": seed, "weight_decay": 0.0}
+        return self.training.build_trainer(model, folder, {**arguments, **more})
+
+
+class LabeledTexts(AdapterTexts):
     """Labeled texts, and the base model of a classifier of them. Each adapter initializes the new head itself.
 
     Args:
@@ -59,22 +94,6 @@ class LabeledTexts:
         """Copy the base model for full fine-tuning. Its new head starts where adapters start it."""
         return self.training.initialize_head(copy.deepcopy(self.base)).requires_grad_(True)
 
-    def build_config(self, d: int, seed: int) -> IntrinsicConfig:
-        """Build the default configuration of an adapter."""
-        return IntrinsicConfig(d=d, seed=seed, task_type="SEQ_CLS")
-
-    def train(self, model: Any, steps: int, learning_rate: float, seed: int) -> None:
-        """Train a model or adapter with AdamW for so many steps. The learning rate falls linearly to zero."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.build_trainer(model, folder, steps, learning_rate, seed).train()
-
-    def build_trainer(
-        self, model: Any, folder: str, steps: int, learning_rate: float, seed: int, **more: Any
-    ) -> transformers.Trainer:
-        """Build the Trainer of `train`, with checkpoints in `folder` and further `TrainingArguments`."""
-        arguments = {"max_steps": steps, "learning_rate": learning_rate, "seed": seed, "weight_decay": 0.0}
-        return self.training.build_trainer(model, folder, {**arguments, **more})
-
     def count_errors(self, model: Any, split: str) -> int:
         """Count the wrong predictions for a split, `train` or `eval`."""
         data = self.data[split]
@@ -86,6 +105,11 @@ class LabeledTexts:
     def accuracy(self, model: Any) -> float:
         """Compute the accuracy on the evaluation data."""
         return 1 - self.count_errors(model, "eval") / len(self.data["eval"])
+
+    def measure(self, model: Any, splits: Sequence[str]) -> dict[str, Any]:
+        names = {"train": "errors", "eval": "test_errors"}
+        sizes = {"test_n": len(self.data["eval"])} if "eval" in splits else {}
+        return {names[split]: self.count_errors(model, split) for split in splits} | sizes
 
     def count_majority_errors(self) -> int:
         """Count the training examples that do not have the most frequent class."""
