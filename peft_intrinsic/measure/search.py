@@ -266,6 +266,9 @@ class Search:
         step = max(round(self.last / (len(self.plan.scan) - 1)), 1)
         while True:
             curve = self.evidence.build_curve()
+            if not curve.points:  # too many runs collapsed at the learning rate that counted: another one does now
+                self._bracket(*self._scan(0))
+                continue
             index, measured = curve.find_index(), [self._find_index(d) for d in curve.dims]
             low, high = curve.estimate_interval(resamples=200, sampling=False)
             if low > self.last and curve.dims[-1] >= self.grid[-1]:

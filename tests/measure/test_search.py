@@ -201,6 +201,24 @@ def test_full_fine_tuning_that_learns_nothing_tries_higher_learning_rates():
     assert search.evidence.get_rate(None) > 1e-3
 
 
+def test_search_repeats_the_scan_where_every_run_was_at_a_learning_rate_that_no_longer_counts():
+    """At 2e-4 the tuning seed learns, and the runs of all d up to 8 collapse. Then another learning rate counts."""
+
+    def score(d, seed, rate):
+        collapses = rate == 2e-4 and seed != TUNING and d <= 8
+        return 0.4 if collapses else 0.7 + 0.05 * math.log2(d)
+
+    search = build_search(
+        lambda wanted: [0.98 if d is None else score(d, seed, rate) for d, seed, rate in wanted],
+        Plan((1, 2, 4, 8, 16, 32), learning_rates="auto", majority=0.5, baseline_seeds=3),
+    )
+    search.run()
+    points = search.evidence.build_curve().points
+    assert search.grid[search.evidence.build_curve().find_index()] == 16
+    assert {search.evidence.get_rate(d) for d in points} == {8e-4}
+    assert not any(runs.collapsed for runs in points.values())
+
+
 def test_learning_rates_that_all_diverge_raise():
     with pytest.raises(ValueError, match=r"no finite score for d=None at any of the learning rates \[2.0, 3.0\]"):
         search_rates(lambda d: 1e-3, ((2.0, 3.0), (1e-3, 2e-3)), [])
