@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.bounds import LANGUAGE_CONDITIONS, LanguageCertificate
 from peft_intrinsic.bounds import sweep as sweeping
-from peft_intrinsic.bounds.certify import count_message_bits
+from peft_intrinsic.bounds.certify import build_certificate, count_message_bits
 from peft_intrinsic.bounds.language import ALPHAS
 from peft_intrinsic.codec import load_packed
 from peft_intrinsic.text.documents import Documents
@@ -214,6 +214,32 @@ def test_a_sample_of_the_documents_is_the_same_for_every_adapter(folder):
     )
     assert found.risk == pytest.approx(losses[sample].mean(), **CLOSE)
     main(["verify", "x.pia", "--train", "train.jsonl"])
+
+
+def test_smoothing_is_chosen_by_the_bound(folder):
+    """Neither the lowest loss nor the first or last weight has the lowest bound."""
+    documents = Documents("base", "train.jsonl", None, "text", (0.01, 0.9, 0.3))
+    losses, untrained = [5.9, 6.4, 6.0], [5.9, 6.5, 5.9]
+    documents.__dict__["untrained"] = untrained  # in place of the base model's
+    found = build_certificate(documents, {"risks": losses}, 64, 1, 0.05)
+    own = {"bits": 64, "num_tried": 1, "delta": 0.05, "m": 60, "n": 60, "vocabulary": V, "alphas": documents.alphas}
+    bounds = {
+        alpha: bound({**own, "alpha": alpha, "risk": risk}) for alpha, risk in zip(own["alphas"], losses, strict=True)
+    }
+    assert found.alpha == min(bounds, key=bounds.__getitem__) == 0.9
+    bounds = {
+        alpha: untrained_bound({**own, "untrained_alpha": alpha, "untrained_risk": risk})
+        for alpha, risk in zip(own["alphas"], untrained, strict=True)
+    }
+    assert found.untrained_alpha == min(bounds, key=bounds.__getitem__) == 0.9
+
+
+def test_documents_have_their_own_losses_in_their_order(folder):
+    documents = Documents("base", "train.jsonl", None, "text", (0.5, 0.1), batch=7, max_length=LENGTH)
+    losses = documents.compute_bits(documents.base, "train")
+    base = AutoModelForCausalLM.from_pretrained("base")
+    for column, alpha in enumerate(documents.alphas):
+        np.testing.assert_allclose(losses[:, column], compute_bits(base, "train.jsonl", alpha), atol=CLOSE["abs"])
 
 
 def test_without_special_tokens_the_first_token_is_not_predicted(folder, tmp_path):
