@@ -13,6 +13,7 @@ from .parsing import (
     add_epochs,
     add_learning_rate,
     add_texts,
+    parse_integers,
     parse_model,
     parse_names,
     parse_weights,
@@ -135,8 +136,8 @@ def _add_certify(commands: Any) -> None:
     ).add_argument
     add("--adapter", help=f"folder or {PACKED} that was trained on the training data")
     several = "instead, values of d: adapters to train and select from"
-    add("--dims", type=_parse_integers, metavar="D[,D]", help=several)
-    add("--levels", type=_parse_integers, default="8", metavar="N[,N]", help="numbers of values to quantize θ to")
+    add("--dims", type=parse_integers, metavar="D[,D]", help=several)
+    add("--levels", type=parse_integers, default="8", metavar="N[,N]", help="numbers of values to quantize θ to")
     add(
         "--num-tried",
         type=int,
@@ -193,11 +194,3 @@ def _parse_floats(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not decimal numbers with commas between them.") from None
-
-
-def _parse_integers(text: str) -> list[int]:
-    """Parse integers with commas between them."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between them.") from None

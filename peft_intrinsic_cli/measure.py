@@ -1,13 +1,13 @@
-"""Parsers of measure, study and analyze."""
+"""Parsers of measure, advise, study and analyze."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from .parsing import MODEL, add_command, add_data, add_epochs, parse_model, parse_names
+from .parsing import MODEL, add_command, add_data, add_epochs, parse_integers, parse_model, parse_names
 
-METHODS = ("did", "said", "default", "lora", "unilora", "tinylora")
+METHODS = ("did", "said", "default", "lora", "lora-rank", "unilora", "tinylora")
 
 
 def add_parsers(commands: Any) -> None:
@@ -26,9 +26,10 @@ def add_parsers(commands: Any) -> None:
         default="did",
         choices=METHODS,
         help="what is trained: the paper's subspaces of all weights (did, said), a subspace of norms and biases "
-        "(default), or a method of PEFT (default: did)",
+        "(default), or a method of PEFT, of which lora-rank has the rank as d (default: did)",
     )
     _add_options(parser)
+    _add_advise(commands)
     parser = add_command(
         commands,
         "measure.study",
@@ -56,6 +57,22 @@ def add_parsers(commands: Any) -> None:
     parser.add_argument("--out", metavar="FOLDER", help="folder of the new report (default: RUN)")
     _add_question(parser.add_argument, " (default: as in the run)")
     parser.set_defaults(dims=None, target=None, center=None)
+
+
+def _add_advise(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "measure.advise",
+        "Advise the smallest LoRA rank, and the smallest d, that are large enough for a task",
+        "advise --model bert-base-uncased --task glue/mrpc --out runs/advice",
+        "Both reach a fraction of the score of full fine-tuning, and have an interval. LoRA adapts\nqueries and "
+        "values and trains the head; d is that of IntrinsicConfig. The same command\nresumes a stopped run.",
+    )
+    parser.add_argument("--model", required=True, type=parse_model, help=MODEL)
+    ranks = "ranks to choose from"
+    parser.add_argument("--ranks", type=parse_integers, default="1,2,4,8,16,32,64", metavar="R[,R]", help=ranks)
+    _add_options(parser)
+    parser.set_defaults(dims="64,16384,9")
 
 
 def _add_question(add: Any, default: str = "") -> None:

@@ -134,3 +134,11 @@ def parse_weights(name: str) -> str:
 def parse_names(text: str) -> list[str]:
     """Split a value at its commas. (An option with several values would swallow the arguments that follow it.)"""
     return text.split(",")
+
+
+def parse_integers(text: str) -> list[int]:
+    """Parse integers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas between them.") from None

@@ -61,7 +61,7 @@ def test_every_option_has_a_help_with_its_default(words, monkeypatch):
         assert text, action
         assert text in shown, action
         if action.option_strings and not action.required and action.nargs != 0:
-            required = words[0] in ("train", "measure", "study") and action.dest in ("train", "eval")
+            required = words[0] in ("train", "measure", "advise", "study") and action.dest in ("train", "eval")
             assert re.search(r" \(required without --task\)$" if required else r" \(default: .+\)$", text), text
         if action.dest in ("train", "eval", "out") and action.option_strings:
             assert action.metavar in ("FILE", "FOLDER") or words == ("certify",), action

@@ -1,4 +1,4 @@
-"""The commands measure, study and analyze."""
+"""The commands measure, advise, study and analyze."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..measure import RayEngine, grid, write_report
 from ..measure import analyze as analyze_trials
+from ..measure.advise import advise as run_advise
 from ..measure.measure_text import measure_text
 from ..measure.report import describe_target, suggest_grid, summarize
 from ..measure.study import study as run_study
@@ -25,6 +26,14 @@ def measure(args: argparse.Namespace) -> None:
     run["options"] |= {"model": args.model, "method": args.method}
     if result := measure_text(**run):
         _print_result(result, args.out, args.model)
+
+
+def advise(args: argparse.Namespace) -> None:
+    """Measure the smallest LoRA rank and the smallest d, and print the advice."""
+    run = _run_options(args)
+    run["options"] |= {"model": args.model}
+    if advice := run_advise(ranks=args.ranks, **run):
+        print(advice.report() + f"advice.json and advice.md in {args.out}, with a folder for each measurement")
 
 
 def study(args: argparse.Namespace) -> None:

@@ -79,7 +79,7 @@ def suggest_grid(result: Result, weights: int | None = None) -> str:
     if sign == ">" and high == weights:
         return f"The target is not reached with all {high} weights. Train longer, or use a lower --target."
     if sign == "≤" and low == 1:
-        return "The target is reached with a single parameter, so there is no smaller d to try."
+        return "The target is reached at d = 1, and there is no smaller d to try."
     ratio = (high / low) ** (1 / (points - 1))
     factor = ratio ** max(round(math.log(WIDER, ratio)), 1)
     first = max(round(low / factor), 1) if sign == "≤" else low
@@ -219,7 +219,8 @@ def plot_curve(result: Result, folder: Path, name: str) -> None:
         text = "majority class" if result.majority is not None else "before training"
         axes.axhline(floor, color="0.6", linestyle="-.", linewidth=0.8, label=text)
     metric = _get_setting(result, "metric") or "score"
-    axes.set(xscale="log", xlabel="d, trainable parameters", ylabel=metric, title=format_title(result))
+    label = "rank" if _get_setting(result, "method") == "lora-rank" else "d, trainable parameters"
+    axes.set(xscale="log", xlabel=label, ylabel=metric, title=format_title(result))
     axes.legend()
     save_formats(figure, folder, name)
 

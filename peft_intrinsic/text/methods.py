@@ -18,10 +18,11 @@ METHODS: dict[str, str] = {
     "said": "θ spread over all weights, with a learned scale per layer, which d includes",
     "default": "θ spread over norms and biases, or over all weights where those have fewer than d",
     "lora": "LoRA of queries and values, with the greatest rank that d allows",
+    "lora-rank": "LoRA of queries and values with rank d, and the head, which PEFT trains fully",
     "unilora": "UniLoRA of queries and values, rank 4",
     "tinylora": "TinyLoRA of queries and values, with as many parameters for each as d allows",
 }
-"""Descriptions of the methods by name. The head stays frozen unless the method adapts it."""
+"""Descriptions of the methods by name. The head stays frozen unless the method adapts or trains it."""
 
 
 def build_config(method: str, d: int, seed: int, base: Any, task_type: str, head: Any = "keep") -> PeftConfig:
@@ -34,6 +35,8 @@ def build_config(method: str, d: int, seed: int, base: Any, task_type: str, head
         # One projection for every d: a decoder's default changes it where d exceeds the number of values.
         where = {"projection": "fastfood"} if method == "default" else PAPER
         return IntrinsicConfig(d=d, seed=seed, said=method == "said", head=head, task_type=task_type, **where)
+    if method == "lora-rank":
+        return LoraConfig(r=d, lora_alpha=2 * d, task_type=task_type)  # the same scale for every rank
     if method == "unilora":
         return UniLoraConfig(r=4, theta_d_length=d, proj_seed=seed)
     step = get_step(method, base)
@@ -48,7 +51,11 @@ def get_step(method: str, base: Any) -> int:
     """Get the number of which d must be a multiple for this method and model."""
     if method not in ("lora", "tinylora"):
         return 1
+    return count_trained(LoraConfig(r=1) if method == "lora" else TinyLoraConfig(r=1, u=1), base)
+
+
+def count_trained(config: PeftConfig, base: Any) -> int:
+    """Count the trainable parameters of an adapter of a model, which may be on the meta device."""
     with torch.device("meta"):
         shapes = type(base)(base.config)
-    config = LoraConfig(r=1) if method == "lora" else TinyLoraConfig(r=1, u=1)
     return get_peft_model(shapes, config).num_parameters(only_trainable=True)

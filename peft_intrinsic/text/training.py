@@ -180,7 +180,8 @@ class TextFit:
     """`fit(d, seed, learning_rate)` for `measure_intrinsic_dimension`.
 
     The first trial loads data and base model, once per process. A trial attaches an adapter and detaches it again. Full
-    fine-tuning trains a copy, with the same weights and the same new head. `d=0` trains nothing.
+    fine-tuning, and LoRA with a trained head, train a copy, with the same weights and the same new head. `d=0` trains
+    nothing.
 
     Args:
         options: Model, task, method, training.
@@ -229,6 +230,8 @@ class TextFit:
             model = copy.deepcopy(model).requires_grad_(True)  # detaching an adapter leaves the base frozen
         elif d:
             set_seed(seed)  # some methods initialize from the global generator
+            if self.options.method == "lora-rank":
+                model = copy.deepcopy(model)  # PEFT's unload leaves the trained head in the base
             model = get_peft_model(model, build_config(self.options.method, d, seed, model, self.task.task_type))
         name = f"d={'full' if d is None else d} seed={seed} lr={learning_rate}"
         try:
@@ -273,10 +276,10 @@ def load_with_head(loader: Any, model: str, labels: int | None, option: str = "-
         ) from error
 
 
-def load_without_weights(model: str, task_type: str) -> Any:
-    """Load a model on the meta device."""
+def load_without_weights(model: str, task_type: str, **head: Any) -> Any:
+    """Load a model on the meta device. `head` are options of its configuration, see `Task.head_options`."""
     with torch.device("meta"):
-        return TRAININGS[task_type].loader.from_config(AutoConfig.from_pretrained(model))
+        return TRAININGS[task_type].loader.from_config(AutoConfig.from_pretrained(model, **head))
 
 
 def select_dims(options: TextOptions, dims: Sequence[int]) -> tuple[int, ...]:
