@@ -178,7 +178,7 @@ def test_language_model_is_scored_by_its_negative_loss(tmp_path, capsys):
     base = tiny("llama", tmp_path / "base")
     fit = build_fit(base, data, 30, task_type="CAUSAL_LM", max_length=10)
     ids = torch.tensor(fit.training.data["eval"]["input_ids"])
-    assert ids.shape == (12, 10)  # 32 · 4 words
+    assert ids.shape == (16, 10)  # 32 · (4 words and their end)
     assert fit(0, 0)["score"] == pytest.approx(-fit.base(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
     assert fit(None, 0, 1e-2)["score"] > fit(0, 0)["score"] + 0.5
     out = tmp_path / "run"
