@@ -29,6 +29,16 @@ def styled(draw: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def scale_counts(axes: Any) -> None:
+    """Make the x-axis logarithmic, with values such as 500 and 2,000 as labels."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,.12g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def save_figure(figure: Any, file: Any, suffix: str | None = None) -> None:
     """Save a figure without the date, so that the same figure gives the same bytes.
 

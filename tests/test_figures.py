@@ -4,10 +4,13 @@ import sys
 
 import matplotlib
 import pytest
+from matplotlib.figure import Figure
 
 from peft_intrinsic.analysis import CriticalLayers
 from peft_intrinsic.analysis.heat_map import heat_map
 from peft_intrinsic.bounds.sweep import plot_sweep
+from peft_intrinsic.figures import scale_counts
+from peft_intrinsic.text.methods import METHODS, TITLES
 
 
 def draw_heat_map(path):
@@ -41,3 +44,22 @@ def test_a_figure_is_the_same_file_at_each_call_and_for_any_style_of_the_caller(
     first, second = ((tmp_path / f"{name}.svg").read_bytes() for name in ("first", "second"))
     assert first == second
     assert b"<text" in first  # letters can be searched and read aloud
+
+
+@pytest.mark.parametrize(("ends", "expected"), [((60, 2400), [100, 200, 500, 1000, 2000]), ((12, 15), None)])
+def test_axis_of_counts_has_labels_without_exponents_that_are_its_values(ends, expected):
+    figure = Figure()
+    axes = figure.subplots()
+    axes.set_xlim(ends)
+    scale_counts(axes)
+    figure.draw_without_rendering()
+    ticks = [label for minor in (False, True) for label in axes.get_xticklabels(minor=minor) if label.get_text()]
+    values = {label.get_text(): label.get_position()[0] for label in ticks}
+    shown = {text: value for text, value in values.items() if ends[0] <= value <= ends[1]}
+    assert len(shown) > 1
+    assert {text: float(text.replace(",", "")) for text in shown} == pytest.approx(shown, rel=1e-9)
+    assert expected is None or list(shown.values()) == expected
+
+
+def test_every_method_has_a_name_for_figures():
+    assert TITLES.keys() == METHODS.keys()

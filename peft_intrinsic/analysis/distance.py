@@ -76,7 +76,13 @@ class Sums:
         return self.changed / max(self.entries, 1)
 
 
-MEASURES = ("l1", "l1_per_unit", "l2_relative", "angular", "changed_share")
+MEASURES = {
+    "l1": "L1 distance",
+    "l1_per_unit": "L1 distance per output unit",
+    "l2_relative": "L2 distance / base",
+    "angular": "angular distance",
+    "changed_share": "fraction of changed entries",
+}
 
 
 def compare(base: torch.Tensor, tuned: torch.Tensor, threshold: float) -> Sums:
@@ -160,7 +166,7 @@ class Distances:
         for name, sums in self.tensors.items():
             cell = block_of(name) or "rest", kind_of(name)
             cells[cell] = cells.get(cell, Sums()) + sums
-        heat_map({cell: getattr(sums, measure) for cell, sums in cells.items()}, measure.replace("_", " "), path)
+        heat_map({cell: getattr(sums, measure) for cell, sums in cells.items()}, MEASURES[measure], path)
 
 
 def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, ignore_missing: bool = False) -> Distances:

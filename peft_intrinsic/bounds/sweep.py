@@ -12,7 +12,7 @@ from peft import get_peft_model
 
 from ..codec import PRIORS, adapter_from_string, adapter_to_string, read_packed
 from ..codec.quantize import check_levels
-from ..figures import save_figure, styled
+from ..figures import save_figure, scale_counts, styled
 from ..trials.store import Store, write_whole
 from ..tuner.base_model import base_digest
 from .certify import (
@@ -164,7 +164,8 @@ def plot_sweep(rows: Sequence[dict[str, Any]], path: Path) -> None:
         level = first["untrained_bound"] if is_language else first["majority"] / first["n"]
         label = "bound of the base model" if is_language else "majority class"
         axis.axhline(level, color="gray", linestyle=":", label=label)
-        axis.set(xscale="log", xlabel="trainable parameters (d)" if name == "d" else "bytes of the packed adapter")
+        axis.set(xlabel="trainable parameters (d)" if name == "d" else "bytes of the packed adapter")
+    scale_counts(left)
     left.set(ylabel="bits per token" if is_language else "error", ylim=(0, None))
-    left.legend()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save_figure(figure, path)

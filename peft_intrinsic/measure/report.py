@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..figures import save_figure, styled
+from ..figures import save_figure, scale_counts, styled
+from ..text.methods import TITLES
 from ..trials.store import write_whole
 from .analysis import Answer, Result
 from .curve import TINY
@@ -97,7 +98,7 @@ def suggest_grid(result: Result, weights: int | None = None) -> str:
 def format_title(result: Result) -> str:
     """Format model, task and method, as far as the settings name them."""
     model, method = _get_setting(result, "model"), _get_setting(result, "method")
-    return ", ".join(filter(None, (Path(model).name, name_task(result), method)))
+    return ", ".join(filter(None, (Path(model).name, name_task(result), TITLES.get(method, method))))
 
 
 def name_task(result: Result) -> str:
@@ -219,9 +220,10 @@ def plot_curve(result: Result, folder: Path, name: str) -> None:
         text = "majority class" if result.majority is not None else "before training"
         axes.axhline(floor, color="0.6", linestyle="-.", linewidth=0.8, label=text)
     metric = _get_setting(result, "metric") or "score"
-    label = "rank" if _get_setting(result, "method") == "lora-rank" else "d, trainable parameters"
-    axes.set(xscale="log", xlabel=label, ylabel=metric, title=format_title(result))
-    axes.legend()
+    scale_counts(axes)
+    label = "rank" if _get_setting(result, "method") == "lora-rank" else "trainable parameters (d)"
+    axes.set(xlabel=label, ylabel=metric, title=format_title(result))
+    figure.legend(loc="outside lower center", ncols=2)
     save_formats(figure, folder, name)
 
 

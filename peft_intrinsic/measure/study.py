@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
 
-from ..figures import styled
+from ..figures import scale_counts, styled
+from ..text.methods import TITLES
 from ..trials.engine import Engine
 from ..trials.runner import Row
 from ..trials.store import check_folder, write_whole
@@ -103,7 +104,7 @@ def study(
         write_whole(out / "study.json", json.dumps({"kind": kind, "rows": rows}, indent=1))
         write_whole(out / "study.md", _format_markdown(kind, rows))
         write_whole(out / "study.csv", _format_csv(rows))
-        _plot(kind, rows, out)
+        plot_study(kind, rows, out)
         print("  ".join(cell for cell in _format_cells(row) if cell))
     return rows
 
@@ -185,7 +186,7 @@ def _format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 @styled
-def _plot(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+def plot_study(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """Plot intervals as horizontal lines, a row for each measurement; open ones end in an arrow."""
     from matplotlib.figure import Figure
 
@@ -205,11 +206,13 @@ def _plot(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
             axes.plot(answer["d"], y, "o", color="black")
     note = {"models": "parameters", "checkpoints": "step", "gap": "gap"}.get(kind)
     labels = [
-        f"{Path(row['model']).name}, {row['method']}" + (f"\n{note} {row['x']:.3g}" if note else "") for row in measured
+        f"{Path(row['model']).name}, {TITLES[row['method']]}" + (f"\n{note} {row['x']:.3g}" if note else "")
+        for row in measured
     ]
     axes.set_yticks(range(len(measured)), labels)
     share = rows[0].get("share", "d90")
-    axes.set(xscale="log", xlabel=f"{share}, 90 % interval", ylim=(-0.6, max(len(measured), 1) - 0.4))
+    scale_counts(axes)
+    axes.set(xlabel=f"{share}, 90 % interval", ylim=(-0.6, max(len(measured), 1) - 0.4))
     axes.set_title(", ".join(dict.fromkeys(row["task"] for row in measured)))
     axes.grid(axis="y", visible=False)
     save_formats(figure, out, "study")

@@ -24,6 +24,17 @@ METHODS: dict[str, str] = {
 }
 """Descriptions of the methods by name. The head stays frozen unless the method adapts or trains it."""
 
+TITLES = {
+    "did": "DID",
+    "said": "SAID",
+    "default": "this package",
+    "lora": "LoRA",
+    "lora-rank": "LoRA by rank",
+    "unilora": "UniLoRA",
+    "tinylora": "TinyLoRA",
+}
+"""Names of the methods in reports and figures."""
+
 
 def build_config(method: str, d: int, seed: int, base: Any, task_type: str, head: Any = "keep") -> PeftConfig:
     """Build the configuration of a method with at most d trainable parameters. The base may be on the meta device.
