@@ -31,7 +31,7 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from carriers import minilm
 from peft import LoraConfig, get_peft_model
 
@@ -174,9 +174,13 @@ def plot(rows: list[Row]) -> None:
     """Draw step time against the number of adapters in the batch."""
     figure = Figure((6, 3.6))
     axes = figure.subplots()
-    for name, size in (("LoRA", None), ("one after the other", None), ("bank", SIZES[-1])):
+    curves = {
+        "LoRA (r = 8), one after the other": ("LoRA", None),
+        "this package, one after the other": ("one after the other", None),
+        f"this package, bank of {SIZES[-1]:,}": ("bank", SIZES[-1]),
+    }
+    for label, (name, size) in curves.items():
         points = [row for row in rows if row["method"] == name and size in (None, row["in_bank"])]
-        label = f"bank of {size:,}" if size else name
         axes.plot([row["in_batch"] for row in points], [row["time"] for row in points], "o-", label=label)
     axes.set(xscale="log", yscale="log", xlabel="adapters in a batch of 64", ylabel="step time, one adapter = 1")
     axes.set_xticks(COUNTS, [str(count) for count in COUNTS], minor=False)

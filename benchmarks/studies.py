@@ -18,6 +18,12 @@ from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.figures import save_figure, styled
 
 MODEL = "all-MiniLM-L6-v2"
+TITLES = {
+    "sst2": "SST-2",
+    "mrpc_250": "MRPC, 250 steps",
+    "rotten_tomatoes_apart": "Rotten Tomatoes",
+}
+"""Tasks as plots name them."""
 FULL_RATES = (2.5e-5, 1e-4, 4e-4)
 Method = tuple[Row, tuple[float, ...]]
 """A run, and the learning rates that it starts with."""
@@ -29,7 +35,7 @@ class Methods:
     Args:
         name: of the study.
         made: from a task and this, every method that can run by now.
-        names: of all of them, in the order in which they run.
+        names: of all of them, in the order in which they run, with the names that the plot has.
         columns: of the rows, shown in the table beside accuracy and cross-entropy.
     """
 
@@ -37,7 +43,7 @@ class Methods:
         self,
         name: str,
         made: Callable[[str, Methods], dict[str, Method]],
-        names: tuple[str, ...],
+        names: dict[str, str],
         columns: tuple[str, ...],
     ) -> None:
         self.folder = Path(__file__).parent / "results" / name
@@ -91,19 +97,23 @@ class Methods:
 
     @styled
     def plot(self, task: str) -> None:
-        """Accuracy of every method, a point for each seed, as table.png beside the rows."""
+        """Accuracy and cross-entropy of every method, a point for each seed, as table.svg beside the rows."""
         from matplotlib.figure import Figure
 
         done = {name: rows for name, method in self.made(task, self).items() if (rows := self.best(task, method))}
-        figure = Figure(figsize=(6, 0.8 + 0.3 * len(done)))
-        axis = figure.subplots()
-        for place, rows in enumerate(reversed(done.values())):
-            axis.plot([row["accuracy"] for row in rows], [place] * len(rows), "k.", alpha=0.6)
-            axis.plot(sum(row["accuracy"] for row in rows) / len(rows), place, "|", color="C1", markersize=14)
-        axis.set_yticks(range(len(done)), list(reversed(done)))
-        axis.set(xlabel="accuracy: seeds, and their mean as a line", title=task)
-        axis.grid(axis="y", visible=False)
-        save_figure(figure, self.folder / task / "table.png")
+        figure = Figure(figsize=(9, 1 + 0.3 * len(done)))
+        columns = figure.subplots(1, 2, sharey=True)
+        for axis, name, label in zip(columns, ("accuracy", "loss"), ("accuracy", "cross-entropy"), strict=True):
+            for y, rows in enumerate(reversed(done.values())):
+                values = [row[name] for row in rows]
+                axis.plot(values, [y] * len(rows), "o", color="C0", markersize=3.5, alpha=0.7)
+                axis.plot(sum(values) / len(values), y, "|", color="C1", markersize=14, markeredgewidth=1.5)
+            axis.set(xlabel=label)
+            axis.locator_params(axis="x", nbins=5)
+            axis.grid(axis="y", visible=False)
+        columns[0].set_yticks(range(len(done)), [self.names[name] for name in reversed(done)])
+        figure.suptitle(f"{TITLES[task]}, {MODEL}: each seed, and the mean as a line", fontsize="medium")
+        save_figure(figure, self.folder / task / "table.svg")
 
     def main(self, study: Callable[..., Any], doc: str | None, tasks: tuple[str, ...]) -> None:
         """The command line: run, table or plot."""

@@ -30,10 +30,20 @@ from peft_intrinsic import SupermaskConfig
 TASKS = ("sst2", "mrpc_250")
 LINEAR = r".*encoder\.layer\.\d+\..*(query|key|value|dense)"
 RATES = (5e-5, 2e-4, 8e-4)
-NAMES = (
-    *("full", "freeze", "magnitude 0.03", "random 0.03", "magnitude 0.1", "random 0.1", "magnitude 0.3", "random 0.3"),
-    *("magnitude 0.01", "random 0.01", "bernoulli 0.03", "start 0.03"),
-)
+NAMES = {
+    "full": "full fine-tuning",
+    "freeze": "pooler and head alone",
+    "magnitude 0.03": "mask, starts without the smallest 3 %",
+    "random 0.03": "mask, starts without a random 3 %",
+    "magnitude 0.1": "mask, starts without the smallest 10 %",
+    "random 0.1": "mask, starts without a random 10 %",
+    "magnitude 0.3": "mask, starts without the smallest 30 %",
+    "random 0.3": "mask, starts without a random 30 %",
+    "magnitude 0.01": "mask, starts without the smallest 1 %",
+    "random 0.01": "mask, starts without a random 1 %",
+    "bernoulli 0.03": "sampled mask, the smallest 3 %",
+    "start 0.03": "frozen mask without the smallest 3 %",
+}
 
 
 def list_methods(task: str, results: Methods) -> dict[str, Method]:
@@ -45,7 +55,7 @@ def list_methods(task: str, results: Methods) -> dict[str, Method]:
     }
     if not (frozen := results.best(task, result["freeze"])):
         return result  # the others need its best learning rate
-    for name in NAMES[2:]:
+    for name in list(NAMES)[2:]:
         kind, sparsity = name.split()
         run = {**base, "method": kind, "share": float(sparsity), "rest_lr": frozen[0]["lr"]}
         result[name] = run, RATES

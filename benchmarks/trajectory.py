@@ -51,10 +51,21 @@ ORIGINAL = ["classifier", "bert.pooler", "bert.embeddings"]
 SNAPSHOTS, GROUPS = 16, 6
 OTHER = {"sst2": "mrpc_250", "mrpc_250": "sst2", "rotten_tomatoes_apart": "mrpc_250"}
 RATES = (5e-5, 2e-4, 8e-4)
-NAMES = (
-    *("full", "freeze", "trajectory 16", "random 16", "gradient 16", "trajectory 8", "trajectory 4", "other task 16"),
-    *("zero-shot 2", "unified 3", "without outliers", "without random", "alone 16"),
-)
+NAMES = {
+    "full": "full fine-tuning",
+    "freeze": "embeddings, pooler and head alone",
+    "trajectory 16": "trajectory, 6 × 16",
+    "random 16": "random subspace, 6 × 16",
+    "gradient 16": "gradients at the start, 6 × 16",
+    "trajectory 8": "trajectory, 6 × 8",
+    "trajectory 4": "trajectory, 6 × 4",
+    "other task 16": "trajectory of another task, 6 × 16",
+    "zero-shot 2": "two other tasks, 6 × 2",
+    "unified 3": "all three tasks, 6 × 3",
+    "without outliers": "full fine-tuning without outliers",
+    "without random": "full fine-tuning without random weights",
+    "alone 16": "trajectory and head's directions alone, 7 × 16",
+}
 
 
 def list_methods(task: str, results: Methods) -> dict[str, Method]:
@@ -66,7 +77,7 @@ def list_methods(task: str, results: Methods) -> dict[str, Method]:
     }
     if not (frozen := results.best(task, result["freeze"])):
         return result  # the others need its best learning rate
-    for name in NAMES[2:]:
+    for name in list(NAMES)[2:]:
         kind, _, dim = name.rpartition(" ")
         if kind == "without":
             result[name] = {**base, "method": name}, FULL_RATES
