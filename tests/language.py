@@ -2,14 +2,16 @@
 
     python tests/language.py
 
-Reads the documentation, docstrings, comments, test names, and strings of several words (messages, help, labels). Prints
-every hit with the field's term, then the counts by kind of text. Fails if a hit is not covered by `EXCEPTIONS`.
+Reads the documentation, the notebook, docstrings, comments, test names, and strings of several words (messages, help,
+labels). Prints every hit with the field's term, then the counts by kind of text. Fails if a hit is not covered by
+`EXCEPTIONS`.
 """
 
 from __future__ import annotations
 
 import ast
 import io
+import json
 import re
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FILES = ("*.py", "*.md", "*.toml", "*.in", "*.cff", "*.yaml", "*.yml", "Makefile", ".ci/run")
+FILES = ("*.py", "*.ipynb", "*.md", "*.toml", "*.in", "*.cff", "*.yaml", "*.yml", "Makefile", ".ci/run")
 SKIPPED = ("benchmarks/results/", "tests/language.py")  # reports of stored runs, and the list itself
 KINDS = ("document", "docstring", "comment", "string", "test name")
 
@@ -145,6 +147,10 @@ def read(name: str) -> Iterator[tuple[str, int, str]]:
     text = (ROOT / name).read_text(encoding="utf-8")
     if name.endswith(".py"):
         yield from read_python(text)
+    elif name.endswith(".ipynb"):
+        for cell in json.loads(text)["cells"]:  # lines are those of the cell
+            source = "".join(cell["source"])
+            yield from read_python(source) if cell["cell_type"] == "code" else [("document", 1, source)]
     else:  # names of tests are counted where the tests are
         yield "document", 1, re.sub(r"tests/[\w/]+\.py(::\w+)?", "", text)
 
