@@ -44,7 +44,7 @@ def test_notebook_trains_measures_certifies_packs_and_loads(tmp_path, monkeypatc
 
     assert sum(parameter.numel() for parameter in names["model"].parameters() if parameter.requires_grad) == 200
     assert names["before"] < 0.7 < 0.8 < names["accuracy"]
-    assert len(updates) == len(names["trials"]) == len(Path("tour/d90/trials.jsonl").read_text().splitlines())
+    assert len(updates) == len(names["trials"]) == len(Path("runs/tour/d90/trials.jsonl").read_text().splitlines())
     assert 16 < names["result"].d < 1024
     certificate = names["certificate"]
     assert certificate.risk < certificate.bound < certificate.majority / certificate.n
