@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from ..tuner.to_lora import convert_to_lora
 from .saved import is_packed, read_saved
 from .store import Stored
 
+KINDS = 64
+"""Maximum number of kinds of adapters in memory. Another one replaces the least recently used."""
+
 
 class LoraExpander:
     """Convert stored adapters of one base model to LoRAs.
 
     The base model is read at the start, for its digest, and for each kind of adapter (its options and seed), to compute
-    P. Its weights do not stay in memory.
+    P. Its weights do not stay in memory, and of the kinds only the 64 that were used last.
 
     Args:
         base: folder or name of the base model, a decoder that generates text.
@@ -70,10 +74,16 @@ class LoraExpander:
     def zeros(self) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
         """Make a LoRA of rank 1 that leaves the base model as it is."""
         with self._lock:
-            if None not in self._kinds:
-                config = IntrinsicConfig(d=1, block_size=1, target_modules="all-linear", task_type="CAUSAL_LM")
-                self._kinds[None] = _without_weights(get_peft_model(self._load(), config))
-            return convert_to_lora(self._kinds[None])
+            config = IntrinsicConfig(d=1, block_size=1, target_modules="all-linear", task_type="CAUSAL_LM")
+            return convert_to_lora(self._attached(None, lambda base: get_peft_model(base, config)))
+
+    def _attached(self, kind: Any, attach: Callable[[Any], PeftModel]) -> PeftModel:
+        """The base model with an adapter of this kind, without its weights."""
+        model = self._kinds.pop(kind, None) or _without_weights(attach(self._load()))
+        self._kinds[kind] = model
+        if len(self._kinds) > KINDS:
+            del self._kinds[next(iter(self._kinds))]
+        return model
 
     def _with_packed(self, data: bytes) -> PeftModel:
         packed = read_packed(data)
@@ -86,16 +96,13 @@ class LoraExpander:
         options = [(name, repr(value)) for name, value in sorted(packed.options.items())]
         numbers = (packed.d, packed.seed, packed.block_size, packed.algorithm)
         key = (*numbers, packed.manifest_digest, *packed.reinitialized, *options)
-        if key not in self._kinds:
-            self._kinds[key] = _without_weights(load_packed(self._load(), data, check_base=False))
-        return _with_vectors(self._kinds[key], torch.from_numpy(packed.theta), torch.from_numpy(packed.scales))
+        model = self._attached(key, lambda base: load_packed(base, data, check_base=False))
+        return _with_vectors(model, torch.from_numpy(packed.theta), torch.from_numpy(packed.scales))
 
     def _with_saved(self, adapter: Stored) -> PeftModel:
         config, vectors = read_saved(adapter)
         key = repr(sorted((name, repr(value)) for name, value in config.to_dict().items() if name != "checksum"))
-        if key not in self._kinds:
-            self._kinds[key] = _without_weights(get_peft_model(self._load(), config))
-        return _with_vectors(self._kinds[key], *vectors)
+        return _with_vectors(self._attached(key, lambda base: get_peft_model(base, config)), *vectors)
 
     def _load(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.base, dtype="auto")

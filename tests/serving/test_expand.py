@@ -53,6 +53,19 @@ def served(expander: LoraExpander, adapter: bytes | Path) -> torch.Tensor:
     return evaluate(model.eval(), "llama")
 
 
+def test_the_least_recently_used_kind_leaves_memory(base, monkeypatch):
+    monkeypatch.setattr("peft_intrinsic.serving.expand.KINDS", 2)
+    loaded, expander = [], LoraExpander(base)
+    load = expander._load
+    monkeypatch.setattr(expander, "_load", lambda: loaded.append(1) or load())
+    packed = [compress(adapted(1, d=d), 10) for d in (20, 21, 22)]
+    counts = []
+    for kind in (0, 1, 0, 2, 0, 1):
+        expander.expand(packed[kind])
+        counts.append(len(loaded))
+    assert counts == [1, 2, 2, 3, 3, 4]  # 2 replaced 1
+
+
 @pytest.mark.parametrize("options", [{}, {"projection": "fastfood", "target_modules": "all-linear", "block_size": 8}])
 def test_packed_and_saved_adapters_give_their_outputs_as_a_lora(expander, options, tmp_path):
     rank = options.get("block_size", 1)
