@@ -21,7 +21,7 @@ from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from .expand import LoraExpander
 from .store import open_store
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.peft_intrinsic")  # vLLM silences warnings of loggers outside its own
 
 RESOLVER = "peft_intrinsic"
 """Name of the resolver in vLLM's registry."""
