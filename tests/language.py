@@ -87,7 +87,7 @@ EXCEPTIONS = {
     "unexpected keyword.*redrawn": "the former name, in a test that it raises",
     "learning[ _-]rates?": "the term",
     "(error|sampling|dropout|success) rates?": "other rates",
-    r"(rates|peers|places|sizes)-(sst2|mrpc|reviews)\w*|rates, sizes, places, plateau, peers": "names of groups",
+    r"(rates|peers|places|sizes)-(sst2|mrpc|reviews|words|python|scored)\w*|rates, sizes, places, plateau, peers": "names of groups",
     "mov(e|es|ed|ing) .{,30}?(to|from|onto) (a |the |another )?(CPU|GPU|cuda|meta|memory|disk|dtype|device)": "tensors",
     "fresh (process|interpreter)(es)?": "one that has imported nothing",
     "rate falls|rates alike": "simulated curves, whose names are stored",
