@@ -337,7 +337,7 @@ def summarize(runs: list[Row], name: str) -> tuple[int, float, float, float]:
 
 
 def draw(axes: Any, points: list[list[Row]], **style: Any) -> None:
-    """Draw cross-entropy above accuracy against trainable parameters, a point for the seeds of each setting."""
+    """Draw cross-entropy and accuracy against trainable parameters, a point for the seeds of each setting."""
     for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
         numbers, means, below, above = zip(*sorted(summarize(rows, name) for rows in points), strict=True)
         axis.errorbar(numbers, means, yerr=(below, above), **style)
@@ -345,7 +345,7 @@ def draw(axes: Any, points: list[list[Row]], **style: Any) -> None:
 
 @styled
 def plot(rows: list[Row], many_classes: list[Row], path: str) -> None:
-    """Draw the quality of methods against trainable parameters, each at its best learning rate: a column for each task.
+    """Draw the quality of methods against trainable parameters, each at its best learning rate: a row for each task.
 
     Args:
         rows: of this benchmark.
@@ -354,15 +354,15 @@ def plot(rows: list[Row], many_classes: list[Row], path: str) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 8))
-    columns = figure.subplots(2, 4, sharex="col").T
+    figure = Figure(figsize=(10, 12))
+    panels = figure.subplots(4, 2)
     encoder, decoder = "all-MiniLM-L6-v2", "SmolLM2-135M-Instruct"
     titles = {
         "sst2": (encoder, "sentiment (SST-2), 2 classes"),
         "mrpc": (encoder, "paraphrases (MRPC), 2 classes"),
         "reviews": (decoder, "next token of film reviews, a decoder"),
     }
-    for axes, (task, (model, title)) in zip(columns, titles.items(), strict=False):
+    for axes, (task, (model, title)) in zip(panels, titles.items(), strict=False):
         ours = "ours, value biases" if task == "reviews" else "ours"
         methods = peers(task)
         for method, curve in ((ours, "ours"), ("unilora", "unilora"), ("tinylora", "tinylora")):
@@ -375,8 +375,8 @@ def plot(rows: list[Row], many_classes: list[Row], path: str) -> None:
             for marker, (label, run) in zip("oXs^v<>PDd", smallest(task).items(), strict=True):
                 if best := at_best(run, rows, model):
                     draw(axes, [best], color="black", linestyle="", marker=marker, label=LABELS[label])
-        axes[0].set(title=title)
-    last = columns[-1]
+        axes[0].set_title(title, loc="left")
+    last = panels[-1]
     fine = [{**row, "numbers": row["trained"]} for row in many_classes if row["task"] == "fine"]
     kinds = (
         ("intrinsic", "labels", "C0", f"{LABELS['ours']}, head from names"),
@@ -396,10 +396,9 @@ def plot(rows: list[Row], many_classes: list[Row], path: str) -> None:
     for row in fine:
         if row["method"] == "frozen":
             last[1].plot(row["numbers"], row["accuracy"], "k*", label="frozen encoder, logistic regression")
-    last[0].set(title="questions (TREC), 50 classes")
-    for column in columns:
-        column[1].set(xscale="log", xlabel="trainable parameters")
-        column[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
-    columns[0][0].set(ylabel="cross-entropy, lower is better")
-    columns[0][1].set(ylabel="accuracy")
+    last[0].set_title("questions (TREC), 50 classes", loc="left")
+    for axes in panels:
+        for axis, label in zip(axes, ("cross-entropy, lower is better", "accuracy"), strict=True):
+            axis.set(xscale="log", xlabel="trainable parameters", ylabel=label)
+        axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
     save_figure(figure, path)
