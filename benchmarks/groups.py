@@ -77,7 +77,9 @@ def sizes(task: str) -> list[Row]:
     if task == "reviews":
         attention = {"target_modules": ["q_proj", "v_proj"]}
         others = [{"add_bias": True}, {"target_modules": "all-linear"}, attention]
-        return [*(plan(task, 256, **c) for c in ({}, *others)), plan(task, 256, 8e-4, **attention)]
+        low_rank: Row = {"target_modules": "all-linear", "block_size": 8}
+        runs = [plan(task, 256, **c) for c in ({}, *others, low_rank)]
+        return [*runs, *(plan(task, 256, 8e-4, **c) for c in (attention, low_rank))]
     every = {"target_modules": "all", "exclude_modules": ".*embeddings.*"}
     if task == "mrpc":
         others = [{"factors": {"norm": 2}}, {"factors": {"bias": 2}}, {"projection": "one_hot"}, {"said": True}]
