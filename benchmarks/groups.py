@@ -34,13 +34,14 @@ LARGER: dict[str, tuple[list[str], int, int, str]] = {
 MAJORITY = 0.6685
 """Accuracy of the majority class on MRPC."""
 
-CHANGES = ("factors", "parts", "warmup", "batch")
+CHANGES = ("factors", "parts", "logits", "warmup", "batch")
 """Changes of a run that are no options of the configuration."""
 
 
 def plan(task: str, d: int, lr: float = RATE, seed: int = 0, **other: Any) -> Row:
-    """Plan a run of this tuner. `factors` and `parts` replace the projection's, `warmup` is the part of the steps in
-    which the learning rate rises, `batch` multiplies the batches; others are options of its config."""
+    """Plan a run of this tuner. `factors` and `parts` replace the projection's, `logits` the size of the logits of a
+    head from names, `warmup` is the part of the steps in which the learning rate rises, `batch` multiplies the batches;
+    others are options of its config."""
     changed = {name: other.pop(name) for name in CHANGES if name in other}
     return {
         "task": task,
@@ -107,7 +108,8 @@ def heads(task: str) -> list[Row]:
     """Runs that start the head from the labels' names, not from a fixed seed."""
     texts = {"sst2": ["negative", "positive"], "mrpc": ["not equivalent", "equivalent"]}[task]
     labels: Row = {"head": "labels", "label_texts": texts}
-    return [plan(task, d, seed=seed, **labels) for seed in range(3) for d in (64, 256, 1024)]
+    runs = [plan(task, d, seed=seed, **labels) for seed in range(3) for d in (64, 256, 1024)]
+    return [*runs, *(plan(task, d, logits=size, **labels) for size in (0.5, 8.0) for d in (64, 256, 1024))]
 
 
 def plateau(task: str) -> list[Row]:

