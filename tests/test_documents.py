@@ -60,6 +60,7 @@ REQUIRED = {
 """Libraries of pages that not every environment of the tests has."""
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
+PROTOCOLS = sorted((ROOT / "benchmarks/results").rglob("README.md"))
 
 
 def name_page(page: Path) -> str:
@@ -81,7 +82,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
     check_md_file(fpath=page, memory=True)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_page)
+@pytest.mark.parametrize("page", [*PAGES, *PROTOCOLS], ids=name_page)
 def test_links_into_the_repository_name_files_and_headings(page):
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         path, _, heading = re.sub(OURS, f"{ROOT.as_posix()}/", target).partition("#")
@@ -91,6 +92,14 @@ def test_links_into_the_repository_name_files_and_headings(page):
             titles = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
             anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
             assert not heading or heading in anchors, target
+
+
+def test_every_folder_of_stored_rows_has_a_protocol_in_the_index():
+    index = ROOT / "benchmarks/results/README.md"
+    linked = {index.parent / target for target in LINK.findall(index.read_text(encoding="utf-8"))}
+    folders = [path for path in sorted(index.parent.iterdir()) if path.is_dir()]
+    assert folders
+    assert [folder for folder in folders if folder / "README.md" not in linked] == []
 
 
 def test_readme_has_absolute_links_for_package_indexes():
