@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_intrinsic import IntrinsicConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from carriers import smollm2
 
 

@@ -20,7 +20,7 @@ from statistics import mean
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from carriers import minilm
 from peft import get_peft_model
 
