@@ -294,7 +294,8 @@ class AdapterBank(nn.Module):
                 "of integers, such as bank.find(names), as data collators drop strings."
             )
         with self.select(adapter_index):
-            self._vector.choices.prove(self.model.get_base_model(), args, kwargs)  # as a compiled model cannot
+            if not hasattr(self.model, "_is_fsdp_managed_module"):  # whose parameters are whole in its own call only
+                self._vector.choices.prove(self.model.get_base_model(), args, kwargs)  # as a compiled model cannot
             return self.model(*args, **kwargs)
 
     @contextmanager
@@ -311,6 +312,7 @@ class AdapterBank(nn.Module):
             IndexError: an index is not in the bank.
             ValueError: a name is not in the bank; a row has NaN or infinite values; an adapter is merged, the active
                 one has fully trained modules, or the one with the projection is no longer attached.
+            RuntimeError: the rows are trained, and FSDP splits them.
         """
         with self._vector.choices.use([self._choose(index)]):
             yield
@@ -337,6 +339,11 @@ class AdapterBank(nn.Module):
                 f"index must be a list of −1 to {len(self.vectors) - 1}, one for each sample, got {index}."
             )
         if self.vectors.requires_grad:
+            if hasattr(self.rows, "_is_fsdp_managed_module"):
+                raise RuntimeError(
+                    "FSDP splits the rows of this bank, but cannot add up their sparse gradients. Call "
+                    "fully_shard(bank.model) instead, then wrap the bank in DistributedDataParallel."
+                )
             _support_sparse_norms()
         (own,) = torch.where(chosen >= 0)
         rows = self.rows(chosen[own])

@@ -140,7 +140,7 @@ class IntrinsicLayer(BaseTunerLayer):
         plain = isinstance(base, torch.Tensor) and base.is_floating_point() and base.element_size() > 1
         if not plain or base.is_meta:
             return base
-        if not applied or any(hasattr(theta, "full_tensor") for _, theta in applied):
+        if not applied or any(hasattr(tensor, "full_tensor") for tensor in (base, *(theta for _, theta in applied))):
             return base  # sharded by FSDP 2, as it is only while no forward pass runs
         offsets = [offset for offset, _ in applied]
 

@@ -1,8 +1,9 @@
 """A training run for `torchrun`: the losses go to FOLDER/losses.json, the adapter to FOLDER/adapter.
 
-    python launched.py KIND FOLDER OPTIONS    KIND: plain, reentrant, fsdp2, bank; OPTIONS of IntrinsicConfig, as JSON
+    python launched.py KIND FOLDER OPTIONS    OPTIONS of IntrinsicConfig, as JSON
+    KIND: plain, reentrant, fsdp2, bank, sharded_bank
 
-With `bank`, four rows of an adapter bank are trained instead, and saved as the bank.
+With the last two, four rows of an adapter bank are trained instead, and saved as the bank.
 accelerate shards on accelerators alone, so FSDP2 is torch's own call, in its processes.
 """
 
@@ -19,6 +20,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -37,9 +39,12 @@ def sharded(model: nn.Module) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
-def train_bank(folder: Path, options: dict[str, Any]) -> None:
+def train_bank(folder: Path, options: dict[str, Any], shard: bool) -> None:
     accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
     bank = AdapterBank(get_peft_model(build("llama"), IntrinsicConfig(**options)).train(), 4)
+    if shard:
+        sharded(bank.model)
+        assert all(isinstance(p, DTensor) for p in bank.model.parameters())
     model = accelerator.prepare(bank)
     optimizer = RowAdam(bank.parameters(), 1e-3)
     ids = torch.randint(1, 90, (8, 7), generator=torch.Generator().manual_seed(5))
@@ -55,6 +60,7 @@ def train_bank(folder: Path, options: dict[str, Any]) -> None:
         found = {"losses": losses, "processes": accelerator.num_processes, "model": type(model).__name__}
         (folder / "losses.json").write_text(json.dumps(found))
         bank.save_pretrained(folder / "bank")
+        bank.save_adapter(1, folder / "row")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -90,4 +96,7 @@ def main(kind: str, folder: Path, options: dict[str, Any]) -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(180, exit=True)  # prints where it hangs
     kind, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    train_bank(folder, options) if kind == "bank" else main(kind, folder, options)
+    if kind.endswith("bank"):
+        train_bank(folder, options, kind == "sharded_bank")
+    else:
+        main(kind, folder, options)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from conftest import batch, build, output, train, trained
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig, RowAdam
 
@@ -64,13 +66,14 @@ def test_two_processes_learn_the_same_as_one(kind, wrapped, settings, drop, tmp_
 
 
 @pytest.mark.slow
-def test_a_bank_learns_the_same_in_two_processes(tmp_path):
-    """Each process has other rows in its half of the batch, and the gradients are sparse."""
-    done = launch("bank", tmp_path, LINEAR)
+@pytest.mark.parametrize(("kind", "settings"), [("bank", LINEAR), ("sharded_bank", ALL)])
+def test_a_bank_learns_the_same_in_two_processes(kind, settings, tmp_path):
+    """Each process has other rows in its half of the batch, and the gradients are sparse. FSDP 2 shards the model."""
+    done = launch(kind, tmp_path, settings)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "losses.json").read_text())
-    bank = AdapterBank(get_peft_model(build("llama"), IntrinsicConfig(**LINEAR)).train(), 4)
-    optimizer, losses = RowAdam(bank.parameters(), 1e-3), []
+    bank = AdapterBank(get_peft_model(build("llama"), IntrinsicConfig(**settings)).train(), 4)
+    optimizer, losses, unused = RowAdam(bank.parameters(), 1e-3), [], bank.vectors[3].clone()
     for _ in range(4):
         loss = bank(input_ids=IDS, labels=IDS, adapter_index=[0, 1, 2, 0, 1, 2, 0, 1]).loss
         loss.backward()
@@ -82,7 +85,22 @@ def test_a_bank_learns_the_same_in_two_processes(tmp_path):
     loaded = AdapterBank.from_pretrained(build("llama"), tmp_path / "bank")
     trained = bank.vectors.detach()
     assert (loaded.vectors - trained).norm() < 0.05 * trained.norm()  # Adam enlarges rounding
-    assert not loaded.vectors[3].any()
+    assert torch.equal(loaded.vectors[3], unused)
+    row = AdapterBank.from_pretrained(loaded.model, [str(tmp_path / "row")])
+    assert torch.equal(row.vectors, loaded.vectors[1:2])
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")  # with one process
+@pytest.mark.parametrize("shard", [fully_shard, partial(FullyShardedDataParallel, device_id=torch.device("cpu"))])
+def test_a_bank_in_training_whose_rows_are_sharded_raises(shard, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        torch.distributed.init_device_mesh("cpu", (1,))
+        bank = AdapterBank(get_peft_model(build("bert"), IntrinsicConfig(**LINEAR)).train(), 4)
+        with pytest.raises(RuntimeError, match=r"sparse gradients. Call fully_shard\(bank.model\) instead"):
+            shard(bank)(adapter_index=[0, 1, 2, 0], **batch("bert"))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
