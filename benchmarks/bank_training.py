@@ -175,13 +175,13 @@ def plot(rows: list[Row]) -> None:
     figure = Figure((6, 3.6))
     axes = figure.subplots()
     curves = {
-        "LoRA (r = 8), one after the other": ("LoRA", None),
-        "this package, one after the other": ("one after the other", None),
-        f"this package, bank of {SIZES[-1]:,}": ("bank", SIZES[-1]),
+        "LoRA (r = 8), one after the other": ("LoRA", None, "C3o-"),
+        "this package, one after the other": ("one after the other", None, "C0s--"),
+        f"this package, bank of {SIZES[-1]:,}": ("bank", SIZES[-1], "C0o-"),
     }
-    for label, (name, size) in curves.items():
+    for label, (name, size, style) in curves.items():
         points = [row for row in rows if row["method"] == name and size in (None, row["in_bank"])]
-        axes.plot([row["in_batch"] for row in points], [row["time"] for row in points], "o-", label=label)
+        axes.plot([row["in_batch"] for row in points], [row["time"] for row in points], style, label=label)
     axes.set(xscale="log", yscale="log", xlabel="adapters in a batch of 64", ylabel="step time, one adapter = 1")
     axes.set_xticks(COUNTS, [str(count) for count in COUNTS], minor=False)
     axes.set_yticks((1, 2, 5, 10), ("1", "2", "5", "10"))

@@ -1,8 +1,8 @@
-"""Plots the stored rows as the SVG files of benchmarks/results, and as docs/bank_training.svg. Nothing is trained.
+"""Plots the stored rows as the SVG files of benchmarks/results, docs/bank_training.svg and docs/private.svg.
 
     python benchmarks/figures.py
 
-`python benchmarks/quality.py plot FILE.svg` plots the quality of methods.
+Nothing is trained. `python benchmarks/quality.py plot FILE.svg` plots the quality of methods.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bank_training
+import private
 import supermask
 import trajectory
 from quality import read_rows
@@ -88,7 +89,8 @@ def main() -> None:
         methods = Methods(study.__name__, study.list_methods, study.NAMES, ())
         for file in sorted(methods.folder.glob("*/trials.jsonl")):
             methods.plot(file.parent.name)
-    bank_training.plot(read_rows(bank_training.RESULTS))
+    for benchmark in (bank_training, private):
+        benchmark.plot(read_rows(benchmark.RESULTS))
 
 
 if __name__ == "__main__":

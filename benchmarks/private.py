@@ -27,6 +27,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,17 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from carriers import minilm
+from groups import draw
+from matplotlib.figure import Figure
 from methods import attach
 from quality import read_rows
 
 from peft_intrinsic import init_head_from_labels
+from peft_intrinsic.figures import save_figure, styled
 from peft_intrinsic.privacy import compute_sample_gradients, find_noise, pop_norms
 
-RESULTS = Path(__file__).parent / "results" / "private.jsonl"
+ROOT = Path(__file__).parents[1]
+RESULTS, FIGURE = ROOT / "benchmarks/results/private.jsonl", ROOT / "docs/private.svg"
 STEPS, BATCH, CHUNK, WORDS = 60, 512, 64, 12
 Row = dict[str, Any]
 Batch = dict[str, torch.Tensor]
@@ -75,18 +80,37 @@ METHODS: dict[str, tuple[Row, tuple[float, ...]]] = {
     ),
     "head, from label names": ({"method": "head", "labels": LABELS}, HEAD),
 }
+EPSILONS = (0.5, 1.0, 3.0, 8.0, None)
+CURVES = {
+    "d=64": ("this package, d = 64", "C0", "s"),
+    "d=256": ("this package, d = 256", "C0", "o"),
+    "d=1024": ("this package, d = 1,024", "C0", "^"),
+    "LoRA r=8": ("LoRA (r = 8)", "C3", "o"),
+    "head": ("head alone", "C6", "o"),
+}
+"""Label, color and marker of each method. The two starts of the head differ in their lines."""
+
+
+def list_tuned(rows: list[Row]) -> Iterator[tuple[str, Row, list[list[Row]]]]:
+    """List the methods: the row with the best learning rate, and the rows that have it, for each of `EPSILONS`.
+
+    The best learning rate is that of the lowest cross-entropy at ε = 8.
+    """
+    for name in METHODS:
+        own = [row for row in rows if row["name"] == name]
+        tried = [row for row in own if (row["epsilon"], row["seed"]) == (8.0, 0)]
+        if tried:
+            best = min(tried, key=lambda row: row["loss"])
+            same = [row for row in own if row["lr"] == best["lr"]]
+            yield name, best, [[row for row in same if row["epsilon"] == epsilon] for epsilon in EPSILONS]
 
 
 def list_runs(rows: list[Row]) -> list[Row]:
     """List the runs: learning rates at ε = 8, then the other ε at the best one, then further seeds."""
-
-    def best(name: str) -> float | None:
-        scores = {r["lr"]: r["loss"] for r in rows if (r["name"], r["epsilon"], r["seed"]) == (name, 8.0, 0)}
-        return min(scores, key=lambda lr: scores[lr], default=None)
-
+    best = {name: row["lr"] for name, row, _ in list_tuned(rows)}
     order = [(name, 8.0, lr, 0) for name in METHODS for lr in METHODS[name][1]]
-    order += [(name, epsilon, best(name), 0) for epsilon in (1.0, 0.5, 3.0, None) for name in METHODS]
-    order += [(name, epsilon, best(name), seed) for seed in (1, 2) for epsilon in (1.0, 8.0) for name in METHODS]
+    order += [(name, epsilon, best.get(name), 0) for epsilon in (1.0, 0.5, 3.0, None) for name in METHODS]
+    order += [(name, epsilon, best.get(name), seed) for seed in (1, 2) for epsilon in (1.0, 8.0) for name in METHODS]
     return [
         {
             "name": name,
@@ -239,20 +263,38 @@ def measure(row: Row, phrases: Phrases) -> Row:
 
 def table(rows: list[Row]) -> None:
     """Print accuracy / cross-entropy by method and ε, means over seeds, at the learning rate that is best at ε = 8."""
-    epsilons = (0.5, 1.0, 3.0, 8.0, None)
-    print(f"| method | parameters | learning rate | {' | '.join(f'ε = {e}' if e else 'no noise' for e in epsilons)} |")
-    print("|---" * (3 + len(epsilons)) + "|")
-    for name in METHODS:
-        tuned = [row for row in rows if (row["name"], row["epsilon"], row["seed"]) == (name, 8.0, 0)]
-        if not tuned:
-            continue
-        best = min(tuned, key=lambda row: row["loss"])
+    print(f"| method | parameters | learning rate | {' | '.join(f'ε = {e}' if e else 'no noise' for e in EPSILONS)} |")
+    print("|---" * (3 + len(EPSILONS)) + "|")
+    for name, best, groups in list_tuned(rows):
         cells = []
-        for epsilon in epsilons:
-            own = [r for r in rows if (r["name"], r["epsilon"], r["lr"]) == (name, epsilon, best["lr"])]
+        for own in groups:
             means = (float(np.mean([row[score] for row in own])) for score in ("accuracy", "loss") if own)
             cells.append(" / ".join(f"{mean:.3f}" for mean in means) + (f" ({len(own)} seeds)" if len(own) > 1 else ""))
         print(f"| {name} | {best['trained']} | {best['lr']:g} | {' | '.join(cells)} |")
+
+
+@styled
+def plot(rows: list[Row]) -> None:
+    """Draw the table: accuracy and cross-entropy against ε, with error bars from the lowest to the highest seed."""
+    figure = Figure((9, 4))
+    axes = figure.subplots(1, 2)
+    places = [epsilon or 24.0 for epsilon in EPSILONS]  # without noise, at the right edge
+    for i, (name, _, groups) in enumerate(list_tuned(rows)):
+        method, comma, start = name.partition(", ")
+        label, color, marker = CURVES[method]
+        style = {"color": color, "marker": marker, **({} if start else {"markerfacecolor": "white", "ls": "--"})}
+        shifted = [x * 1.04 ** (i - 4) for x in places]  # so that equal values do not hide each other
+        points = [[{**row, "numbers": x} for row in own] for x, own in zip(shifted, groups, strict=True)]
+        private = [own for own in points[:-1] if own]
+        draw(axes[::-1], private, label=label + comma + start.replace("label ", ""), **style)
+        if points[-1]:
+            draw(axes[::-1], points[-1:], **{**style, "ls": ""})
+    for axis, label in zip(axes, ("accuracy", "cross-entropy, lower is better"), strict=True):
+        axis.set(xscale="log", xlabel="ε", ylabel=label)
+        axis.set_xticks(places, [f"{epsilon:g}" if epsilon else "no noise" for epsilon in EPSILONS])
+        axis.minorticks_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    save_figure(figure, FIGURE)
 
 
 def main() -> None:

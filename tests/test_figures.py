@@ -1,11 +1,15 @@
 """Figures are plotted without pyplot, so that a notebook keeps its backend."""
 
+import runpy
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
+from peft_intrinsic import figures
 from peft_intrinsic.analysis import CriticalLayers
 from peft_intrinsic.analysis.heat_map import heat_map
 from peft_intrinsic.bounds.sweep import plot_sweep
@@ -63,3 +67,37 @@ def test_axis_of_counts_has_labels_without_exponents_that_are_its_values(ends, e
 
 def test_every_method_has_a_name_for_figures():
     assert TITLES.keys() == METHODS.keys()
+
+
+@pytest.mark.skipif(find_spec("opacus") is None, reason="opacus is not installed")
+def test_figure_of_private_training_shows_the_range_of_the_seeds_at_the_best_learning_rate(monkeypatch):
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(benchmarks)
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    plot = runpy.run_path(str(benchmarks / "private.py"))["plot"]
+    names = ("name", "epsilon", "lr", "seed", "accuracy", "loss")
+    runs = [
+        ("head", 8.0, 0.016, 0, 0.70, 0.70),  # the lower cross-entropy counts
+        ("head", 8.0, 0.064, 0, 0.64, 0.62),
+        ("head", 8.0, 0.064, 1, 0.68, 0.60),
+        ("head", 1.0, 0.064, 0, 0.63, 0.64),
+        ("head", 1.0, 0.016, 0, 0.90, 0.10),
+        ("head", None, 0.064, 0, 0.65, 0.61),
+        ("d=64", 1.0, 0.064, 0, 0.90, 0.10),  # not tuned yet
+        ("LoRA r=8, head from label names", 8.0, 0.004, 0, 0.80, 0.50),  # no other cell yet
+    ]
+    plot([dict(zip(names, run, strict=True)) for run in runs])
+    expected = [
+        [[(0.63, 0.63), (0.64, 0.68)], [(0.65, 0.65)], [(0.80, 0.80)]],
+        [[(0.64, 0.64), (0.60, 0.62)], [(0.61, 0.61)], [(0.50, 0.50)]],
+    ]
+    for axes, ranges in zip(drawn[0].axes, expected, strict=True):
+        for container, ends in zip(axes.containers, ranges, strict=True):
+            line, _, (collection,) = container.lines
+            found = [(low, high) for (_, low), (_, high) in collection.get_segments()]
+            assert found == [pytest.approx(pair) for pair in ends]
+            assert list(line.get_ydata()) == pytest.approx([sum(pair) / 2 for pair in ends])
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0.5", "1", "3", "8", "no noise"]
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["head alone", "LoRA (r = 8), head from names"]
