@@ -17,6 +17,12 @@ from .version import REPOSITORY, pip_install
 
 HEADING = "## How to get started with this adapter"
 
+ADAPTER, BANK = "adapter", "adapter bank"
+"""What a card calls the folder."""
+
+BANK_FILE = "adapter_bank.safetensors"
+"""The name of the file with the rows of an adapter bank, and their names."""
+
 EXTRAS = {"INTRINSIC": "", "SUPERMASK": "[codec]"}
 """The methods of this package, and the extras that each needs to load an adapter."""
 
@@ -32,7 +38,7 @@ MODEL_CLASSES = {
 _TOP = re.compile(r"(?:---\n.*?^---\n)?.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
 """The text above the section: metadata, the title and everything up to the first heading."""
 
-_OWN = re.compile(rf"^{HEADING}$.*?(?=^#{{2,3}} |\Z)", re.DOTALL | re.MULTILINE)
+_OWN = re.compile(rf"^{HEADING}(?: bank)?$.*?(?=^#{{2,3}} |\Z)", re.DOTALL | re.MULTILINE)
 """The section itself, which is written again at every save: d and targets may be others."""
 
 _TEMPLATE_TITLE = "# Model Card for Model ID"
@@ -54,36 +60,43 @@ _WRITERS: tuple[tuple[str, str, str, Callable[..., Any]], ...] = (
 """Functions that replace the card: module, class and name, and how to get the folder of the card."""
 
 
-def _section(config: Mapping[str, Any]) -> str:
+def _section(config: Mapping[str, Any], what: str) -> str:
     method, name = config["peft_type"], config.get("base_model_name_or_path")
     loader, labels = MODEL_CLASSES.get(config.get("task_type") or ""), config.get("num_labels")
-    imports, code = "", f"base_model = ...  # load {name or 'the model'} as for the training of this adapter"
+    imports, code = "", f"base_model = ...  # load {name or 'the model'} as for the training of this {what}"
     if name and loader:
         more = f", num_labels={labels}" if labels else ""
         imports = f"from transformers import {loader}\n"
         code = f"base_model = {loader}.from_pretrained({name!r}{more})"
+    package, kind, result, note = "peft", "PeftModel", "model", _NO_KEY.format(method)
+    if what == BANK:
+        package, kind, result, note = "peft_intrinsic", "AdapterBank", "bank", ""
     return f"""
-{HEADING}
+{HEADING.replace(ADAPTER, what)}
 
-This adapter needs the package [peft_intrinsic]({REPOSITORY}) beside PEFT:
+This {what} needs the package [peft_intrinsic]({REPOSITORY}) beside PEFT:
 
 ```bash
 {pip_install(EXTRAS[method])}
 ```
 
-It then loads like any other adapter:
+It then loads {"on the base model" if what == BANK else "like any other adapter"}:
 
 ```python
-from peft import PeftModel
+from {package} import {kind}
 {imports}
 {code}
-model = PeftModel.from_pretrained(base_model, "path or name of this adapter")
+{result} = {kind}.from_pretrained(base_model, "path or name of this {what}")
 ```
 
-`KeyError: '{method}'` means that the package is not installed, or that its registration is switched off. In the second
+{note}{_describe(config)}
+"""
+
+
+_NO_KEY = """\
+`KeyError: '{}'` means that the package is not installed, or that its registration is switched off. In the second
 case, `import peft_intrinsic` before loading.
 
-{_describe(config)}
 """
 
 
@@ -129,11 +142,12 @@ def _remove_placeholders(text: str) -> str:
     return "".join(reversed(sections))
 
 
-def _tag(metadata: Any, config: Mapping[str, Any]) -> None:
-    """Set what the Hub filters by, and leave out a base model without a name."""
+def _tag(metadata: Any, config: Mapping[str, Any], what: str) -> None:
+    """Set what the Hub filters by, and leave out a base model without a name. A store of adapters lists no bank."""
     name = config.get("base_model_name_or_path")
     tags = {tag for tag in metadata.tags or [] if tag != "base_model:adapter:"}
-    tags |= {"peft", config["peft_type"].lower()} | ({f"base_model:adapter:{name}"} if name else set())
+    kind = "adapter-bank" if what == BANK else config["peft_type"].lower()
+    tags |= {"peft", kind} | ({f"base_model:adapter:{name}"} if name else set())
     metadata.tags = sorted(tags)
     metadata.base_model = metadata.base_model or name or None
 
@@ -152,16 +166,17 @@ def add_section(folder: Path) -> None:
     path = folder / "README.md"
     if not path.is_file() or (config := _find_config(folder)) is None:
         return
+    what = BANK if (folder / BANK_FILE).is_file() else ADAPTER
     text = _OWN.sub("", path.read_text(encoding="utf-8"))
     top = _TOP.match(text).end()  # type: ignore[union-attr]
     metadata, title, summary = text[:top].rstrip().partition(_TEMPLATE_TITLE)
     if title and _is_empty(summary.splitlines()):
         name = config.get("base_model_name_or_path") or "a base model"
-        title, summary = f"# Adapter for {name}", f"\n\nIt was trained with [peft_intrinsic]({REPOSITORY})."
-    text = f"{metadata}{title}{summary}\n{_section(config)}\n{_remove_placeholders(text[top:])}"
+        title, summary = f"# {what.capitalize()} for {name}", f"\n\nIt was trained with [peft_intrinsic]({REPOSITORY})."
+    text = f"{metadata}{title}{summary}\n{_section(config, what)}\n{_remove_placeholders(text[top:])}"
     if _OF_PEFT.match(text):
         card = ModelCard(text, ignore_metadata_errors=True)
-        _tag(card.data, config)
+        _tag(card.data, config, what)
         text = str(card)
     path.write_text(text, encoding="utf-8")
 

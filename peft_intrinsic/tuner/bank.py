@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model, load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers.utils import PushToHubMixin
 
 from .bank_files import describe_rows, find_broken, read_bank, save_adapter, write_bank
 from .batch_first import without_samples
@@ -159,7 +160,7 @@ def _support_sparse_norms() -> torch.library.Library:
     return library  # which unregisters when it is deleted
 
 
-class AdapterBank(nn.Module):
+class AdapterBank(PushToHubMixin, nn.Module):
     """K adapters of one projection as one matrix, selected by index or name for each sample of a batch, and trained.
 
     G and H of the projection do not depend on θ, so a batch with as many adapters as samples costs about as much as
@@ -212,33 +213,44 @@ class AdapterBank(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: Any, paths: str | os.PathLike | Sequence[str], adapter: str | None = None
+        cls,
+        model: Any,
+        paths: str | os.PathLike | Sequence[str],
+        adapter: str | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
     ) -> AdapterBank:
         """Load a saved bank, or saved adapters into a bank. `bank.requires_grad_()` makes it trainable.
 
         Args:
             model: a `PeftModel` with an intrinsic adapter. For a saved bank, the base model is enough.
-            paths: the folder of a saved bank. Or a list of adapters, folders or names on the Hub; row k of the bank is
-                then `paths[k]`.
+            paths: the folder of a saved bank, or its name on the Hub. Or a list of adapters, folders or names on the
+                Hub; row k of the bank is then `paths[k]`.
             adapter: name of the attached adapter with the projection; by default the active one.
+            revision: branch, tag or commit on the Hub.
+            token: access token of the Hub; by default the one that you logged in with.
+            cache_dir: the folder for downloads.
 
         Raises:
-            ValueError: an adapter has another projection than the attached one, which the error lists; or the file of a
-                bank is damaged.
+            ValueError: an adapter has another projection than the attached one, which the error lists; the file of a
+                bank is damaged; or there is neither such a folder nor such a name on the Hub.
         """
+        options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
         if isinstance(paths, str | os.PathLike):
-            config = IntrinsicConfig.from_pretrained(str(paths))
-            vectors, names = read_bank(config, Path(paths))
+            config = IntrinsicConfig.from_pretrained(os.fspath(paths), **options)
+            vectors, names = read_bank(config, os.fspath(paths), options)
             model = model if isinstance(model, PeftModel) else get_peft_model(model, config)
             _check_same(model.peft_config[find_adapter(model, adapter)], config, str(paths))
             return cls(model, vectors, adapter, names)
         own = model.peft_config[find_adapter(model, adapter)]
         rows = []
         for path in paths:
-            config = IntrinsicConfig.from_pretrained(path)
+            config = IntrinsicConfig.from_pretrained(path, **options)
             _check_full(config, path)
             _check_same(own, config, path)
-            weights = load_peft_weights(path, device="cpu")
+            weights = load_peft_weights(path, device="cpu", **options)
             rows.append(torch.cat(read_vectors(config, weights)).float())
         return cls(model, torch.stack(rows), adapter)
 
@@ -405,11 +417,14 @@ class AdapterBank(nn.Module):
         self._places = {BASE: -1, **{name: row for row, name in enumerate(names)}}
         self.rows = nn.Embedding.from_pretrained(vectors, sparse=True)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, max_shard_size: Any = None) -> None:
         """Save the bank: the rows with their names in one file, and the configuration of the adapters.
+
+        `push_to_hub` uploads the same files with a model card, as that of a `PeftModel`.
 
         Args:
             save_directory: the folder. After an error, its files are the old ones.
+            max_shard_size: an argument of `push_to_hub`. It has no effect: the rows are in one file.
 
         Raises:
             ValueError: a row has NaN or infinite values.

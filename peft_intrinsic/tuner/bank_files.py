@@ -6,21 +6,21 @@ import copy
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..card import BANK_FILE
 from .config import IntrinsicConfig
 from .files import REMEDY, checksum
 from .names import VECTOR
-
-FILE = "adapter_bank.safetensors"
-"""The name of the file with the rows of a bank, and their names."""
 
 
 @contextmanager
@@ -60,19 +60,22 @@ def write_bank(config: IntrinsicConfig, vectors: torch.Tensor, names: list[str],
     rows = vectors.detach().cpu().contiguous()
     written = {"names": json.dumps(names), "checksum": str(checksum(config, {json.dumps(names): rows}))}
     with _replacing(folder) as new:
-        save_file({"rows": rows}, new / FILE, metadata=written)
+        save_file({"rows": rows}, new / BANK_FILE, metadata=written)
         config.save_pretrained(new)
 
 
-def read_bank(config: IntrinsicConfig, folder: Path) -> tuple[torch.Tensor, list[str]]:
-    """Read the rows of a bank, `[K, d]`, and their names.
+def read_bank(config: IntrinsicConfig, folder: str, options: dict[str, Any]) -> tuple[torch.Tensor, list[str]]:
+    """Read the rows of a bank, `[K, d]`, and their names. A bank on the Hub is downloaded with these options.
 
     Raises:
         ValueError: the folder has no bank, or the file is not what was saved with this configuration.
     """
-    path = folder / FILE
+    path = Path(folder, BANK_FILE)
+    if not os.path.isdir(folder):
+        with suppress(EntryNotFoundError):
+            path = Path(hf_hub_download(folder, BANK_FILE, **options))
     if not path.exists():
-        raise ValueError(f"{folder} contains no {FILE}, so it is no saved bank. Pass saved adapters as a list.")
+        raise ValueError(f"{folder} contains no {BANK_FILE}, so it is no saved bank. Pass saved adapters as a list.")
     with safe_open(path, "pt") as file:
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         shape = found.get("rows", [])
@@ -83,7 +86,12 @@ def read_bank(config: IntrinsicConfig, folder: Path) -> tuple[torch.Tensor, list
         raise ValueError(f"{path}: these are not the rows, names and options that were saved. {REMEDY}")
     if not vectors.is_floating_point():
         raise ValueError(f"{path} contains {vectors.dtype}, not floating-point numbers. {REMEDY}")
-    names = json.loads(written["names"])
+    try:
+        names = json.loads(written.get("names", ""))
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: the names of the rows are not a list of strings. {REMEDY}")
     if len(broken := find_broken(vectors)):
         raise ValueError(f"{path}: rows {describe_rows(broken, names)} contain NaN or infinite values. {REMEDY}")
     return vectors, names

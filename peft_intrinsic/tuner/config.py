@@ -289,8 +289,17 @@ class IntrinsicConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """Load a configuration as in PEFT. A subspace file in the adapter's folder overrides the stored path."""
+        """Load a configuration as in PEFT. A subspace file in the adapter's folder overrides the stored path.
+
+        Raises:
+            ValueError: the configuration is that of another method.
+        """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        if not isinstance(config, cls):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has a {type(config).__name__}, not an IntrinsicConfig. Load it with "
+                "PeftModel.from_pretrained."
+            )
         if config.subspace is not None:
             config.subspace = find_subspace(pretrained_model_name_or_path, subfolder, config, kwargs)
         return config

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import batch, build
-from peft import PeftModel, get_peft_model
+from helpers.hub import serve_hub
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig
-from peft_intrinsic.tuner.bank_files import FILE
+from peft_intrinsic.card import BANK_FILE
+from peft_intrinsic.tuner.files import checksum
 
 NAMES = ["ann", "bob", "eve"]
 
@@ -112,11 +116,59 @@ def test_a_row_with_nan_is_named_and_the_others_work(tmp_path):
 def test_a_saved_bank_gives_the_same_outputs(tmp_path, adapter, attached):
     bank = named(adapter=adapter)
     bank.save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, "adapter_config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [BANK_FILE, "adapter_config.json"]
     loaded = AdapterBank.from_pretrained(named().model if attached else build("bert"), tmp_path).eval()
     assert loaded.names == NAMES
     assert not loaded.vectors.requires_grad
     assert torch.equal(logits(loaded, ["eve", "bob", "ann", "__base__"]), logits(bank, [2, 1, 0, -1]))
+
+
+def test_a_bank_on_the_hub_gives_the_same_outputs(tmp_path, monkeypatch):
+    """Pushed to a server on this machine, and loaded from there, with the token and the revision in each request."""
+    bank = named()
+    options = {"revision": "v1", "token": "hf_x", "cache_dir": tmp_path / "cache"}
+    with serve_hub(monkeypatch) as hub:
+        bank.push_to_hub("user/bank", token="hf_x")
+        assert sorted(hub.files) == ["README.md", BANK_FILE, "adapter_config.json"]
+        hub.requests.clear()
+        loaded = AdapterBank.from_pretrained(build("bert"), "user/bank", **options).eval()
+        assert {token for _, token in hub.requests} == {"Bearer hf_x"}
+        asked = {path.partition("/resolve/")[2] for path, _ in hub.requests}
+        assert asked == {f"v1/{BANK_FILE}", "v1/adapter_config.json"}
+        hub.files[BANK_FILE] = hub.files[BANK_FILE][:-1] + b"\x7f"
+        with pytest.raises(ValueError, match="not the rows, names and options that were saved"):
+            AdapterBank.from_pretrained(build("bert"), "user/bank", **{**options, "cache_dir": tmp_path / "other"})
+    assert loaded.names == NAMES
+    assert torch.equal(logits(loaded, ["eve", "bob", "ann", "__base__"]), logits(bank, [2, 1, 0, -1]))
+    card = ModelCard(hub.files["README.md"].decode())
+    assert {"peft", "adapter-bank"} <= set(card.data.tags)
+    assert "intrinsic" not in card.data.tags  # that of single adapters
+    assert "AdapterBank.from_pretrained(base_model, " in card.text
+    assert "PeftModel" not in card.text
+
+
+def test_adapters_on_the_hub_are_rows_of_a_bank(tmp_path, monkeypatch):
+    bank = named()
+    bank.save_adapter("bob", tmp_path / "bob")
+    with serve_hub(monkeypatch) as hub:
+        hub.files.update({path.name: path.read_bytes() for path in (tmp_path / "bob").iterdir()})
+        loaded = AdapterBank.from_pretrained(
+            bank.model, ["user/bob"], revision="v1", token="hf_x", cache_dir=tmp_path / "cache"
+        )
+        assert {token for _, token in hub.requests} == {"Bearer hf_x"}
+        asked = {path.partition("/resolve/")[2] for path, _ in hub.requests}
+        assert asked == {"v1/adapter_model.safetensors", "v1/adapter_config.json"}
+    assert torch.equal(loaded.vectors, bank.vectors[1:2])
+
+
+def test_a_name_on_the_hub_that_is_no_bank_raises(tmp_path, monkeypatch):
+    named().save_adapter("bob", tmp_path / "bob")
+    with serve_hub(monkeypatch) as hub:
+        with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json' at 'user/nothing'"):
+            AdapterBank.from_pretrained(build("bert"), "user/nothing", cache_dir=tmp_path)
+        hub.files.update({path.name: path.read_bytes() for path in (tmp_path / "bob").iterdir()})
+        with pytest.raises(ValueError, match=r"user/bob contains no adapter_bank.*saved adapters as a list"):
+            AdapterBank.from_pretrained(build("bert"), "user/bob", cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("said", [False, True])
@@ -148,9 +200,18 @@ def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch):
 
 
 def rewrite(folder: Path, vectors: torch.Tensor | None = None, **metadata: str) -> None:
-    with safe_open(folder / FILE, "pt") as file:
+    with safe_open(folder / BANK_FILE, "pt") as file:
         rows, written = file.get_tensor("rows"), file.metadata()
-    save_file({"rows": rows if vectors is None else vectors}, folder / FILE, {**written, **metadata})
+    save_file({"rows": rows if vectors is None else vectors}, folder / BANK_FILE, {**written, **metadata})
+
+
+HOSTILE = ["", "[1, 2, 3]", "[[], [], []]", '{"ann": 0, "bob": 1, "eve": 2}', "[" * 100_000]
+
+
+def rename(folder: Path, names: str) -> None:
+    """Write other names, with the checksum that belongs to them."""
+    rows = load_file(folder / BANK_FILE)["rows"]
+    rewrite(folder, names=names, checksum=str(checksum(IntrinsicConfig.from_pretrained(folder), {names: rows})))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +220,9 @@ def rewrite(folder: Path, vectors: torch.Tensor | None = None, **metadata: str) 
         (lambda folder: rewrite(folder, torch.zeros(3, 61)), "not one matrix 'rows' of 60 columns"),
         (lambda folder: rewrite(folder, torch.zeros(3, 60)), "not the rows, names and options that were saved"),
         (lambda folder: rewrite(folder, names=json.dumps(["bob", "ann", "eve"])), "not the rows, names and options"),
-        (lambda folder: (folder / FILE).unlink(), "contains no adapter_bank.safetensors.*saved adapters as a list"),
+        (lambda folder: (folder / BANK_FILE).unlink(), "contains no adapter_bank.*saved adapters as a list"),
+        (lambda folder: LoraConfig().save_pretrained(folder), "has a LoraConfig, not an IntrinsicConfig"),
+        *((partial(rename, names=text), "names of the rows are not a list of strings") for text in HOSTILE),
     ],
 )
 def test_files_of_a_bank_that_are_damaged_raise(tmp_path, damage, message):

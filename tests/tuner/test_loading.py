@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from unittest.mock import Mock
 
-import huggingface_hub
 import pytest
 import torch
 from accelerate import cpu_offload
 from conftest import adapter_calls, batch, build, evaluate, output, trained
-from huggingface_hub.errors import EntryNotFoundError
+from helpers.hub import serve_hub
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -27,7 +22,6 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertTokenizerFast, pipeline
-from transformers.utils import hub as transformers_hub
 
 from peft_intrinsic import IntrinsicConfig
 
@@ -162,76 +156,14 @@ def test_offloaded_layers_infer_and_merge(where, tmp_path, monkeypatch):
     torch.testing.assert_close(evaluate(model, "llama"), expected, rtol=1e-4, atol=1e-5)
 
 
-URL = f"{huggingface_hub.constants._HF_DEFAULT_ENDPOINT}/user/adapter"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as an upload of small files needs."""
-
-    files: dict[str, bytes]
-
-    def answer(self, body: dict) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_POST(self) -> None:
-        size = int(self.headers.get("Content-Length") or 0)
-        if size:
-            body = self.rfile.read(size)
-        else:
-            body = b""
-            while length := int(self.rfile.readline(), 16):
-                body += self.rfile.read(length)
-                self.rfile.readline()
-            self.rfile.readline()
-        if self.path.endswith("/preupload/main"):
-            wanted = json.loads(body)["files"]
-            return self.answer(
-                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in wanted]}
-            )
-        if "/commit/" in self.path:
-            for line in body.decode().splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            return self.answer({"success": True, "commitOid": "0" * 40, "commitUrl": f"{URL}/commit/0"})
-        return self.answer({"url": URL, "id": "user/adapter"})
-
-    def do_GET(self) -> None:
-        self.answer({"id": "user/adapter", "sha": "0" * 40, "siblings": [], "name": "user", "type": "user"})
-
-    def log_message(self, *args) -> None:
-        pass
-
-
 @pytest.mark.slow
 def test_push_to_hub_uploads_a_complete_adapter(tmp_path, monkeypatch):
     """A stub server on this machine receives a complete adapter."""
-    server = HTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"files": {}}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(huggingface_hub.hf_api, "ENDPOINT", address, raising=False)
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
-    monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # cached by an earlier call to the Hub
-    load = transformers_hub.ModelCard.load
-    no_card = Mock(side_effect=EntryNotFoundError("no card yet"))
-    either = Mock(side_effect=lambda card, **options: load(card) if Path(card).exists() else no_card())
-    monkeypatch.setattr(transformers_hub.ModelCard, "load", either)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     model = trained("bert", said=True, task_type="SEQ_CLS")
     expected = evaluate(model, "bert")
-    try:
+    with serve_hub(monkeypatch) as hub:
         model.push_to_hub("user/adapter", token="hf_x")
-    finally:
-        server.shutdown()
-        server.server_close()
-    files = server.RequestHandlerClass.files
+    files = hub.files
     for path, content in files.items():
         (tmp_path / Path(path).name).write_bytes(content)
     card = files["README.md"].decode()  # transformers writes a template over the saved one
