@@ -61,14 +61,14 @@ class IntrinsicConfig(PeftConfig):
     This is the configuration class to store the configuration of an [`IntrinsicModel`] (Aghajanyan et al. 2020, arXiv
     2012.13255).
 
-    Learning rate: begin with 2e-4 (AdamW, no weight decay) for every d. Above 4e-4 a run can collapse to the majority
-    class: lower it, or warm up. The gradient's norm is usually far above 1, so Trainer's `max_grad_norm=1.0` rescales
-    every step, which does not affect Adam.
+    Learning rate: begin with 2e-4 (AdamW, no weight decay) for every d. From 4e-4 on a run can collapse to the
+    majority class: lower it, or warm up. The gradient's norm is usually far above 1, so Trainer's `max_grad_norm=1.0`
+    rescales every step, which hardly affects Adam.
 
     Args:
         d (`int`):
             Number of trainable parameters, λ included (section 3: "exactly d parameters"). 200 are enough for a few
-            classes. With dozens of classes use `head="labels"`, or d of 20 and more per class.
+            classes. With more than ten classes use `head="labels"`, or d of 20 and more per class.
         said (`bool`):
             `False` is DID, `W = W0 + P(θ)` (section 3.1). `True` is SAID, `W_l = W0_l + λ_l P_l(θ)` (section 3.2), with
             a trainable scale per layer. d includes the m scales, so that θ has d − m entries.
