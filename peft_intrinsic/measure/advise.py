@@ -143,7 +143,7 @@ def advise(
     rank = measurements["rank"].run(Path(out, "rank"), engine, overwrite)
     full = [trial for trial in rank.trials if trial["d"] is None]
     seeds = sum(trial["seed"] != TUNING and trial["learning_rate"] == rank.baseline.learning_rate for trial in full)
-    same = replace(measurements["d"].plan, baseline_seeds=seeds)  # more would be another target
+    same = replace(measurements["d"].plan, baseline_seeds=seeds or None)  # more would be another target
     results = {"rank": rank, "d": replace(measurements["d"], plan=same).run(Path(out, "d"), engine, overwrite, full)}
     chosen = measurements["rank"].options
     base = load_without_weights(chosen.model, chosen.task_type, **measurements["rank"].task.head_options())

@@ -18,6 +18,7 @@ from sklearn.isotonic import IsotonicRegression
 from test_documents import tiny
 
 from peft_intrinsic.measure import analyze
+from peft_intrinsic.measure.advise import advise
 from peft_intrinsic.measure.evidence import TUNING
 from peft_intrinsic.text import TextFit
 from peft_intrinsic.text.methods import build_config, count_trained
@@ -258,3 +259,12 @@ def test_advice_on_a_task_that_is_learned(options):
     assert advice["rank"]["value"] in (1, 8)
     assert Path("out/rank/curve.png").exists()
     assert Path("out/d/report.md").exists()
+
+
+def test_given_scores_of_full_fine_tuning_replace_its_trials(options, scores, data, tmp_path):
+    trials = scores(score_exactly)
+    plan = {"dims": [16, 32, 64, 128, 256, 512], "learning_rates": ((1e-4,), (2e-4,)), "baseline": FULL}
+    settings = {"model": str(tmp_path / "base"), **data, "arguments": {**QUICK, "max_steps": 20}}
+    advice = advise(settings, RANKS, tmp_path / "given", plan)
+    assert not [d for _, d, _, _ in trials if d is None]
+    assert (advice.results["rank"].d, advice.results["d"].d) == (16, 256)
