@@ -62,29 +62,35 @@ def _private_parameters(model: Any) -> list[torch.nn.Parameter]:
     return own
 
 
-def _first(batch: Any, count: int | None) -> Any:
-    """The first samples of a batch; all of them for None."""
+def _select(batch: Any, rows: Any) -> Any:
+    """Some samples of a batch."""
     if isinstance(batch, Mapping):
-        return {key: _first(value, count) for key, value in batch.items()}
+        return {key: _select(value, rows) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return [_first(value, count) for value in batch]
-    return batch[:count]
+        return [_select(value, rows) for value in batch]
+    return batch[rows]
 
 
 def _prove_isolated(model: Any, losses: Callable[[Any], torch.Tensor], batch: Any, size: int) -> None:
-    """Check that the losses of the first half of a batch are the same without the other half.
+    """Check that the losses of a batch are the same when it is split: once for each binary digit of the indexes.
 
-    Both are computed without dropout. BatchNorm, which mixes samples in training mode only, is found by its type.
+    Every two samples differ in a digit, and so are apart in one of the splits. All losses are computed without dropout.
+    BatchNorm, which mixes samples in training mode only, is found by its type.
     """
     modes = [(module, module.training) for module in model.modules()]
+    digits = range((size - 1).bit_length())
+    parts = [[i for i in range(size) if i >> digit & 1 == value] for digit in digits for value in (0, 1)]
     model.eval()
     try:
         with torch.no_grad():
-            together, alone = losses(batch)[: size // 2], losses(_first(batch, size // 2))
+            together, alone = losses(batch), [losses(_select(batch, part)) for part in parts]
     finally:
         for module, mode in modes:
             module.training = mode
-    changed = (together - alone).abs() > 0.05 * together.abs().max()  # half precision depends on the batch, slightly
+    changed = torch.zeros_like(together, dtype=torch.bool)
+    limit = 0.05 * together.abs().max()  # half precision depends on the batch, slightly
+    for part, values in zip(parts, alone, strict=True):
+        changed[part] |= (together[part] - values).abs() > limit
     if changed.any():
         raise ValueError(
             f"The losses of samples {changed.nonzero().flatten().tolist()[:5]} depend on other samples of the batch, "
@@ -130,7 +136,7 @@ def compute_sample_gradients(model: Any, losses: Callable[[Any], torch.Tensor], 
             "The gradients of the batch before are still there. Call optimizer.step() and optimizer.zero_grad() after "
             "every batch: a sample that counts twice has twice the influence."
         )
-    sizes = {len(tensor) for tensor in tree_leaves(_first(batch, None))}
+    sizes = {len(tensor) for tensor in tree_leaves(_select(batch, slice(None)))}
     if len(sizes) > 1:
         raise ValueError(
             f"The tensors of the batch have first axes of {sorted(sizes)}, but each must have the samples."

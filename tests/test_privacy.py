@@ -294,6 +294,16 @@ def normalized_by_the_batch(model, samples) -> torch.Tensor:
     return cross_entropy(model(x), y, reduction="none") / len(y)
 
 
+def relative_to_the_first(model, samples) -> torch.Tensor:
+    x, y = samples
+    return cross_entropy(model(x) + 3 * model(x)[:1], y, reduction="none")
+
+
+def summed_by_pairs(model, samples) -> torch.Tensor:
+    each = losses_of_points(model, samples)
+    return torch.stack([each[i - i % 2 : i - i % 2 + 2].sum() for i in range(len(each))])
+
+
 @pytest.mark.parametrize("losses", [contrastive, normalized_by_the_batch])
 def test_losses_that_depend_on_other_samples_raise(losses):
     model = tiny()
@@ -303,6 +313,14 @@ def test_losses_that_depend_on_other_samples_raise(losses):
     with pytest.raises(ValueError, match=r"losses of samples \[0, .* depend on other samples"):
         compute_sample_gradients(model, partial(losses, model), samples)
     assert model.training
+
+
+@pytest.mark.parametrize("losses", [relative_to_the_first, summed_by_pairs])
+def test_losses_that_depend_on_samples_of_the_same_half_raise(losses):
+    model = tiny()
+    samples = next(iter(DataLoader(points(8), batch_size=8)))
+    with pytest.raises(ValueError, match="depend on other samples"):
+        compute_sample_gradients(model, partial(losses, model), samples)
 
 
 @pytest.mark.filterwarnings("ignore:Training updates the running statistics")
