@@ -222,7 +222,7 @@ class Choices:
         count = len(theta)
         rows = self._here.rows or count
         first = self._first.get(name)
-        if x.dim() > 1 and len(x) == 1 and first is not False and self._first:
+        if x.dim() > 1 and len(x) == 1 and count <= rows and first is not False and self._first:
             return theta, x.expand(count, *x.shape[1:])
         repeats = rows // count
         if not (first and repeats in (1, self._here.repeats) and len(x) == rows == repeats * count):

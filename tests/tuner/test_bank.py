@@ -96,6 +96,16 @@ def test_indexes_that_are_missing_or_outside_the_bank_raise():
         bank(adapter_index=[0, 1, 2], **batch("bert"))
 
 
+@pytest.mark.parametrize("projection", ["value_bias", "value_lora", "fastfood"])
+def test_several_indexes_for_one_sample_raise(projection):
+    """A Llama would take the second row of values for further heads."""
+    config = IntrinsicConfig(d=20, projection=projection, target_modules=["v_proj"])
+    bank = AdapterBank(get_peft_model(build("llama"), config).eval(), 2)
+    with pytest.raises(ValueError, match="chosen for 2 samples, .* in a batch of 1"):
+        bank(adapter_index=[0, 1], input_ids=batch("llama")["input_ids"][:1])
+    assert bank(adapter_index=[1], input_ids=batch("llama")["input_ids"][:1]).logits.shape[0] == 1
+
+
 def test_a_row_with_nan_is_named_and_the_others_work(tmp_path):
     bank = named()
     bank.save_pretrained(tmp_path)
