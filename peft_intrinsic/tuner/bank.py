@@ -18,12 +18,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.utils import PushToHubMixin
 
+from .attach import LIMITS as VALUE_LIMITS
 from .bank_files import describe_rows, find_broken, read_bank, save_adapter, write_bank
 from .batch_first import without_samples
 from .batches import Choices, Route
 from .config import IntrinsicConfig
 from .files import read_vectors
+from .label_head import LIMITS as LABEL_LIMITS
 from .layer import find_adapter
+from .sketch import check_sketch
 
 BASE = "__base__"
 """PEFT's name for the base model without an adapter."""
@@ -122,6 +125,13 @@ def _check_full(config: IntrinsicConfig, what: str) -> None:
 def _check_same(own: IntrinsicConfig, other: IntrinsicConfig, path: str) -> None:
     if unlike := own.differences(other):
         raise ValueError(f"{path} cannot join the bank: it differs from the attached adapter in {unlike}.")
+    checks = (
+        ("value_sketch", VALUE_LIMITS, "directions of value biases"),
+        ("label_sketch", LABEL_LIMITS, "rows of the head from the labels' texts"),
+    )
+    for name, limits, what in checks:
+        if here := getattr(own, name):
+            check_sketch(other, name, here, limits, f"{path}: the {what}")
 
 
 @cache
@@ -234,8 +244,9 @@ class AdapterBank(PushToHubMixin, nn.Module):
             cache_dir: the folder for downloads.
 
         Raises:
-            ValueError: an adapter has another projection than the attached one, which the error lists; the file of a
-                bank is damaged; or there is neither such a folder nor such a name on the Hub.
+            ValueError: an adapter has another projection than the attached one, which the error lists, or another base
+                model by its sketch; the file of a bank is damaged; or there is neither such a folder nor such a name on
+                the Hub.
         """
         options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
         if isinstance(paths, str | os.PathLike):
@@ -339,7 +350,7 @@ class AdapterBank(PushToHubMixin, nn.Module):
             _check_full(self.model.peft_config[name], f"the active adapter {name!r}")
         check_mixable(self.model.get_base_model(), self._layers, set())
         if not isinstance(index, torch.Tensor) and any(isinstance(each, str) for each in index):
-            index = self.find([str(each) for each in index])
+            index = self.find(index)  # type: ignore[arg-type]  # an index among names is none of them
         chosen = torch.as_tensor(index, device=self.vectors.device)
         if (
             chosen.is_floating_point()
@@ -377,7 +388,7 @@ class AdapterBank(PushToHubMixin, nn.Module):
             ValueError: a name is not in the bank.
         """
         names = list(names)
-        if unknown := sorted({name for name in names if name not in self._places}):
+        if unknown := sorted({name for name in names if name not in self._places}, key=str):
             raise ValueError(f"names={unknown[:10]} are not in the bank. Add them with append, or see bank.names.")
         return [self._places[name] for name in names]
 

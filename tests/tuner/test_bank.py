@@ -43,6 +43,13 @@ def test_names_select_the_same_rows_as_indexes():
         logits(bank, ["eve", "dan", "ann", "eve"])
 
 
+def test_indexes_among_names_raise():
+    """Index 0 is not the name "0"."""
+    bank = AdapterBank(named().model, 2, names=["1", "0"])
+    with pytest.raises(ValueError, match=r"names=\[0\] are not in the bank"):
+        logits(bank, [0, "1", "1", "1"])
+
+
 @pytest.mark.parametrize("names", [["ann", "ann", "bob"], ["ann", "__base__", "bob"]])
 def test_names_that_are_not_unique_raise(names):
     with pytest.raises(ValueError, match=r"names=\['(ann|__base__)'\] occur twice, or name the base model"):
@@ -101,7 +108,7 @@ def test_several_indexes_for_one_sample_raise(projection):
     """A Llama would take the second row of values for further heads."""
     config = IntrinsicConfig(d=20, projection=projection, target_modules=["v_proj"])
     bank = AdapterBank(get_peft_model(build("llama"), config).eval(), 2)
-    with pytest.raises(ValueError, match="chosen for 2 samples, .* in a batch of 1"):
+    with pytest.raises(ValueError, match=r"chosen for 2 samples, .* in a batch of 1"):
         bank(adapter_index=[0, 1], input_ids=batch("llama")["input_ids"][:1])
     assert bank(adapter_index=[1], input_ids=batch("llama")["input_ids"][:1]).logits.shape[0] == 1
 
@@ -247,6 +254,22 @@ def test_a_bank_of_another_projection_raises(tmp_path):
     model = get_peft_model(build("bert"), IntrinsicConfig(d=60, said=True, target_modules="all-linear", seed=3))
     with pytest.raises(ValueError, match=r"cannot join the bank: it differs.*seed \(3 and 0\)"):
         AdapterBank.from_pretrained(model, tmp_path)
+
+
+@pytest.mark.parametrize("saved", ["bank", "adapter"])
+def test_value_biases_of_another_base_model_raise(tmp_path, saved):
+    """Other weights have other directions, which no option shows."""
+    bank = AdapterBank(get_peft_model(build("llama"), IntrinsicConfig(d=20)), 2)
+    bank.save_pretrained(tmp_path / "bank")
+    bank.save_adapter(0, tmp_path / "adapter")
+    paths = {"bank": str(tmp_path / "bank"), "adapter": [str(tmp_path / "adapter")]}[saved]
+    assert AdapterBank.from_pretrained(bank.model, paths).vectors.shape[1] == 20
+    other = build("llama")
+    for layer in other.model.layers:
+        torch.nn.init.normal_(layer.self_attn.o_proj.weight)
+    model = get_peft_model(other, IntrinsicConfig(d=20))
+    with pytest.raises(ValueError, match=rf"{saved}: the directions of value biases of this base model differ"):
+        AdapterBank.from_pretrained(model, paths)
 
 
 def test_copies_of_a_bank_have_their_own_rows_and_model():
