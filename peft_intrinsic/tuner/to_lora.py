@@ -19,6 +19,7 @@ from .base_model import base_modules, base_parameters
 from .layer import IntrinsicLayer, find_adapter
 from .modules import IntrinsicEmbedding, IntrinsicLinear
 from .names import canonical, is_named
+from .targets import HEAD_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ def convert_to_lora(
     """Convert an intrinsic adapter to a LoRA with equal outputs within rounding, without a decomposition.
 
     The rank is the block size n (times the chunks of a tensor of more than 16,384 rows), or one under `"value_lora"`.
-    Alpha equals the rank. A head that is missing from the checkpoint becomes one of `modules_to_save`, as do fully
-    trained modules.
+    Alpha equals the rank. An adapted or newly initialized head becomes one of `modules_to_save`, as do fully trained
+    modules. With a head that stays as in the base model, the LoRA has no task type: PEFT would look for the head in it.
 
     Args:
         model: a `PeftModel` with an intrinsic adapter.
@@ -56,7 +57,6 @@ def convert_to_lora(
     config = model.peft_config[find_adapter(model, adapter_name)]
     base = model.get_base_model()
     names = {id(module): name for name, module in base_modules(base)}
-    whole = {name.rpartition(".")[0] for name in config.reinitialized or []}
     beside = {
         key: cast(Any, module).adapter_state_dict(adapter_name, module.state_dict())
         for key, module in base.named_modules()
@@ -66,12 +66,22 @@ def convert_to_lora(
     ranks: dict[str, int] = {}
     lost: list[str] = []
     layers = [m for m in base.modules() if isinstance(m, IntrinsicLayer) and adapter_name in m.offsets]
+    full = {key for key in beside if is_named(config.full_modules or (), key)}
+    heads = {name for name in HEAD_NAMES.get(config.task_type or "", ()) if hasattr(base, name)}
+
+    def outer(module: str) -> str:  # PEFT looks for the whole head
+        head = module.partition(".")[0]
+        return head if head in heads else module
+
+    adapted = {outer(names[id(layer.get_base_layer())]) for layer in layers}
+    new = {outer(name.rpartition(".")[0]) for name in config.reinitialized or []}
+    whole = new | (heads & {*adapted, *map(outer, full)})
     if any(layer.merged for layer in layers):
         raise ValueError("An adapter is merged, so its offset would count twice. Call unmerge_adapter() first.")
     for layer in layers:
         module = names[id(layer.get_base_layer())]
         for own, offset in layer.offsets[adapter_name].items():
-            if module in whole:
+            if outer(module) in whole:
                 delta = layer.get_delta_weight(adapter_name, own)
                 state[f"{PREFIX}{module}.{own}"] = layer.base_parameter(own) + delta
             elif _rank(layer, own, offset.projection):
@@ -83,11 +93,10 @@ def convert_to_lora(
             else:
                 lost.append(f"{module}.{own}")
     for name, (owner, own) in base_parameters(base).items():
-        if name.rpartition(".")[0] in whole:  # a plain base model also lacks the parameters that are not adapted
+        if outer(name.rpartition(".")[0]) in whole:  # a plain base model also lacks the parameters that are not adapted
             state.setdefault(PREFIX + name, owner._parameters[own].detach().clone())  # type: ignore[union-attr]
     for key, trained in beside.items():
         state |= {f"{PREFIX}{canonical(key, base)}.{own}": value.clone() for own, value in trained.items()}
-    full = {key for key in beside if is_named(config.full_modules or (), key)}
     if lost and not accept_loss:
         norms = {
             f"{names[id(layer.get_base_layer())]}.{own}": float(
@@ -113,9 +122,9 @@ def convert_to_lora(
         rank_pattern=smaller,
         alpha_pattern=smaller,
         fan_in_fan_out=all(isinstance(base.get_submodule(name).base_layer, Conv1D) for name in ranks),
-        modules_to_save=sorted({*whole, *full}) or None,
+        modules_to_save=sorted({*whole, *map(outer, full)}) or None,
         trainable_token_indices=config.trainable_token_indices or None,
-        task_type=config.task_type,
+        task_type=config.task_type if heads <= whole else None,  # with one, PEFT looks for the head in the file
         base_model_name_or_path=config.base_model_name_or_path,
         inference_mode=True,
     )

@@ -14,7 +14,7 @@ from peft.tuners.lora.conversion import save_as_lora as peft_save
 from peft.utils.save_and_load import get_base_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from peft_intrinsic import IntrinsicConfig, convert_to_lora, save_as_lora
 
@@ -106,6 +106,42 @@ def test_a_new_head_is_stored_in_modules_to_save(tmp_path):
     merged = model.merge_and_unload().classifier
     torch.testing.assert_close(found.weight, merged.weight, **CLOSE)
     torch.testing.assert_close(found.bias, merged.bias, **CLOSE)
+
+
+HEAD = [f"classifier.{layer}.{kind}" for layer in ("dense", "out_proj") for kind in ("weight", "bias")]
+
+
+@pytest.mark.parametrize(
+    ("options", "saved"),
+    [
+        ({"reinitialized": HEAD}, ["classifier"]),
+        ({"reinitialized": []}, ["classifier"]),  # the checkpoint has a head, which is adapted
+        ({"reinitialized": [], "head": "keep"}, None),
+        ({"head": "keep", "modules_to_save": ["out_proj"]}, ["classifier"]),
+    ],
+    ids=["new", "trained", "frozen", "part"],
+)
+def test_heads_of_several_layers_load_in_peft(tmp_path, options, saved):
+    """PEFT looks for the whole head in the file, whatever the configuration lists."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        settings = {"vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return RobertaForSequenceClassification(RobertaConfig(**settings, intermediate_size=40, num_labels=3)).eval()
+
+    config = IntrinsicConfig(
+        d=60, init_weights=False, task_type="SEQ_CLS", target_parameters=["value.weight"], block_size=8, **options
+    )
+    model = get_peft_model(base(), config).eval()
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data.add_(0.1)
+    expected = evaluate(model, "bert")
+    save_as_lora(tmp_path, model)
+    lora = PeftModel.from_pretrained(base(), tmp_path).eval()
+    torch.testing.assert_close(evaluate(lora, "bert"), expected, **CLOSE)
+    assert convert_to_lora(model)[0].modules_to_save == saved
+    assert (expected - evaluate(base(), "bert")).abs().max() > 1e-4
 
 
 def test_conversions_that_cannot_work_raise():
