@@ -109,11 +109,11 @@ class LoraExpander:
 
 
 @torch.no_grad()
-def _with_vectors(model: PeftModel, theta: torch.Tensor, *scales: torch.Tensor) -> PeftModel:
+def _with_vectors(model: PeftModel, *vectors: torch.Tensor) -> PeftModel:
     """Set θ and λ of the only adapter."""
     vector: Any = model.base_model.vector
     own = [each.weight for each in (*vector.intrinsic_theta.values(), *vector.intrinsic_lambda.values())]
-    values = [each for each in (theta, *scales) if len(each)]
+    values = [each for each in vectors if len(each)]
     if (sizes := [len(each) for each in own]) != (stored := [len(each) for each in values]):
         raise ValueError(f"The adapter has {stored} entries of θ and λ instead of {sizes}. Save it again.")
     for parameter, value in zip(own, values, strict=True):

@@ -149,6 +149,13 @@ def test_another_length_of_theta_raises(expander, tmp_path):
             expander.expand(data)
 
 
+def test_a_file_without_theta_raises(expander, tmp_path):
+    adapted(1).save_pretrained(tmp_path)
+    data = save({"other": torch.zeros(2)}, {"adapter_config": (tmp_path / "adapter_config.json").read_text()})
+    with pytest.raises(ValueError, match=r"The adapter has \[\] entries of θ and λ instead of \[20\]"):
+        expander.expand(data)
+
+
 def test_safetensors_without_their_configuration_raise(expander, tmp_path):
     adapted(1).save_pretrained(tmp_path)
     data = bare(tmp_path)
