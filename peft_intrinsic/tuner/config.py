@@ -145,7 +145,7 @@ class IntrinsicConfig(PeftConfig):
             `"lora"`: adapt only what is exactly a LoRA, for servers such as vLLM. Where `projection=None` would be
             `"value_bias"`, it is `"value_lora"` (rank 1). Otherwise it adapts the weights of linear layers with
             `block_size=8` (rank 8). The rank and the size of the LoRA are logged. Options that select anything else
-            raise `ValueError`. It is resolved to other options, and so not saved.
+            raise `ValueError`. Attaching resolves it to other options, so adapters do not store it.
         init_weights (`bool`):
             `True` starts at θ = 0, the pretrained model itself. `False` starts at a random θ from torch's generator,
             for tests.
@@ -277,9 +277,10 @@ class IntrinsicConfig(PeftConfig):
         return ", ".join(f"{name}={value}" for name, value in options.items() if value)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dictionary, without `serving`, which other options result from."""
+        """The configuration as a dictionary. Once attached, it lacks `serving`, which other options result from."""
         stored = super().to_dict()
-        del stored["serving"]
+        if self.manifest is not None:
+            del stored["serving"]
         return {
             **stored,
             "modules_to_save": self.full_modules,

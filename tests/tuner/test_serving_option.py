@@ -166,6 +166,12 @@ def test_a_layer_whose_name_ends_another_one_s_raises():
         get_peft_model(base, IntrinsicConfig(d=4, serving="lora", target_modules=r"a"))
 
 
+def test_a_configuration_that_is_not_attached_yet_stores_the_option(tmp_path):
+    IntrinsicConfig(d=20, serving="lora").save_pretrained(tmp_path)
+    config = IntrinsicConfig.from_pretrained(tmp_path)
+    assert get_peft_model(base("llama"), config).peft_config["default"].projection == "value_lora"
+
+
 def test_one_configuration_serves_several_models():
     config = IntrinsicConfig(d=20, serving="lora")
     found = [get_peft_model(base(family), config).peft_config["default"] for family in ("llama", "vit", "gpt2")]
