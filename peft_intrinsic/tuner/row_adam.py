@@ -24,6 +24,9 @@ class RowAdam(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: decay of the weights of the rows in use, times the learning rate.
 
+    Raises:
+        ValueError: an option is out of range.
+
     Example:
         >>> optimizer = RowAdam(bank.parameters(), lr=2e-4)
     """
@@ -36,6 +39,11 @@ class RowAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
+        for name, value in {"lr": lr, "eps": eps, "weight_decay": weight_decay}.items():
+            if not value >= 0:
+                raise ValueError(f"{name}={value} must be at least 0.")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas} must be from 0 to below 1.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

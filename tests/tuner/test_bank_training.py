@@ -290,6 +290,15 @@ def test_only_the_rows_are_parameters_and_only_they_learn():
     assert changed.tolist() == [False, True, False, True, False]
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"lr": -1.0}, {"lr": float("nan")}, {"betas": (0.9, 1.0)}, {"eps": -1e-8}, {"weight_decay": -0.1}]
+)
+def test_options_of_row_adam_out_of_range_raise_as_in_torch(wrong):
+    parameters = list(torch.nn.Embedding(2, 3, sparse=True).parameters())
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))}=.* must be"):
+        RowAdam(parameters, **wrong)
+
+
 def test_a_gradient_that_is_not_finite_updates_no_row():
     bank = AdapterBank(get_peft_model(build("bert"), IntrinsicConfig(d=60)), 3)
     optimizer, before = RowAdam(bank.parameters()), bank.vectors.detach().clone()
