@@ -146,8 +146,9 @@ class LanguageCertificate(Claims):
         return risk + smoothed_span(alpha, self.vocabulary) * hoeffding(0.0, n, nats, self.delta)
 
     def claim(self) -> str:
-        """Return the claim as a phrase."""
-        return f"at most {_ceil(self.bound)} bits per token of new documents, {format_confidence(self.delta)}"
+        """Return the claim as a phrase. A document's loss covers the tokens that `max_length` leaves of it."""
+        bits = f"{_ceil(self.bound)} bits per token of new documents, cut off like these"
+        return f"at most {bits}, {format_confidence(self.delta)}"
 
     def report(self) -> str:
         """Return the certificate as a table for people; bounds are rounded up."""

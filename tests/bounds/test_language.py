@@ -93,7 +93,8 @@ def test_json_gives_the_certificate_back():
 def test_report_states_the_bounds_rounded_up_and_the_conditions():
     shown = WHOLE.report()
     assert WHOLE.claim() in shown
-    assert f"{math.ceil(WHOLE.bound * 1e4) / 1e4:.4f} bits per token of new documents, with confidence 90 %" in shown
+    bits = f"{math.ceil(WHOLE.bound * 1e4) / 1e4:.4f} bits per token of new documents"
+    assert f"{bits}, cut off like these, with confidence 90 %" in shown
     assert f"at most {math.ceil(WHOLE.untrained_bound * 1e4) / 1e4:.4f} bits; the certified bound is not below" in shown
     assert "200 of 1000, sampled" in shown
     assert all(f"- {condition}\n" in shown for condition in LANGUAGE_CONDITIONS)
