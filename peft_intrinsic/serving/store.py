@@ -33,7 +33,7 @@ class AdapterStore(Protocol):
         """
 
     def names(self) -> Iterator[str]:
-        """Iterate over all names, in the order of code points."""
+        """Iterate over the names that `get` takes, in the order of code points."""
 
 
 def check_name(name: str) -> None:
@@ -123,7 +123,7 @@ class DatabaseStore:
     def names(self) -> Iterator[str]:
         query = self._sql.select(self._table.c.name).order_by(self._table.c.name)
         with self.engine.connect() as connection:
-            yield from connection.execute(query).scalars()
+            yield from filter(NAME.fullmatch, connection.execute(query).scalars())
 
 
 class HubStore:
@@ -152,7 +152,7 @@ class HubStore:
         from huggingface_hub import HfApi
 
         found = HfApi().list_models(author=self.organization, filter="intrinsic")
-        yield from sorted(model.id.rpartition("/")[2] for model in found)
+        yield from filter(NAME.fullmatch, sorted(model.id.rpartition("/")[2] for model in found))
 
 
 def open_store(url: str) -> AdapterStore:

@@ -71,6 +71,8 @@ def test_hostile_names_raise(folder, database, name):
     for url in (str(folder), f"sqlite:///{database}", "hub:someone"):
         with pytest.raises(ValueError, match="no name of an adapter"):
             open_store(url).get(name)
+    with sqlite3.connect(database) as connection:
+        connection.execute("INSERT INTO adapters VALUES (?, ?)", (name, b"PIA3"))
     assert list(open_store(f"sqlite:///{database}").names()) == ["ann", "bob"]
 
 
