@@ -316,6 +316,8 @@ class IntrinsicModel(CheckedTuner):
             raise ValueError(f"combination_type must be 'linear', which is exact here, got {combination_type!r}.")
         if len(adapters) != len(weights) or not adapters:
             raise ValueError(f"adapters ({len(adapters)}) and weights ({len(weights)}) must be as many, at least one.")
+        if not all(map(math.isfinite, weights)):
+            raise ValueError(f"weights={weights} must be finite.")
         if unknown := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"adapters={unknown} are not attached. Attached are {list(self.peft_config)}.")
         if adapter_name in self.peft_config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -174,6 +175,7 @@ def test_weighted_sum_is_exact(said):
         ((["default", "elsewhere"], [1, 1], "sum"), r"no exact sum.*seed \(0 and 1\)"),
         ((["default", "absent"], [1, 1], "sum"), r"adapters=\['absent'\] are not attached"),
         ((["default", "second"], [1], "sum"), "must be as many"),
+        ((["default", "second"], [1, math.nan], "sum"), r"weights=\[1, nan\] must be finite"),
         ((["default", "second"], [1, 1], "wider"), "adapter_name='wider' is taken"),
         ((["default", "second"], [1, 1], "sum", "svd"), "combination_type must be 'linear'"),
     ],
