@@ -104,8 +104,9 @@ def select_by_name(tuner: Any, names: Sequence[str], batch: int) -> Iterator[Non
         yield
 
 
-def _with_names(module: nn.Module, args: Any, kwargs: Any, names: list[str], choices: Choices) -> tuple[Any, Any]:
-    return args, kwargs if choices.proving else {**kwargs, "adapter_names": names}
+def _with_names(module: Any, args: Any, kwargs: Any, names: list[str], choices: Choices) -> tuple[Any, Any]:
+    own = [name if name in module._adapters else BASE for name in names]
+    return args, kwargs if choices.proving else {**kwargs, "adapter_names": own}
 
 
 def _route(vector: Any, adapter: str, vectors: torch.Tensor) -> Route:

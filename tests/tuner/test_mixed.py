@@ -198,6 +198,19 @@ def test_modules_to_save_follow_the_sample():
     torch.testing.assert_close(found, alone(model, "bert", adapters), **CLOSE)
 
 
+@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": list(range(40))}])
+def test_an_adapter_without_modules_to_save_uses_those_of_the_base_model(options):
+    model = trained("llama", target_modules=["q_proj"], **options)
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name or "trainable_tokens_delta" in name:
+            parameter.data.add_(0.1)
+    model.add_adapter("plain", IntrinsicConfig(d=30, target_modules=["v_proj"], init_weights=False))
+    adapters = ["plain", "default", "__base__", "plain"]
+    with torch.no_grad():
+        found = output(model, {**batch("llama"), "adapter_names": adapters})
+    torch.testing.assert_close(found, alone(model, "llama", adapters), **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
