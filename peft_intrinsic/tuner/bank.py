@@ -20,7 +20,7 @@ from transformers.utils import PushToHubMixin
 
 from .attach import LIMITS as VALUE_LIMITS
 from .bank_files import describe_rows, find_broken, read_bank, save_adapter, write_bank
-from .batch_first import without_samples
+from .batch_first import count_samples, without_samples
 from .batches import Choices, Route
 from .config import IntrinsicConfig
 from .files import read_vectors
@@ -310,16 +310,23 @@ class AdapterBank(PushToHubMixin, nn.Module):
             kwargs: arguments of the model, by name.
 
         Raises:
-            ValueError: `adapter_index` is missing.
+            ValueError: `adapter_index` is missing, or not one for each sample.
         """
         if adapter_index is None:
             raise ValueError(
                 "adapter_index is missing. Pass the row of the bank for each sample. In a dataset it must be a column "
                 "of integers, such as bank.find(names), as data collators drop strings."
             )
-        with self.select(adapter_index):
+        with self.select(adapter_index):  # which checks it
+            root, count = self.model.get_base_model(), len(adapter_index)
+            rows = count_samples(root, {**{str(i): value for i, value in enumerate(args)}, **kwargs})
+            if rows not in (None, count):  # a compiled model does not know them
+                raise ValueError(
+                    f"Adapters were chosen for {count} samples in a batch of {rows}: adapter_index={adapter_index}. "
+                    "Pass one row of the bank for each sample."
+                )
             if not hasattr(self.model, "_is_fsdp_managed_module"):  # whose parameters are whole in its own call only
-                self._vector.choices.prove(self.model.get_base_model(), args, kwargs)  # as a compiled model cannot
+                self._vector.choices.prove(root, args, kwargs)  # as a compiled model cannot
             return self.model(*args, **kwargs)
 
     @contextmanager

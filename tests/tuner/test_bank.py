@@ -104,13 +104,19 @@ def test_indexes_that_are_missing_or_outside_the_bank_raise():
 
 
 @pytest.mark.parametrize("projection", ["value_bias", "value_lora", "fastfood"])
-def test_several_indexes_for_one_sample_raise(projection):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_several_indexes_for_one_sample_raise(projection, compiled):
     """A Llama would take the second row of values for further heads."""
     config = IntrinsicConfig(d=20, projection=projection, target_modules=["v_proj"])
-    bank = AdapterBank(get_peft_model(build("llama"), config).eval(), 2)
-    with pytest.raises(ValueError, match=r"chosen for 2 samples, .* in a batch of 1"):
-        bank(adapter_index=[0, 1], input_ids=batch("llama")["input_ids"][:1])
-    assert bank(adapter_index=[1], input_ids=batch("llama")["input_ids"][:1]).logits.shape[0] == 1
+    bank, ids = AdapterBank(get_peft_model(build("llama"), config).eval(), 2), batch("llama")["input_ids"]
+    if compiled:
+        bank.model.compile(backend="eager")
+    with pytest.raises(ValueError, match="chosen for 2 samples in a batch of 1"):
+        bank(adapter_index=[0, 1], input_ids=ids[:1])
+    if not compiled:
+        assert len(bank(adapter_index=[1], input_ids=ids[:1]).logits) == 1
+        with pytest.raises(ValueError, match=r"chosen for 2 samples, .* in a batch of 1"), bank.select([0, 1]):
+            bank.model(input_ids=ids[:1])
 
 
 def test_a_row_with_nan_is_named_and_the_others_work(tmp_path):
