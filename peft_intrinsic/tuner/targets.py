@@ -362,6 +362,11 @@ def _specify(config: Any, count: int, shapes: Shapes, values: Mapping[str, Value
                 f"d={config.d} exceeds the {size} values of the attention layers{head}. Use d ≤ {size} or "
                 "projection='fastfood'."
             )
+        if config.block_size is not None and config.manifest is None and sizes.keys() <= values.keys():
+            raise ValueError(
+                f"block_size={config.block_size} has no effect on projection={config.projection!r}, whose biases have "
+                "no blocks. Leave it out, or use projection='fastfood'."
+            )
     option = "target_modules" if config.target_modules is not None else "target_parameters"
     if config.d > total:
         raise ValueError(

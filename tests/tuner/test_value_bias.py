@@ -196,6 +196,7 @@ def test_options_of_targets_select_attention_layers(options, layers):
         ("gpt2", {"d": 49}, "d=49 exceeds the 48 values"),  # of 144, with queries and keys
         ("bert", {"d": 200, "task_type": "SEQ_CLS", "reinitialized": []}, "the 123 values .* and weights of the head"),
         ("llama", {"add_bias": True}, "add_bias=True does not go with projection='value_bias'"),
+        ("llama", {"block_size": 8}, "block_size=8 has no effect on projection='value_bias'"),
     ],
 )
 def test_what_cannot_work_raises(family, options, message):
