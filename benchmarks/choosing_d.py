@@ -56,7 +56,7 @@ def curve_of_many_classes(rows: list[Row], task: str, head: str) -> tuple[dict[i
     mine = [row for row in rows if row["task"] == task]
     curve: dict[int, list[float]] = {}
     for row in mine:
-        if (row["method"], row["head"]) == ("intrinsic", head):
+        if (row["method"], row["head"], row.get("lr")) == ("intrinsic", head, RATE):
             curve.setdefault(row["d"], []).append(row["accuracy"])
     names = {"frozen": "logistic regression", "lora": "LoRA, r = 8", "full": "full fine-tuning"}
     best = max((row for row in mine if row["method"] in names), key=lambda row: row["validation"])

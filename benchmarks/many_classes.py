@@ -228,13 +228,14 @@ def table() -> None:
     """Print mean accuracies as Markdown: a table for each task, and its baselines at their best learning rate."""
     for task in TASKS:
         mine = [row for row in read_rows(RESULTS) if row["task"] == task]
-        seeds = len({row["seed"] for row in mine if row["method"] == "intrinsic"})
+        own = [row for row in mine if (row["method"], row.get("lr")) == ("intrinsic", RATE)]
+        seeds = len({row["seed"] for row in own})
         if not seeds:
             continue
         print(f"\n{task}, seeds: {seeds}\n\n| head | untrained | {' | '.join(f'd = {d}' for d in sorted(DIMS))} |")
         print(f"| {' | '.join(['---'] * (len(DIMS) + 2))} |")
         for head in ("labels", *SIZES, "subspace", "random", "exchanged"):
-            if runs := [row for row in mine if (row["method"], row["head"]) == ("intrinsic", head)]:
+            if runs := [row for row in own if row["head"] == head]:
                 cells = [average([row for row in runs if row["d"] == d]) for d in sorted(DIMS)]
                 print(f"| {' | '.join([head, average(runs, 'zero'), *cells])} |")
         for method, head in product(("frozen", *RATES), ("none", "subspace", "labels")):
