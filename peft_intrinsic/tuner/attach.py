@@ -156,8 +156,8 @@ def _warn_of_many_labels(labels: int, config: IntrinsicConfig) -> None:
     if new and labels > MANY_LABELS and config.d < PER_LABEL * labels:
         warnings.warn(
             f"d={config.d} is little for a newly initialized head with {labels} labels, most of which it will not "
-            "learn. Start the head from the labels' names (head='labels'), or use more parameters: from "
-            f"d = {PER_LABEL * labels} about half were learned in our measurements (docs/choosing_d.md).",
+            "learn. Start the head from the labels' names (head='labels'), or use more parameters: below "
+            f"d = {PER_LABEL * labels} most predictions were wrong in our measurements (docs/choosing_d.md).",
             stacklevel=2,
         )
 

@@ -272,7 +272,7 @@ def test_too_few_parameters_for_many_labels_warn(d, labels, tmp_path):
         base = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=labels)
         get_peft_model(base, IntrinsicConfig(d=d, task_type="SEQ_CLS", **options))
 
-    with pytest.warns(UserWarning, match=f"d={d} is little for .* {labels} labels, .* from d = {20 * labels} about"):
+    with pytest.warns(UserWarning, match=f"d={d} is little for .* {labels} labels, .* below d = {20 * labels} most"):
         attach(d)
     attach(20 * labels)  # warnings are errors here
     attach(d, head="keep")
