@@ -66,7 +66,8 @@ def find_value_projections(model: nn.Module, projection: str | None = None) -> d
         rows, read = linear_features(value)[1], linear_features(modules[output])[0]
         size = read if fused else rows
         head = size if read == size else getattr(modules[attention], "head_dim", None)
-        if not head or size % head or read % size:  # the values do not reach the output as they are
+        differs = hasattr(modules[attention], "lambda_q1")  # DiffLlama, which subtracts two maps and normalizes
+        if differs or not head or size % head or read % size:  # the values do not reach the output as they are
             continue
         layers[name] = value, size
         read_map = partial(_read_map, model, output, modules[output], size, head)

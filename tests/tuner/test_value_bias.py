@@ -15,7 +15,7 @@ from conftest import SIZES, TWO_STACKS, batch, build, evaluate, output, train
 from helpers.oracle import draw, words
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig
 from peft_intrinsic.codec import compress, load_packed
@@ -347,6 +347,12 @@ def test_the_default_reports_a_class_that_cannot_save_merged_biases(caplog):
         get_peft_model(mistral(), IntrinsicConfig(d=D))
     assert len(caplog.messages) == 1
     assert "A saved MistralForCausalLM cannot hold these added biases" in caplog.messages[0]
+
+
+def test_a_layer_that_reads_differences_of_values_has_no_value_biases():
+    base = DiffLlamaForCausalLM(DiffLlamaConfig(**SIZES, num_key_value_heads=2))
+    assert not find_value_projections(base)
+    assert get_peft_model(base, IntrinsicConfig(d=D)).peft_config["default"].projection == "fastfood"
 
 
 def test_value_projections_are_searched_once(monkeypatch):
