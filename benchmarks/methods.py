@@ -42,9 +42,6 @@ def build_one_hot(spec: Spec, shapes: Shapes) -> dict[str, TensorProjection]:
     return result
 
 
-PROJECTIONS["one_hot"] = build_one_hot
-
-
 def attach(model: Any, row: dict[str, Any]) -> Any:
     """Prepare the model of one run for training. `row["config"]` has options of the method's PEFT configuration.
 
@@ -63,6 +60,7 @@ def attach(model: Any, row: dict[str, Any]) -> Any:
         options["modules_to_save"] = ["classifier"]
     if method == "intrinsic":
         with (
+            patch.dict(PROJECTIONS, {"one_hot": build_one_hot}),
             patch.dict(base.FACTORS, row.get("factors", {})),
             patch.dict(base.PARTS, row.get("parts", {})),
             patch.object(label_head, "LOGIT_SCALE", row.get("logits", label_head.LOGIT_SCALE)),
