@@ -10,18 +10,20 @@ benchmarks/results/supermask/TASK/trials.jsonl, and runs that are there are skip
 full: all parameters are trained. freeze: only pooler and head are. All others train these at the best learning rate of
 freeze, and a mask on the linear layers of the encoder. `magnitude 0.03` starts with the smallest 3 % of the weights of
 each layer at zero, `random 0.03` with a random 3 %. `bernoulli` samples the mask in each step. `start 0.03` is
-magnitude 0.03 with a frozen mask. Each method starts with three learning rates a factor of 4 apart, and gets more while
-the best by loss is at an edge; then two more seeds run. `sparsity` is that of the trained mask of the first seed, and
-`bytes` is its size in the file.
+magnitude 0.03 with a frozen mask. `lora 1` has a LoRA of rank 1 on the same layers instead of a mask. Each method
+starts with three learning rates a factor of 4 apart, and gets more while the best by loss is at an edge; then two more
+seeds run. `sparsity` is that of the trained mask of the first seed, and `bytes` is its size in the file, or that of the
+LoRA in float32.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from quality import Row
 from studies import FULL_RATES, Method, Methods, Study
 
@@ -43,6 +45,8 @@ NAMES = {
     "random 0.01": "mask, starts without a random 1 %",
     "bernoulli 0.03": "sampled mask, the smallest 3 %",
     "start 0.03": "frozen mask without the smallest 3 %",
+    "lora 1": "LoRA, r = 1",
+    "lora 8": "LoRA, r = 8",
 }
 
 
@@ -56,9 +60,9 @@ def list_methods(task: str, results: Methods) -> dict[str, Method]:
     if not (frozen := results.best(task, result["freeze"])):
         return result  # the others need its best learning rate
     for name in list(NAMES)[2:]:
-        kind, sparsity = name.split()
-        run = {**base, "method": kind, "share": float(sparsity), "rest_lr": frozen[0]["lr"]}
-        result[name] = run, RATES
+        kind, size = name.split()
+        own = {"rank": int(size)} if kind == "lora" else {"share": float(size)}
+        result[name] = {**base, "method": kind, **own, "rest_lr": frozen[0]["lr"]}, RATES
     return result
 
 
@@ -73,24 +77,30 @@ class Supermasks(Study):
             parameters = self.only(model, ("",) if method == "full" else ("pooler", "classifier"))
             count = sum(p.numel() for p in parameters)
             return {"numbers": count, **self.train(self.task, model, {lr: parameters}, seed)}
-        config = SupermaskConfig(
-            target_modules=LINEAR,
-            modules_to_save=["classifier", "bert.pooler"],
-            initial_sparsity=row["share"],
-            init="random" if method == "random" else "magnitude",
-            mask="bernoulli" if method == "bernoulli" else "threshold",
-            seed=seed,
+        where: Any = {"target_modules": LINEAR, "modules_to_save": ["classifier", "bert.pooler"]}
+        config = (
+            LoraConfig(r=row["rank"], lora_alpha=2 * row["rank"], task_type="SEQ_CLS", **where)
+            if method == "lora"
+            else SupermaskConfig(
+                initial_sparsity=row["share"],
+                init="random" if method == "random" else "magnitude",
+                mask="bernoulli" if method == "bernoulli" else "threshold",
+                seed=seed,
+                **where,
+            )
         )
         model = get_peft_model(model, config)
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups: dict[float, list] = {}
-        for name, parameter in trained.items():
-            rate = row["rest_lr"] if "supermask" not in name else 0.0 if method == "start" else lr
-            groups.setdefault(rate, []).append(parameter)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                rate = row["rest_lr"] if "modules_to_save" in name else 0.0 if method == "start" else lr
+                groups.setdefault(rate, []).append(parameter)
         result = self.train(self.task, model, groups, seed)
-        masks = [value for key, value in get_peft_model_state_dict(model).items() if key.endswith("supermask_mask")]
-        sparsity = round(model.base_model.sparsity()["all"], 4)
-        return {**result, "sparsity": sparsity, "bytes": sum(mask.numel() for mask in masks)}
+        if method != "lora":
+            result["sparsity"] = round(model.base_model.sparsity()["all"], 4)
+        state = get_peft_model_state_dict(model)
+        own = [value for key, value in state.items() if key.endswith("supermask_mask") or ".lora_" in key]
+        return {**result, "bytes": sum(value.numel() * value.element_size() for value in own)}
 
 
 if __name__ == "__main__":
