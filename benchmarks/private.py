@@ -16,7 +16,7 @@ which contain no private data. Learning rates are a factor of 4 apart. The best 
 for the other ε. This choice and the scores are not covered by ε.
 
 "before" is the accuracy before training. "norms" has the medians of random tokens and of 128 phrases, before and after
-training.
+training. "peak_mib" is the highest memory of the run's own process.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import sys
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +144,6 @@ class Phrases:
             pairs = [(torch.tensor(one), row["label"]) for one, row in zip(ids, rows, strict=True)]
             self.parts.append(sorted(pairs, key=lambda pair: len(pair[0])))
         self.edges = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        self.features: list[list[Any]] = []
 
     def collate(self, rows: list[tuple[torch.Tensor, int]]) -> Batch:
         labels = torch.tensor([label for _, label in rows])
@@ -157,8 +159,9 @@ class Phrases:
         return [(one, i % 2) for i, one in enumerate(ids)]
 
     @torch.inference_mode()
-    def encode(self, model: Any) -> None:
+    def encode(self, model: Any) -> list[list[Any]]:
         """Compute the features that the head gets: training, validation, public."""
+        result = []
         for rows in (*self.parts, self.public()):
             found: list[Any] = []
             for i in range(0, len(rows), 256):
@@ -167,20 +170,23 @@ class Phrases:
                 with torch.autocast("cpu", torch.bfloat16):
                     pooled = model.base_model(**inputs).pooler_output.float()
                 found += zip(pooled.clone(), labels, strict=True)
-            self.features.append(found)
+            result.append(found)
+        return result
 
 
-def measure(row: Row, phrases: Phrases) -> Row:
-    """Train once. Return accuracy, cross-entropy, the noise, the clip, ε and seconds."""
+def measure(row: Row, folder: Path, threads: int) -> Row:
+    """Train once, in a process of its own. Return accuracy, cross-entropy, the noise, the clip, ε, seconds and MiB."""
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", "Secure RNG turned off|Full backward hook is firing|.*is_gradient_checkpointing")
+    phrases = Phrases(minilm(), folder)
     torch.manual_seed(row["seed"])
     model: Any = AutoModelForSequenceClassification.from_pretrained(phrases.path, num_labels=2, dtype=torch.float32)
     if "labels" in row:
         init_head_from_labels(model, phrases.tokenizer, row["labels"])
     train, test, public = *phrases.parts, phrases.public()
     if row["method"] == "head":
-        if not phrases.features:
-            phrases.encode(model.eval())
-        model, (train, test, public) = model.classifier, phrases.features
+        train, test, public = phrases.encode(model.eval())
+        model = model.classifier
     else:
         model = attach(model, {**row, "seed": 0} if row["method"] == "intrinsic" else row)
     model.train()
@@ -258,18 +264,23 @@ def measure(row: Row, phrases: Phrases) -> Row:
         "rdp": round(accountant.get_epsilon(delta), 4) if sigma else None,
         "cpu_seconds_per_step": round(cpu / STEPS, 3),
         "seconds": round(time.time() - start),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 
 
 def table(rows: list[Row]) -> None:
     """Print accuracy / cross-entropy by method and ε, means over seeds, at the learning rate that is best at ε = 8."""
-    print(f"| method | parameters | learning rate | {' | '.join(f'ε = {e}' if e else 'no noise' for e in EPSILONS)} |")
-    print("|---" * (3 + len(EPSILONS)) + "|")
+    columns = [*(f"ε = {epsilon}" if epsilon else "no noise" for epsilon in EPSILONS), "seconds a step", "MiB"]
+    print(f"| method | parameters | learning rate | {' | '.join(columns)} |")
+    print("|---" * (3 + len(columns)) + "|")
     for name, best, groups in list_tuned(rows):
         cells = []
         for own in groups:
             means = (float(np.mean([row[score] for row in own])) for score in ("accuracy", "loss") if own)
             cells.append(" / ".join(f"{mean:.3f}" for mean in means) + (f" ({len(own)} seeds)" if len(own) > 1 else ""))
+        every = [row for row in rows if row["name"] == name]
+        peaks = [row["peak_mib"] for row in every if "peak_mib" in row]
+        cells += [f"{np.median([row['cpu_seconds_per_step'] for row in every]):.2f}", str(max(peaks)) if peaks else ""]
         print(f"| {name} | {best['trained']} | {best['lr']:g} | {' | '.join(cells)} |")
 
 
@@ -308,15 +319,14 @@ def main() -> None:
         return table(read_rows(RESULTS))
     if args.data is None:
         parser.error("--data is missing: a folder with sst2/train.jsonl and sst2/validation.jsonl")
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", "Secure RNG turned off|Full backward hook is firing|.*is_gradient_checkpointing")
-    start, phrases = time.time(), Phrases(minilm(), args.data)
+    start = time.time()
     while time.time() - start < 60 * args.minutes:
         rows = read_rows(RESULTS)
         left = [run for run in list_runs(rows) if not any(run.items() <= row.items() for row in rows)]
         if not left:
             return None
-        row = {**left[0], **measure(left[0], phrases)}
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            row = {**left[0], **fresh.submit(measure, left[0], args.data, args.threads).result()}
         print(row, flush=True)
         with open(RESULTS, "a") as file:
             file.write(json.dumps(row) + "\n")
