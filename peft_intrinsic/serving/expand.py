@@ -67,7 +67,8 @@ class LoraExpander:
         if max_rank is not None and config.r > max_rank:
             raise ValueError(
                 f"The adapter is a LoRA of rank {config.r}, and the server takes ranks up to {max_rank}. Start it with "
-                f"--max-lora-rank {config.r}, or train with serving='lora' (rank 1 or 8) or a smaller block_size."
+                f"--max-lora-rank of at least {config.r}, or train with serving='lora' (rank 1 or 8) or a smaller "
+                "block_size."
             )
         return config, state
 

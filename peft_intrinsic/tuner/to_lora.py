@@ -109,7 +109,8 @@ def convert_to_lora(
         share = math.sqrt(sum(norms.get(name, 0.0) for name in lost) / max(sum(norms.values()), 1e-30))
         raise ValueError(
             f"A LoRA cannot represent {len(lost)} of the adapted parameters, with {share:.1%} of the offset's norm: "
-            f"{', '.join(lost)}. Pass accept_loss=True to leave them out, or merge the adapter instead."
+            f"{', '.join(lost)}. Merge the adapter instead, train with serving='lora', or pass "
+            "accept_loss=True to leave them out."
         )
     if not ranks:
         raise ValueError(f"Adapter {adapter_name!r} adapts no linear layer or embedding that a LoRA can represent.")

@@ -97,7 +97,7 @@ def test_adapters_that_a_server_cannot_hold_raise(expander):
             expander.expand(compress(adapted(1, **options)))
     large = compress(adapted(1, projection="fastfood", target_modules=["q_proj"]))
     with pytest.raises(
-        ValueError, match=r"rank 64, and the server takes ranks up to 16\. Start it with --max-lora-rank"
+        ValueError, match=r"rank 64, and the server takes ranks up to 16\. Start it with --max-lora-rank of at least 64"
     ):
         expander.expand(large, max_rank=16)
 
