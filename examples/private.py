@@ -113,6 +113,8 @@ def main() -> None:
     loader = DataLoader(data["train"], batch_size=args.batch, collate_fn=collate)
     held_out = DataLoader(data["eval"], batch_size=64, collate_fn=collate)
     delta = args.delta or 1 / len(data["train"])
+    if delta > 1 / len(data["train"]):
+        parser.error(f"--delta {delta}: with {len(data['train'])} rows it must be at most {1 / len(data['train']):.2g}")
     noise = find_noise(args.epsilon, delta, 1 / len(loader), args.steps)
     public = random_texts(tokenizer, base.config.num_labels)
     clip = measure_norms(model, public).median().item()

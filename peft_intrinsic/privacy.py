@@ -7,6 +7,7 @@ with Differential Privacy, arXiv 1607.00133). This module gives it the gradients
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,16 +20,19 @@ from .tuner.bank import check_mixable
 from .tuner.batches import Route
 from .version import pip_install
 
-_PROVED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-"""By model: the code of the losses that were the same without the other samples."""
+_CALLS: WeakKeyDictionary[Any, Counter[Any]] = WeakKeyDictionary()
+"""By model and code of the losses: the number of batches so far."""
 
 
 def _private_parameters(model: Any) -> list[torch.nn.Parameter]:
     """θ and λ of the active adapter, after all checks that need no forward pass."""
-    active = model.active_adapters
-    vector = getattr(model.base_model, "vector", None)
-    if len(active) > 1 or vector is None:
-        raise ValueError(f"Active adapters {active}: private training needs exactly one, of an IntrinsicConfig.")
+    active = getattr(model, "active_adapters", [])
+    vector = getattr(getattr(model, "base_model", None), "vector", None)
+    if len(active) != 1 or vector is None:
+        raise ValueError(
+            f"Active adapters {active}: private training needs exactly one, of an IntrinsicConfig. Pass your PeftModel "
+            "itself, not the module that make_private returns."
+        )
     if beside := model.peft_config[active[0]].trained_beside:
         raise ValueError(
             f"{beside} trains parameters outside θ, which have no per-sample gradients. Train without this option."
@@ -71,26 +75,57 @@ def _select(batch: Any, rows: Any) -> Any:
     return batch[rows]
 
 
-def _prove_isolated(model: Any, losses: Callable[[Any], torch.Tensor], batch: Any, size: int) -> None:
-    """Check that the losses of a batch are the same when it is split: once for each binary digit of the indexes.
+def _compute_losses(
+    model: Any, losses: Callable[[Any], torch.Tensor], batch: Any, copies: list[torch.Tensor]
+) -> torch.Tensor:
+    """The losses of a batch, in which every sample has its own θ and λ, `[batch, …]`."""
+    scales = copies[1] if len(copies) > 1 else copies[0][:, :0]
+    with model.base_model.vector.choices.use([Route(model.active_adapter, copies[0], scales)]):
+        return losses(batch)
 
-    Every two samples differ in a digit, and so are apart in one of the splits. All losses are computed without dropout.
+
+def _check_isolated(model: Any, losses: Callable[[Any], torch.Tensor], batch: Any, copies: list[torch.Tensor]) -> None:
+    """Check that each loss of a batch depends on its own sample alone, without dropout.
+
+    The batch is split once for each binary digit of the indexes, so that every two samples are apart in one of the
+    splits. A loss must be the same without the other part, and when the other part has a very different θ. Where a
+    detached value hides the influence, gradients show it: those of a weighted sum are the weighted gradients.
+
     BatchNorm, which mixes samples in training mode only, is found by its type.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    size, random = len(copies[0]), torch.Generator().manual_seed(0)
     digits = range((size - 1).bit_length())
     parts = [[i for i in range(size) if i >> digit & 1 == value] for digit in digits for value in (0, 1)]
+    noise = [torch.randn(copy.shape, generator=random).to(copy) for copy in copies]
+
+    def shift(strength: float, kept: list[int]) -> torch.Tensor:
+        moved = [copy + strength * change for copy, change in zip(copies, noise, strict=True)]
+        for one, copy in zip(moved, copies, strict=True):
+            one[kept] = copy[kept]
+        return _compute_losses(model, losses, batch, moved)
+
+    def differentiate(weights: torch.Tensor) -> torch.Tensor:
+        return torch.cat(torch.autograd.grad(_compute_losses(model, losses, batch, copies) @ weights, copies), 1)
+
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            together, alone = losses(batch), [losses(_select(batch, part)) for part in parts]
+            together, strength = _compute_losses(model, losses, batch, copies), 1.0
+            limit = 0.05 * together.abs().max()  # half precision depends on the batch, slightly
+            while strength < 1e6 and (shift(strength, []) - together).abs().mean() < 20 * limit:
+                strength *= 4
+            changed = torch.zeros_like(together, dtype=torch.bool)
+            for part in parts:
+                for values in (losses(_select(batch, part)), shift(strength, part)[part]):
+                    changed[part] |= ~((together[part] - values).abs() <= limit)
+        weights = torch.randn(size, generator=random).to(together)
+        gradients = differentiate(torch.ones_like(weights))
+        gap = (differentiate(weights) - weights[:, None] * gradients).norm(dim=1)
+        changed |= gap > 0.05 * gradients.norm(dim=1).max()
     finally:
         for module, mode in modes:
             module.training = mode
-    changed = torch.zeros_like(together, dtype=torch.bool)
-    limit = 0.05 * together.abs().max()  # half precision depends on the batch, slightly
-    for part, values in zip(parts, alone, strict=True):
-        changed[part] |= (together[part] - values).abs() > limit
     if changed.any():
         raise ValueError(
             f"The losses of samples {changed.nonzero().flatten().tolist()[:5]} depend on other samples of the batch, "
@@ -113,8 +148,8 @@ def compute_sample_gradients(model: Any, losses: Callable[[Any], torch.Tensor], 
 
     Raises:
         ValueError: a parameter outside θ and λ is trainable; a module mixes samples or cannot be mixed; the losses are
-            not one for each sample, or depend on other samples, which is checked in its first batch; a gradient is not
-            finite; or the gradients of the batch before have not been used and cleared.
+            not one for each sample, or depend on other samples, which is checked in batches 1, 4, 16, 64, …; a gradient
+            is not finite; or the gradients of the batch before have not been used and cleared.
 
     Example:
         >>> engine = opacus.PrivacyEngine()
@@ -144,24 +179,24 @@ def compute_sample_gradients(model: Any, losses: Callable[[Any], torch.Tensor], 
     size = max(sizes, default=0)
     gradients = copies = [parameter.detach().repeat(size, 1).requires_grad_() for parameter in parameters]
     if size:
-        scales = copies[1] if len(copies) > 1 else copies[0][:, :0]
-        with model.base_model.vector.choices.use([Route(model.active_adapter, copies[0], scales)]):
-            values = losses(batch)
+        values = _compute_losses(model, losses, batch, copies)
         if values.shape != (size,) or not values.requires_grad:
             raise ValueError(
                 f"losses(batch) must be one value for each of the {size} samples, with a gradient, got the shape "
                 f"{tuple(values.shape)}. Use reduction='none', and average over the tokens of each sample alone."
             )
-        code = getattr(losses, "__code__", losses)
-        if size > 1 and _PROVED.get(model) is not code:
-            _prove_isolated(model, losses, batch, size)
-            _PROVED[model] = code
         gradients = list(torch.autograd.grad(values.sum(), copies))
     finite = torch.cat(gradients, 1).isfinite().all(1)
     if not finite.all():
         raise ValueError(
             f"The gradients of samples {(~finite).nonzero().flatten().tolist()[:5]} of the batch are not finite."
         )
+    if size > 1:
+        code = getattr(getattr(losses, "func", losses), "__code__", type(losses))
+        count = _CALLS.setdefault(model, Counter())[code] + 1
+        if 4 ** ((count.bit_length() - 1) // 2) == count:  # a power of 4
+            _check_isolated(model, losses, batch, copies)
+        _CALLS[model][code] = count
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad_sample = gradient.detach()  # type: ignore[attr-defined]
 
@@ -208,7 +243,7 @@ def find_noise(epsilon: float, delta: float, sample_rate: float, steps: int, acc
 
     Args:
         epsilon: ε, the largest log-ratio of probabilities with and without one sample.
-        delta: δ, the probability with which this may not hold; less than 1 / (number of samples).
+        delta: δ, the probability with which this may not hold; at most 1 / (number of samples).
         sample_rate: probability with which a sample is in a batch, 1 / len(loader) for opacus' loader.
         steps: number of optimizer steps.
         accountant: opacus' accountant, `"prv"` or `"rdp"`.
@@ -222,22 +257,31 @@ def find_noise(epsilon: float, delta: float, sample_rate: float, steps: int, acc
         from opacus.accountants.utils import MAX_SIGMA, get_noise_multiplier
     except ImportError as error:
         raise ImportError(f"{error}. {pip_install('[privacy]')}") from None
-    ranges = {"epsilon": (epsilon, float("inf")), "delta": (delta, 1.0), "sample_rate": (sample_rate, 1.0)}
-    for name, (value, top) in {**ranges, "steps": (steps, float("inf"))}.items():
+    for name, value, top in (("epsilon", epsilon, 1e6), ("delta", delta, 0.5), ("sample_rate", sample_rate, 1.0)):
         if not 0 < value <= top:
-            raise ValueError(f"{name}={value} must be greater than 0 and at most {top}.")
+            raise ValueError(f"{name}={value} must be greater than 0 and at most {top:g}.")
+    if not 1 <= steps < 1e9 or steps != int(steps):
+        raise ValueError(f"steps={steps} must be a whole number greater than 0.")
+    # The series of opacus converges slowly where half of the samples are in a batch.
+    limit, most = create_accountant(accountant), 100.0 if 0.45 < sample_rate < 0.55 else MAX_SIGMA
+    limit.history = [(most, sample_rate, int(steps))]
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Optimal order is the")  # the search begins with far too much noise
+            if most < MAX_SIGMA and limit.get_epsilon(delta) > epsilon:
+                raise ValueError("budget is too low")
             return get_noise_multiplier(
-                target_epsilon=epsilon, target_delta=delta, sample_rate=sample_rate, steps=steps, accountant=accountant
+                target_epsilon=epsilon,
+                target_delta=delta,
+                sample_rate=sample_rate,
+                steps=int(steps),
+                accountant=accountant,
             )
     except ValueError as error:
         if "budget is too low" not in str(error):
             raise
-        limit = create_accountant(accountant)
-        limit.history = [(MAX_SIGMA, sample_rate, steps)]
         raise ValueError(
-            f"epsilon={epsilon} cannot be reached by accountant={accountant!r} at delta={delta:g}: with any noise, it "
-            f"computes at least {limit.get_epsilon(delta):.3g}. Choose a larger epsilon or another accountant."
+            f"epsilon={epsilon} cannot be reached by accountant={accountant!r} at delta={delta:g}: with a noise "
+            f"multiplier of {most:g}, it computes {limit.get_epsilon(delta):.3g}. Choose a larger epsilon or another "
+            "accountant."
         ) from error

@@ -315,6 +315,56 @@ def test_losses_that_depend_on_other_samples_raise(losses):
     assert model.training
 
 
+def at_the_start(model, samples) -> torch.Tensor:
+    """All losses are about log(2)."""
+    x, y = samples
+    return cross_entropy(0.02 * model(x), y, reduction="none")
+
+
+def divided_by_the_mean(model, samples) -> torch.Tensor:
+    each = at_the_start(model, samples)
+    return each / each.mean().detach()
+
+
+def relative_to_the_first_by_value(model, samples) -> torch.Tensor:
+    each = at_the_start(model, samples)
+    return each - 0.9 * each[:1].detach()
+
+
+def coupled_by_gradient(model, samples) -> torch.Tensor:
+    each = at_the_start(model, samples)
+    return each * (1 + 0.5 * (each.mean() - each.mean().detach()))  # the value is that of the sample alone
+
+
+@pytest.mark.parametrize("losses", [divided_by_the_mean, relative_to_the_first_by_value, coupled_by_gradient])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_losses_that_hide_their_dependence_at_the_start_raise(losses, autocast):
+    model = tiny()
+    samples = next(iter(DataLoader(points(8), batch_size=8)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        compute_sample_gradients(model, partial(at_the_start, model), samples)
+        pop_norms(model)
+        with pytest.raises(ValueError, match="depend on other samples"):
+            compute_sample_gradients(model, partial(losses, model), samples)
+    assert all(parameter.grad_sample is None for parameter in parameters_of(model))
+    assert model.training
+
+
+def test_losses_that_depend_on_others_only_in_a_later_batch_raise():
+    def losses(samples) -> torch.Tensor:
+        x, y, lengths = samples
+        return cross_entropy(model(x), y, reduction="none") * lengths / lengths.max()
+
+    model = tiny()
+    x, y = next(iter(DataLoader(points(8), batch_size=8)))
+    equal, ragged = torch.full((8,), 5.0), torch.arange(1.0, 9.0)
+    for lengths in (equal, ragged, ragged):
+        compute_sample_gradients(model, losses, [x, y, lengths])
+        pop_norms(model)
+    with pytest.raises(ValueError, match="depend on other samples"):  # batch 4
+        compute_sample_gradients(model, losses, [x, y, ragged])
+
+
 @pytest.mark.parametrize("losses", [relative_to_the_first, summed_by_pairs])
 def test_losses_that_depend_on_samples_of_the_same_half_raise(losses):
     model = tiny()
@@ -364,6 +414,7 @@ def both_active(model):
         (lambda: frozen(tiny()), "Adapter 'default' is frozen"),
         (lambda: both_active(tiny()), r"\['default', 'second'\].*exactly one"),
         (lambda: get_peft_model(Tiny(), LoraConfig(target_modules=["head"])), "exactly one, of an IntrinsicConfig"),
+        (lambda: nn.Sequential(tiny()), "Pass your PeftModel itself, not the module that make_private returns"),
         (lambda: trained("vit"), "cls_token.*projection.weight.*exclude_modules"),
     ],
 )
@@ -396,16 +447,35 @@ def test_invalid_losses_and_batches_raise():
 def test_an_epsilon_that_cannot_be_reached_raises_and_states_the_smallest(accountant, epsilon):
     with pytest.raises(ValueError, match=f"epsilon={epsilon} cannot be reached by accountant='{accountant}'") as raised:
         find_noise(epsilon, 1e-5, 0.01, 100, accountant)
-    smallest = float(re.search(r"at least (\S+)\. Choose a larger", str(raised.value))[1])
+    smallest = float(re.search(r"computes (\S+)\. Choose a larger", str(raised.value))[1])
     assert find_noise(1.1 * smallest + 0.01, 1e-5, 0.01, 100, accountant) > 1
 
 
 @with_opacus
+@pytest.mark.filterwarnings("ignore:Optimal order is the")
+def test_an_epsilon_that_cannot_be_reached_raises_where_the_accountant_is_slow():
+    with pytest.raises(ValueError, match=r"epsilon=0\.001 cannot be reached.*noise multiplier of 100"):
+        find_noise(0.001, 1 / 600, 0.5, 4, "rdp")
+    assert 0.5 < find_noise(3.0, 1 / 600, 0.5, 4, "rdp") < 5
+
+
+@with_opacus
 @pytest.mark.parametrize(
-    "wrong", [{"epsilon": 0.0}, {"epsilon": float("nan")}, {"delta": 0.0}, {"sample_rate": 2.0}, {"steps": 0}]
+    "wrong",
+    [
+        {"epsilon": 0.0},
+        {"epsilon": float("nan")},
+        {"epsilon": float("inf")},
+        {"delta": 0.0},
+        {"delta": 1.0},
+        {"sample_rate": 2.0},
+        {"steps": 0},
+        {"steps": 10.5},
+        {"steps": float("inf")},
+    ],
 )
 def test_budgets_out_of_range_raise(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*must be greater than 0"):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*must be .*greater than 0"):
         find_noise(**{"epsilon": 1.0, "delta": 1e-5, "sample_rate": 0.01, "steps": 10, **wrong})
 
 
