@@ -44,6 +44,10 @@ def main() -> None:
     data = load_dataset(kind, data_files={"train": args.train, "eval": args.eval})
     users = sorted({str(user) for user in data["train"]["user"]})
     labels = sorted({str(label) for label in data["train"]["label"]})
+    if args.export and args.export not in users:
+        parser.error(f"--export {args.export}: no such user in {args.train}, which has {', '.join(users[:10])}")
+    if unknown := {str(label) for label in data["eval"]["label"]}.difference(labels):
+        parser.error(f"--eval {args.eval} has labels that {args.train} lacks: {', '.join(sorted(unknown))}")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForSequenceClassification.from_pretrained(args.model, id2label=dict(enumerate(labels)))
     model = get_peft_model(base, IntrinsicConfig(d=args.d, task_type="SEQ_CLS"))
@@ -65,6 +69,7 @@ def main() -> None:
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch,
             logging_steps=20,
+            max_grad_norm=0.0,  # the norm over all users of a batch
             dataloader_pin_memory=torch.accelerator.is_available(),
             report_to="none",
         ),

@@ -23,7 +23,7 @@ from .bank_files import describe_rows, find_broken, read_bank, save_adapter, wri
 from .batch_first import count_samples, without_samples
 from .batches import Choices, Route
 from .config import IntrinsicConfig
-from .files import read_vectors
+from .files import checksum, read_vectors
 from .label_head import LIMITS as LABEL_LIMITS
 from .layer import find_adapter
 from .sketch import check_sketch
@@ -189,8 +189,9 @@ class AdapterBank(PushToHubMixin, nn.Module):
         names: a name for each row, such as a user's. They can be used instead of indexes.
 
     Raises:
-        ValueError: the vectors do not have d columns, an adapted module cannot be mixed, the adapter has fully trained
-            modules, it is not attached, or the names are not one for each row.
+        ValueError: the model has no intrinsic adapter, or not this one; the vectors do not have d columns, or their
+            number is negative; an adapted module cannot be mixed; the adapter has fully trained modules; or the names
+            are not one string for each row.
 
     Example:
         >>> bank = AdapterBank(get_peft_model(base_model, IntrinsicConfig(d=200)), 2, names=["ann", "bob"])
@@ -212,6 +213,11 @@ class AdapterBank(PushToHubMixin, nn.Module):
     ) -> None:
         super().__init__()
         object.__setattr__(self, "model", model)  # not a sub-module: the rows are the only parameters
+        if getattr(getattr(model, "base_model", None), "vector", None) is None:
+            raise ValueError(
+                f"model is a {type(model).__name__} without an intrinsic adapter. Pass get_peft_model(base_model, "
+                "IntrinsicConfig(d=200)) or the like."
+            )
         self.adapter = find_adapter(model, adapter)
         self._config, self._layers = model.peft_config[self.adapter], model.base_model.tuner_layers()
         _check_full(self._config, f"adapter {self.adapter!r}")
@@ -329,6 +335,31 @@ class AdapterBank(PushToHubMixin, nn.Module):
                 self._vector.choices.prove(root, args, kwargs)  # as a compiled model cannot
             return self.model(*args, **kwargs)
 
+    def generate(self, *args: Any, adapter_index: Any = None, **kwargs: Any) -> Any:
+        """Generate text, where prompt i uses the adapter `adapter_index[i]`. Inside `select`, it may be left out.
+
+        Args:
+            args: arguments of the model's `generate`.
+            adapter_index: rows of the bank or their names, as in `select`.
+            kwargs: arguments of the model's `generate`, by name.
+
+        Raises:
+            ValueError: `adapter_index` is missing.
+        """
+        if adapter_index is not None:
+            with self.select(adapter_index):
+                return self.model.generate(*args, **kwargs)
+        if self._vector.choices.routes() is None:
+            raise ValueError("adapter_index is missing. Pass the row of the bank for each prompt, or call select().")
+        return self.model.generate(*args, **kwargs)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The number of trained parameters, those of the rows, and of all."""
+        rows = self.vectors.numel()
+        return rows * self.vectors.requires_grad, self.model.get_nb_trainable_parameters()[1] + rows
+
+    print_trainable_parameters = PeftModel.print_trainable_parameters
+
     @contextmanager
     def select(self, index: Sequence[int] | Sequence[str] | torch.Tensor) -> Iterator[None]:
         """Within this context, sample i of a batch uses the adapter `index[i]`.
@@ -357,11 +388,15 @@ class AdapterBank(PushToHubMixin, nn.Module):
         for name in self.model.active_adapters:
             _check_full(self.model.peft_config[name], f"the active adapter {name!r}")
         check_mixable(self.model.get_base_model(), self._layers, set())
-        if not isinstance(index, torch.Tensor) and any(isinstance(each, str) for each in index):
+        several = isinstance(index, Iterable) and not isinstance(index, str | torch.Tensor)
+        if several and any(isinstance(each, str) for each in index):
             index = self.find(index)  # type: ignore[arg-type]  # an index among names is none of them
-        chosen = torch.as_tensor(index, device=self.vectors.device)
+        try:
+            chosen = torch.as_tensor(index, device=self.vectors.device)
+        except (TypeError, ValueError, RuntimeError):  # a string, None among them
+            chosen = torch.zeros(())
         if (
-            chosen.is_floating_point()
+            chosen.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
             or chosen.dim() != 1
             or (chosen < -1).any()
             or (chosen >= len(self.vectors)).any()
@@ -393,8 +428,10 @@ class AdapterBank(PushToHubMixin, nn.Module):
             names: names of rows.
 
         Raises:
-            ValueError: a name is not in the bank.
+            ValueError: a name is not in the bank, or a single string was passed.
         """
+        if isinstance(names, str):
+            raise ValueError(f"names={names!r} must be a list of names, such as [{names!r}].")
         names = list(names)
         if unknown := sorted({name for name in names if name not in self._places}, key=str):
             raise ValueError(f"names={unknown[:10]} are not in the bank. Add them with append, or see bank.names.")
@@ -416,8 +453,10 @@ class AdapterBank(PushToHubMixin, nn.Module):
 
     def _read(self, vectors: torch.Tensor | int) -> torch.Tensor:
         start = self._vector.concatenate(self.adapter).detach()
-        if not isinstance(vectors, torch.Tensor):
+        if isinstance(vectors, int) and vectors >= 0:
             return start.repeat(vectors, 1)
+        if not isinstance(vectors, torch.Tensor):
+            raise ValueError(f"vectors={vectors!r} must be a tensor [K, {len(start)}] or a number of new adapters.")
         if vectors.dim() != 2 or vectors.shape[1] != len(start):
             raise ValueError(
                 f"vectors must have the shape [K, {len(start)}] for adapter {self.adapter!r}, got "
@@ -427,6 +466,8 @@ class AdapterBank(PushToHubMixin, nn.Module):
 
     def _set_rows(self, vectors: torch.Tensor, names: Sequence[str] | None) -> None:
         names = list(names or ())
+        if unnamed := [name for name in names if not isinstance(name, str)]:
+            raise ValueError(f"names={unnamed[:10]} must be strings, unlike indexes.")
         if names and len(names) != len(vectors):
             raise ValueError(f"names has {len(names)} names for {len(vectors)} rows. Name each row, or none.")
         if wrong := sorted(str(name) for name, count in Counter(names).items() if count > 1 or name == BASE):
@@ -467,16 +508,23 @@ class AdapterBank(PushToHubMixin, nn.Module):
         save_adapter(self.model, self.adapter, self.vectors[number], Path(save_directory))
 
     def get_extra_state(self) -> torch.Tensor:
-        """The names, for checkpoints."""
-        return torch.tensor(list(json.dumps(self.names).encode()), dtype=torch.uint8)
+        """The names and a checksum of the projection, for checkpoints."""
+        state = [self.names, checksum(self._config, {})]
+        return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Compare the names in a checkpoint.
+        """Compare the names and the projection in a checkpoint.
 
         Raises:
             ValueError: they are not those of this bank.
         """
-        if bytes(state.tolist()) != json.dumps(self.names).encode():
+        names, projection = json.loads(bytes(state.tolist()))
+        if names != self.names:
             raise ValueError(
                 "The rows in the checkpoint have other names, or another order. Make the bank with its names."
+            )
+        if projection != checksum(self._config, {}):
+            raise ValueError(
+                "The rows in the checkpoint have another projection. Make the bank with the options that it had, such "
+                f"as seed={self._config.seed}."
             )

@@ -56,6 +56,27 @@ def test_names_that_are_not_unique_raise(names):
         AdapterBank(named().model, 3, names=names)
 
 
+def test_names_that_are_no_strings_raise():
+    with pytest.raises(ValueError, match=r"names=\[1, 0\] must be strings"):
+        AdapterBank(named().model, 2, names=[1, 0])
+    with pytest.raises(ValueError, match=r"names='ann' must be a list of names, such as \['ann'\]"):
+        named().find("ann")
+
+
+@pytest.mark.parametrize("vectors", [[0.0] * 60, 2.0, -1, "3"])
+def test_vectors_that_are_neither_a_tensor_nor_a_number_of_rows_raise(vectors):
+    with pytest.raises(ValueError, match=r"vectors=.* must be a tensor \[K, 60\] or a number of new adapters"):
+        AdapterBank(named().model, vectors)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda base: base, lambda base: get_peft_model(base, LoraConfig(task_type="SEQ_CLS"))]
+)
+def test_a_model_without_an_intrinsic_adapter_raises(wrap):
+    with pytest.raises(ValueError, match=r"model is a .* without an intrinsic adapter"):
+        AdapterBank(wrap(build("bert")), 3)
+
+
 def test_names_for_some_rows_raise():
     with pytest.raises(ValueError, match="names has 2 names for 3 rows"):
         AdapterBank(named().model, 3, names=["ann", "bob"])
@@ -96,11 +117,39 @@ def test_indexes_that_are_missing_or_outside_the_bank_raise():
     bank = named()
     with pytest.raises(ValueError, match=r"adapter_index is missing. Pass the row of the bank for each sample"):
         bank(**batch("bert"))
-    for index in ([0, 1, 2, 3], [-2, 0, 0, 0], torch.tensor([0.0, 1.0, 0.0, 0.0])):
+    wrong = [[0, 1, 2, 3], [-2, 0, 0, 0], torch.tensor([0.0, 1.0, 0.0, 0.0]), [True, False, True, True]]
+    for index in (*wrong, [0, None, 1, 1], 0, "ann"):
         with pytest.raises(IndexError, match="−1 to 2"):
             bank(adapter_index=index, **batch("bert"))
     with pytest.raises(ValueError, match="chosen for 3 samples"):
         bank(adapter_index=[0, 1, 2], **batch("bert"))
+
+
+def test_generate_uses_the_adapter_of_each_prompt():
+    config = IntrinsicConfig(d=60, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(build("llama"), config).eval()
+    bank = AdapterBank(model, torch.randn(2, 60, generator=torch.Generator().manual_seed(0)))
+    prompts = batch("llama")["input_ids"][:2]
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    found = bank.generate(prompts, adapter_index=[1, 0], **options).logits[0]
+    with torch.no_grad():
+        expected = bank(prompts, adapter_index=[1, 0]).logits[:, -1]
+        assert not torch.allclose(expected, model(prompts).logits[:, -1], atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with bank.select([1, 0]):
+        torch.testing.assert_close(bank.generate(prompts, **options).logits[0], found, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"adapter_index is missing. Pass the row of the bank for each prompt"):
+        bank.generate(prompts)
+
+
+def test_the_trained_parameters_are_those_of_the_rows(capsys):
+    bank = AdapterBank(named().model, 3)
+    trained, every = bank.get_nb_trainable_parameters()
+    assert trained == sum(p.numel() for p in bank.parameters() if p.requires_grad) == 180
+    assert every == 180 + sum(p.numel() for p in bank.model.parameters())
+    bank.print_trainable_parameters()
+    assert "trainable params: 180 ||" in capsys.readouterr().out
+    assert bank.requires_grad_(False).get_nb_trainable_parameters()[0] == 0
 
 
 @pytest.mark.parametrize("projection", ["value_bias", "value_lora", "fastfood"])

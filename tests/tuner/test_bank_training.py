@@ -343,8 +343,8 @@ def trainer(model: nn.Module, folder: Path, index: list[int], optimizer: Any, st
     )
 
 
-def of_users(names: list[str] | None = None) -> AdapterBank:
-    model = get_peft_model(build("bert").double(), IntrinsicConfig(d=60, said=True, task_type="SEQ_CLS"))
+def of_users(names: list[str] | None = None, seed: int = 0) -> AdapterBank:
+    model = get_peft_model(build("bert").double(), IntrinsicConfig(d=60, seed=seed, said=True, task_type="SEQ_CLS"))
     return AdapterBank(model.double(), 4, names=names)
 
 
@@ -377,10 +377,16 @@ def test_an_interrupted_training_resumes_with_its_optimizer_state(tmp_path):
     trainer(resumed, tmp_path / "killed", index, optimizer).train(resume_from_checkpoint=True)
     assert_near(resumed.vectors - of_users().vectors, whole.vectors - of_users().vectors, TRAINED)
     saved = load_file(tmp_path / "killed/checkpoint-8/model.safetensors")
-    assert {name: len(values) for name, values in saved.items()} == {"rows.weight": 4, "_extra_state": 20}
+    assert {name: len(values) for name, values in saved.items()} == {"rows.weight": 4, "_extra_state": 42}
     other = trainer(of_users(list("abdc")), tmp_path / "killed", index, optimizer)
     with pytest.raises(ValueError, match="rows in the checkpoint have other names, or another order"):
         other.train(resume_from_checkpoint=True)
+    other = trainer(of_users(list("abcd"), seed=9), tmp_path / "killed", index, optimizer)
+    with pytest.raises(ValueError, match=r"rows in the checkpoint have another projection.*such as seed=9"):
+        other.train(resume_from_checkpoint=True)
+    bank = of_users(list("abcd"))
+    bank.load_state_dict(saved)
+    assert torch.equal(bank.vectors, resumed.vectors)
 
 
 def test_trainer_accepts_a_bank_on_a_quantized_base(tmp_path):
