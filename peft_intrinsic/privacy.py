@@ -16,7 +16,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_leaves
 
-from .tuner.bank import check_mixable
+from .tuner.adapter_names import check_mixable
 from .tuner.batches import Route
 from .version import pip_install
 

@@ -18,9 +18,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..projection import OF_VALUES, ValueBias
+from .adapter_names import select_by_name
 from .attach import attach, detach, remove_vector, unwrap
 from .attention import find_value_projections
-from .bank import select_by_name
 from .base import CheckedTuner
 from .batch_first import count_samples
 from .checks import check
