@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, load_peft_weights
+from peft.utils import CONFIG_NAME
 from torch import nn
 from transformers.utils import PushToHubMixin
 
@@ -171,6 +172,11 @@ class AdapterBank(PushToHubMixin, nn.Module):
         """
         options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
         if isinstance(paths, str | os.PathLike):
+            if os.path.isdir(paths) and not Path(paths, CONFIG_NAME).exists():
+                raise ValueError(
+                    f"{paths} contains no {CONFIG_NAME}, so it is no saved bank. For a checkpoint of Trainer, make the "
+                    "bank as for training and call bank.load_state_dict(load_file('…/model.safetensors'))."
+                )
             config = IntrinsicConfig.from_pretrained(os.fspath(paths), **options)
             vectors, names = read_bank(config, os.fspath(paths), options)
             model = model if isinstance(model, PeftModel) else get_peft_model(model, config)

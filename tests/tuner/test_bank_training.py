@@ -387,6 +387,8 @@ def test_an_interrupted_training_resumes_with_its_optimizer_state(tmp_path):
     bank = of_users(list("abcd"))
     bank.load_state_dict(saved)
     assert torch.equal(bank.vectors, resumed.vectors)
+    with pytest.raises(ValueError, match=r"no adapter_config\.json, so it is no saved bank.*bank\.load_state_dict"):
+        AdapterBank.from_pretrained(bank.model, tmp_path / "killed/checkpoint-8")
 
 
 def test_trainer_accepts_a_bank_on_a_quantized_base(tmp_path):
