@@ -114,8 +114,8 @@ def main() -> None:
     collate = DataCollatorWithPadding(tokenizer)
     held_out = DataLoader(data["eval"], batch_size=64, collate_fn=collate)
     parts = [data["train"].select(rows) for rows in split_by_label(np.array(data["train"]["labels"]), args.clients)]
-    if args.epsilon and min(map(len, parts)) < args.batch:
-        parser.error(f"--epsilon: a client has {min(map(len, parts))} rows. Lower --clients or --batch {args.batch}.")
+    if args.epsilon and min(map(len, parts)) < 2:
+        parser.error(f"--clients {args.clients}: one of them has a single row, which no ε protects. Take fewer.")
     loaders = [DataLoader(part, batch_size=args.batch, shuffle=True, collate_fn=collate) for part in parts]
     print(f"rows of the clients: {', '.join(str(len(part)) for part in parts)}")
     for name, size in (("θ", args.d), ("LoRA r=8", lora_size)):
