@@ -150,8 +150,9 @@ def peers(task: str) -> dict[str, tuple[Row, tuple[float, ...]]]:
         result["lora"] = {**base, "method": "lora", "d": None, "config": options}, (1e-3, 4e-3, 1.6e-2)
     if task == "scored_100":  # a decoder with a head
         for d in DECODER_BUDGETS:
-            result[f"ours {d}"] = plan(task, d), (RATE,)
-            result[f"ours, value biases {d}"] = plan(task, d, **values), (RATE,)
+            tuned = (1e-4, RATE, 4e-4) if d in (256, 1024) else (RATE,)
+            result[f"ours {d}"] = plan(task, d), tuned
+            result[f"ours, value biases {d}"] = plan(task, d, **values), tuned
     if task == "reviews":
         for d in DECODER_BUDGETS:
             result[f"ours, value biases {d}"] = plan(task, d, **values), (RATE,)
