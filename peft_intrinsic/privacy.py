@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_leaves
 
 from .tuner.adapter_names import check_mixable
+from .tuner.base_model import evaluation_mode
 from .tuner.batches import Route
 from .version import pip_install
 
@@ -107,9 +108,7 @@ def _check_isolated(model: Any, losses: Callable[[Any], torch.Tensor], batch: An
     def differentiate(weights: torch.Tensor) -> torch.Tensor:
         return torch.cat(torch.autograd.grad(_compute_losses(model, losses, batch, copies) @ weights, copies), 1)
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluation_mode(model):
         with torch.no_grad():
             together, strength = _compute_losses(model, losses, batch, copies), 1.0
             limit = 0.05 * together.abs().max()  # half precision depends on the batch, slightly
@@ -123,9 +122,6 @@ def _check_isolated(model: Any, losses: Callable[[Any], torch.Tensor], batch: An
         gradients = differentiate(torch.ones_like(weights))
         gap = (differentiate(weights) - weights[:, None] * gradients).norm(dim=1)
         changed |= gap > 0.05 * gradients.norm(dim=1).max()
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if changed.any():
         raise ValueError(
             f"The losses of samples {changed.nonzero().flatten().tolist()[:5]} depend on other samples of the batch, "

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..projection import ValueBias
 from ..projection.randomness import words
-from .base_model import base_modules
+from .base_model import base_modules, evaluation_mode
 from .merging import dequantize
 from .module_types import is_linear, linear_features
 
@@ -114,7 +114,6 @@ def _measure(
             "unmerge_adapter() first, or use projection='fastfood'."
         )
     active = [each for each in wrappers if not each.disable_adapters]
-    training = [module for module in model.modules() if module.training]
     result: dict[str, tuple[float, np.ndarray | None]] = {}
 
     def record(name: str, size: int, module: nn.Module, args: Any, output: torch.Tensor) -> None:
@@ -126,14 +125,14 @@ def _measure(
     try:
         for each in active:
             each._disable_adapters = True
-        model.eval()
         vocabulary = 1 << (model.get_input_embeddings().num_embeddings.bit_length() - 1)  # without most added tokens
         count, limit = SAMPLES[0], getattr(model.config.get_text_config(), "max_position_embeddings", SAMPLES[1])
         tokens = words(0, "tokens", "", count * min(SAMPLES[1], limit)) % np.uint64(vocabulary)
         device = next((p.device for p in model.parameters() if not p.is_meta), "cpu")  # offloaded ones are on meta
         ids = torch.from_numpy(tokens.astype(np.int64)).view(count, -1).to(device)
         decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-        inner(input_ids=ids, **decoder)
+        with evaluation_mode(model):
+            inner(input_ids=ids, **decoder)
     except Exception as error:
         raise ValueError(
             f"Value biases are scaled by a run of the base model on tokens, which failed for {type(model).__name__}: "
@@ -144,8 +143,6 @@ def _measure(
             hook.remove()
         for each in active:
             each._disable_adapters = False
-        for module in training:
-            module.training = True
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Container, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,24 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         name = canonical(name, model) if not is_foreign(name) else VECTOR
         if name.partition(".")[0] != VECTOR and not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             yield name, module
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within this context, the model is in evaluation mode.
+
+    4-bit layers of bitsandbytes remain in training mode, which computes the same: on some CPUs, their first pass in
+    evaluation mode repacks the weights, and inputs have no gradients afterwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for module, _ in modes:
+            module.training = hasattr(module, "support_avx512bf16_for_cpu")
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def base_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .base_model import evaluation_mode
 from .config import IntrinsicConfig
 from .head import LABEL_NOTE, Reinitialization
 from .loading import parameter_at
@@ -176,8 +177,7 @@ def _load_tokenizer(model: Any) -> Any:
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Within this context, the model is in evaluation mode and without adapters. RNG states do not change."""
-    modes = [(module, module.training) for module in model.modules()]
-    adapted = [module for module, _ in modes if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     if any(getattr(module, "merged", False) for module in adapted):
         raise ValueError("head='labels' needs the base model's weights. Call unmerge_adapter() first.")
     disabled = [module._disable_adapters for module in adapted]
@@ -185,13 +185,11 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
         try:
             for layer in adapted:
                 layer._disable_adapters = True
-            model.eval()
-            yield
+            with evaluation_mode(model):
+                yield
         finally:
             for layer, value in zip(adapted, disabled, strict=True):
                 layer._disable_adapters = value
-            for module, training in modes:
-                module.training = training
 
 
 @torch.no_grad()

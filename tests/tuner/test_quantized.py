@@ -92,6 +92,17 @@ def test_training_on_a_quantized_base_learns(kind, checkpoint):
     assert losses[-1] < losses[0] - 0.05
 
 
+@pytest.mark.parametrize("options", [{}, {"serving": "lora"}])
+def test_the_defaults_of_a_decoder_learn_on_a_quantized_base(kind, checkpoint, options):
+    """Attaching them runs the base model, which must not change its 4-bit weights."""
+    model = get_peft_model(quantized(kind, checkpoint), IntrinsicConfig(d=64, task_type="CAUSAL_LM", **options))
+    assert not any(module.training for module in model.get_base_model().model.layers.modules())
+    assert model.peft_config["default"].projection in ("value_bias", "value_lora")
+    ids = batch("llama")["input_ids"]
+    losses = train(model, {"input_ids": ids, "labels": ids}, 15, 2e-3)
+    assert losses[-1] < losses[0] - 0.01
+
+
 @pytest.mark.filterwarnings("ignore:Rounding to the base model's precision")
 def test_merge_then_unmerge_restores_quantized_weights_bitwise(kind, checkpoint):
     model = attached(kind, checkpoint)
