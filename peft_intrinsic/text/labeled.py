@@ -60,10 +60,10 @@ class LabeledTexts(AdapterTexts):
         columns: Columns of the one or two texts.
         label: Column of the class. Class i of the model is the i-th of the sorted labels of the training data.
         batch: Examples in a batch.
-        labels: Number of labels of the head if the training data have only the first of them.
+        labels: Number of labels of the head. The training data may lack some if its labels are numbers from 0.
 
     Raises:
-        ValueError: The files do not hold such data, or have more labels.
+        ValueError: The files do not hold such data, have more labels, or lack labels that are no numbers.
     """
 
     def __init__(
@@ -81,11 +81,13 @@ class LabeledTexts(AdapterTexts):
         files: Any = {"train": train, "eval": eval or train, "columns": tuple(columns), "label": label}
         options = TextOptions(model, **files, metric="accuracy", arguments=arguments)
         self.task = load_task(options)
-        classes = self.task.classes
-        if labels is not None and labels < len(classes):
+        classes = [str(each) for each in self.task.classes]
+        first = classes == [str(i) for i in range(len(classes))]
+        if labels is not None and (labels < len(classes) or (labels > len(classes) and not first)):
             raise ValueError(
-                f"The model has {labels} labels, {train} {len(classes)}: {', '.join(map(str, classes))}. Correct the "
-                "data, or use a model with as many."
+                f"The model has {labels} labels, {train} {len(classes)}: {', '.join(classes)}. Correct the data: class "
+                f"i of the model is the i-th of the sorted labels. With numbers from 0 to {labels - 1} as labels, some "
+                "may be missing."
             )
         self.training = TextTraining(options, self.task)
         self.data, self.base = self.training.data, self.training.load_base(labels)

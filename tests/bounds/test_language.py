@@ -272,6 +272,7 @@ def claim(found: dict, **inputs: float) -> None:
     [
         ("bound", lambda found: found["certificate"].update(bound=found["certificate"]["bound"] - 0.01)),
         ("bound: ", lambda found: claim(found, risk=3.0)),
+        ("training loss: 3 stored", lambda found: claim(found, risk=3.0)),
         ("untrained_bound", lambda found: claim(found, untrained_risk=6.5)),
         ("vocabulary: 90 stored, 97 computed", lambda found: found["certificate"].update(vocabulary=90)),
         ("m: 61 stored, 60 computed", lambda found: found["certificate"].update(m=61)),

@@ -64,6 +64,10 @@ def test_pack_accepts_a_head_with_more_labels_than_the_data_have(folder, capsys)
     with pytest.raises(SystemExit, match="2"):
         main(["pack", "three", "-o", "x.pia", "--eval", "four.jsonl"])
     assert "The model has 3 labels, four.jsonl 4:" in capsys.readouterr().err
+    write(folder, "two.jsonl", [{"text": "a film", "label": label} for label in "bc"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["pack", "three", "-o", "x.pia", "--eval", "two.jsonl"])
+    assert "The model has 3 labels, two.jsonl 2: b, c. Correct the data: class i of" in capsys.readouterr().err
 
 
 @pytest.fixture
