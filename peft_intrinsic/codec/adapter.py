@@ -169,7 +169,7 @@ def load_packed(
         raise ValueError(
             f"This adapter was made for {packed.base or 'a base model without a name'} (digest "
             f"{packed.base_digest.hex()}); this model has other weights{hint}. Load that model, with the class for its "
-            "task. If it is the same model quantized, pass check_base=False."
+            "task. If it is the same model quantized, load_packed(…, check_base=False) loads it."
         )
     if config.task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(root, "prepare_inputs_for_generation"):
         raise ValueError(f"This adapter needs a model for {config.task_type}, which {type(root).__name__} is not.")

@@ -6,11 +6,12 @@ import argparse
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ..codec import read_packed
 from ..serving import AdapterStore, open_store
 from ..serving.saved import is_packed, read_saved
+from ..tuner.label_head import load_tokenizer
 from ..version import pip_install
 
 
@@ -25,7 +26,7 @@ def serve(args: argparse.Namespace) -> None:
         raise ImportError(f"serve needs FastAPI and uvicorn ({error}). {pip_install('[serve]')}") from error
     store = open_store(args.store)
     model = _load(args.model, args.task, *_read_first(store))
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model)
     engine = Engine(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, args.max_batch)
     app = create_app(engine, store, args.model)
     uvicorn.run(app, host=args.host, port=args.port, access_log=False, timeout_graceful_shutdown=5)

@@ -47,7 +47,7 @@ class Advice:
         chosen = {
             name: {
                 "value": result.d,
-                "interval": result.interval,
+                "interval": result.interval if result.seeds > 1 else None,
                 "text": format_answer(result, result.answer),
                 "parameters": self.parameters[name],
                 "measured": [point.d for point in result.points],
@@ -84,7 +84,9 @@ class Advice:
         result = self.results[name]
         value, interval = format_answer(result, result.answer)
         if result.d is None:
-            return f"No measured {title} up to {result.ends[1]} {goal} ({interval}). Try larger ones ({option})."
+            beyond = result.ends[1] == result.dims[1]
+            remedy = f"Try larger ones ({option})" if beyond else "Larger ones need more trials (--trials, --minutes)"
+            return f"No measured {title} up to {result.ends[1]} {goal} ({interval}). {remedy}."
         size = f"{self.parameters[name]} trainable parameters"
         end = f" No smaller {name} was measured." if value.startswith("≤") else ""
         return f"The smallest {title} that {goal} is {result.d} ({interval}), with {size}.{end}"

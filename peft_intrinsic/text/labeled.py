@@ -60,10 +60,10 @@ class LabeledTexts(AdapterTexts):
         columns: Columns of the one or two texts.
         label: Column of the class. Class i of the model is the i-th of the sorted labels of the training data.
         batch: Examples in a batch.
-        labels: Number of labels of the head. The training data may lack some if its labels are numbers from 0.
+        labels: Number of labels of the head. The training data may lack some if its labels are integers from 0.
 
     Raises:
-        ValueError: The files do not hold such data, have more labels, or lack labels that are no numbers.
+        ValueError: The files do not hold such data, have more labels, or lack some that are no integers.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class LabeledTexts(AdapterTexts):
         if labels is not None and (labels < len(classes) or (labels > len(classes) and not first)):
             raise ValueError(
                 f"The model has {labels} labels, {train} {len(classes)}: {', '.join(classes)}. Correct the data: class "
-                f"i of the model is the i-th of the sorted labels. With numbers from 0 to {labels - 1} as labels, some "
+                f"i of the model is the i-th of the sorted labels. If these are integers from 0 to {labels - 1}, some "
                 "may be missing."
             )
         self.training = TextTraining(options, self.task)

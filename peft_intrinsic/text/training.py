@@ -22,7 +22,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
@@ -34,6 +33,7 @@ from transformers import (
 )
 
 from ..trials.store import write_whole
+from ..tuner.label_head import load_tokenizer
 from .methods import METHODS, build_config, get_step
 from .options import TextOptions, check_arguments, complete_arguments
 from .tasks import IGNORED, Task, load_task
@@ -56,7 +56,7 @@ class TextTraining:
         self.options, self.task = options, task
         self.correct: np.ndarray | None = None  # predictions of the last evaluation
         self.arguments = complete_arguments(options.arguments, self.best_metric if options.patience else None)
-        self.tokenizer = AutoTokenizer.from_pretrained(options.model, **self.tokenizer_options)
+        self.tokenizer = load_tokenizer(options.model, **self.tokenizer_options)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.index = {label: i for i, label in enumerate(task.classes)}
         self.data: DatasetDict = task.data.map(

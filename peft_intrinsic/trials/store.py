@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 TRIAL = "d", "seed", "learning_rate"
 TRIALS, SETTINGS, DAMAGED, PLAN = "trials.jsonl", "settings.json", "damaged.jsonl", "plan.json"
 REPORTS = "report.json", "report.md", "curve.csv", "curve.png", "curve.svg", "curve.pdf"
-REMEDY = "use another folder, or overwrite this one: overwrite=True (--overwrite)."
+REMEDY = "use another folder, delete this one, or overwrite it: overwrite=True (--overwrite of measure and the like)."
 
 
 def hash_configuration(configuration: Mapping[str, Any]) -> str:

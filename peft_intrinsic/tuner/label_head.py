@@ -89,7 +89,7 @@ class LabelHead(Reinitialization):
             self._rows, self.sketch = parameter_at(self._places[output]).detach().cpu().clone(), note[2]
         else:
             with self._other_values():
-                self._rows = compute_rows(model, module, tokenizer or _load_tokenizer(model), self.texts)
+                self._rows = compute_rows(model, module, tokenizer or _find_tokenizer(model), self.texts)
             self.sketch = compute_sketch(self._rows)
         check_sketch(config, "label_sketch", self.sketch, LIMITS, "The rows of the head from the labels' texts")
 
@@ -157,15 +157,27 @@ def _check_texts(model: Any, texts: Sequence[str]) -> None:
         raise ValueError(f"head='labels' needs at least two labels, and the model has num_labels={labels}.")
 
 
-def _load_tokenizer(model: Any) -> Any:
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """Load the tokenizer of a model.
+
+    Raises:
+        ValueError: there is none. transformers makes one without words for some models.
+    """
     from transformers import AutoTokenizer
 
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} has no tokenizer that can be loaded: {' '.join(str(error).split())}") from error
+    if len(tokenizer) == len(tokenizer.all_special_ids):
+        raise ValueError(f"{name} has no tokenizer. Save it there: AutoTokenizer.from_pretrained(…).save_pretrained().")
+    return tokenizer
+
+
+def _find_tokenizer(model: Any) -> Any:
     name = getattr(model, "name_or_path", "")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if len(tokenizer) == len(tokenizer.all_special_ids):  # made without files
-            raise ValueError("its vocabulary is empty")
-        return tokenizer
+        return load_tokenizer(name)
     except Exception as error:
         raise ValueError(
             f"head='labels' needs the model's tokenizer, and there is none under its name {name!r}. Call "

@@ -141,7 +141,8 @@ def find_bias_flags(model: Any, names: Iterable[str]) -> tuple[list[str], list[s
     if missing := sorted(wanted - present):
         raise ValueError(
             f"A saved {type(model).__name__} cannot hold these added biases: {', '.join(missing)}. Leave the adapter "
-            "unmerged, merge it in memory with merge_adapter(), or train one with projection='fastfood'."
+            "unmerged, merge it in memory with merge_adapter(), or train one with projection='value_lora' or "
+            "'fastfood'."
         )
     return chosen, sorted(present - plain - wanted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -178,6 +179,10 @@ def test_targets_outside_of_the_measured_sizes_are_reported_as_such(options, sco
     main([*options, "--overwrite"])
     assert "No measured d of IntrinsicConfig up to 512 reaches 0.9" in (out := capsys.readouterr().out)
     assert "Try larger ones (--dims)." in out
+    main([*options, "--overwrite", "--trials", "6"])
+    out = capsys.readouterr().out
+    assert re.search(r"No measured d of IntrinsicConfig up to (16|32|64|128) reaches", out)
+    assert "Larger ones need more trials (--trials, --minutes)." in out
 
 
 def test_dry_run_prints_both_plans_and_trains_nothing(options, scores, capsys):

@@ -34,6 +34,14 @@ def build_fit(base: str, data: dict[str, str], steps: int = 3, arguments: dict |
     return TextFit(TextOptions(base, **data, arguments={**QUICK, "max_steps": steps, **(arguments or {})}, **options))
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_model_without_a_tokenizer_raises(family, data, tmp_path):
+    """transformers makes a BERT tokenizer without words, which would read every text alike."""
+    build(family).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="bare has no tokenizer"):
+        _ = build_fit(str(tmp_path / "bare"), data).training
+
+
 @pytest.mark.slow
 def test_command_measures_and_then_resumes_without_a_trial(base, data, tmp_path, capsys):
     out = tmp_path / "run"
