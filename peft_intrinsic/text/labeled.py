@@ -14,7 +14,7 @@ from datasets import DatasetDict
 from ..tuner import IntrinsicConfig
 from .options import TextOptions
 from .tasks import Task, load_task
-from .training import TextTraining
+from .training import TextTraining, count_positions
 
 
 class AdapterTexts:
@@ -63,7 +63,8 @@ class LabeledTexts(AdapterTexts):
         labels: Number of labels of the head. The training data may lack some if its labels are integers from 0.
 
     Raises:
-        ValueError: The files do not hold such data, have more labels, or lack some that are no integers.
+        ValueError: The files do not hold such data, have more labels, lack some that are no integers, or have
+            texts that are too long for the model.
     """
 
     def __init__(
@@ -91,6 +92,9 @@ class LabeledTexts(AdapterTexts):
             )
         self.training = TextTraining(options, self.task)
         self.data, self.base = self.training.data, self.training.load_base(labels)
+        longest = max(len(ids) for split in self.data.values() for ids in split["input_ids"])
+        if longest > (positions := count_positions(self.base) or longest):
+            raise ValueError(f"{model} has {positions} positions, and a text of the data {longest} tokens. Shorten it.")
 
     def copy_base(self) -> Any:
         """Copy the base model for full fine-tuning. Its new head starts where adapters start it."""

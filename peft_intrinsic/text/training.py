@@ -320,14 +320,14 @@ def check_positions(options: TextOptions, base: Any) -> None:
     Raises:
         ValueError: It has fewer.
     """
-    positions = _count_positions(base)
+    positions = count_positions(base)
     if positions is not None and options.max_length > positions:
         raise ValueError(
             f"max_length (--max-length) = {options.max_length}: {options.model} has {positions} positions. Use fewer."
         )
 
 
-def _count_positions(base: Any) -> int | None:
+def count_positions(base: Any) -> int | None:
     """Count the positions for tokens. Those of RoBERTa and its descendants begin after the padding's."""
     count = getattr(base.config, "max_position_embeddings", None)
     for name, module in base.named_modules():

@@ -12,7 +12,7 @@ import torch
 from helpers.films import D, certify, count_errors, films
 from helpers.texts import write
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.codec import load_packed, read_packed
@@ -68,6 +68,16 @@ def test_pack_accepts_a_head_with_more_labels_than_the_data_have(folder, capsys)
     with pytest.raises(SystemExit, match="2"):
         main(["pack", "three", "-o", "x.pia", "--eval", "two.jsonl"])
     assert "The model has 3 labels, two.jsonl 2: b, c. Correct the data: class i of" in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_long_for_the_model_raises(folder, capsys):
+    config = AutoConfig.from_pretrained("base", max_position_embeddings=16)
+    AutoModel.from_config(config).save_pretrained("short")
+    AutoTokenizer.from_pretrained("base").save_pretrained("short")
+    write(folder, "long.jsonl", [{"text": "film " * 30, "label": i % 2} for i in range(4)])
+    with pytest.raises(SystemExit, match="2"):
+        main(["pack", "adapter", "-o", "x.pia", "--model", "short", "--eval", "long.jsonl"])
+    assert "short has 16 positions, and a text of the data" in capsys.readouterr().err
 
 
 @pytest.fixture
