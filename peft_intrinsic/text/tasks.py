@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -223,6 +224,15 @@ def load_files(
         if label and isinstance(data.features[label], ClassLabel):  # -1 is no class, as in SNLI
             data = data.filter(lambda value: value >= 0, input_columns=label)
         splits[split] = data.select_columns(names)
+    if train != eval:
+        texts = [list(zip(*(map(str, data[column]) for column in columns), strict=True)) for data in splits.values()]
+        seen, held_out = set(texts[0]), texts[1]
+        if both := sum(row in seen for row in held_out):
+            warnings.warn(
+                f"{both} of the {len(held_out)} texts of {eval} are in {train} too: their scores say nothing about new "
+                "texts. Remove them from one of the files.",
+                stacklevel=2,
+            )
     return Task(DatasetDict(splits), tuple(columns), label, metric, task_type)
 
 

@@ -279,3 +279,11 @@ def test_settings_describe_a_model_by_its_contents(tmp_path):
     with open(base / "tokenizer.json", "a") as file:
         file.write(" ")
     assert options.to_settings()["model"] != before
+
+
+def test_texts_of_the_evaluation_data_that_are_trained_on_are_counted(tmp_path):
+    names = [tmp_path / "train.csv", tmp_path / "eval.csv"]
+    names[0].write_text("a,b,label\nx,y,0\nx,z,1\n")
+    names[1].write_text("a,b,label\nx,z,0\nu,y,1\nx,y,1\n")
+    with pytest.warns(UserWarning, match=r"2 of the 3 texts of .*eval\.csv are in .*train\.csv too"):
+        load_files(*map(str, names), ["a", "b"])
