@@ -7,24 +7,27 @@
 seed is shared, so the mean of the clients' θ, which FedAvg computes, is exactly the mean of their models. With
 --epsilon, what a client sends is (ε, δ)-differentially private with respect to each of its rows, over all rounds.
 
-The clients run one after the other in this process: Flower's client and strategy without its simulation engine. In a
-deployment, `ClientApp(client_fn)` runs the same client where its data are.
+Flower's simulation runs the clients in processes of Ray. A deployment runs the same two apps: `ServerApp` on the server
+and `ClientApp` where the data are.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.client import NumPyClient
-from flwr.common import FitIns, ndarrays_to_parameters, parameters_to_ndarrays
-from flwr.server.strategy import FedAvg
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
 from opacus import PrivacyEngine
+from opacus.accountants import PRVAccountant
 from peft import LoraConfig, get_peft_model
 from private import accuracy, compute_losses, measure_norms, random_texts, train_privately
 from text_classification import add_data_options, from_files, save
@@ -40,42 +43,60 @@ def trainable(model: Any) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-class FlowerClient(NumPyClient):
-    """Flower's client: it gets the server's parameters, trains, and sends its own."""
-
-    def __init__(self, model: Any, train: Callable[[], None], size: int) -> None:
-        self.model, self.train, self.size = model, train, size
-
-    @torch.no_grad()
-    def set_arrays(self, arrays: list[np.ndarray]) -> None:
-        """Set the trainable parameters."""
-        for parameter, array in zip(trainable(self.model), arrays, strict=True):
-            parameter.copy_(torch.from_numpy(array))
-
-    def fit(self, parameters: list[np.ndarray], config: dict[str, Any]) -> tuple[list[np.ndarray], int, dict[str, Any]]:
-        self.set_arrays(parameters)
-        self.train()
-        return [parameter.detach().cpu().numpy().copy() for parameter in trainable(self.model)], self.size, {}
+def read_arrays(model: Any) -> ArrayRecord:
+    """Return the trainable parameters for a message."""
+    return ArrayRecord([parameter.detach().cpu().numpy().copy() for parameter in trainable(model)])
 
 
-def federate(clients: list[FlowerClient], rounds: int, report: Callable[[int], None] = lambda done: None) -> None:
-    """Train by FedAvg, weighted by the clients' numbers of rows.
+@torch.no_grad()
+def set_arrays(model: Any, arrays: ArrayRecord) -> None:
+    """Set the trainable parameters to those of a message."""
+    for parameter, array in zip(trainable(model), arrays.to_numpy_ndarrays(), strict=True):
+        parameter.copy_(torch.from_numpy(array))
+
+
+def build_client(model: Any, train: Callable[[int], int]) -> ClientApp:
+    """Build the app of a client: it gets the server's parameters, trains, and sends its own.
 
     Args:
-        clients: all of them train in every round. Here they share one model, which is the server's too.
-        rounds: number of rounds.
-        report: called with the number of rounds, from 0, when the model has the parameters of the server.
+        train: called with the client's index in every round. Trains `model` and returns the client's number of rows.
     """
-    strategy = FedAvg(fraction_evaluate=0.0)
-    arrays = [parameter.detach().cpu().numpy().copy() for parameter in trainable(clients[0].model)]
-    report(0)
-    for done in range(1, rounds + 1):
-        instruction = FitIns(ndarrays_to_parameters(arrays), {})
-        results: Any = [(client, client.to_client().fit(instruction)) for client in clients]
-        average, _ = strategy.aggregate_fit(done, results, [])
-        arrays = parameters_to_ndarrays(average)
-        clients[0].set_arrays(arrays)
+    app = ClientApp()
+
+    @app.train()
+    def run(message: Message, context: Context) -> Message:
+        set_arrays(model, message.content["arrays"])
+        rows = train(int(context.node_config["partition-id"]))
+        content = {"arrays": read_arrays(model), "metrics": MetricRecord({"num-examples": rows})}
+        return Message(content=RecordDict(content), reply_to=message)
+
+    return app
+
+
+def build_server(model: Any, clients: int, rounds: int, report: Callable[[int], None]) -> ServerApp:
+    """Build the app of the server: FedAvg of all clients, weighted by their numbers of rows.
+
+    Args:
+        report: called with the number of rounds, from 0, when `model` has the parameters of the server.
+    """
+    app = ServerApp()
+
+    def set_and_report(done: int, arrays: ArrayRecord) -> None:
+        set_arrays(model, arrays)
         report(done)
+
+    def count(replies: list[RecordDict], weight: str) -> MetricRecord:
+        return MetricRecord({"clients": len(replies)})
+
+    @app.main()
+    def run(grid: Grid, context: Context) -> None:
+        strategy = FedAvg(fraction_evaluate=0.0, min_available_nodes=clients, train_metrics_aggr_fn=count)
+        result = strategy.start(grid, read_arrays(model), num_rounds=rounds, evaluate_fn=set_and_report)
+        counts = [result.train_metrics_clientapp.get(done, {"clients": 0})["clients"] for done in range(1, rounds + 1)]
+        if min(counts) < clients:
+            raise RuntimeError(f"Of {clients} clients, {counts} finished in the rounds. Flower's log says why.")
+
+    return app
 
 
 def split_by_label(labels: np.ndarray, clients: int, concentration: float = 0.5) -> list[np.ndarray]:
@@ -121,17 +142,20 @@ def main() -> None:
     for name, size in (("θ", args.d), ("LoRA r=8", lora_size)):
         print(f"{name}: a round sends {4 * size:,} bytes to and from each client, {8 * size * len(parts):,} in all")
 
-    engines = [PrivacyEngine() for _ in parts]
     clip = measure_norms(model, random_texts(tokenizer, base.config.num_labels)).median().item()
+    plans = []  # of the private clients: noise multiplier, probability of a row and number of steps
+    for part, loader in zip(parts, loaders, strict=True):
+        if args.epsilon:
+            plan = 1 / len(loader), args.rounds * args.steps
+            plans.append((find_noise(args.epsilon, 1 / len(part), *plan), *plan))
 
-    def train(client: int) -> None:
-        loader = loaders[client]
+    def train(client: int) -> int:
+        """Train a client for one round, in its process."""
+        rows, loader = len(parts[client]), loaders[client]
         optimizer = torch.optim.Adam(trainable(model), lr=args.lr)
         if args.epsilon:
-            delta, steps = 1 / len(parts[client]), args.rounds * args.steps
-            noise = find_noise(args.epsilon, delta, 1 / len(loader), steps)
-            train_privately(model, engines[client], loader, optimizer, noise, clip, args.steps)
-            return
+            train_privately(model, PrivacyEngine(), loader, optimizer, plans[client][0], clip, args.steps)
+            return rows
         model.train()
         batches = iter(loader)
         for _ in range(args.steps):
@@ -141,14 +165,20 @@ def main() -> None:
             compute_losses(model, batch).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+        return rows
 
     def report(done: int) -> None:
         print(f"round {done}: accuracy {accuracy(model, held_out):.4f}", flush=True)
 
-    clients = [FlowerClient(model, partial(train, i), len(part)) for i, part in enumerate(parts)]
-    federate(clients, args.rounds, report)
+    server = build_server(model, len(parts), args.rounds, report)
+    logging.getLogger("flwr").propagate = False  # or each line is printed twice
+    resources = {"client_resources": {"num_cpus": 1}}
+    run_simulation(server, build_client(model, train), num_supernodes=len(parts), backend_config=resources)
     if args.epsilon:
-        spent = [engine.get_epsilon(1 / len(part)) for engine, part in zip(engines, parts, strict=True)]
+        accountants = [PRVAccountant() for _ in parts]
+        for accountant, plan in zip(accountants, plans, strict=True):
+            accountant.history = [plan]
+        spent = [one.get_epsilon(1 / len(part)) for one, part in zip(accountants, parts, strict=True)]
         print(f"ε of the clients, at δ = 1 / rows: {', '.join(f'{epsilon:.2f}' for epsilon in spent)}")
     save(model, args.out)
 

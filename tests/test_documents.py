@@ -322,7 +322,7 @@ def test_private(tmp_path):
 
 @pytest.mark.slow
 def test_federated(tmp_path):
-    pytest.importorskip("flwr", reason="flwr is not installed")
+    pytest.importorskip("flwr.simulation", reason="flwr is not installed")
     pytest.importorskip("opacus", reason="opacus is not installed")
     base, data = tiny("bert", tmp_path / "base"), labelled(tmp_path, "good", "bad", rows=80)
     small = ["--d", "50", "--clients", "3", "--rounds", "2", "--steps", "2"]
