@@ -17,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bank_training
+import pretraining
 import private
 import supermask
 import trajectory
@@ -89,6 +90,8 @@ def main() -> None:
         methods = Methods(study.__name__, study.list_methods, study.NAMES, ())
         for file in sorted(methods.folder.glob("*/trials.jsonl")):
             methods.plot(file.parent.name)
+    for file in sorted(RESULTS.glob("pretraining/*/study.json")):
+        pretraining.plot(file.parent.name)
     for benchmark in (bank_training, private):
         benchmark.plot(read_rows(benchmark.RESULTS))
 

@@ -15,7 +15,7 @@ teach little more than the frequencies of words.)
 
 `measure` runs `peft-intrinsic study gap` on what FOLDER has, with this tuner's DID, and resumes where it stopped. The
 tasks are `questions` (TREC, six classes) and `sentences` (Rotten Tomatoes, 4,000 of them, two classes), one epoch each.
-Rows lie in benchmarks/results/pretraining/TASK, from the folder in which it runs.
+Rows lie in benchmarks/results/pretraining/TASK.
 
 `table` prints d90 of every model, and Spearman's rank correlations with 90 % intervals by a bootstrap over models.
 Where d90 is above the grid, the fraction of full fine-tuning that a d reaches still compares models.
@@ -37,6 +37,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from tokenizers import BertWordPieceTokenizer
 from transformers import (
@@ -52,9 +53,10 @@ from transformers import (
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from carriers import REVIEWS, packaged_file, questions, rotten_tomatoes
 
+from peft_intrinsic.figures import save_figure, styled
 from peft_intrinsic_cli import main as command
 
-RESULTS = Path("benchmarks/results/pretraining")
+RESULTS = Path(__file__).parent / "results" / "pretraining"
 STEPS, TOKENS, LAYERS, VOCABULARY = 4000, 64, 4, 4096
 SAVED = (1, 250, 500, 1000, 2000, STEPS)
 WIDTH = 128
@@ -170,37 +172,61 @@ def correlate(pairs: Sequence[tuple[float, float]]) -> str:
     return f"{spearmanr(*array.T).statistic:.2f} [{low:.2f}, {high:.2f}], {len(pairs)} models"
 
 
-def read_fractions(task: str, model: str, full: float) -> list[float | None]:
-    """Read the scores of `SHARED`, relative to full fine-tuning: of the tuning seed, at its best learning rate."""
+def read_study(task: str) -> list[dict[str, Any]]:
+    """Read the rows of a study, by width and step."""
+    rows = json.loads((RESULTS / task / "study.json").read_text())["rows"]
+    return sorted(rows, key=lambda row: parse_name(row["model"]))
+
+
+def read_fractions(task: str, model: str, full: float) -> dict[int, float]:
+    """Read the scores of each d, relative to full fine-tuning: of the tuning seed, at its best learning rate."""
     lines = (RESULTS / task / f"{model.replace('/', '_')}_did" / "trials.jsonl").read_text().splitlines()
-    trials = [trial for trial in map(json.loads, lines) if trial["seed"] == 10000]
-    best = [max((trial["score"] for trial in trials if trial["d"] == d), default=None) for d in SHARED]
-    return [None if score is None else score / full for score in best]
+    trials = [trial for trial in map(json.loads, lines) if trial["seed"] == 10000 and trial["d"]]
+    dims = sorted({trial["d"] for trial in trials})
+    return {d: max(trial["score"] for trial in trials if trial["d"] == d) / full for d in dims}
+
+
+@styled
+def plot(task: str) -> None:
+    """Draw the fraction of full fine-tuning against d: of checkpoints of one model, and of widths."""
+    figure = Figure((8, 3.2))
+    for axis, chosen in zip(figure.subplots(1, 2, sharey=True), ("steps", "width"), strict=True):
+        for row in read_study(task):
+            width, step = parse_name(row["model"])
+            if "baseline" in row and (width == WIDTH if chosen == "steps" else step == STEPS):
+                fractions = read_fractions(task, row["model"], row["baseline"])
+                label = f"{step:,} steps" if chosen == "steps" else f"width {width}"
+                axis.plot(*zip(*fractions.items(), strict=True), "o-", label=label)
+        axis.axhline(0.9, color="gray", ls=":")
+        axis.set(xscale="log", xlabel="d", ylabel="fraction of full fine-tuning" * (chosen == "steps"))
+        axis.legend()
+    save_figure(figure, RESULTS / task / "fractions.svg")
 
 
 def table() -> None:
     """Print d90, fractions and gap of every model, and the correlations."""
     for task in TASKS:
-        path = RESULTS / task / "study.json"
-        if not path.exists():
+        if not (RESULTS / task / "study.json").exists():
             continue
-        rows = json.loads(path.read_text())["rows"]
+        rows = read_study(task)
         fractions = " | ".join(f"fraction at d = {d:,}" for d in SHARED)
         print(f"\n{task}\n\n| width | steps | full fine-tuning | {fractions} | d90 [90 %] | gap at d90 |")
         print("|" + "---|" * (5 + len(SHARED)))
         known: list[dict[str, Any]] = []
-        for row in sorted(rows, key=lambda row: parse_name(row["model"])):
+        for row in rows:
             width, step = parse_name(row["model"])
             if "why_not" in row:
                 print(f"| {width} | {step:,} | {'| ' * (1 + len(SHARED))}| {row['why_not']} | |")
                 continue
             answer, gap = row["answers"]["score"], row.get("gap")
             values = read_fractions(task, row["model"], row["baseline"])
-            cells = ["" if value is None else f"{value:.3f}" for value in values]
+            cells = [f"{values[d]:.3f}" if d in values else "" for d in SHARED]
             cells += [" ".join(answer["text"]), "" if gap is None else f"{gap:.3f}"]
             print(f"| {width} | {step:,} | {row['baseline']:.3f} | {' | '.join(cells)} |")
             d90 = np.inf if answer["d"] is None else answer["d"]
-            known.append({"width": width, "steps": step, "d90": d90, "gap": gap, "fraction": values[MIDDLE]})
+            known.append(
+                {"width": width, "steps": step, "d90": d90, "gap": gap, "fraction": values.get(SHARED[MIDDLE])}
+            )
         same = {
             "steps": [row for row in known if row["width"] == WIDTH],
             "width": [row for row in known if row["steps"] == STEPS],
