@@ -376,7 +376,8 @@ def test_factor_multiplies_offsets_bitwise(tmp_path, projection):
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
-def test_number_of_threads_does_not_change_a_bit(tmp_path, projection):
+def test_number_of_threads_does_not_change_the_offset(tmp_path, projection):
+    """Not a bit of it, except where BLAS multiplies: on some processors, its sums depend on the threads."""
     d, shapes = (300, {"a": Shape(700, 650)}) if projection in ("fastfood", "global") else (60, {"a": Shape(300, 250)})
     p = PROJECTIONS[projection](make_spec(tmp_path, projection, d, shapes, 64), shapes)["a"]
     theta, threads = draw(d), torch.get_num_threads()
@@ -384,6 +385,10 @@ def test_number_of_threads_does_not_change_a_bit(tmp_path, projection):
         torch.set_num_threads(1)
         one = p.materialize(theta)
         torch.set_num_threads(4)
-        assert torch.equal(p.materialize(theta), one)
+        four = p.materialize(theta)
+        if projection in ("dense", "trajectory", *OF_VALUES):
+            assert error(four, one.double().numpy()) < TOLERANCE[torch.float32]
+        else:
+            assert torch.equal(four, one)
     finally:
         torch.set_num_threads(threads)

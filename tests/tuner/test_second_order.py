@@ -104,9 +104,9 @@ def test_third_derivatives_equal_those_of_the_dense_model():
     def third(function):
         value = leaf = theta.clone().requires_grad_()
         value = function(leaf)
-        for _ in range(3):
+        for _ in range(2):
             value = torch.autograd.grad(value, leaf, create_graph=True)[0] @ vector
-        return value.detach()
+        return torch.autograd.grad(value, leaf)[0]  # a vector: in its sum, terms would cancel
 
     assert_equal(third(loss), third(oracle))
 
