@@ -18,8 +18,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from peft_intrinsic import IntrinsicConfig, SupermaskConfig
 
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-"""For float32 values in the hundreds, which processors round in different orders."""
 WAYS = {"scripted": torch.jit.script, "traced": lambda module: torch.jit.trace(module, X)}
 
 pytestmark = pytest.mark.filterwarnings(
@@ -125,9 +123,10 @@ def test_graph_modules_of_fx_are_adapted():
     plain = get_peft_model(Net(), IntrinsicConfig(d=8, target_modules="all"))
     model = get_peft_model(torch.fx.symbolic_trace(Net()), IntrinsicConfig(d=8, target_modules="all"))
     for each in (plain, model):
-        each.base_model.vector.intrinsic_theta["default"].weight.data.copy_(torch.linspace(-0.1, 0.1, 8))
-    torch.testing.assert_close(model(X), plain(X), **CLOSE)
-    torch.testing.assert_close(model.merge_and_unload()(X), plain(X), **CLOSE)
+        each.base_model.vector.intrinsic_theta["default"].weight.data.copy_(torch.linspace(-1e-3, 1e-3, 8))
+    assert (plain(X) - Net()(X)).abs().max() > 1  # outputs near those whose tolerance is the default
+    torch.testing.assert_close(model(X), plain(X))
+    torch.testing.assert_close(model.merge_and_unload()(X), plain(X))
 
 
 @pytest.fixture
