@@ -7,9 +7,10 @@ FOLDER has GLUE's files as JSON lines. Each run appends one JSON line to benchma
 are skipped, so an interrupted command resumes. With --minutes, no run starts later than that.
 
 Protocol: all-MiniLM-L6-v2, all n = 67,349 training phrases, 60 Poisson batches of 512 expected phrases, δ = 1/n,
-opacus' PRV accountant, Adam, linear decay of the learning rate, dropout on, bfloat16 autocast. Accuracy and
-cross-entropy are those of the 872 sentences of the validation set. ε = null is the same training without noise and
-without clipping. A head alone is trained on features that are computed before, without dropout.
+opacus' PRV accountant, Adam, linear decay of the learning rate, dropout on, bfloat16 autocast where the processor has
+it (rows with "dtype" are without). Accuracy and cross-entropy are those of the 872 sentences of the validation set. ε =
+null is the same training without noise and without clipping. A head alone is trained on features that are computed
+before, without dropout.
 
 The clip C is the median norm of the gradients of 256 sequences of random tokens with alternating labels at the start,
 which contain no private data. Learning rates are a factor of 4 apart. The best one at ε = 8, by cross-entropy of
@@ -50,7 +51,7 @@ from carriers import minilm
 from groups import draw
 from matplotlib.figure import Figure
 from methods import attach
-from quality import read_rows
+from quality import BFLOAT16, DTYPE, read_rows
 
 from peft_intrinsic import init_head_from_labels
 from peft_intrinsic.figures import save_figure, styled
@@ -169,7 +170,7 @@ class Phrases:
             for i in range(0, len(rows), 256):
                 inputs = self.collate(rows[i : i + 256])
                 labels = inputs.pop("labels").tolist()
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
                     pooled = model.base_model(**inputs).pooler_output.float()
                 found += zip(pooled.clone(), labels, strict=True)
             result.append(found)
@@ -206,7 +207,7 @@ def measure(row: Row, folder: Path, threads: int) -> Row:
 
     def losses(batch: Batch) -> torch.Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16):
             output = called(*inputs.values())
         logits = getattr(output, "logits", output)
         return nn.functional.cross_entropy(logits.float(), batch["labels"], reduction="none")
@@ -267,6 +268,7 @@ def measure(row: Row, folder: Path, threads: int) -> Row:
         "cpu_seconds_per_step": round(cpu / STEPS, 3),
         "seconds": round(time.time() - start),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        **DTYPE,
     }
 
 

@@ -9,17 +9,17 @@ its runs. Each run appends one JSON line to benchmarks/results/quality.jsonl. St
 group resumes. Several processes can work on one group.
 
 Protocol: AdamW without weight decay, Trainer's default schedule (linear decay, no warm-up), dropout on, batches of
-sentences of about the same length, bfloat16 autocast, on the accelerator where there is one (rows without "device" are
-of a CPU). sst2: 4,000 phrases, 250 batches of 32, accuracy and cross-entropy on the 872 of the validation set;
-sst2_150, for larger encoders: 150 batches. rotten_tomatoes: 4,000 sentences, as many batches, 1,000 held out;
-rotten_tomatoes_apart: without those that contain a sentence of sst2's validation set. mrpc: 3,668 pairs, 500 batches of
-16, on validation and test together (2,133); mrpc_250: 250 of them. reviews, for decoders: the words of rotten_tomatoes,
-150 batches of 8, accuracy and cross-entropy of the next token; reviews_40, for decoders with a large vocabulary: 40
-batches, and 250 test reviews. words_40, likewise: the word for the sentiment after a review, the one token with a loss.
-python_40, likewise: the next token of Python's standard library, in pieces of 12 lines, tests from other files.
-scored_100: a decoder with a head, the classes of rotten_tomatoes, 100 batches of 8.
-sst2 and mrpc are read from --data, which has GLUE's files as JSON lines. The encoders are sentence encoders, tuned on
-pairs of sentences.
+sentences of about the same length, on the accelerator where there is one (rows without "device" are of a CPU), bfloat16
+autocast unless the processor has no bfloat16 (rows with "dtype"). sst2: 4,000 phrases, 250 batches of 32, accuracy and
+cross-entropy on the 872 of the validation set; sst2_150, for larger encoders: 150 batches. rotten_tomatoes: 4,000
+sentences, as many batches, 1,000 held out; rotten_tomatoes_apart: without those that contain a sentence of sst2's
+validation set. mrpc: 3,668 pairs, 500 batches of 16, on validation and test together (2,133); mrpc_250: 250 of them.
+reviews, for decoders: the words of rotten_tomatoes, 150 batches of 8, accuracy and cross-entropy of the next token;
+reviews_40, for decoders with a large vocabulary: 40 batches, and 250 test reviews. words_40, likewise: the word for the
+sentiment after a review, the one token with a loss. python_40, likewise: the next token of Python's standard library,
+in pieces of 12 lines, tests from other files. scored_100: a decoder with a head, the classes of rotten_tomatoes, 100
+batches of 8. sst2 and mrpc are read from --data, which has GLUE's files as JSON lines. The encoders are sentence
+encoders, tuned on pairs of sentences.
 
 "Jump" is the highest mean training loss over 25 steps, minus the lowest one before it.
 """
@@ -55,6 +55,7 @@ from groups import find_row, list_runs, plot, table
 from methods import attach, count_trainable
 
 DEVICE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+BFLOAT16 = DEVICE.type != "cpu" or any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 LOCKS: list[FileLock] = []
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 MANY_CLASSES = RESULTS.with_name("many_classes.jsonl")
@@ -74,6 +75,10 @@ TASKS: Row = {
 
 CAUSAL = ("reviews", "reviews_40", "words_40", "python_40")
 """Tasks of decoders without a head."""
+
+
+DTYPE: Row = {} if BFLOAT16 else {"dtype": "float32"}
+"""What a row says of computations without bfloat16."""
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -157,7 +162,7 @@ class Runner:
         inputs, labels = self.parts[part]
         ids = torch.nn.utils.rnn.pad_sequence([inputs[i] for i in index], batch_first=True, padding_value=self.pad)
         ids = ids.to(DEVICE)
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=BFLOAT16):
             logits = model(input_ids=ids, attention_mask=(ids != self.pad).long()).logits
         if logits.dim() == 3:
             seen = ids[:, 1:] != self.pad
@@ -232,8 +237,8 @@ class Runner:
 
 
 def describe_time(start: float) -> Row:
-    """Return seconds since `start` and the device."""
-    return {"seconds": round(time.time() - start), "device": DEVICE.type}
+    """Return seconds since `start`, the device, and the dtype where that is not bfloat16."""
+    return {"seconds": round(time.time() - start), "device": DEVICE.type, **DTYPE}
 
 
 def claim(name: str, model: str) -> Row | None:
