@@ -9,7 +9,7 @@ from typing import Any
 from peft_intrinsic.figures import save_figure, styled
 
 Row = dict[str, Any]
-MEASURED = ("numbers", "accuracy", "loss", "train", "seconds", "device", "zeros", "sparsity", "bytes")
+MEASURED = ("numbers", "accuracy", "loss", "train", "seconds", "device", "dtype", "zeros", "sparsity", "bytes")
 RATE = 2e-4
 BUDGETS = (256, 1024, 64, 4096)
 DECODER_BUDGETS = (256, 64, 1024, 16, 4096)

@@ -20,6 +20,10 @@ class NothingToMeasure(ValueError):
     """Full fine-tuning is no better than the majority-class baseline, or than the untrained model."""
 
 
+class TooFewTrials(ValueError):
+    """The budget was spent before full fine-tuning or any d was measured."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """d90 by one definition of the target.
@@ -189,11 +193,12 @@ def build_result(store: Store, plan: Plan, stopped: str) -> Result:
 
     Raises:
         NothingToMeasure: See `check_baseline`.
-        ValueError: No d of the grid was measured.
+        TooFewTrials: Full fine-tuning or no d of the grid was measured.
+        ValueError: The target needs a majority-class baseline that is unknown.
     """
     evidence = Evidence(plan, store.rows)
     if plan.baseline is None and not evidence.get_seeds(None):
-        raise ValueError(
+        raise TooFewTrials(
             f"{stopped} before full fine-tuning was measured. Measure with more (measure --trials, --minutes)."
         )
     if plan.relative_to == "gain" and evidence.floor is None:
@@ -203,7 +208,7 @@ def build_result(store: Store, plan: Plan, stopped: str) -> Result:
     check_baseline(evidence)
     curve = evidence.build_curve()
     if not curve.points:
-        raise ValueError(
+        raise TooFewTrials(
             f"{stopped} before a d from {plan.dims[0]} to {plan.dims[-1]} was measured. Measure with more trials or "
             "minutes (measure --trials, --minutes), or name the dims (--dims) that were measured."
         )

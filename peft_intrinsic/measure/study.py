@@ -20,7 +20,7 @@ from ..text.methods import TITLES
 from ..trials.engine import Engine
 from ..trials.runner import Row
 from ..trials.store import check_folder, write_whole
-from .analysis import NothingToMeasure, Result
+from .analysis import NothingToMeasure, Result, TooFewTrials
 from .evidence import TUNING, is_collapsed
 from .measure_text import prepare
 from .report import format_answer, name_task, save_formats
@@ -52,7 +52,7 @@ def study(
 
     Every measurement has its own folder in `out`: the same call resumes, and models can be added. All are checked
     before the first runs. Full fine-tuning is measured once per model. If it is no better than the majority-class
-    baseline, the study notes so and continues.
+    baseline, or the budget of a measurement is spent before any d is measured, the study notes so and continues.
 
     Args:
         kind: A key of `KINDS`.
@@ -85,17 +85,19 @@ def study(
         if dry_run:
             print(f"{measurement.describe()}\nin {folder}")
     full: dict[str, list[Row]] = {}
+    useless: dict[str, str] = {}  # models whose full fine-tuning leaves nothing to measure, by any method
     for i, measurement, folder in [] if dry_run else runs:
         model, method = measurement.options.model, measurement.options.method
         row: dict[str, Any] = {"name": f"{model} {method}", "parameters": _count_parameters(model), "method": method}
-        why_not = next((known["why_not"] for known in rows if "why_not" in known and known["model"] == model), None)
         try:
-            if why_not:  # full fine-tuning is the same for each method
-                raise NothingToMeasure(why_not)
+            if model in useless:
+                raise NothingToMeasure(useless[model])
             result = measurement.run(folder, engine, overwrite, known=full.get(model, ()))
             full[model] = [trial for trial in result.trials if trial["d"] is None]
             row |= _describe_result(result)
         except NothingToMeasure as error:
+            row["why_not"] = useless[model] = str(error)
+        except TooFewTrials as error:
             row["why_not"] = str(error)
         row["model"] = model
         x = {"checkpoints": _get_step(model, i), "models": row["parameters"], "gap": row.get("gap")}
@@ -190,8 +192,8 @@ def plot_study(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """Plot intervals as horizontal lines, a row for each measurement; open ones end in an arrow."""
     from matplotlib.figure import Figure
 
-    measured = [row for row in rows if "answers" in row and row["x"] is not None]
-    measured = sorted(measured, key=lambda row: row["x"], reverse=True)
+    measured = [row for row in rows if "answers" in row]  # without a gap if d90 is outside the grid
+    measured = sorted(measured, key=lambda row: (row["x"] is not None, row["x"] or 0), reverse=True)
     figure = Figure(figsize=(6.5, 1.5 + 0.4 * len(measured)))
     axes = figure.subplots()
     for y, row in enumerate(measured):
@@ -205,10 +207,10 @@ def plot_study(kind: str, rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         if answer["d"] is not None:
             axes.plot(answer["d"], y, "o", color="black")
     note = {"models": "parameters", "checkpoints": "step", "gap": "gap"}.get(kind)
-    labels = [
-        f"{Path(row['model']).name}, {TITLES[row['method']]}" + (f"\n{note} {row['x']:.3g}" if note else "")
-        for row in measured
-    ]
+    labels = []
+    for row in measured:
+        x = f"{row['x']:.3g}" if row["x"] is not None else "unknown"
+        labels.append(f"{Path(row['model']).name}, {TITLES[row['method']]}" + (f"\n{note} {x}" if note else ""))
     axes.set_yticks(range(len(measured)), labels)
     share = rows[0].get("share", "d90")
     scale_counts(axes)

@@ -9,6 +9,7 @@ from helpers.texts import command
 from test_documents import tiny
 from transformers import AutoModel
 
+from peft_intrinsic.measure import study as module
 from peft_intrinsic.measure.analysis import Point
 from peft_intrinsic.measure.evidence import TUNING
 from peft_intrinsic.measure.study import _compute_gap, _get_step
@@ -129,6 +130,33 @@ def test_study_of_gaps_has_training_scores(options, tmp_path, monkeypatch):
     (row,) = study("gap", ["base"], [*options, *few], tmp_path / "study")
     assert row["x"] == row["gap"] == pytest.approx((row["train"] - row["eval"]) / max(1 - row["eval"], 1e-9))
     assert 0 <= row["train"] <= 1
+
+
+@pytest.mark.slow
+def test_models_whose_d90_is_above_the_grid_stay_in_the_plot_of_gaps(untrained, options, tmp_path, monkeypatch):
+    drawn = []
+    save = module.save_formats
+    monkeypatch.setattr(module, "save_formats", lambda figure, *rest: (drawn.append(figure), save(figure, *rest)))
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "other"):
+        tiny("bert", tmp_path / name)
+    rows = study("gap", ["base", "other"], [*options, "--dims", "8,32,3"], tmp_path / "study")
+    assert [row["x"] for row in rows] == [None, None]
+    labels = [label.get_text() for label in drawn[-1].axes[0].get_yticklabels()]
+    assert labels == ["base, DID\ngap unknown", "other, DID\ngap unknown"]
+
+
+@pytest.mark.slow
+def test_a_model_that_spends_its_trials_does_not_stop_the_study(untrained, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "other"):
+        tiny("bert", tmp_path / name)
+    known = ["--learning-rates", "1e-3,4e-3", "--full-learning-rates", "1e-5,4e-5"]  # all of the budget
+    few = study("methods", ["base", "other"], [*options, *known, "--trials", "4"], tmp_path / "study")
+    assert [row["name"] for row in few] == ["base did", "base said", "other did", "other said"]
+    assert all("the budget of 4 trials is spent before a d from" in row["why_not"] for row in few)
+    more = study("methods", ["base", "other"], [*options, *known], tmp_path / "study")
+    assert ["answers" in row for row in more] == [True] * 4
 
 
 def test_gap_uses_the_runs_at_d90_that_did_not_collapse():
