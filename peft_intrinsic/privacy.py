@@ -86,11 +86,12 @@ def _compute_losses(
 
 
 def _check_isolated(model: Any, losses: Callable[[Any], torch.Tensor], batch: Any, copies: list[torch.Tensor]) -> None:
-    """Check that each loss of a batch depends on its own sample alone, without dropout.
+    """Check that each loss of a batch depends on its own sample alone: without dropout, then as the model trains.
 
     The batch is split once for each binary digit of the indexes, so that every two samples are apart in one of the
     splits. A loss must be the same without the other part, and when the other part has a very different θ. Where a
-    detached value hides the influence, gradients show it: those of a weighted sum are the weighted gradients.
+    detached value hides the influence, gradients show it: those of a weighted sum are the weighted gradients. In
+    training mode, the same random numbers give the same dropout, so a loss must not change with the other part's θ.
 
     BatchNorm, which mixes samples in training mode only, is found by its type.
     """
@@ -122,6 +123,15 @@ def _check_isolated(model: Any, losses: Callable[[Any], torch.Tensor], batch: An
         gradients = differentiate(torch.ones_like(weights))
         gap = (differentiate(weights) - weights[:, None] * gradients).norm(dim=1)
         changed |= gap > 0.05 * gradients.norm(dim=1).max()
+    if model.training:
+        device = copies[0].device
+        for part in parts:
+            runs = []
+            for kept in (list(range(size)), part):
+                with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    torch.manual_seed(0)
+                    runs.append(shift(strength, kept)[part])
+            changed[part] |= ~((runs[0] - runs[1]).abs() <= limit)
     if changed.any():
         raise ValueError(
             f"The losses of samples {changed.nonzero().flatten().tolist()[:5]} depend on other samples of the batch, "
@@ -253,7 +263,7 @@ def find_noise(epsilon: float, delta: float, sample_rate: float, steps: int, acc
         from opacus.accountants.utils import MAX_SIGMA, get_noise_multiplier
     except ImportError as error:
         raise ImportError(f"{error}. {pip_install('[privacy]')}") from None
-    for name, value, top in (("epsilon", epsilon, 1e6), ("delta", delta, 0.5), ("sample_rate", sample_rate, 1.0)):
+    for name, value, top in (("epsilon", epsilon, 100.0), ("delta", delta, 0.5), ("sample_rate", sample_rate, 1.0)):
         if not 0 < value <= top:
             raise ValueError(f"{name}={value} must be greater than 0 and at most {top:g}.")
     if not 1 <= steps < 1e9 or steps != int(steps):

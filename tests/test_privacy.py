@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 
@@ -313,6 +314,21 @@ def test_losses_that_depend_on_other_samples_raise(losses):
     with pytest.raises(ValueError, match=r"losses of samples \[0, .* depend on other samples"):
         compute_sample_gradients(model, partial(losses, model), samples)
     assert model.training
+
+
+class Mixup(nn.Module):
+    """Mixes a sample with the one before it, in training alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.7 * x + 0.3 * x.roll(1, 0) if self.training else x
+
+
+def test_layers_that_mix_samples_in_training_alone_raise():
+    samples = next(iter(DataLoader(points(8), batch_size=8)))
+    for layer in (Mixup(), nn.Dropout(0.5)):
+        model = tiny(layer).train()
+        with pytest.raises(ValueError, match="depend on other samples") if layer.__class__ is Mixup else nullcontext():
+            compute_sample_gradients(model, partial(losses_of_points, model), samples)
 
 
 def at_the_start(model, samples) -> torch.Tensor:

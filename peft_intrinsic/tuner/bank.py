@@ -9,15 +9,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, load_peft_weights
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers.utils import PushToHubMixin
 
+from ..card import BANK_FILE
 from .adapter_names import BASE, check_mixable, make_route
 from .attach import LIMITS as VALUE_LIMITS
 from .bank_files import describe_rows, find_broken, read_bank, save_adapter, write_bank
@@ -62,8 +64,30 @@ def _with_signature(bank: Any, base: Any) -> Any:
         return bank.forward(self, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=parameters + ([last] if last else []))  # type: ignore[attr-defined]
-    members = {"forward": forward, "__module__": bank.__module__}
+    name = base.__name__  # by which Trainer chooses the loss with smoothed labels
+    members = {"forward": forward, "_get_name": lambda self: name, "__module__": bank.__module__}
     return type(f"{bank.__name__}Of{base.__name__}", (bank,), members)
+
+
+def _list(names: Iterable[str] | None) -> list[str]:
+    if isinstance(names, str):
+        raise ValueError(f"names={names!r} must be a list of names, such as [{names!r}].")
+    return [] if names is None else list(names)
+
+
+def _place(names: list[str], rows: int) -> dict[str, int]:
+    """The rows by their names.
+
+    Raises:
+        ValueError: the names are not one string for each row.
+    """
+    if unnamed := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"names={unnamed[:10]} must be strings, unlike indexes.")
+    if names and len(names) != rows:
+        raise ValueError(f"names has {len(names)} names for {rows} rows. Name each row, or none.")
+    if wrong := sorted(str(name) for name, count in Counter(names).items() if count > 1 or name == BASE):
+        raise ValueError(f"names={wrong[:10]} occur twice, or name the base model. Give each row a name of its own.")
+    return {BASE: -1, **{name: row for row, name in enumerate(names)}}
 
 
 def _unpickle(model: Any) -> AdapterBank:
@@ -98,8 +122,9 @@ class AdapterBank(PushToHubMixin, nn.Module):
 
     Args:
         model: a `PeftModel` with an intrinsic adapter.
-        vectors: θ and then λ of each adapter, `[K, d]`, which are trained if they require gradients. Or the number K of
-            new adapters, which are trained and start as the attached one: at the base model, if that one is new.
+        vectors: θ and then λ of each adapter, `[K, d]`, which are copied, and trained if they require gradients. Or the
+            number K of new adapters, which are trained and start as the attached one: at the base model, if that one is
+            new.
         adapter: name of the attached adapter with the projection; by default the active one.
         names: a name for each row, such as a user's. They can be used instead of indexes.
 
@@ -137,7 +162,9 @@ class AdapterBank(PushToHubMixin, nn.Module):
         self._config, self._layers = model.peft_config[self.adapter], model.base_model.tuner_layers()
         _check_full(self._config, f"adapter {self.adapter!r}")
         check_mixable(model.get_base_model(), self._layers, {self.adapter})
-        self._set_rows(self._read(vectors), names)
+        rows = self._read(vectors)
+        self._places = _place(_list(names), len(rows))
+        self.rows = nn.Embedding.from_pretrained(rows, sparse=True)
         self.rows.requires_grad_(not isinstance(vectors, torch.Tensor) or vectors.requires_grad)
         self.training = model.training
         base: Any = type(model.get_base_model())
@@ -182,9 +209,16 @@ class AdapterBank(PushToHubMixin, nn.Module):
             model = model if isinstance(model, PeftModel) else get_peft_model(model, config)
             _check_same(model.peft_config[find_adapter(model, adapter)], config, str(paths))
             return cls(model, vectors, adapter, names)
-        own = model.peft_config[find_adapter(model, adapter)]
+        own = model.peft_config[find_adapter(model, adapter)] if isinstance(model, PeftModel) else None
+        if not isinstance(own, IntrinsicConfig) or not paths:
+            raise ValueError(
+                f"A list of adapters must name one at least, got {list(paths)}, and needs a PeftModel with their "
+                f"projection, got a {type(model).__name__}. Load the first adapter with PeftModel.from_pretrained."
+            )
         rows = []
         for path in paths:
+            if Path(path, BANK_FILE).exists() and not Path(path, SAFETENSORS_WEIGHTS_NAME).exists():
+                raise ValueError(f"{path} is a saved bank, not an adapter. Pass it alone, not in a list.")
             config = IntrinsicConfig.from_pretrained(path, **options)
             _check_full(config, path)
             _check_same(own, config, path)
@@ -350,15 +384,13 @@ class AdapterBank(PushToHubMixin, nn.Module):
         Raises:
             ValueError: a name is not in the bank, or a single string was passed.
         """
-        if isinstance(names, str):
-            raise ValueError(f"names={names!r} must be a list of names, such as [{names!r}].")
-        names = list(names)
+        names = _list(names)
         if unknown := sorted({name for name in names if name not in self._places}, key=str):
             raise ValueError(f"names={unknown[:10]} are not in the bank. Add them with append, or see bank.names.")
         return [self._places[name] for name in names]
 
     def append(self, vectors: torch.Tensor | int, names: Sequence[str] | None = None) -> None:
-        """Add adapters as rows at the end. The rows are a new parameter afterwards, so make a new optimizer.
+        """Add adapters as rows at the end. `RowAdam` continues with them, other optimizers must be made again.
 
         Args:
             vectors: θ and then λ of each, `[n, d]`, or the number n of new adapters, as for a new bank.
@@ -367,14 +399,19 @@ class AdapterBank(PushToHubMixin, nn.Module):
         Raises:
             ValueError: the vectors do not have d columns, or the names are not one for each row.
         """
-        trained = self.vectors.requires_grad
-        self._set_rows(torch.cat([self.vectors.detach(), self._read(vectors)]), [*self.names, *(names or ())])
-        self.rows.requires_grad_(trained)
+        rows = torch.cat([self.vectors.detach(), self._read(vectors)])
+        self._places = _place([*self.names, *_list(names)], len(rows))
+        self.vectors.grad = None
+        self.vectors.data, self.rows.num_embeddings = rows, len(rows)  # the parameter that optimizers know
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise ValueError: the model can hold only one of the adapters."""
+        raise ValueError("A bank has many adapters. Save one with save_adapter, load it with PEFT, and merge that one.")
 
     def _read(self, vectors: torch.Tensor | int) -> torch.Tensor:
         start = self._vector.concatenate(self.adapter).detach()
-        if isinstance(vectors, int) and vectors >= 0:
-            return start.repeat(vectors, 1)
+        if isinstance(vectors, Integral) and vectors >= 0:
+            return start.repeat(int(vectors), 1)
         if not isinstance(vectors, torch.Tensor):
             raise ValueError(f"vectors={vectors!r} must be a tensor [K, {len(start)}] or a number of new adapters.")
         if vectors.dim() != 2 or vectors.shape[1] != len(start):
@@ -382,20 +419,12 @@ class AdapterBank(PushToHubMixin, nn.Module):
                 f"vectors must have the shape [K, {len(start)}] for adapter {self.adapter!r}, got "
                 f"{tuple(vectors.shape)}."
             )
-        return vectors.detach().to(start)
-
-    def _set_rows(self, vectors: torch.Tensor, names: Sequence[str] | None) -> None:
-        names = list(names or ())
-        if unnamed := [name for name in names if not isinstance(name, str)]:
-            raise ValueError(f"names={unnamed[:10]} must be strings, unlike indexes.")
-        if names and len(names) != len(vectors):
-            raise ValueError(f"names has {len(names)} names for {len(vectors)} rows. Name each row, or none.")
-        if wrong := sorted(str(name) for name, count in Counter(names).items() if count > 1 or name == BASE):
+        if not vectors.is_leaf:
             raise ValueError(
-                f"names={wrong[:10]} occur twice, or name the base model. Give each row a name of its own."
+                "vectors were computed from others that require gradients, which the rows of a bank, a copy, do not "
+                "reach. Pass vectors.detach(), with requires_grad_() to train the rows."
             )
-        self._places = {BASE: -1, **{name: row for row, name in enumerate(names)}}
-        self.rows = nn.Embedding.from_pretrained(vectors, sparse=True)
+        return vectors.detach().to(start, copy=True)
 
     def save_pretrained(self, save_directory: str | os.PathLike, max_shard_size: Any = None) -> None:
         """Save the bank: the rows with their names in one file, and the configuration of the adapters.

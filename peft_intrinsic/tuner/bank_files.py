@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -104,4 +105,6 @@ def save_adapter(model: Any, adapter: str, vector: torch.Tensor, folder: Path) -
     parts = vector.detach().split([len(own[name][adapter].weight) for name in kinds])
     state = {f"{VECTOR}.{name}.{adapter}.weight": part.clone() for name, part in zip(kinds, parts, strict=True)}
     with _replacing(folder) as new:
+        if (card := folder / "README.md").exists():  # which PEFT completes
+            shutil.copy(card, new)
         model.save_pretrained(str(new), selected_adapters=[adapter], state_dict=state)

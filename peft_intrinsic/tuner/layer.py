@@ -183,9 +183,11 @@ class IntrinsicLayer(BaseTunerLayer):
             adapter_names: the adapters to merge, by default the active ones.
 
         Raises:
-            ValueError: with `safe_merge`, a merged parameter would not be finite; or PEFT cannot merge into weights
-                that are quantized in this way.
+            ValueError: adapters are selected for the samples of a batch; with `safe_merge`, a merged parameter would
+                not be finite; or PEFT cannot merge into weights that are quantized in this way.
         """
+        if self.vector.choices.open:
+            raise ValueError("Adapters are selected for the samples of a batch. Merge outside of select().")
         adapters = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.offsets]
         before = list(self.merged_adapters)
         parts: dict[str, list[tuple[Offset, torch.Tensor]]] = {}

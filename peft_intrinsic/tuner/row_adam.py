@@ -69,6 +69,9 @@ class RowAdam(torch.optim.Optimizer):
                 state["step"] = torch.zeros(len(p), device=p.device)
                 state["mean"], state["square"] = torch.zeros_like(p), torch.zeros_like(p)
             state["step"] = state["step"].to(p.device)  # torch loads it to the CPU
+            if added := len(p) - len(state["step"]):  # rows that were appended to the bank
+                for name, value in state.items():
+                    state[name] = torch.cat([value, value.new_zeros(added, *value.shape[1:])])
             step = state["step"][rows] + 1
             mean = state["mean"][rows].lerp(gradient, 1 - first)
             square = state["square"][rows].lerp(gradient.square(), 1 - second)

@@ -8,6 +8,7 @@ import pickle
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import batch, build
@@ -258,6 +259,25 @@ def test_a_row_is_saved_as_an_adapter_of_peft(tmp_path, adapter, said):
     for row in (3, -1):
         with pytest.raises(IndexError, match=f"row={row} must be one of 0 to 2"):
             bank.save_adapter(row, tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\n## My notes\n")
+    bank.save_adapter("bob", tmp_path)
+    assert "## My notes" in card.read_text()
+
+
+def test_lists_without_adapters_and_models_without_the_projection_raise(tmp_path):
+    bank = named()
+    bank.save_pretrained(tmp_path)
+    for model, paths, message in (
+        (bank.model, [], "must name one at least"),
+        (build("bert"), [str(tmp_path)], "got a BertForSequenceClassification"),
+        (bank.model, [str(tmp_path)], "is a saved bank, not an adapter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AdapterBank.from_pretrained(model, paths)
+    with pytest.raises(ValueError, match="names='ab' must be a list of names"):
+        AdapterBank(bank.model, 2, names="ab")
+    assert AdapterBank(bank.model, np.int64(2), names=np.array(["a", "b"])).find(["b"]) == [1]
 
 
 def test_a_save_that_fails_leaves_the_old_files(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 
 from peft_intrinsic import AdapterBank, IntrinsicConfig, RowAdam
 
@@ -395,3 +395,52 @@ def test_trainer_accepts_a_bank_on_a_quantized_base(tmp_path):
     bank = of_users()
     bank.get_base_model().is_quantized = True
     trainer(bank, tmp_path, [0] * ROWS, (RowAdam, {"lr": 1e-3}))
+
+
+def test_smoothed_labels_of_a_language_model_are_shifted(tmp_path):
+    """Trainer shifts them for the classes that it knows by name."""
+    model = get_peft_model(build("llama"), IntrinsicConfig(d=60, task_type="CAUSAL_LM"))
+    ids = torch.randint(3, 90, (8, 10), generator=torch.Generator().manual_seed(0)).tolist()
+    found = []
+    for one, more in ((model, {}), (AdapterBank(model, 2), {"adapter_index": [0] * 8})):
+        data = Dataset.from_dict({"input_ids": ids, "labels": ids, **more})
+        arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+        found.append(Trainer(one, arguments, eval_dataset=data).evaluate()["eval_loss"])
+    assert found[1] == pytest.approx(found[0], rel=TRAINED)
+
+
+def test_training_continues_with_appended_rows(tmp_path):
+    """The optimizer has the moments of the old rows, and new rows learn as from the start."""
+    bank = of_users()
+    run = trainer(bank, tmp_path, [2] * ROWS, (RowAdam, {"lr": 1e-3}), steps=2)
+    run.train()
+    before = bank.vectors.detach().clone()
+    bank.append(1)
+    run.train_dataset = run.train_dataset.remove_columns("adapter_index").add_column("adapter_index", [4] * ROWS)
+    set_seed(0)  # of the order of the data, and of dropout
+    run.train()
+    assert torch.equal(bank.vectors[:4], before)
+    fresh = of_users()
+    alone = trainer(fresh, tmp_path, [0] * ROWS, (RowAdam, {"lr": 1e-3}), steps=2)
+    set_seed(0)
+    alone.train()
+    assert_near(bank.vectors[4], fresh.vectors[0], TRAINED)
+
+
+def test_a_bank_copies_the_vectors_that_it_is_made_of():
+    start = torch.zeros(2, 60, dtype=torch.float64)
+    banks = [AdapterBank(of_users().model, start.requires_grad_()) for _ in range(2)]
+    with torch.no_grad():
+        banks[0].vectors.add_(1.0)
+    assert not start.any()
+    assert AdapterBank(banks[1].model, banks[1].vectors).vectors.data_ptr() != banks[1].vectors.data_ptr()
+    with pytest.raises(ValueError, match="computed from others that require gradients"):
+        AdapterBank(banks[1].model, start * 2)
+
+
+def test_what_a_bank_cannot_merge_raises():
+    bank = of_users()
+    with pytest.raises(ValueError, match="A bank has many adapters"):
+        bank.merge_and_unload()
+    with bank.select([0, 1]), pytest.raises(ValueError, match=r"Merge outside of select\(\)"):
+        bank.model.merge_adapter()
