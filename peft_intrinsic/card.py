@@ -17,6 +17,9 @@ from .version import REPOSITORY, pip_install
 
 HEADING = "## How to get started with this adapter"
 
+CLAIM = "Certified: "
+"""How the line of a card begins that `peft-intrinsic certify` writes."""
+
 ADAPTER, BANK = "adapter", "adapter bank"
 """What a card calls the folder."""
 
@@ -40,6 +43,9 @@ _TOP = re.compile(r"(?:---\n.*?^---\n)?.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE
 
 _OWN = re.compile(rf"^{HEADING}(?: bank)?$.*?(?=^#{{2,3}} |\Z)", re.DOTALL | re.MULTILINE)
 """The section itself, which is written again at every save: d and targets may be others."""
+
+_CLAIM = re.compile(rf"^{CLAIM}.*\n?", re.MULTILINE)
+"""The claim of a certificate, which is not of the adapter that is saved now."""
 
 _TEMPLATE_TITLE = "# Model Card for Model ID"
 _TRAINER_HEADINGS = ("## Model description", "## Intended uses & limitations", "## Training and evaluation data")
@@ -167,7 +173,7 @@ def add_section(folder: Path) -> None:
     if not path.is_file() or (config := _find_config(folder)) is None:
         return
     what = BANK if (folder / BANK_FILE).is_file() else ADAPTER
-    text = _OWN.sub("", path.read_text(encoding="utf-8"))
+    text = _CLAIM.sub("", _OWN.sub("", path.read_text(encoding="utf-8")))
     top = _TOP.match(text).end()  # type: ignore[union-attr]
     metadata, title, summary = text[:top].rstrip().partition(_TEMPLATE_TITLE)
     if title and _is_empty(summary.splitlines()):

@@ -156,8 +156,6 @@ def _add_certify(commands: Any) -> None:
     add("--alpha", type=_parse_floats, metavar="A[,A]", help=alphas)
     documents = f"{language}training documents to compute the loss on (default: all, or 10000 of more)"
     add("--sample", type=int, metavar="DOCUMENTS", help=documents)
-    length = f"{language}tokens of a document that are read (default: 128)"
-    add("--max-length", type=int, metavar="TOKENS", help=length)
     add("--model", type=parse_model, help=f"{FOUND}; required with --dims")
     out = "packed adapter to write, or with --dims the folder of the sweep (default: beside the adapter)"
     add("-o", "--out", help=out)
@@ -172,7 +170,7 @@ def _add_certify(commands: Any) -> None:
         "All figures of the certificate are computed again.",
     ).add_argument
     add("file", help=f"{PACKED} with its certificate beside it")
-    add_texts(add)
+    add_texts(add, length=False)
     add("--model", type=parse_model, help=FOUND)
 
 

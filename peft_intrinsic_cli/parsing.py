@@ -78,10 +78,13 @@ def add_columns(add: Any) -> None:
     add("--label", default="label", metavar="COLUMN", help="column of the labels")
 
 
-def add_texts(add: Any, train: str = f"training data: a {FILE}", required: bool = True) -> None:
-    """Add the options that name the file of the training data and its columns, and the batch size."""
+def add_texts(add: Any, train: str = f"training data: a {FILE}", required: bool = True, length: bool = True) -> None:
+    """Add the options that name the file of the training data and its columns, length of a text and batch size."""
     add("--train", required=required, metavar="FILE", help=train)
     add_columns(add)
+    if length:
+        tokens = "tokens of a text that are read (default: as `train` recorded beside the adapter, or 128)"
+        add("--max-length", type=int, metavar="TOKENS", help=tokens)
     add_batch(add)
 
 

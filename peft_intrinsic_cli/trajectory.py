@@ -82,6 +82,7 @@ def _add_tune(actions: Any) -> None:
     add("--embed", action="store_true", help="save the subspace with the adapter")
     add("--eval", metavar="FILE", help="held-out data to report the accuracy on")
     add("-o", "--out", required=True, metavar="FOLDER", help="folder of the adapter")
+    add("--overwrite", action="store_true", help="replace the adapter that the folder holds")
 
 
 def _add_outliers(actions: Any) -> None:

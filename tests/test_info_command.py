@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.films import D, certify, films
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_documents import tiny
 from transformers import AutoModelForSequenceClassification
 
@@ -88,9 +88,19 @@ def test_info_describes_a_packed_adapter_and_its_certificate(folder, capsys):
     )
     assert rows["fits"] == "yes: names, shapes and weights agree with base"
     main(["pack", "adapter", "-o", "x.pia", "--levels", "2"])
-    assert ", but of another packed adapter (" in info(capsys, "x.pia")["certificate"]
+    assert ", but of another adapter (" in info(capsys, "x.pia")["certificate"]
     shutil.copy("x.certificate.json", "adapter/adapter.certificate.json")
-    assert "(adapter.certificate.json)" in info(capsys, "adapter")["certificate"]
+    assert "confidence 95 % (adapter.certificate.json)" in info(capsys, "adapter")["certificate"]
+    card = Path("adapter/README.md")
+    certify("--adapter", "adapter")
+    assert "Certified: " in card.read_text()
+    base = AutoModelForSequenceClassification.from_pretrained("base", num_labels=2)
+    model = PeftModel.from_pretrained(base, "adapter")
+    with torch.no_grad():
+        model.base_model.vector.intrinsic_theta["default"].weight.add_(1e-3)
+    model.save_pretrained("adapter")
+    assert ", but of another adapter (" in info(capsys, "adapter")["certificate"]
+    assert "Certified: " not in card.read_text()
 
 
 def test_info_says_that_other_weights_do_not_fit_a_packed_adapter(folder, other, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..codec import load_packed, read_packed
 from ..codec.adapter import check_trained
@@ -158,11 +159,18 @@ def _describe(data: bytes, certificate: AnyCertificate, texts: AnyTexts) -> dict
     }
 
 
-def write_certified(path: Path, data: bytes, certificate: AnyCertificate, texts: AnyTexts) -> Path:
-    """Write a packed adapter and, next to it, its certificate as JSON, whose path is returned."""
-    target = get_certificate_path(path)
+def write_certified(
+    path: Path, data: bytes, certificate: AnyCertificate, texts: AnyTexts, folder: Path | None = None
+) -> Path:
+    """Write a packed adapter and, next to it, its certificate as JSON, whose path is returned.
+
+    `folder` is that of the adapter before it was packed, if there is one.
+    """
+    target, content = get_certificate_path(path), _describe(data, certificate, texts)
+    if folder and (weights := folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        content["adapter"]["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     write_whole(path, data)
-    write_whole(target, json.dumps(_describe(data, certificate, texts), indent=1) + "\n")
+    write_whole(target, json.dumps(content, indent=1) + "\n")
     return target
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ..bounds.certify import (
     AnyCertificate,
@@ -18,10 +19,11 @@ from ..bounds.certify import (
 from ..bounds.formulas import check
 from ..bounds.language import ALPHAS, LanguageCertificate
 from ..bounds.sweep import plot_sweep, sweep
+from ..card import CLAIM
 from ..codec import read_packed
 from ..codec.adapter import DEFAULT_LEVELS
 from ..trials.store import write_whole
-from .inputs import get_labels, load_documents, load_texts, prepare_output_file, read_adapter_config
+from .inputs import get_labels, load_documents, load_texts, prepare_output_file, read_adapter_config, read_scores
 
 
 def certify(args: argparse.Namespace) -> None:
@@ -47,38 +49,48 @@ def certify(args: argparse.Namespace) -> None:
     else:
         config = read_adapter_config(args.adapter)
         out = prepare_output_file("--out", args.out or source / "adapter.pia")
-        texts = _load(args, config.task_type, config.base_model_name_or_path, config.num_labels)
+        texts = _load(
+            args, config.task_type, config.base_model_name_or_path, config.num_labels, **read_scores(args.adapter)
+        )
         candidates = pack_adapter(texts, args.adapter, args.levels, args.finetune, args.lr)
     num_tried = args.num_tried * len(candidates)
     certified = [(make_certificate(data, texts, num_tried, args.delta, bool(args.eval)), data) for data in candidates]
     certificate, data = min(certified, key=lambda pair: pair[0].bound)
-    certificate_path = write_certified(out, data, certificate, texts)
+    certificate_path = write_certified(out, data, certificate, texts, source)
     if source.is_dir() and (source / "README.md").is_file():
         _write_claim(source / "README.md", certificate, out)
-    print(certificate.report() + f"\n{out}: {len(data)} bytes; {certificate_path}")
+    print(certificate.report())
+    print(f"Of every text, the first {texts.training.options.max_length} tokens were read (--max-length).")
+    print(f"{out}: {len(data)} bytes; {certificate_path}")
 
 
-def _load(args: argparse.Namespace, own: str | None, named: str | None = None, labels: int | None = None) -> AnyTexts:
-    """Load the training data, for the task type of the adapter, which `--task-type` may repeat."""
+def _load(
+    args: argparse.Namespace, own: str | None, named: str | None = None, labels: int | None = None, **trained: Any
+) -> AnyTexts:
+    """Load the training data, for the task type of the adapter, which `--task-type` may repeat.
+
+    `trained` is what `read_scores` found of a classifier.
+    """
     own = getattr(own, "value", own)
     if own and args.task_type and own != args.task_type:
         raise ValueError(f"--task-type {args.task_type}: the adapter is for {own}. Leave the option out.")
     task_type = own or args.task_type or "SEQ_CLS"
     if task_type not in ("SEQ_CLS", "CAUSAL_LM"):
         raise ValueError(f"The adapter is for {task_type}. Certificates exist for SEQ_CLS and CAUSAL_LM.")
-    given = {name: value for name in ("alpha", "sample", "max_length") if (value := getattr(args, name)) is not None}
+    given = {name: value for name in ("alpha", "sample") if (value := getattr(args, name)) is not None}
     if task_type == "CAUSAL_LM":
-        return load_documents(args, named, **{"alphas": given.pop("alpha", ALPHAS), **given})
+        length = {} if args.max_length is None else {"max_length": args.max_length}
+        return load_documents(args, named, **{"alphas": given.pop("alpha", ALPHAS), **given, **length})
     if given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{names}: only for language models, --task-type CAUSAL_LM. Leave the option out.")
-    return load_texts(args, named, labels)
+    return load_texts(args, named, labels, **trained)
 
 
 def _write_claim(card: Path, certificate: AnyCertificate, packed: Path) -> None:
     """Write the claim into the model card, in place of a former one."""
-    lines = [line for line in card.read_text(encoding="utf-8").splitlines() if not line.startswith("Certified: ")]
-    lines.append(f"Certified: {certificate.claim()} ({packed.name}; `peft-intrinsic verify` computes it again).")
+    lines = [line for line in card.read_text(encoding="utf-8").splitlines() if not line.startswith(CLAIM)]
+    lines.append(f"{CLAIM}{certificate.claim()} ({packed.name}; `peft-intrinsic verify` computes it again).")
     write_whole(card, "\n".join(lines) + "\n")
 
 
@@ -121,7 +133,7 @@ def verify(args: argparse.Namespace) -> None:
         documents.sample = min(stored.n, len(documents.data["train"]))  # other data have another digest
         texts: AnyTexts = documents
     else:
-        texts = load_texts(args, adapter.base, get_labels(path, adapter))
+        texts = load_texts(args, adapter.base, get_labels(path, adapter), max_length=content["max_length"])
     claimed, computed, differences = verify_certificate(path, texts)
     print(computed.report())
     if claimed.test_n is not None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
 from ..bounds.certify import get_certificate_path, parse_certificate
 from ..codec import read_packed
 from ..supermask import SupermaskConfig
@@ -89,11 +91,13 @@ def _describe_certificates(path: Path) -> str:
     for file in filter(Path.exists, files):
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
-            claim, digest = parse_certificate(stored["certificate"]).claim(), stored["adapter"]["sha256"]
+            claim, adapter = parse_certificate(stored["certificate"]).claim(), stored["adapter"]
+            digest = adapter["sha256"] if path.is_file() else adapter.get("weights_sha256")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} is not a certificate ({error!r}). Write it with certify.") from None
-        if path.is_file() and digest != hashlib.sha256(path.read_bytes()).hexdigest():
-            claim += ", but of another packed adapter"
+        weights = path if path.is_file() else path / SAFETENSORS_WEIGHTS_NAME
+        if digest and weights.is_file() and digest != hashlib.sha256(weights.read_bytes()).hexdigest():
+            claim += ", but of another adapter"
         claims.append(f"{claim} ({file.name})")
     return "; ".join(claims) or "none"
 

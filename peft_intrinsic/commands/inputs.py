@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +28,14 @@ from ..text.training import load_with_head
 from ..tuner import IntrinsicConfig
 from ..tuner.subspace_files import EMBEDDED
 
+SCORES = "scores.json"
+"""The report of `peft-intrinsic train` beside the adapter."""
+
 ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, EMBEDDED)
 """Files of an adapter in its folder."""
+
+REPLACED = (*ADAPTER_FILES, "README.md", SCORES, "adapter.pia", "adapter.certificate.json")
+"""Files of a former adapter, which `--overwrite` removes."""
 
 
 def load_base(name: str, task: str | None, labels: int | None, **more: Any) -> Any:
@@ -106,6 +116,28 @@ def prepare_output_file(option: str, name: str | Path) -> Path:
     return path
 
 
+def prepare_adapter_folder(folder: Path, overwrite: bool) -> None:
+    """Make the folder of an adapter, before hours are spent. Only an adapter's folder is overwritten."""
+    if folder.is_file():
+        raise ValueError(f"--out {folder} is a file. Name a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (overwrite and (folder / CONFIG_NAME).exists()):
+        hint = "It holds no adapter that --overwrite could replace" if overwrite else "--overwrite replaces an adapter"
+        raise ValueError(f"--out {folder} is in use. {hint}. Name a new folder.")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--out {folder} cannot be written to. Name another folder.")
+
+
+def replace_adapter(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write an adapter, and replace a former one when all is written."""
+    with tempfile.TemporaryDirectory() as saved:
+        write(Path(saved))
+        for name in REPLACED:
+            (folder / name).unlink(missing_ok=True)
+        for file in Path(saved).iterdir():
+            shutil.copy(file, folder)
+
+
 def find_base_name(args: argparse.Namespace, own: str | None) -> str:
     """Return the name of the base model: that of `--model`, or else the adapter's own, if it can be found."""
     if args.model:
@@ -122,17 +154,33 @@ def find_base_name(args: argparse.Namespace, own: str | None) -> str:
     return own
 
 
-def load_texts(args: argparse.Namespace, named: str | None = None, labels: int | None = None) -> LabeledTexts:
+def load_texts(
+    args: argparse.Namespace,
+    named: str | None = None,
+    labels: int | None = None,
+    names: Sequence[str] = (),
+    max_length: int | None = None,
+) -> LabeledTexts:
     """Load the labeled texts and the base model; without `--train` or `--eval` the other one serves.
 
     Args:
         args: options of `add_texts`, `model` and `eval`.
         named: name of the base model that the adapter stores.
         labels: number of labels of its head, if it is not that of the training data.
+        names: names of these labels in the order of its head, if they are known.
+        max_length: tokens of a text that it was trained on, which `--max-length` overrides; 128 if unknown.
     """
-    held_out = getattr(args, "eval", None)
+    held_out, length = getattr(args, "eval", None), getattr(args, "max_length", None) or max_length or 128
     train: Any = args.train or held_out
-    return LabeledTexts(find_base_name(args, named), train, held_out, args.text, args.label, args.batch, labels)
+    base = find_base_name(args, named)
+    return LabeledTexts(base, train, held_out, args.text, args.label, args.batch, labels, names, length)
+
+
+def read_scores(folder: str | Path) -> dict[str, Any]:
+    """Read from the folder of an adapter how `peft-intrinsic train` trained it: labels and length of the texts."""
+    path = Path(folder, SCORES)
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {"names": stored.get("labels", ()), "max_length": stored.get("max_length")}
 
 
 def load_documents(args: argparse.Namespace, named: str | None = None, **more: Any) -> Documents:

@@ -19,11 +19,15 @@ def pack(args: argparse.Namespace) -> None:
     if args.train and not (args.finetune or args.eval):
         raise ValueError(f"--train {args.train} is for --finetune, or names the classes of --eval. Add one of them.")
     config = inputs.read_adapter_config(args.adapter)
+    kind = getattr(config.task_type, "value", config.task_type)
+    if (args.eval or args.train) and kind not in (None, "SEQ_CLS"):
+        raise ValueError(f"--eval and --train are for adapters that classify texts, not for {kind}. Leave them out.")
     out = inputs.prepare_output_file("--out", args.out)
     if args.qr:
         check_ending(inputs.prepare_output_file("--qr", args.qr))
     named, labels = config.base_model_name_or_path, inputs.choose_labels(args, config.num_labels)
-    texts = inputs.load_texts(args, named, labels) if args.eval or args.train else None
+    trained = inputs.read_scores(args.adapter)
+    texts = inputs.load_texts(args, named, labels, **trained) if args.eval or args.train else None
     base = texts.base if texts else inputs.load_base(inputs.find_base_name(args, named), config.task_type, labels)
     model = inputs.load_adapter(args, base, args.adapter, config.num_labels, is_trainable=bool(args.finetune))
     before = texts.accuracy(model) if texts and args.eval else None

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model
-from peft.utils import CONFIG_NAME
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..measure.evidence import is_collapsed
@@ -23,12 +21,13 @@ from ..text.training import TRAININGS, check_positions, load_without_weights
 from ..tuner import IntrinsicConfig
 from ..tuner.names import KEYWORDS, is_named
 from ..tuner.targets import adaptable_parameters
-from .inputs import ADAPTER_FILES, build_text_options, count_adapter_bytes
-
-SCORES = "scores.json"
-
-REPLACED = (*ADAPTER_FILES, "README.md", SCORES, "adapter.pia", "adapter.certificate.json")
-"""Files of a former adapter, which `--overwrite` removes."""
+from .inputs import (
+    SCORES,
+    build_text_options,
+    count_adapter_bytes,
+    prepare_adapter_folder,
+    replace_adapter,
+)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -38,7 +37,7 @@ def train(args: argparse.Namespace) -> None:
     if args.seed >= 2**32:
         raise ValueError(f"--seed {args.seed} exceeds what numpy takes. Use a seed below 2**32.")
     folder = Path(args.out)
-    _check_folder(folder, args.overwrite)
+    prepare_adapter_folder(folder, args.overwrite)
     config = _build_config(args)
     options = TextOptions(args.model, **build_text_options(args, {"disable_tqdm": False}))
     check_arguments(complete_arguments(options.arguments))
@@ -79,19 +78,9 @@ def _print_scores(scores: Mapping[str, float], sizes: Mapping[str, str], task: T
         print(describe_collapse(after, least, learning_rate, task.metric, named))
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    """Make the folder of the adapter, before hours are spent. Only an adapter's folder is overwritten."""
-    if folder.is_file():
-        raise ValueError(f"--out {folder} is a file. Name a folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (overwrite and (folder / CONFIG_NAME).exists()):
-        hint = "It holds no adapter that --overwrite could replace" if overwrite else "--overwrite replaces an adapter"
-        raise ValueError(f"--out {folder} is in use. {hint}. Name a new folder.")
-
-
 def _save(model: Any, scores: Mapping[str, float], task: Task, args: argparse.Namespace) -> None:
     """Save the adapter and its scores; a former adapter is replaced when all is written."""
-    settings = {name: getattr(args, name) for name in ("model", "d", "said", "seed", "epochs", "batch")}
+    settings = {name: getattr(args, name) for name in ("model", "d", "said", "seed", "epochs", "batch", "max_length")}
     report = {
         "metric": task.metric,
         **{name: task.sign * score for name, score in scores.items()},
@@ -100,17 +89,15 @@ def _save(model: Any, scores: Mapping[str, float], task: Task, args: argparse.Na
         "examples": {split: len(rows) for split, rows in task.data.items()},
         "labels": [task.name_class(label) for label in task.classes],
     }
-    folder = Path(args.out)
-    with tempfile.TemporaryDirectory() as saved:
+
+    def write(saved: Path) -> None:
         model.save_pretrained(saved)
-        card, count = Path(saved, "README.md"), len(task.classes)
+        card, count = saved / "README.md", len(task.classes)
         names = f"id2label={dict(enumerate(report['labels']))}"  # the adapter stores their number only
         card.write_text(card.read_text("utf-8").replace(f"num_labels={count})", f"{names})"), encoding="utf-8")
-        Path(saved, SCORES).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        for name in REPLACED:
-            (folder / name).unlink(missing_ok=True)
-        for file in Path(saved).iterdir():
-            shutil.copy(file, folder)
+        (saved / SCORES).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    replace_adapter(Path(args.out), write)
 
 
 def _build_config(args: argparse.Namespace) -> IntrinsicConfig:

@@ -23,7 +23,7 @@ from ..trajectory.fit import fit_subspace
 from ..trajectory.record import TrajectoryCallback, snapshots
 from ..trials.store import SETTINGS, Store, write_whole
 from ..tuner import IntrinsicConfig
-from .inputs import load_texts
+from .inputs import load_texts, prepare_adapter_folder, replace_adapter
 
 FILE_OPTIONS = "model", "train", "eval", "adapter", "recordings"
 """Options that name files and folders, or the model on the Hub."""
@@ -93,6 +93,7 @@ def _build_config(args: argparse.Namespace, subspace: Subspace, d: int, **more: 
 def tune(args: argparse.Namespace) -> None:
     """Train an adapter in a subspace."""
     subspace = Subspace(args.subspace)
+    prepare_adapter_folder(Path(args.out), args.overwrite)
     texts = load_texts(args)
     torch.manual_seed(args.seed)  # of a random θ
     more = {"embed_subspace": args.embed, "ensemble": args.ensemble, "seed": args.seed}
@@ -100,7 +101,7 @@ def tune(args: argparse.Namespace) -> None:
     model: Any = get_peft_model(texts.base, config)
     before = texts.accuracy(model) if args.eval else None
     texts.train(model, args.steps, args.lr, args.seed)
-    model.save_pretrained(args.out)
+    replace_adapter(Path(args.out), model.save_pretrained)
     print(f"{args.out}: d = {model.peft_config['default'].d}")
     if before is not None:
         print(f"accuracy {before:.4f} before, {texts.accuracy(model):.4f} tuned")

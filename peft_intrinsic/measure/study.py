@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +80,12 @@ def study(
             chosen = {**options, "model": model, "method": method, "train_score": kind == "gap"}
             folder = out / re.sub(r"[^\w.-]+", "_", f"{model} {method}".strip("./"))
             runs.append((i, prepare(chosen, plan, launcher), folder))
+    folder, count = Counter(folder for *_, folder in runs).most_common(1)[0]
+    if count > 1:
+        raise ValueError(
+            f"{count} measurements have the folder {folder}, since the names of their models are alike: "
+            f"{', '.join(models)}. Rename a model's folder, or name each model once."
+        )
     for _, measurement, folder in runs:
         if not overwrite:
             check_folder(folder, measurement.settings)

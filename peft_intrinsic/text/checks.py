@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ SHOWN = 10
 """Number of errors in a message, and of lines for each."""
 
 NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+WHOLE, CODE = re.compile(r"\s*[+-]?\d+\s*"), re.compile(r"\s*[+-]?0\d+\s*")
 ENCODING = "not UTF-8: save the file in UTF-8"
 
 Label = tuple[str, Any]
@@ -45,14 +47,15 @@ class Source:
     names: list[str] = field(default_factory=list)  # of the columns; complete when the rows have been read
     position: str = "line"  # what the number of a row counts
     separator: str | None = None  # between cells, whose values are text
+    kept: list[dict[str, Any]] | None = None  # the checked columns of all readable rows, if they are collected
 
 
 def read_rows(path: str) -> Source:
     """Read the rows of a file that has one of the suffixes `TEXT_FILES`."""
     names: list[str] = []
     if separator := SEPARATORS.get(Path(path).suffix):
-        return Source(path, _read_cells(path, separator, names), names, separator=separator)
-    return Source(path, _read_objects(path, names), names)
+        return Source(path, _read_cells(path, separator, names), names, separator=separator, kept=[])
+    return Source(path, _read_objects(path, names), names, kept=[])
 
 
 def _read_cells(path: str, separator: str, names: list[str]) -> Iterator[Row]:
@@ -136,6 +139,7 @@ class Checks:
     label: str | None
     task_type: str
     float_metric: str | None  # name of the metric if it needs numeric labels
+    values: dict[str, Label] = field(default_factory=dict)  # of the labels in cells, by their text
     errors: dict[tuple[str, str], list[int]] = field(default_factory=dict)
     examples: dict[tuple[str, str], Any] = field(default_factory=dict)
 
@@ -147,6 +151,11 @@ class Checks:
         """
         read = {source.path: (source, self._check_rows(source)) for source in {s.path: s for s in sources}.values()}
         if self.label and not self.float_metric:
+            cells = {text for source, labels in read.values() if source.separator for _, text in labels}
+            self.values = _convert(cells)  # those of both files, so that both get the same type
+            for source, labels in read.values():
+                if source.separator:
+                    read[source.path] = source, self._merge(labels)
             train, evaluation = (read[source.path] for source in sources)
             self._check_labels(*train, *evaluation)
         paths = [source.path for source in sources]
@@ -161,6 +170,21 @@ class Checks:
         if messages:
             several = "\n  ".join(["the data have several errors:", *messages])
             raise ValueError(several if len(messages) > 1 else messages[0])
+
+    def columns_of(self, source: Source) -> dict[str, list[Any]]:
+        """The columns of a source that keeps its rows, after `run`. Labels in cells are numbers or bools if all are."""
+        rows = source.kept or []
+        columns = {name: [row[name] for row in rows] for name in (*self.columns, *([self.label] if self.label else []))}
+        if self.label and source.separator:
+            cells = columns[self.label]
+            columns[self.label] = [float(text) if self.float_metric else self.values[text][1] for text in cells]
+        return columns
+
+    def _merge(self, labels: Labels) -> Labels:
+        merged: Labels = {}
+        for (_, text), lines in labels.items():
+            merged.setdefault(self.values[text], []).extend(lines)
+        return merged
 
     def _add(self, source: Source | str, what: str, lines: Sequence[int] = (), example: Any = None) -> None:
         """Note an error on some lines of a file, with the first wrong value."""
@@ -188,6 +212,8 @@ class Checks:
             if isinstance(row, Unreadable):
                 self._add(source, row, [line])
                 continue
+            if source.kept is not None:
+                source.kept.append({column: row.get(column) for column in columns})
             for column in columns:
                 if row.get(column) is None:
                     missing[column].append(line)
@@ -205,11 +231,17 @@ class Checks:
                 self._add(source, f"no value in column {column!r}", missing[column])
             if numeric.get(column):
                 self._add(source, f"column {column!r} is numeric, not text. Name the column of the text (--text)")
-        return _convert(labels) if source.separator else labels
+            if source.names.count(column) > 1:
+                self._add(source, f"several columns are named {column!r}. Rename all but one")
+        return labels
 
     def _check_text(self, source: Source, line: int, column: str, value: Any, numeric: dict[str, bool]) -> None:
         words = self.task_type == "TOKEN_CLS"
-        if not isinstance(value, list if words else str):
+        if not (
+            isinstance(value, list) and all(isinstance(word, str) for word in value)
+            if words
+            else isinstance(value, str)
+        ):
             what = f"column {column!r} does not hold {'lists of words' if words else 'text'}"
             self._add(source, what, [line], value)
         elif isinstance(value, str) and source.separator:
@@ -224,10 +256,13 @@ class Checks:
             wrong = f"column {self.label!r} does not hold one label per row. For one per word: --task-type TOKEN_CLS"
         elif self.float_metric and not (_is_number(value) if source.separator else _type(value) == "number"):
             wrong = f"column {self.label!r} does not hold a number, which metric={self.float_metric!r} (--metric) needs"
+        each = value if isinstance(value, list) else [value]
+        if not wrong and any(one is None or (isinstance(one, float) and not math.isfinite(one)) for one in each):
+            wrong = f"column {self.label!r} holds no value, NaN or infinity"
         if wrong:
             self._add(source, wrong, [line], value)
         elif not self.float_metric:
-            for one in value if isinstance(value, list) else [value]:
+            for one in each:
                 labels.setdefault((_type(one), one), []).append(line)
 
     def _check_labels(self, train: Source, train_labels: Labels, evaluation: Source, labels: Labels) -> None:
@@ -237,12 +272,15 @@ class Checks:
             first |= {label: f"{source.path}, {source.position} {lines[0]}" for label, lines in lines_of.items()}
         groups: dict[str, list[Label]] = {}
         for label in sorted(first, key=str):
-            groups.setdefault(_show(label).strip("'\" ").casefold(), []).append(label)
+            shown = _show(label).strip("'\" ").casefold()
+            groups.setdefault(str(int(shown)) if shown.isdecimal() else shown, []).append(label)
         alike = [group for group in groups.values() if len(group) > 1]
         column = f"column {self.label!r}"
         for group in alike:
             spellings = {str(value).strip() for _, value in group}
             how = "type" if len({kind for kind, _ in group}) > 1 else "case" if len(spellings) > 1 else "spaces"
+            if how == "case" and len({spelling.casefold() for spelling in spellings}) > 1:
+                how = "leading zeros"
             names = " and ".join(f"{_show(label)} ({first[label]})" for label in group)
             self._add(column, f"labels {names} differ in {how} only. Write them alike")
         types = {label[0]: label for label in sorted(first, key=str)}
@@ -263,6 +301,8 @@ class Checks:
 
 def _explain_absent(source: Source, columns: Sequence[str], absent: Sequence[str]) -> str:
     names = ", ".join(map(repr, absent))
+    if spaced := [name for name in source.names if name.strip() in absent]:
+        return f"it has no column {names}, but {spaced}. Remove the spaces from its header"
     for other in ",;\t|" if source.separator else "":
         header = (source.separator or "").join(source.names).split(other)
         if set(columns) <= {name.strip() for name in header}:
@@ -274,25 +314,24 @@ def _explain_absent(source: Source, columns: Sequence[str], absent: Sequence[str
 
 
 def _is_number(text: str) -> bool:
-    return NUMBER.fullmatch(text) is not None
+    return NUMBER.fullmatch(text) is not None and math.isfinite(float(text))
 
 
 def _type(value: Any) -> str:
     return "text" if isinstance(value, str) else "bool" if isinstance(value, bool) else "number"
 
 
-def _convert(labels: Labels) -> Labels:
-    """Convert the text of cells as their reader does: to floats or bools where all cells hold such."""
-    texts = [text for _, text in labels]
-    converted: Labels = {}
-    for (kind, text), lines in labels.items():
-        value = text
-        if all(map(_is_number, texts)):
-            kind, value = "number", float(text)
-        elif set(map(str.lower, texts)) <= {"true", "false"}:
-            kind, value = "bool", text.lower() == "true"
-        converted.setdefault((kind, value), []).extend(lines)
-    return converted
+def _convert(texts: Iterable[str]) -> dict[str, Label]:
+    """Convert the text of cells to numbers or bools if all cells hold such. Codes such as 007 remain text."""
+    texts = set(texts)
+    if texts and all(map(_is_number, texts)):
+        if any(CODE.fullmatch(text) for text in texts):
+            return {text: ("text", text) for text in texts}
+        whole = all(WHOLE.fullmatch(text) and abs(int(text)) < 2**63 for text in texts)
+        return {text: ("number", int(text) if whole else float(text)) for text in texts}
+    if set(map(str.lower, texts)) <= {"true", "false"}:
+        return {text: ("bool", text.lower() == "true") for text in texts}
+    return {text: ("text", text) for text in texts}
 
 
 def _show(label: Label) -> str:

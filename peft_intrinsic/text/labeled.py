@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import transformers
 from datasets import DatasetDict
 
 from ..tuner import IntrinsicConfig
+from .checks import SHOWN
 from .options import TextOptions
-from .tasks import Task, load_task
+from .tasks import Task, list_names, load_task
 from .training import TextTraining, count_positions
 
 
@@ -61,6 +63,8 @@ class LabeledTexts(AdapterTexts):
         label: Column of the class. Class i of the model is the i-th of the sorted labels of the training data.
         batch: Examples in a batch.
         labels: Number of labels of the head. The training data may lack some if its labels are integers from 0.
+        names: Names of the labels in the order of the head, if they are known. The training data may lack some.
+        max_length: Tokens of a text that the model reads.
 
     Raises:
         ValueError: The files do not hold such data, have more labels, lack some that are no integers, or have
@@ -76,25 +80,42 @@ class LabeledTexts(AdapterTexts):
         label: str,
         batch: int = 32,
         labels: int | None = None,
+        names: Sequence[str] = (),
+        max_length: int = 128,
     ) -> None:
         sizes = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": 4 * batch}
         arguments = {**sizes, "train_sampling_strategy": "group_by_length"}
         files: Any = {"train": train, "eval": eval or train, "columns": tuple(columns), "label": label}
-        options = TextOptions(model, **files, metric="accuracy", arguments=arguments)
+        options = TextOptions(model, **files, metric="accuracy", arguments=arguments, max_length=max_length)
         self.task = load_task(options)
-        classes = [str(each) for each in self.task.classes]
-        first = classes == [str(i) for i in range(len(classes))]
-        if labels is not None and (labels < len(classes) or (labels > len(classes) and not first)):
-            raise ValueError(
-                f"The model has {labels} labels, {train} {len(classes)}: {', '.join(classes)}. Correct the data: class "
-                f"i of the model is the i-th of the sorted labels. If these are integers from 0 to {labels - 1}, some "
-                "may be missing."
-            )
+        if labels is not None and len(self.task.classes) != labels:
+            self.task = self._complete(train, labels, names)
+        elif names:
+            self.task = replace(self.task, order=tuple(names))
         self.training = TextTraining(options, self.task)
         self.data, self.base = self.training.data, self.training.load_base(labels)
         longest = max(len(ids) for split in self.data.values() for ids in split["input_ids"])
         if longest > (positions := count_positions(self.base) or longest):
-            raise ValueError(f"{model} has {positions} positions, and a text of the data {longest} tokens. Shorten it.")
+            raise ValueError(
+                f"{model} has {positions} positions, and a text of the data {longest} tokens. Pass --max-length "
+                f"{positions}, if the adapter was trained with it."
+            )
+
+    def _complete(self, train: str, labels: int, names: Sequence[str]) -> Task:
+        """The task with all classes of the model, of which the training data lack some."""
+        found = self.task.classes
+        stored = list_names(self.task.data["train"].features[str(self.task.label)])
+        if not names and all(isinstance(each, int) for each in found) and 0 in found:
+            names = stored or [str(i) for i in range(labels)]
+        classes = [self.task.name_class(each) for each in found]
+        if len(names) == labels and set(classes) <= set(names):
+            return replace(self.task, order=tuple(names))
+        shown = ", ".join(classes[:SHOWN]) + ", …" * (len(classes) > SHOWN)
+        raise ValueError(
+            f"The model has {labels} labels, {train} {len(stored or classes)}: {shown}. Correct the data: class i of "
+            f"the model is the i-th of the sorted labels. If these are integers from 0 to {labels - 1}, others than 0 "
+            "may be missing."
+        )
 
     def copy_base(self) -> Any:
         """Copy the base model for full fine-tuning. Its new head starts where adapters start it."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+from transformers import AutoConfig
 
 from .checks import TEXT_FILES, Checks, Row, Source, read_rows
 from .metrics import METRICS, find_script, load_metric, split_name
@@ -32,7 +33,7 @@ GLUE: dict[str, tuple[tuple[str, ...], str]] = {
 }
 """Text columns and metric of each task. MRPC and QQP by accuracy, as Aghajanyan et al. (2020) report them."""
 
-READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SUFFIXES = (*TEXT_FILES, ".parquet")
 
 IGNORED = -100
 """Label of a token that is not scored, as in torch's cross-entropy."""
@@ -48,6 +49,7 @@ class Task:
         label: Column of the label; None for CAUSAL_LM.
         metric: Name for `load_metric`, or `loss`. A metric of floats makes the task a regression.
         task_type: PEFT's name of the task type.
+        order: Names of the classes in the order of the model's head, where it is known.
     """
 
     data: DatasetDict
@@ -55,6 +57,7 @@ class Task:
     label: str | None
     metric: str
     task_type: TaskType = "SEQ_CLS"
+    order: tuple[str, ...] = ()
 
     @property
     def regression(self) -> bool:
@@ -68,14 +71,20 @@ class Task:
 
     @cached_property
     def classes(self) -> list[Any]:
-        """Sorted labels of the training split; empty for a regression and for CAUSAL_LM."""
-        return [] if self.regression or self.label is None else sorted(set(self.labels("train")))
+        """Labels of the training split, sorted; empty for a regression and for CAUSAL_LM.
+
+        Where `order` has the names of them all, they have its order, and names that do not occur are among them.
+        """
+        if self.regression or self.label is None:
+            return []
+        found = sorted(set(self.labels("train")))
+        named = {self.name_class(label): label for label in found}
+        return [named.get(name, name) for name in self.order] if set(named) <= set(self.order) else found
 
     def name_class(self, label: Any) -> str:
         """Name a class as the dataset does, or by its label."""
-        feature = next(iter(self.data.values())).features[str(self.label)]
-        feature = getattr(feature, "feature", feature)  # lists of words
-        return feature.int2str(label) if isinstance(feature, ClassLabel) else str(label)
+        names = list_names(next(iter(self.data.values())).features[str(self.label)])
+        return names[label] if names and not isinstance(label, str) else str(label)
 
     def head_options(self, labels: int | None = None) -> dict[str, Any]:
         """Arguments of `from_pretrained` for a head with the task's classes by name, or with more labels than these."""
@@ -167,7 +176,7 @@ def load_task(options: TextOptions) -> Task:
     """
     if options.task is None:
         shared = (options.columns, options.label, options.metric, options.task_type, options.dataset)
-        return load_files(str(options.train), str(options.eval), *shared)
+        return order_as_head(load_files(str(options.train), str(options.eval), *shared), options.model)
     if options.task_type != "SEQ_CLS":
         raise ValueError(f"task_type={options.task_type!r}: GLUE tasks are SEQ_CLS. Name files for others.")
     name = options.task.removeprefix("glue/")
@@ -176,7 +185,17 @@ def load_task(options: TextOptions) -> Task:
         raise ValueError(f"task={options.task!r} is unknown. Known are {known}.")
     columns, metric = GLUE[name]
     evaluation = "validation_matched" if name == "mnli" else "validation"
-    return load_files("train", evaluation, columns, metric=options.metric or metric, dataset=f"nyu-mll/glue:{name}")
+    task = load_files("train", evaluation, columns, metric=options.metric or metric, dataset=f"nyu-mll/glue:{name}")
+    return order_as_head(task, options.model)
+
+
+def order_as_head(task: Task, model: str) -> Task:
+    """Order the classes as the head of a model does that has the same names, so that a trained head remains of use."""
+    try:
+        names = tuple(AutoConfig.from_pretrained(model).id2label.values())
+    except (OSError, ValueError):  # loading the model says what is wrong
+        return task
+    return replace(task, order=names) if {task.name_class(label) for label in task.classes} == set(names) else task
 
 
 def load_files(
@@ -206,24 +225,32 @@ def load_files(
         raise ValueError(f"text={list(columns)} (--text) names one column twice. Name one column, or two that differ.")
     if label in columns:
         raise ValueError(f"label={label!r} (--label) is a column of the text too.")
-    if unknown := [path for path in (train, eval) if not dataset and Path(path).suffix not in READERS]:
-        raise ValueError(f"{', '.join(unknown)}: the suffix must be one of {', '.join(READERS)}.")
+    if unknown := [path for path in (train, eval) if not dataset and Path(path).suffix not in SUFFIXES]:
+        raise ValueError(f"{', '.join(unknown)}: the suffix must be one of {', '.join(SUFFIXES)}.")
     for path in () if dataset else (train, eval):
-        if "://" not in path and not Path(path).is_file():
+        if not Path(path).is_file():
             options = [name for name, given in (("--train", train), ("--eval", eval)) if given == path]
             raise ValueError(f"{', '.join(options)} {path}: there is no such file.")
     loaded = {path: _load(path, dataset) for path in (train, eval) if dataset or Path(path).suffix not in TEXT_FILES}
     checks = Checks(columns, label, task_type, metric if label and load_metric(metric).regression else None)
     names = [*columns, *([label] if label else [])]
-    checks.run(
-        [_read(path, loaded[path], names, label) if path in loaded else read_rows(path) for path in (train, eval)]
-    )
+    sources = {
+        path: _read(path, loaded[path], names, label) if path in loaded else read_rows(path) for path in (train, eval)
+    }
+    checks.run([sources[train], sources[eval]])
     splits = {}
     for split, path in (("train", train), ("eval", eval)):
-        data = loaded[path] if path in loaded else _load(path, None)
+        data = loaded[path] if path in loaded else Dataset.from_dict(checks.columns_of(sources[path]))
         if label and isinstance(data.features[label], ClassLabel):  # -1 is no class, as in SNLI
             data = data.filter(lambda value: value >= 0, input_columns=label)
         splits[split] = data.select_columns(names)
+    if label and len(named := {path: list_names(data.features[label]) for path, data in loaded.items()}) > 1:
+        (one, names_of), (other, others) = named.items()
+        if names_of and others and names_of != others:
+            raise ValueError(
+                f"column {label!r} (--label): the classes are {names_of} in {one}, but {others} in {other}, a number "
+                "means different classes. Store both with the same classes (Dataset.cast_column)."
+            )
     if train != eval:
         texts = [list(zip(*(map(str, data[column]) for column in columns), strict=True)) for data in splits.values()]
         seen, held_out = set(texts[0]), texts[1]
@@ -258,21 +285,16 @@ def _load(path: str, dataset: str | None) -> Dataset:
             return load_dataset(name, configuration or None, split=path)
         except Exception as error:  # of the Hub, the network, the dataset
             raise ValueError(f"split {path!r} of dataset={dataset!r} (--dataset) cannot be read: {error}") from error
-    reader = READERS[Path(path).suffix]
-    # Only an empty cell is missing: None and NA may be classes, or texts.
-    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if reader == "csv" else {}
-    if path.endswith(".tsv"):
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     try:
-        return load_dataset(reader, data_files=str(path), split="train", **options)
-    except Exception as error:  # each reader has its own
-        cause: BaseException = error
-        while context := cause.__cause__ or cause.__context__:  # `datasets` says only that generating failed
-            cause = context
-        raise ValueError(
-            f"{path} cannot be read: {type(cause).__name__}: {cause}. Is it {Path(path).suffix[1:].upper()} in UTF-8, "
-            "with as many cells in each row as in the header?"
-        ) from error
+        return Dataset(ParquetFile(path).read())
+    except Exception as error:  # of pyarrow and of the features that `datasets` stores
+        raise ValueError(f"{path} cannot be read: {type(error).__name__}: {error}. Is it Parquet?") from error
+
+
+def list_names(feature: Any) -> list[str]:
+    """The names of the classes that a dataset stores, of texts or of words; none if its labels are values."""
+    feature = getattr(feature, "feature", feature)
+    return feature.names if isinstance(feature, ClassLabel) else []
 
 
 def _resolve_metric(metric: str, task_type: TaskType) -> str:

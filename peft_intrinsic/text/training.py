@@ -135,6 +135,18 @@ class TokenTraining(TextTraining):
     loader = AutoModelForTokenClassification
     tokenizer_options: ClassVar[dict[str, Any]] = {"add_prefix_space": True}  # byte-level: a word begins with a space
 
+    def __init__(self, options: TextOptions, task: Task, tokens: str | None = None) -> None:
+        super().__init__(options, task, tokens)
+        for split, rows in self.data.items():
+            words = [len(labels) for labels in task.data[split][str(task.label)]]
+            read = [sum(label != IGNORED for label in labels) for labels in rows["labels"]]
+            full = [len(ids) >= options.max_length for ids in rows["input_ids"]]
+            if cut := sum(all_ - some for all_, some, is_full in zip(words, read, full, strict=True) if is_full):
+                raise ValueError(
+                    f"max_length (--max-length) = {options.max_length} cuts off {cut} of {sum(words)} words of the "
+                    f"{split} data, which would not be scored. Pass more, or divide the longest rows."
+                )
+
     def tokenize(self, rows: Mapping[str, list[Any]]) -> dict[str, Any]:
         words, labels = rows[self.task.columns[0]], rows[str(self.task.label)]
         tokens = self.tokenizer(words, truncation=True, max_length=self.options.max_length, is_split_into_words=True)

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 TRIAL = "d", "seed", "learning_rate"
 TRIALS, SETTINGS, DAMAGED, PLAN = "trials.jsonl", "settings.json", "damaged.jsonl", "plan.json"
 REPORTS = "report.json", "report.md", "curve.csv", "curve.png", "curve.svg", "curve.pdf"
-REMEDY = "use another folder, delete this one, or overwrite it: overwrite=True (--overwrite of measure and the like)."
+REMEDY = "Use another folder, or delete this one. measure and the like overwrite it with overwrite=True (--overwrite)."
 
 
 def hash_configuration(configuration: Mapping[str, Any]) -> str:
@@ -40,7 +40,7 @@ def read_json(path: Path, lost: str) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}), {lost}. Put back a copy, {REMEDY}") from None
+        raise ValueError(f"{path} is damaged ({error}), {lost}. Put back a copy. {REMEDY}") from None
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def check_folder(folder: str | os.PathLike, settings: Mapping[str, Any]) -> None
     names = [name for name in sorted({*stored, *settings}) if stored.get(name) != settings.get(name)]
     if names:
         pairs = ", ".join(f"{name}: {stored.get(name)!r} there, {settings.get(name)!r} now" for name in names)
-        raise ValueError(f"{folder} was written by a run with other settings ({pairs}). {REMEDY.capitalize()}")
+        raise ValueError(f"{folder} was written by a run with other settings ({pairs}). {REMEDY}")
 
 
 def _compute_checksum(row: Mapping[str, Any]) -> str:
@@ -125,7 +125,7 @@ class Store:
         if path.exists():
             check_folder(self.folder, settings)
         elif (self.folder / TRIALS).exists():
-            raise ValueError(f"{self.folder} holds trials but no settings. {REMEDY.capitalize()}")
+            raise ValueError(f"{self.folder} holds trials but no settings. {REMEDY}")
         else:
             write_whole(path, json.dumps(settings, indent=1, sort_keys=True))
         return settings

@@ -215,8 +215,8 @@ def compute_rows(model: Any, layer: nn.Module, tokenizer: Any, texts: Sequence[s
         `float32[labels, in_features]`, less the mean over the labels, scaled to `LOGIT_SCALE`.
 
     Raises:
-        ValueError: two texts have the same tokens, one has none, the model does not classify, or it is on the meta
-            device.
+        ValueError: two texts have the same tokens, one has none or too many, the model does not classify, or it is on
+            the meta device.
     """
     encoded = [tokenizer(text, return_tensors="pt", return_special_tokens_mask=True) for text in texts]
     first: dict[tuple[int, ...], str] = {}
@@ -224,6 +224,10 @@ def compute_rows(model: Any, layer: nn.Module, tokenizer: Any, texts: Sequence[s
         ids = tuple(each["input_ids"][0].tolist())
         if not len(ids) or each["special_tokens_mask"].all():
             raise ValueError(f"label_texts: {text!r} has no tokens. Pass a text that the tokenizer knows.")
+        if len(ids) > (positions := getattr(model.config, "max_position_embeddings", None) or len(ids)):
+            raise ValueError(
+                f"label_texts: {text[:60]!r}… has {len(ids)} tokens, and the model {positions} positions. Shorten it."
+            )
         if ids in first:
             raise ValueError(f"label_texts: {first[ids]!r} and {text!r} have the same tokens. Pass different texts.")
         first[ids] = text

@@ -27,6 +27,8 @@ EMBEDDED = "subspace.safetensors"
 def find_subspace(folder: str, subfolder: str | None, config: Any, options: Mapping[str, Any]) -> str:
     """Find the subspace file of a saved adapter: in its folder or on the Hub, or at the path in its configuration."""
     here = Path(folder, subfolder or "", Path(config.subspace).name)
+    if here.exists() and not config.embed_subspace and Path(config.subspace).exists():
+        return str(here) if Subspace(here).digest == config.subspace_digest else config.subspace
     if here.exists() or not config.embed_subspace:
         return str(here) if here.exists() else config.subspace
     wanted = {name: options[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in options}

@@ -99,6 +99,15 @@ def test_grid_is_checked_for_all_methods_before_the_first_runs(options, tmp_path
     assert not (tmp_path / "study").exists()
 
 
+def test_models_that_are_named_alike_are_reported_before_the_first_runs(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/b", "a_b"):
+        tiny("bert", tmp_path / name)
+    with pytest.raises(SystemExit):
+        main(["study", "models", "a/b", "a_b", *options, "--dry-run"])
+    assert "2 measurements have the folder" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_models_that_learn_nothing_are_noted_and_can_be_overwritten(untrained, options, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 
 from peft_intrinsic.text.checks import SHOWN, read_rows
 from peft_intrinsic.text.tasks import load_files
@@ -152,9 +154,97 @@ def test_parquet_errors_count_rows_from_one(tmp_path):
     assert read_error(tmp_path / "a.parquet").endswith("a.parquet, row 2: no value in column 'text'.")
 
 
-@pytest.mark.parametrize("value", ["NaN", "1e999", "2.5"])
-def test_error_shows_a_label_that_is_no_integer_as_it_is(value, tmp_path):
-    lines = f'{{"text": "a", "label": 1}}\n{{"text": "b", "label": 0}}\n{{"text": "c", "label": {value}}}\n'
+def test_error_shows_a_label_that_is_no_integer_as_it_is(tmp_path):
+    lines = '{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n{"text": "c", "label": 2.5}\n'
     held_out = write_bytes(tmp_path / "b.jsonl", lines)
     train = write_bytes(tmp_path / "a.jsonl", "\n".join(lines.splitlines()[:2]))
-    assert f"b.jsonl, line 3: label {json.loads(value)!r} does not occur in" in read_error(train, held_out)
+    assert "b.jsonl, line 3: label 2.5 does not occur in" in read_error(train, held_out)
+
+
+@pytest.mark.parametrize("metric", [None, "spearman"])
+@pytest.mark.parametrize("value", ["NaN", "1e999"])
+def test_a_label_that_is_not_finite_is_an_error(value, metric, tmp_path):
+    rows = [f'{{"text": "a", "label": {label}}}\n' for label in (1, 0, value)]
+    assert "line 3: column 'label' holds no value, NaN or infinity" in read_error(
+        write_bytes(tmp_path / "a.jsonl", "".join(rows)), metric=metric
+    )
+
+
+def labels(first: Path, second: Path, **more) -> list:
+    task = load_files(str(first), str(second), ["text"], **more)
+    assert type(task.labels("train")[0]) is type(task.labels("eval")[0])
+    return task.classes
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out", "classes"),
+    [
+        ("1 2 3 other", "1 2 3", ["1", "2", "3", "other"]),
+        ("true false unknown", "true false", ["false", "true", "unknown"]),
+        ("10 2 1", "2 10", [1, 2, 10]),
+        ("01 02 10", "01 02", ["01", "02", "10"]),
+        (
+            "90071992547409931 90071992547409932",
+            "90071992547409931 90071992547409932",
+            [90071992547409931, 90071992547409932],
+        ),
+        ("1 2.5", "2.5 1", [1.0, 2.5]),
+    ],
+)
+def test_labels_in_cells_have_one_type_in_both_files(train, held_out, classes, tmp_path):
+    paths = [
+        write_bytes(tmp_path / name, "text,label\n" + "".join(f"a film,{label}\n" for label in given.split()))
+        for name, given in (("a.csv", train), ("b.csv", held_out))
+    ]
+    assert labels(*paths) == classes
+
+
+def test_a_late_row_of_another_type_is_read(tmp_path):
+    """pandas infers the type of 10,000 rows at a time."""
+    lines = [f"a film,{i % 3}\n" for i in range(12_000)] + ["a film,other\n"]
+    path = write_bytes(tmp_path / "a.csv", "text,label\n" + "".join(lines))
+    assert labels(path, path) == ["0", "1", "2", "other"]
+    path = write_bytes(tmp_path / "b.csv", "text,label\n" + "".join(lines[:-1]) + "a film,0.5\n")
+    assert load_files(str(path), str(path), ["text"], metric="spearman").labels("train")[-1] == 0.5
+
+
+def test_the_named_file_is_read_as_it_is_now(tmp_path):
+    """Not another that its name matches as a pattern, nor an earlier state with the same time stamp."""
+    for name, text in (("a[1].csv", "right"), ("a1.csv", "wrong")):
+        write_bytes(tmp_path / name, f"text,label\n{text},0\n{text},1\n")
+    path = tmp_path / "a[1].csv"
+    assert load_files(str(path), str(path), ["text"]).data["train"]["text"][0] == "right"
+    write_bytes(path, "text,label\nother,0\nother,1\n")
+    os.utime(path, (0, 0))
+    assert load_files(str(path), str(path), ["text"]).data["train"]["text"][0] == "other"
+    write_bytes(path, "text,label\nagain,0\nagain,1\n")
+    os.utime(path, (0, 0))
+    assert load_files(str(path), str(path), ["text"]).data["train"]["text"][0] == "again"
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ("text,label,label\na,0,1\nb,1,0\n", "several columns are named 'label'. Rename all but one"),
+        ("text, label\na,0\nb,1\n", "no column 'label', but [' label']. Remove the spaces from its header"),
+        ("text,label\na,01\nb,1\nc,2\n", "differ in leading zeros only. Write them alike"),
+    ],
+)
+def test_headers_and_codes_that_are_ambiguous_are_errors(contents, message, tmp_path):
+    assert message in read_error(write_bytes(tmp_path / "a.csv", contents))
+
+
+def test_a_word_without_a_value_is_an_error(tmp_path):
+    path = write_bytes(tmp_path / "a.jsonl", '{"words": ["a", null], "tags": ["x", "y"]}\n')
+    message = read_error(path, columns=["words"], label="tags", task_type="TOKEN_CLS")
+    assert "column 'words' does not hold lists of words" in message
+
+
+def test_classes_that_two_datasets_number_differently_are_an_error(tmp_path):
+    for name, classes in (("a", ["neg", "neu", "pos"]), ("b", ["neg", "pos"])):
+        features = Features({"text": Value("string"), "label": ClassLabel(names=classes)})
+        rows = {"text": ["a film"] * len(classes), "label": list(range(len(classes)))}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{name}.parquet")
+    message = read_error(tmp_path / "a.parquet", tmp_path / "b.parquet")
+    assert "the classes are ['neg', 'neu', 'pos'] in" in message
+    assert "a number means different classes" in message

@@ -48,6 +48,16 @@ def test_a_file_beside_the_adapter_is_found_and_compared_by_its_digest(tmp_path)
         PeftModel.from_pretrained(build("bert"), tmp_path / "adapter")
 
 
+def test_a_file_of_a_former_adapter_does_not_hide_that_of_this_one(tmp_path):
+    """Both have the name that `fit_subspace` gives by default."""
+    subspaces = [make_subspace("bert", tmp_path / name, seed=seed) for seed, name in enumerate(("former", "own"))]
+    models = [attach("bert", subspace, embed_subspace=i == 0) for i, subspace in enumerate(subspaces)]
+    for model in models:
+        model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(build("bert"), tmp_path / "adapter")
+    assert loaded.peft_config["default"].subspace == str(subspaces[1].path)
+
+
 def test_a_subspace_of_another_base_raises_an_error(tmp_path):
     subspace = make_subspace("bert", tmp_path)
     options = {"d": 6, "projection": "trajectory", "subspace": str(subspace.path)}
