@@ -170,7 +170,9 @@ def load_texts(
         names: names of these labels in the order of its head, if they are known.
         max_length: tokens of a text that it was trained on, which `--max-length` overrides; 128 if unknown.
     """
-    held_out, length = getattr(args, "eval", None), getattr(args, "max_length", None) or max_length or 128
+    held_out, length = getattr(args, "eval", None), getattr(args, "max_length", None)
+    if length is None:
+        length = max_length or 128
     train: Any = args.train or held_out
     base = find_base_name(args, named)
     return LabeledTexts(base, train, held_out, args.text, args.label, args.batch, labels, names, length)

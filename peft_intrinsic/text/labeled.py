@@ -88,10 +88,7 @@ class LabeledTexts(AdapterTexts):
         files: Any = {"train": train, "eval": eval or train, "columns": tuple(columns), "label": label}
         options = TextOptions(model, **files, metric="accuracy", arguments=arguments, max_length=max_length)
         self.task = load_task(options)
-        if labels is not None and len(self.task.classes) != labels:
-            self.task = self._complete(train, labels, names)
-        elif names:
-            self.task = replace(self.task, order=tuple(names))
+        self.task = self._complete(train, labels, names)
         self.training = TextTraining(options, self.task)
         self.data, self.base = self.training.data, self.training.load_base(labels)
         longest = max(len(ids) for split in self.data.values() for ids in split["input_ids"])
@@ -101,20 +98,27 @@ class LabeledTexts(AdapterTexts):
                 f"{positions}, if the adapter was trained with it."
             )
 
-    def _complete(self, train: str, labels: int, names: Sequence[str]) -> Task:
-        """The task with all classes of the model, of which the training data lack some."""
+    def _complete(self, train: str, labels: int | None, names: Sequence[str]) -> Task:
+        """The task with all classes of the model, of which the training data may lack some."""
         found = self.task.classes
-        stored = list_names(self.task.data["train"].features[str(self.task.label)])
-        if not names and all(isinstance(each, int) for each in found) and 0 in found:
-            names = stored or [str(i) for i in range(labels)]
         classes = [self.task.name_class(each) for each in found]
-        if len(names) == labels and set(classes) <= set(names):
-            return replace(self.task, order=tuple(names))
         shown = ", ".join(classes[:SHOWN]) + ", …" * (len(classes) > SHOWN)
+        if names and not set(classes) <= set(names):
+            raise ValueError(
+                f"The adapter was trained with the labels {', '.join(names[:SHOWN])}, but {train} has {shown}. Pass "
+                "data with its labels."
+            )
+        if not names and labels in (None, len(classes)):
+            return self.task
+        stored = list_names(self.task.data["train"].features[str(self.task.label)])
+        if not (names or stored) and all(isinstance(each, int) for each in found) and 0 in found:
+            names = [str(i) for i in range(labels or 0)]
+        names = names or stored
+        if labels in (None, len(names)) and set(classes) <= set(names):
+            return replace(self.task, order=tuple(names))
         raise ValueError(
-            f"The model has {labels} labels, {train} {len(stored or classes)}: {shown}. Correct the data: class i of "
-            f"the model is the i-th of the sorted labels. If these are integers from 0 to {labels - 1}, others than 0 "
-            "may be missing."
+            f"The model has {labels} labels, {train} {len(names or classes)}: {shown}. Correct the data: class i of "
+            "the model is the i-th of the sorted labels. If these are integers from 0, others than 0 may be missing."
         )
 
     def copy_base(self) -> Any:
