@@ -9,11 +9,11 @@ sentiment of film reviews (examples/carriers.py), and SST-2 from GLUE's files as
 Each has 1,000 training examples, two epochs in batches of 16, and 500 held-out examples. The model is all-MiniLM-L6-v2.
 The target is 0.9 of the gain over the majority class, since rank 1 often reaches 0.9 of the score.
 
-A task runs `advise` with three seeds and at most 40 trials for each of rank and d, then `measure --method lora-rank
---sweep` with five seeds of every rank and of full fine-tuning. The sweep starts from the trials of the advice, which
-would be the same again. Further options, such as --engine ray, go to both. Trials lie in benchmarks/results/advise/TASK
-and both resume; a line for each finished task is in benchmarks/results/advise/rows.jsonl. "Inside" says whether the
-rank of the sweep lies in the advised interval.
+A task runs `advise` with three seeds, at most 40 trials for each of rank and d, and d of 8,192 and 16,384, then
+`measure --method lora-rank --sweep` with five seeds of every rank and of full fine-tuning. The sweep starts from the
+trials of the advice, which would be the same again. Further options, such as --engine ray, go to both. Trials lie in
+benchmarks/results/advise/TASK and both resume; a line for each finished task is in
+benchmarks/results/advise/rows.jsonl. "Inside" says whether the rank of the sweep lies in the advised interval.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RANKS = "1,2,4,8,16,32"
 TRAINED, HELD_OUT = 1000, 500
 TASKS = ("coarse", "fine", "intents", "reviews", "sst2")
 SHARED = "--max-length 64 --epochs 2 --batch-size 16 --relative-to gain --target 0.9"
-SHORT = "--dims 64,16384,9 --trials 40"
+SHORT = "--dims 8192,16384,2 --trials 40"
 CONFIG = "dataloader_pin_memory: false\ntrain_sampling_strategy: group_by_length\n"
 COLUMNS = ("rank", "swept", "inside", "d", "full", "trials", "minutes", "trials of the sweep")
 

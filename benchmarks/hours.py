@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-FOLDERS = ("d90", "digits", "pretraining", "trajectory", "closeness", "supermask")
+FOLDERS = ("d90", "digits", "pretraining", "trajectory", "closeness", "supermask", "advise")
 
 
 def main() -> None:
