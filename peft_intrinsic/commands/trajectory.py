@@ -44,6 +44,8 @@ def _build_settings(args: argparse.Namespace) -> dict[str, Any]:
 
     options = vars(args) | {"debug": False}  # stored once, and without effect on a run
     settings = {name: value for name, value in options.items() if name not in ("run", "out")}
+    if settings.get("max_length") is None:  # as in runs before the option
+        settings.pop("max_length", None)
     return as_stored(settings | {name: name_files(settings[name]) for name in FILE_OPTIONS if name in settings})
 
 

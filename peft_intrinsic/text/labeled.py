@@ -117,7 +117,7 @@ class LabeledTexts(AdapterTexts):
         if labels in (None, len(names)) and set(classes) <= set(names):
             return replace(self.task, order=tuple(names))
         raise ValueError(
-            f"The model has {labels} labels, {train} {len(names or classes)}: {shown}. Correct the data: class i of "
+            f"The model has {labels} labels, {train} {len(stored or classes)}: {shown}. Correct the data: class i of "
             "the model is the i-th of the sorted labels. If these are integers from 0, others than 0 may be missing."
         )
 

@@ -122,9 +122,9 @@ class AdapterBank(PushToHubMixin, nn.Module):
 
     Args:
         model: a `PeftModel` with an intrinsic adapter.
-        vectors: θ and then λ of each adapter, `[K, d]`, which are copied, and trained if they require gradients. Or the
-            number K of new adapters, which are trained and start as the attached one: at the base model, if that one is
-            new.
+        vectors: θ and then λ of each adapter, `[K, d]`, which are copied. The copy is trained if they require
+            gradients, and alone gets gradients. Or the number K of new adapters, which are trained and start as the
+            attached one: at the base model, if that one is new.
         adapter: name of the attached adapter with the projection; by default the active one.
         names: a name for each row, such as a user's. They can be used instead of indexes.
 
@@ -418,11 +418,6 @@ class AdapterBank(PushToHubMixin, nn.Module):
             raise ValueError(
                 f"vectors must have the shape [K, {len(start)}] for adapter {self.adapter!r}, got "
                 f"{tuple(vectors.shape)}."
-            )
-        if not vectors.is_leaf:
-            raise ValueError(
-                "vectors were computed from others that require gradients, which the rows of a bank, a copy, do not "
-                "reach. Pass vectors.detach(), with requires_grad_() to train the rows."
             )
         return vectors.detach().to(start, copy=True)
 
