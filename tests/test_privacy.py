@@ -482,6 +482,7 @@ def test_an_epsilon_that_cannot_be_reached_raises_where_the_accountant_is_slow()
         {"epsilon": 0.0},
         {"epsilon": float("nan")},
         {"epsilon": float("inf")},
+        {"epsilon": 200.0},
         {"delta": 0.0},
         {"delta": 1.0},
         {"sample_rate": 2.0},

@@ -220,6 +220,11 @@ def test_tune_with_d_zero_is_an_error(files, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("tune", *words, "-d", "0")
     assert "d must be at least 1 and below 2**63, got 0" in capsys.readouterr().err
+    (files / "adapter" / "notes.txt").write_text("mine")
+    for overwrite in ([], ["--overwrite"]):  # no adapter is there
+        with pytest.raises(SystemExit, match="2"):
+            run("tune", *words, *overwrite)
+        assert "--out adapter is in use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,7 @@ def test_changed_texts_in_a_file_raise(base, tmp_path):
         ({}, TEXTS[:2], r"label_texts has 2 texts, and the model num_labels=3"),
         ({}, ["bad", "good", "bad"], "'bad' and 'bad' have the same tokens"),
         ({}, ["bad", "one", "two"], "'one' and 'two' have the same tokens"),
+        ({}, ["bad", "good", "a." * 300], "has 602 tokens, and the model 512 positions"),
         ({"num_labels": 1}, ["bad"], r"needs at least two labels, and the model has num_labels=1"),
     ],
 )
