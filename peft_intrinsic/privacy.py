@@ -124,14 +124,13 @@ def _check_isolated(model: Any, losses: Callable[[Any], torch.Tensor], batch: An
         gap = (differentiate(weights) - weights[:, None] * gradients).norm(dim=1)
         changed |= gap > 0.05 * gradients.norm(dim=1).max()
     if model.training:
-        device = copies[0].device
-        for part in parts:
-            runs = []
-            for kept in (list(range(size)), part):
-                with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    torch.manual_seed(0)
-                    runs.append(shift(strength, kept)[part])
-            changed[part] |= ~((runs[0] - runs[1]).abs() <= limit)
+        device, runs = copies[0].device, []
+        for kept in (list(range(size)), *parts):
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(0)
+                runs.append(shift(strength, kept))
+        for part, run in zip(parts, runs[1:], strict=True):
+            changed[part] |= ~((runs[0] - run)[part].abs() <= limit)
     if changed.any():
         raise ValueError(
             f"The losses of samples {changed.nonzero().flatten().tolist()[:5]} depend on other samples of the batch, "
