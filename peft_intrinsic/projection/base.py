@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -104,6 +105,12 @@ def index_samples(theta: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tenso
     if theta.dim() == 1:
         return ()
     return (torch.arange(len(theta), device=index.device).view(-1, *[1] * (index.dim() - 1)),)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context without autocast. Where autocast is off, it is empty: entering one costs more than a product."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class DeviceCopies:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .base import DeviceCopies, Shapes, Spec, TensorProjection
+from .base import DeviceCopies, Shapes, Spec, TensorProjection, full_precision
 from .randomness import normal_rows
 
 LIMIT = 2**28
@@ -29,7 +29,7 @@ class DenseTensor(TensorProjection):
 
     def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         (matrix,) = self._state.on(theta.device)
-        with torch.autocast(theta.device.type, enabled=False):
+        with full_precision(theta.device):
             rows = matrix[start * self.cols : stop * self.cols]
             theta = theta[..., self._slice].float()
             flat = rows @ theta if theta.dim() == 1 else theta @ rows.T  # the former has the faster backward pass

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .allocation import Slice, Tiling, allocate, make_tiling, slice_model, slice_tensor
-from .base import DeviceCopies, Shapes, Spec, TensorProjection, index_samples
+from .base import DeviceCopies, Shapes, Spec, TensorProjection, full_precision, index_samples
 from .dense import DenseTensor
 from .hadamard import fwht, hadamard
 from .randomness import normal_rows, signs_and_permutations, words
@@ -76,7 +76,7 @@ class FastfoodTensor(TensorProjection):
     def mix(self, theta: torch.Tensor) -> torch.Tensor:
         """Compute u = scale · B' Π (1/√n) H B θ of every slot: `[..., d] -> [..., chunks, blocks, depth, n]`."""
         index, before, permutation, after, _ = self._state.on(theta.device)
-        with torch.autocast(theta.device.type, enabled=False):
+        with full_precision(theta.device):
             theta = theta.float()
             theta = theta[..., index] if self._only is None else theta[..., self._only].unsqueeze(-2)
             u = fwht(theta * before, self.n)  # [..., slots, n]
@@ -113,7 +113,7 @@ class FastfoodTensor(TensorProjection):
 
     def slab(self, theta: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         height = self.tiling.height
-        with torch.autocast(theta.device.type, enabled=False):
+        with full_precision(theta.device):
             a = self.factor(theta)
             parts = []
             for r in range(start // height, -(-stop // height)):
@@ -147,7 +147,7 @@ class FastfoodTensor(TensorProjection):
     def gather(self, index: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
         *_, starts = self._state.on(theta.device)
         chunk = index // self.tiling.height
-        with torch.autocast(theta.device.type, enabled=False):
+        with full_precision(theta.device):
             g = F.embedding(index % self.tiling.height + starts[chunk], self.gaussian.on(theta.device)[0])
             of_chunk = (*index_samples(theta, index), chunk)
             if self.tiling.depth == 1:

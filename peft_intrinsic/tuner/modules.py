@@ -58,8 +58,18 @@ class IntrinsicLinear(IntrinsicModule):
         self.in_features, self.out_features = linear_features(base_layer)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        result = self.base_layer(x, *args, **kwargs)
-        for name, offset, each in self.applied():
+        applied, base = self.applied(), self.base_layer
+        biases = [one for one in applied if one[0] == "bias" and one[2].dim() == 1]
+        if biases and _is_plain(base):  # add to the bias instead of to the outputs, which are many more
+            bias = base.bias
+            for _, offset, each in biases:
+                added = offset.materialize(each.to(x.device)).to(base.weight.dtype)
+                bias = added if bias is None else bias + added
+            result = F.linear(x, base.weight, bias)
+            applied = [one for one in applied if one[0] == "weight"]
+        else:
+            result = base(x, *args, **kwargs)
+        for name, offset, each in applied:
             theta, rows = self.vector.choices.match(offset.name, each, x)
             added = (
                 offset.projection.linear(rows, theta) if name == "weight" else spread(offset.materialize(theta), rows)
@@ -70,6 +80,12 @@ class IntrinsicLinear(IntrinsicModule):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's converter can represent the offset: it converts only weights."""
         return list(self.offsets.get(adapter_name, {})) == ["weight"]
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a call of the layer is a call of `F.linear`: no quantized layer, no hook that has to see the call."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and not hooked and "forward" not in layer.__dict__
 
 
 class IntrinsicEmbedding(IntrinsicModule):

@@ -168,6 +168,16 @@ def test_a_wrapper_has_the_attributes_of_its_layer():
         layer.nowhere  # noqa: B018
 
 
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_an_adapted_linear_layer_see_its_calls(register):
+    model = trained("bert")
+    layer = model.get_base_model().bert.encoder.layer[0].intermediate.dense
+    expected, seen = evaluate(model, "bert"), []
+    getattr(layer.base_layer, register)(lambda module, *tensors: seen.append(tensors[0][0].shape))
+    torch.testing.assert_close(evaluate(model, "bert"), expected, **CLOSE)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_wrappers_preserve_the_training_mode_of_their_layers(training):
     base = build("bert").train(training)
