@@ -73,6 +73,11 @@ def _select(batch: Any, rows: Any) -> Any:
         return {key: _select(value, rows) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
         return [_select(value, rows) for value in batch]
+    if not isinstance(batch, torch.Tensor) or not batch.dim():
+        raise ValueError(
+            f"The batch contains {str(batch)[:60]!r} ({type(batch).__name__}), but each of its values must be a tensor "
+            "whose first axis has the samples. Leave the others out."
+        )
     return batch[rows]
 
 
@@ -153,8 +158,9 @@ def compute_sample_gradients(model: Any, losses: Callable[[Any], torch.Tensor], 
 
     Raises:
         ValueError: a parameter outside θ and λ is trainable; a module mixes samples or cannot be mixed; the losses are
-            not one for each sample, or depend on other samples, which is checked in batches 1, 4, 16, 64, …; a gradient
-            is not finite; or the gradients of the batch before have not been used and cleared.
+            not one for each sample, or depend on other samples, which is checked in batches 1, 4, 16, 64, …; the batch
+            contains other values than tensors; a gradient is not finite; or the gradients of the batch before have not
+            been used and cleared.
 
     Example:
         >>> engine = opacus.PrivacyEngine()
@@ -233,7 +239,12 @@ def check_clipping(norms: torch.Tensor, max_grad_norm: float) -> None:
     Args:
         norms: of the gradients of public samples, `[batch]`.
         max_grad_norm: the norm to which opacus clips.
+
+    Raises:
+        ValueError: there are no norms, or one is not finite.
     """
+    if not len(norms) or not norms.isfinite().all():
+        raise ValueError(f"norms={norms} must have at least one value, all of them finite. Pass a public batch.")
     clipped = (norms > max_grad_norm).float().mean().item()
     if not 0.05 <= clipped <= 0.95:
         warnings.warn(

@@ -450,6 +450,9 @@ def test_invalid_losses_and_batches_raise():
         compute_sample_gradients(model, lambda samples: cross_entropy(model(x), y), [x, y])
     with pytest.raises(ValueError, match=r"first axes of \[7, 8\]"):
         compute_sample_gradients(model, losses, [x, y[:7]])
+    for other in ("texts", None, 3, torch.tensor(3)):
+        with pytest.raises(ValueError, match=rf"contains '.*' \({type(other).__name__}\).*must be a tensor whose first"):
+            compute_sample_gradients(model, losses, {"x": x, "y": y, "other": other})
     with pytest.raises(ValueError, match=r"gradients of samples \[2\] of the batch are not finite"):
         compute_sample_gradients(model, losses, [x.index_fill(0, torch.tensor([2]), float("inf")), y])
     compute_sample_gradients(model, losses, [x, y])
@@ -509,3 +512,6 @@ def test_a_clip_of_nearly_all_or_nearly_none_warns():
         check_clipping(norms, 0.5)
     with pytest.warns(UserWarning, match=r"max_grad_norm=3 clips 0% .* Lower it"):
         check_clipping(norms, 3.0)
+    for wrong in (torch.empty(0), torch.tensor([1.0, float("nan")])):
+        with pytest.raises(ValueError, match=r"norms=tensor\(.*at least one value, all of them finite"):
+            check_clipping(wrong, 1.0)
