@@ -97,6 +97,11 @@ def main() -> None:
     add_data_options(parser)
     parser.add_argument("--epsilon", type=float, default=3.0)
     parser.add_argument("--delta", type=float, help="default: 1 / number of training rows")
+    parser.add_argument(
+        "--label-texts",
+        type=lambda text: text.split(","),
+        help="a text for each label, with commas between them, in the labels' sorted order: the head starts from them",
+    )
     parser.add_argument("--d", type=int, default=256)
     parser.add_argument("--batch", type=int, default=512, help="expected number of rows in a batch")
     parser.add_argument("--steps", type=int, default=100)
@@ -108,7 +113,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data, head = from_files(args, tokenizer)
     base = AutoModelForSequenceClassification.from_pretrained(args.model, **head)
-    model = get_peft_model(base, IntrinsicConfig(d=args.d, task_type="SEQ_CLS"))
+    start = {"head": "labels", "label_texts": args.label_texts} if args.label_texts else {}
+    model = get_peft_model(base, IntrinsicConfig(d=args.d, task_type="SEQ_CLS", **start))
     collate = DataCollatorWithPadding(tokenizer)
     loader = DataLoader(data["train"], batch_size=args.batch, collate_fn=collate)
     held_out = DataLoader(data["eval"], batch_size=64, collate_fn=collate)

@@ -307,17 +307,20 @@ def test_supermask(tmp_path):
 
 
 @pytest.mark.slow
-def test_private(tmp_path):
+@pytest.mark.parametrize("texts", [None, ["bad", "good"]])
+def test_private(tmp_path, texts):
     pytest.importorskip("opacus", reason="opacus is not installed")
     data = labelled(tmp_path, "good", "bad", rows=400)
     small = ["--d", "50", "--steps", "40", "--batch", "200", "--lr", "3e-4", "--epsilon", "8"]
     torch.manual_seed(0)
+    small += ["--label-texts", ",".join(texts)] if texts else []
     out = run("private.py", "--model", tiny("bert", tmp_path / "base"), *data, *small, cwd=tmp_path)
     found = re.search(r"accuracy ([\d.]+) -> ([\d.]+) with d=50, ε=([\d.]+), δ=0.0025", out)
     assert found, out
     assert float(found[2]) > float(found[1])
     assert 7.9 < float(found[3]) <= 8.0
-    assert json.loads((tmp_path / "runs/private/adapter_config.json").read_text())["d"] == 50
+    config = json.loads((tmp_path / "runs/private/adapter_config.json").read_text())
+    assert (config["d"], config["label_texts"]) == (50, texts)
 
 
 @pytest.mark.slow
