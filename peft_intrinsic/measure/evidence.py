@@ -77,11 +77,11 @@ class Evidence:
         """Choose the learning rate with the least loss at d and `BELOW` smaller d; the middle of equally good ones.
 
         One seed alone often prefers the worse of two that are nearly as good, and the best learning rate changes little
-        from one d to the next. None if none was tried, or all diverged.
+        from one d to the next. Where no run learned, it is the middle one. None if none was tried, or all diverged.
         """
         below = [] if d is None else [at for at in self.get_tuned_dims() if at < d][-BELOW:]
-        tried = self.get_tuning_scores(d)
-        return self._pick([rate for rate, score in tried.items() if math.isfinite(score)], [*below, d])
+        rates = [rate for rate, score in self.get_tuning_scores(d).items() if math.isfinite(score)]
+        return self._pick(rates, [*below, d]) if self._learns(d) or not rates else rates[len(rates) // 2]
 
     def get_tuned_dims(self) -> list[int]:
         """Get the d at which learning rates were tried, and one did not diverge."""
@@ -97,9 +97,14 @@ class Evidence:
     def _estimate_loss(self, d: int | None, rate: float) -> float:
         """Estimate the difference to the best score of d, at a learning rate or the nearest that was tried.
 
-        Runs that collapse have the score of the majority-class baseline; one that diverged at d has the worst score.
+        Runs that collapse, or did not learn, have the score of the majority-class baseline. One that diverged at d has
+        the worst score.
         """
         tried = self.get_tuning_scores(d)
+        if self.floor is not None:
+            for other in tried:
+                idle = math.isfinite(tried[other]) and not self._has_learned((d, TUNING, other))
+                tried[other] = self.floor if idle else tried[other]
         finite = [score for score in tried.values() if math.isfinite(score)]
         score = tried[min(tried, key=lambda other: abs(math.log(other / rate)))]
         worst = min(finite)
@@ -164,10 +169,13 @@ class Evidence:
         return [(d, TUNING, rate) for rate in rates]
 
     def find_next_rate(self, d: int | None) -> float | None:
-        """Find the next learning rate to try; None if the best has neighbors, or there are no more."""
+        """Find the next learning rate to try; None if the best has neighbors, or there are no more.
+
+        Where no run learned, higher ones follow, but not if a smaller d has tried these in vain.
+        """
         tried, best = self.get_tuning_scores(d), self.choose_rate(d)
         low, high = min(tried), max(tried)
-        learned = d is not None or not all(self.is_collapsed((d, TUNING, rate)) for rate in tried)
+        learned = self._learns(d) or any(not self._learns(at) for at in self.get_tuned_dims() if d and at < d)
         lower = best in (None, low) and (learned or best is None)
         if not lower and best != high and learned:
             return None
@@ -191,6 +199,20 @@ class Evidence:
     def is_collapsed(self, trial: Trial) -> bool:
         """Check whether a trial diverged, or is no better than the majority-class baseline."""
         return is_collapsed(self.trials[trial]["score"], self.floor)
+
+    def _has_learned(self, trial: Trial) -> bool:
+        """Whether a trial is better than the majority class, where known by two standard errors of its accuracy.
+
+        Runs on the first plateau differ from that class by chance, and the luckiest is not the best learning rate.
+        """
+        row, floor = self.trials[trial], self.floor
+        if floor is not None and row.get("right") is not None:
+            floor += 2 * math.sqrt(max(floor * (1 - floor), 0.0) / row["examples"])
+        return not is_collapsed(row["score"], floor)
+
+    def _learns(self, d: int | None) -> bool:
+        """Whether a run learned at one of the learning rates tried at d."""
+        return any(self._has_learned((d, TUNING, rate)) for rate in self.get_tuning_scores(d))
 
     def get_runs(self, d: int | None) -> Runs:
         """Get the runs that count at d, or (None) for full fine-tuning.

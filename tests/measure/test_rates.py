@@ -9,6 +9,7 @@ from helpers.steps import build_search
 
 from peft_intrinsic.measure.evidence import TUNING, Evidence
 from peft_intrinsic.measure.plan import Plan
+from peft_intrinsic.measure.search import Search
 
 DIGITS = {
     22: {5e-5: 0.216, 2e-4: 0.352, 8e-4: 0.352, 3.2e-3: 0.280},
@@ -132,3 +133,28 @@ def test_full_fine_tuning_leaves_a_learning_rate_at_which_runs_collapse():
     ]
     assert search.evidence.get_rate(None) == low
     assert search.evidence.get_runs(None).scores == [0.88] * 3
+
+
+def plateau(learned: dict[float, float]) -> Search:
+    """A LoRA of rank 1 on SST-2: 500 held-out sentences, whose majority class has 0.504."""
+    scores = {5e-5: 0.524, 2e-4: 0.504, 8e-4: 0.504, 3.2e-3: 0.512, **learned}
+
+    def run(trials):
+        return [{"score": scores.get(rate, 0.506), "examples": 500, "right": ""} for _, _, rate in trials]
+
+    return Search(run, Evidence(Plan((1, 2, 4), baseline=(0.8,), learning_rates="auto", majority=0.504)))
+
+
+def test_scores_within_chance_of_the_majority_class_choose_no_learning_rate():
+    """0.524 is 0.9 standard errors above 0.504, so higher learning rates follow until one learns."""
+    search = plateau({3.2e-3: 0.74, 1.28e-2: 0.69})
+    assert search._tune([1], None) == 3.2e-3
+    assert list(search.evidence.get_tuning_scores(1)) == [5e-5, 2e-4, 8e-4, 3.2e-3, 1.28e-2]
+
+
+def test_where_no_learning_rate_learns_the_next_d_starts_from_the_middle():
+    search = plateau({})
+    assert search._tune([1], None) == 3.2e-3
+    assert len(search.evidence.get_tuning_scores(1)) == 7
+    assert search._tune([2], 3.2e-3) == 3.2e-3
+    assert list(search.evidence.get_tuning_scores(2)) == [8e-4, 3.2e-3, 1.28e-2]
