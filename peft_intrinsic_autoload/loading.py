@@ -6,7 +6,9 @@ It imports neither PEFT nor `peft_intrinsic`: the base model of an adapter is of
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
+import sys
 from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
@@ -39,10 +41,23 @@ def watch(models: Any) -> None:
     The report is a return value (`output_loading_info=True`) that few callers request, and is not available later. It
     leaves out what is on the model's ignore list, where TRL puts new heads, so the list before that step is noted too.
     Calling it again changes nothing.
+
+    `load_adapter`, which `from_pretrained` of an adapter's folder calls too, lets `peft_intrinsic` check the values.
     """
     original = models.from_pretrained.__func__
     if getattr(original, "watched", False):
         return
+    load = models.load_adapter
+
+    @functools.wraps(load)
+    def load_adapter(model: Any, *args: Any, **kwargs: Any) -> Any:
+        info = load(model, *args, **kwargs)
+        adapter = inspect.signature(load).bind(model, *args, **kwargs).arguments.get("adapter_name") or "default"
+        if (files := sys.modules.get("peft_intrinsic.tuner.files")) is not None:  # else it is another method's adapter
+            files.check_loaded(model, adapter, {*getattr(info, "missing_keys", ())})
+        return info
+
+    models.load_adapter = load_adapter
 
     @functools.wraps(original)
     def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -79,7 +94,8 @@ def _note(model: nn.Module, info: Mapping[str, Any]) -> None:
     absent = model.__dict__.pop(_MISSING, reported)
     if hasattr(model, "peft_config"):  # the report includes the adapter that was loaded too
         return
-    missing = {*absent, *(key[0] for key in info["mismatched_keys"])}
+    fixed = getattr(model, "_keys_to_ignore_on_save", None) or ()  # computed by the class, such as Marian's positions
+    missing = {*absent, *(key[0] for key in info["mismatched_keys"])}.difference(fixed)
     model.__dict__.setdefault(NEW, {name: sample(p) for name, p in model.named_parameters() if name in missing})
     note_heads(model.named_modules())
 

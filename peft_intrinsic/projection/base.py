@@ -110,7 +110,8 @@ def index_samples(theta: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tenso
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Return a context without autocast. Where autocast is off, it is empty: entering one costs more than a product."""
     kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 class DeviceCopies:
@@ -118,6 +119,9 @@ class DeviceCopies:
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self.copies = {tensors[0].device: tensors}
+
+    def __reduce__(self) -> tuple[type[DeviceCopies], tuple[torch.Tensor, ...]]:
+        return DeviceCopies, next(iter(self.copies.values()))  # torch.load may put them on another device
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Return the tensors on `device`."""

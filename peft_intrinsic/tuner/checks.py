@@ -71,6 +71,7 @@ def check(config: Any) -> None:
     _check_subspace(config)
     _check_labels(config)
     check_layers(config, KEYWORDS)
+    _check_effects(config)
     if config.algorithm_version > ALGORITHM_VERSION:
         raise ValueError(
             f"This adapter has algorithm_version={config.algorithm_version}; peft_intrinsic {__version__} knows "
@@ -96,6 +97,23 @@ def check_layers(config: Any, keywords: tuple[str, ...]) -> None:
     if config.layers_pattern is not None and config.layers_to_transform is None:
         raise ValueError(
             f"layers_pattern={config.layers_pattern!r} needs layers_to_transform: pass the indexes of the blocks."
+        )
+
+
+def _check_effects(config: Any) -> None:
+    """Raise ValueError if an option of a new adapter would have no effect."""
+    if config.manifest is not None:
+        return
+    layers, names = config.layers_to_transform, config.target_parameters
+    if layers not in (None, []) and names and config.target_modules is None:
+        raise ValueError(
+            f"layers_to_transform={layers!r} selects among target_modules, not among target_parameters={names!r}. Name "
+            "the layers in target_parameters, such as 'layers.0.self_attn.q_proj.weight'."
+        )
+    if config.block_size is not None and config.projection in ("dense", "trajectory"):
+        raise ValueError(
+            f"block_size={config.block_size} has no effect on projection={config.projection!r}, which has no blocks. "
+            "Leave it out."
         )
 
 

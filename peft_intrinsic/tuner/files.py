@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -112,6 +112,12 @@ def read_vectors(config: IntrinsicConfig, state: Mapping[str, torch.Tensor]) -> 
             checksum, others can be loaded with the same configuration.
     """
     found = {match[1]: value for name, value in state.items() if (match := _match_keys().search(name))}
+    _check_read(config, found)
+    return [found[name] for name in ("intrinsic_theta", "intrinsic_lambda") if name in found]
+
+
+def _check_read(config: IntrinsicConfig, found: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless these are the θ and λ that were saved with the configuration."""
     for name, values in found.items():
         if not values.is_floating_point():
             raise ValueError(f"{name}: the file contains {values.dtype}, not floating-point numbers. {REMEDY}")
@@ -123,7 +129,31 @@ def read_vectors(config: IntrinsicConfig, state: Mapping[str, torch.Tensor]) -> 
             f"{REMEDY} If you changed them on purpose, remove the checksum from adapter_config.json."
         )
     config.checksum = None
-    return [found[name] for name in ("intrinsic_theta", "intrinsic_lambda") if name in found]
+
+
+def check_loaded(model: nn.Module, adapter: str, missing: Container[str]) -> None:
+    """Check θ and λ that transformers has loaded, as `vectors_to_load` does for PEFT.
+
+    Args:
+        missing: names of the parameters that the file lacks.
+
+    Raises:
+        ValueError: the file does not contain the θ and λ that were saved with the configuration.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter)
+    if not isinstance(config, IntrinsicConfig):
+        return
+    keys = _match_keys(adapter)
+    loaded = {name: (match[1], p) for name, p in model.named_parameters() if (match := keys.search(name))}
+    if absent := [name for name in loaded if name in missing]:
+        raise ValueError(f"The file does not contain {', '.join(absent)}. {REMEDY}")
+    found = dict(loaded.values())
+    for dtype in (torch.float16, torch.bfloat16):  # transformers loads half precision as float32
+        rounded = {name: values.detach().to(dtype) for name, values in found.items()}
+        if config.checksum is not None and config.checksum == checksum(config, rounded):
+            config.checksum = None
+    if checksum(config, found) is not None:  # not sharded
+        _check_read(config, found)
 
 
 def vectors_to_load(

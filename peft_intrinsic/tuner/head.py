@@ -16,6 +16,7 @@ from peft.utils import TaskType
 from torch import nn
 
 from peft_intrinsic_autoload.labels import LABELS
+from peft_intrinsic_autoload.loading import HEADS
 from peft_intrinsic_autoload.loading import LOADING as _LOADING
 from peft_intrinsic_autoload.loading import sample as _sample
 
@@ -61,10 +62,11 @@ class Reinitialization:
             raise ValueError(
                 f"modules_to_save={config.full_modules}: another adapter already adapts {', '.join(clash)}. Attach "
                 "this adapter first, or leave these out of the other one (exclude_modules; head='keep' for a head)."
+                + ("" if config.task_type else " PEFT adds the head if task_type=None: pass that of the other adapter.")
             )
         self._model = model
         self._places = places = base_parameters(model)
-        replaced = replaced_heads(model, places, HEAD_NAMES.get(config.task_type or "", ()))
+        replaced = replaced_heads(model, places, HEAD_NAMES.get(config.task_type, ()) if config.task_type else HEADS)
         unknown = unmarked_parameters(model, places) | replaced
         chosen = {name: replaced[name] for name in config.reinitialized or () if name in replaced}
         self._new = unknown if _LOADING.get() else new_parameters(model, places) | chosen
@@ -174,8 +176,8 @@ class Reinitialization:
 
 @torch.no_grad()
 def restore_values(replaced: list[Replaced]) -> None:
-    """Undo `Reinitialization.apply`."""
-    for place, value, note, key in replaced:
+    """Undo `Reinitialization.apply`, the latest one first."""
+    for place, value, note, key in reversed(replaced):
         parameter_at(place).copy_(value)
         note[key] = _sample(value)
 

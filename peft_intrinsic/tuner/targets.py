@@ -144,7 +144,11 @@ def _is_chosen(config: Any, key: str, module: nn.Module, own: str, targets: Any)
 def targeted_parameters(model: nn.Module, config: Any, values: Mapping[str, ValueBias]) -> list[str]:
     """Names of the parameters that `target_parameters` selects: by suffix, as in LoRA; by whole name for a subspace."""
     names, exact = config.target_parameters, config.projection == "trajectory"
-    adaptable = [_join(key, own) for key, _, own in adaptable_parameters(model, config, values)]
+    adaptable = [
+        _join(key, own)
+        for key, _, own in adaptable_parameters(model, config, values)
+        if config.manifest is not None or not is_excluded(config, key)
+    ]
     return [name for name in adaptable if (name in names if exact else is_named(names, name))]
 
 

@@ -35,6 +35,12 @@ from peft_intrinsic.projection import PROJECTIONS
         ({"lambda_granularity": "head"}, ValueError, "lambda_granularity must be one of"),
         ({"head": "train"}, ValueError, "head must be one of"),
         ({"target_modules": ".*", "layers_to_transform": [0]}, ValueError, "layers_to_transform=.* as a list"),
+        (
+            {"target_parameters": ["query.weight"], "layers_to_transform": [0]},
+            ValueError,
+            "layers_to_transform=.0. selects among target_modules, not among target_parameters",
+        ),
+        ({"block_size": 16, "projection": "dense"}, ValueError, "block_size=16 has no effect on projection='dense'"),
         ({"layers_pattern": "layer"}, ValueError, "layers_pattern='layer' needs layers_to_transform"),
         ({"rank": 8}, TypeError, "rank"),
         ({"task_type": "SEQ_CLASS"}, ValueError, "Invalid task type"),
@@ -208,6 +214,8 @@ def test_options_select_parameters_as_documented():
     assert adapted_names({"layers_to_transform": [1]}) == block & vectors
     every = {"target_modules": "all", "layers_to_transform": 1}
     assert adapted_names({**every, "layers_pattern": "layer", "task_type": "SEQ_CLS"}) == block | head
+    one = {"target_parameters": ["query.weight"], "exclude_modules": ["layer.0.attention.self.query"]}
+    assert adapted_names(one) == {"bert.encoder.layer.1.attention.self.query.weight"}
     assert adapted_names({"target_parameters": ["query.weight"]}) == {
         f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (0, 1)
     }

@@ -12,7 +12,7 @@ import threading
 
 import pytest
 import torch
-from conftest import build, evaluate, same, trained
+from conftest import batch, build, evaluate, output, same, trained
 
 from peft_intrinsic import AdapterBank
 
@@ -34,6 +34,15 @@ def test_pickle_and_torch_save_preserve_the_whole_model(family):
     torch.save(model, buffer)
     buffer.seek(0)
     assert same(evaluate(torch.load(buffer, weights_only=False), family), expected, family)
+
+
+def test_a_saved_model_loads_on_another_device():
+    buffer = io.BytesIO()
+    torch.save(trained("bert"), buffer)
+    buffer.seek(0)
+    model = torch.load(buffer, map_location="meta", weights_only=False)
+    inputs = {name: values.to("meta") for name, values in batch("bert").items()}
+    assert output(model, inputs).is_meta
 
 
 def run_at_once(work, count: int = 4) -> list[BaseException]:

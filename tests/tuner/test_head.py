@@ -14,7 +14,13 @@ from accelerate import cpu_offload
 from conftest import batch, build, evaluate, output
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    MarianConfig,
+    MarianMTModel,
+)
 
 from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.projection.randomness import normals, words
@@ -81,8 +87,10 @@ def test_a_head_from_a_state_dict_keeps_its_values(tmp_path):
     "head",
     [lambda: nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 3)), lambda: nn.Linear(24, 5), lambda: nn.Linear(24, 3)],
 )
-def test_a_replaced_head_raises_unless_reinitialized_is_passed(head, tmp_path):
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_a_replaced_head_raises_unless_reinitialized_is_passed(head, task, tmp_path):
     """It is random or trained elsewhere, and a file of d parameters does not store it."""
+    options: dict = {"d": 40, "task_type": task}
 
     def replaced(seed: int) -> nn.Module:
         base = headless(tmp_path / "encoder")
@@ -92,14 +100,14 @@ def test_a_replaced_head_raises_unless_reinitialized_is_passed(head, tmp_path):
 
     names = [f"classifier.{name}" for name, _ in head().named_parameters()]
     with pytest.raises(ValueError, match=rf"unknown whether .*{names[0]}.*reinitialized=\[names\] to start them"):
-        get_peft_model(replaced(1), IntrinsicConfig(**TASK))
-    model = get_peft_model(replaced(1), IntrinsicConfig(**TASK, reinitialized=names, init_weights=False)).eval()
+        get_peft_model(replaced(1), IntrinsicConfig(**options))
+    model = get_peft_model(replaced(1), IntrinsicConfig(**options, reinitialized=names, init_weights=False)).eval()
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(replaced(2), tmp_path / "adapter").eval()
     assert torch.equal(evaluate(loaded, "bert"), evaluate(model, "bert"))
     merged = model.merge_and_unload()  # which clears all notes
-    assert get_peft_model(merged, IntrinsicConfig(**TASK)).peft_config["default"].reinitialized == []
-    kept = get_peft_model(replaced(1), IntrinsicConfig(**TASK, reinitialized=[])).eval()
+    assert get_peft_model(merged, IntrinsicConfig(**options)).peft_config["default"].reinitialized == []
+    kept = get_peft_model(replaced(1), IntrinsicConfig(**options, reinitialized=[])).eval()
     assert torch.equal(evaluate(kept, "bert"), evaluate(replaced(1), "bert"))
 
 
@@ -178,6 +186,35 @@ def test_unload_restores_the_head(tmp_path):
     assert torch.equal(evaluate(unloaded, "bert"), expected)
     again = get_peft_model(unloaded, IntrinsicConfig(**TASK))  # it is new as before
     assert again.peft_config["default"].reinitialized == ["classifier.weight"]
+
+
+def test_unload_restores_the_head_after_another_adapter_was_deleted(tmp_path):
+    base = headless(tmp_path / "encoder")
+    expected = evaluate(base, "bert")
+    model = get_peft_model(base, IntrinsicConfig(**TASK))
+    model.delete_adapter("default")
+    model.add_adapter("second", IntrinsicConfig(**TASK))
+    assert torch.equal(evaluate(model.unload(), "bert"), expected)
+
+
+def test_a_second_adapter_without_task_type_raises_and_says_so(tmp_path):
+    model = get_peft_model(headless(tmp_path / "encoder"), IntrinsicConfig(**TASK))
+    with pytest.raises(ValueError, match="PEFT adds the head if task_type=None: pass that of the other adapter"):
+        model.add_adapter("second", IntrinsicConfig(d=40))
+
+
+def test_tables_that_a_class_computes_are_unchanged(tmp_path):
+    """Marian computes its sinusoidal positions, and no checkpoint contains them."""
+    sizes = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "pad_token_id": 0, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    MarianMTModel(MarianConfig(vocab_size=50, d_model=32, **sizes, **layers)).save_pretrained(tmp_path)
+    base = MarianMTModel.from_pretrained(tmp_path).eval()
+    inputs = {**batch("bert"), "decoder_input_ids": batch("bert")["input_ids"]}
+    expected = output(base, inputs)
+    model = get_peft_model(base, IntrinsicConfig(d=40, task_type="SEQ_2_SEQ_LM")).eval()
+    assert model.peft_config["default"].reinitialized == []
+    assert torch.equal(output(model, inputs), expected)
 
 
 def test_an_adapter_can_be_added_while_another_is_merged(tmp_path):

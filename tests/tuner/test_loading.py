@@ -21,7 +21,7 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertTokenizerFast, pipeline
 
 from peft_intrinsic import IntrinsicConfig
 
@@ -202,6 +202,42 @@ def test_wrong_files_raise(change, message, tmp_path):
     damaged(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(build("bert"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[THETA].__setitem__(3, float("nan")), "NaN or infinite values"),
+        (lambda t: t[THETA].add_(0.1), "not the parameters and options that were saved.*remove the checksum"),
+        (lambda t: t.update({"x": t.pop(THETA)}), r"does not contain intrinsic\.intrinsic_theta\.\w+\.weight"),
+    ],
+)
+def test_wrong_files_raise_in_transformers(change, message, name, tmp_path):
+    trained("bert").save_pretrained(tmp_path)
+    damaged(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        build("bert").load_adapter(str(tmp_path), name)
+
+
+def test_wrong_options_raise_in_transformers(tmp_path):
+    saved("bert", tmp_path)
+    path = tmp_path / "adapter/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "seed": 5}))
+    with pytest.raises(ValueError, match="not the parameters and options that were saved"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_transformers_loads_an_adapter_of_half_precision(dtype, tmp_path):
+    """It converts θ to float32, of which the checksum is another one."""
+    config = IntrinsicConfig(d=200, init_weights=False)
+    model = get_peft_model(build("bert").to(dtype), config, autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path)
+    base = build("bert")
+    base.load_adapter(str(tmp_path))
+    theta = model.get_base_model().intrinsic.intrinsic_theta["default"].weight
+    assert torch.equal(base.intrinsic.intrinsic_theta["default"].weight, theta.float())
 
 
 def test_a_truncated_file_raises(tmp_path):
