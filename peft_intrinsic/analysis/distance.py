@@ -174,7 +174,8 @@ def parameter_distance(base: Source, tuned: Source, threshold: float = 1e-3, ign
 
     Args:
         base: model, state dict, or path of a safetensors file or folder, which is read tensor by tensor.
-        tuned: the same after fine-tuning. The active adapters of a `PeftModel` are included; `base` may be its base.
+        tuned: the same after fine-tuning. The active adapters of a `PeftModel` are included; `base` may be its base,
+            unless the adapter changes it, as PEFT's `bias="all"` and PiSSA do: then pass a copy made before.
         threshold: difference above which an entry counts as changed.
         ignore_missing: leave out parameters that only one side has, such as a head's.
 

@@ -37,7 +37,7 @@ class Reader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.first: dict[str, str] = {}
         if isinstance(source, Mapping):
-            self._model = dict(source)
+            self._model = {name: tensor for name, tensor in source.items() if tensor.is_floating_point()}
         elif isinstance(source, nn.Module):
             model = source.get_base_model() if isinstance(source, PeftModel) else source
             added = _adapter_parameters(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def distance(args: argparse.Namespace) -> None:
         config = read_adapter_config(tuned, (PeftConfig,))
         stored = getattr(config, "num_labels", None)
         model = load_base(base, config.task_type, choose_labels(args, stored), option="BASE")
-        pair = model, load_adapter(args, model, tuned, stored)
+        # Some adapters change their base: trained biases, PiSSA.
+        pair = copy.deepcopy(model), load_adapter(args, model, tuned, stored)
     result = parameter_distance(*pair, threshold=args.threshold, ignore_missing=args.ignore_missing)
     print(result.report())
     if args.out:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from ..text.training import load_without_weights
 from ..trials.engine import Engine, get_versions
 from ..trials.store import check_folder, write_whole
 from .analysis import Result
-from .evidence import TUNING
 from .measure_text import prepare
 from .report import describe_target, format_answer, name_task
 
@@ -144,9 +143,8 @@ def advise(
         return None
     rank = measurements["rank"].run(Path(out, "rank"), engine, overwrite)
     full = [trial for trial in rank.trials if trial["d"] is None]
-    seeds = sum(trial["seed"] != TUNING and trial["learning_rate"] == rank.baseline.learning_rate for trial in full)
-    same = replace(measurements["d"].plan, baseline_seeds=seeds or None)  # more would be another target
-    results = {"rank": rank, "d": replace(measurements["d"], plan=same).run(Path(out, "d"), engine, overwrite, full)}
+    second = measurements["d"].with_target_of(rank)
+    results = {"rank": rank, "d": second.run(Path(out, "d"), engine, overwrite, full)}
     chosen = measurements["rank"].options
     base = load_without_weights(chosen.model, chosen.task_type, **measurements["rank"].task.head_options())
     trained = rank.d and count_trained(build_config(chosen.method, rank.d, 0, base, chosen.task_type), base)

@@ -16,6 +16,7 @@ from ..trials.runner import Row
 from ..trials.store import check_folder
 from .analysis import Result
 from .curve import grid
+from .evidence import TUNING
 from .measure import run_plan
 from .plan import Plan
 from .report import write_report
@@ -56,6 +57,12 @@ class TextMeasurement:
         result = run_plan(fit, self.plan, out, overwrite, self.settings, made, known)
         write_report(result, out)
         return result
+
+    def with_target_of(self, result: Result) -> TextMeasurement:
+        """Copy the measurement with as many seeds of full fine-tuning as another: more would be another target."""
+        full = [trial for trial in result.trials if trial["d"] is None and trial["seed"] != TUNING]
+        seeds = sum(trial["learning_rate"] == result.baseline.learning_rate for trial in full)
+        return replace(self, plan=replace(self.plan, baseline_seeds=seeds or None))
 
 
 def prepare(options: Mapping[str, Any], plan: Mapping[str, Any], launcher: str | None = None) -> TextMeasurement:

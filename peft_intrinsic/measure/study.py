@@ -91,7 +91,7 @@ def study(
             check_folder(folder, measurement.settings)
         if dry_run:
             print(f"{measurement.describe()}\nin {folder}")
-    full: dict[str, list[Row]] = {}
+    first: dict[str, Result] = {}
     useless: dict[str, str] = {}  # models whose full fine-tuning leaves nothing to measure, by any method
     for i, measurement, folder in [] if dry_run else runs:
         model, method = measurement.options.model, measurement.options.method
@@ -99,8 +99,12 @@ def study(
         try:
             if model in useless:
                 raise NothingToMeasure(useless[model])
-            result = measurement.run(folder, engine, overwrite, known=full.get(model, ()))
-            full[model] = [trial for trial in result.trials if trial["d"] is None]
+            known: list[Row] = []
+            if model in first:  # full fine-tuning is measured once
+                measurement = measurement.with_target_of(first[model])
+                known = [trial for trial in first[model].trials if trial["d"] is None]
+            result = measurement.run(folder, engine, overwrite, known=known)
+            first.setdefault(model, result)
             row |= _describe_result(result)
         except NothingToMeasure as error:
             row["why_not"] = useless[model] = str(error)

@@ -16,7 +16,7 @@ PAPER: dict[str, Any] = {"target_modules": "all", "projection": "global"}
 METHODS: dict[str, str] = {
     "did": "θ spread over all weights",
     "said": "θ spread over all weights, with a learned scale per layer, which d includes",
-    "default": "θ spread over norms and biases, or over all weights where those have fewer than d",
+    "default": "θ spread over norms, biases and the head, or over all weights where those have fewer than d",
     "lora": "LoRA of queries and values, with the greatest rank that d allows",
     "lora-rank": "LoRA of queries and values with rank d, and the head, which PEFT trains fully",
     "unilora": "UniLoRA of queries and values, rank 4",
@@ -42,10 +42,12 @@ def build_config(method: str, d: int, seed: int, base: Any, task_type: str, head
     Raises:
         ValueError: d is too small for the method.
     """
-    if method in ("did", "said", "default"):
-        # One projection for every d: a decoder's default changes it where d exceeds the number of values.
-        where = {"projection": "fastfood"} if method == "default" else PAPER
-        return IntrinsicConfig(d=d, seed=seed, said=method == "said", head=head, task_type=task_type, **where)
+    if method == "default":
+        # One projection for every d: a decoder's default changes it where d exceeds the number of values. P adapts the
+        # head, which has its start values already.
+        return IntrinsicConfig(d=d, seed=seed, task_type=task_type, projection="fastfood", reinitialized=[])
+    if method in ("did", "said"):
+        return IntrinsicConfig(d=d, seed=seed, said=method == "said", head=head, task_type=task_type, **PAPER)
     if method == "lora-rank":
         return LoraConfig(r=d, lora_alpha=2 * d, task_type=task_type)  # the same scale for every rank
     if method == "unilora":

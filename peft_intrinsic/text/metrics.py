@@ -22,32 +22,32 @@ class Metric:
     """A score of predictions.
 
     Args:
-        compute: Function of (labels, predictions, classes). Labels and predictions are floats, or indexes of classes;
-            for words, a list per row.
+        compute: Function of (labels, predictions, names of the classes, index of the positive one). Labels and
+            predictions are floats, or indexes of classes; for words, a list per row.
         regression: Whether it compares floats, which makes the task a regression.
         rows: Whether it compares the words of each row, not all words at once.
     """
 
-    compute: Callable[[Any, Any, Sequence[Any]], float]
+    compute: Callable[[Any, Any, Sequence[str], int], float]
     regression: bool = False
     rows: bool = False
 
 
-def _f1(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[Any]) -> float:
+def _f1(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], positive: int) -> float:
     # The mean over more than two classes, including those without a label or prediction.
-    mean = {"labels": range(len(classes)), "average": "macro", "zero_division": 0} if len(classes) > 2 else {}
-    return f1_score(labels, predictions, **mean)
+    mean: dict[str, Any] = {"labels": range(len(names)), "average": "macro", "zero_division": 0}
+    return f1_score(labels, predictions, **(mean if len(names) > 2 else {"pos_label": positive}))
 
 
-def _spearman(labels: np.ndarray, predictions: np.ndarray, _: Sequence[Any]) -> float:
+def _spearman(labels: np.ndarray, predictions: np.ndarray, *_: Any) -> float:
     # A constant has no ranks.
     return 0.0 if len(set(predictions)) == 1 else spearmanr(labels, predictions).statistic
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric(lambda labels, predictions, _: accuracy_score(labels, predictions)),
+    "accuracy": Metric(lambda labels, predictions, *_: accuracy_score(labels, predictions)),
     "f1": Metric(_f1),
-    "matthews": Metric(lambda labels, predictions, _: matthews_corrcoef(labels, predictions)),
+    "matthews": Metric(lambda labels, predictions, *_: matthews_corrcoef(labels, predictions)),
     "spearman": Metric(_spearman, regression=True),
 }
 """Built-in metrics. Higher is better, and correct predictions score 1."""
@@ -114,16 +114,25 @@ def _load(name: str) -> Any:
 
 
 def _compute(
-    name: str, module: Any, key: str, names: bool, labels: Any, predictions: Any, classes: Sequence[Any]
+    name: str,
+    module: Any,
+    key: str,
+    named: bool,
+    labels: Any,
+    predictions: Any,
+    classes: Sequence[str],
+    positive: int,
 ) -> float:
     indexes = list(range(len(classes)))
-    if names:
+    if named:
         labels, predictions, indexes = (_name_classes(values, classes) for values in (labels, predictions, indexes))
     accepted = inspect.signature(module._compute).parameters
     more: dict[str, Any] = {}
     if "average" in accepted and len(classes) > 2:  # by default a metric of one class
         mean = {"labels": indexes, "average": "macro", "zero_division": 0}
         more = {option: value for option, value in mean.items() if option in accepted}
+    elif "pos_label" in accepted and len(classes) == 2:
+        more = {"pos_label": indexes[positive]}
     try:
         result = module.compute(predictions=predictions, references=labels, **more)
     except Exception as error:  # a script may raise anything
@@ -139,5 +148,5 @@ def _compute(
     )
 
 
-def _name_classes(indexes: Any, classes: Sequence[Any]) -> list[Any]:
-    return [str(classes[i]) if np.ndim(i) == 0 else _name_classes(i, classes) for i in indexes]
+def _name_classes(indexes: Any, classes: Sequence[str]) -> list[Any]:
+    return [classes[i] if np.ndim(i) == 0 else _name_classes(i, classes) for i in indexes]

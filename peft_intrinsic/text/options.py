@@ -73,12 +73,18 @@ class TextOptions:
             )
         if self.task is not None and self.dataset is not None:
             raise ValueError(f"name either a GLUE task (--task, got {self.task}) or a dataset (--dataset).")
-        if (self.task is None) == (self.train is None or self.eval is None):
+        if self.task is None and (self.train is None or self.eval is None):
             raise ValueError("name either a GLUE task (--task), or both train and eval (--train, --eval).")
+        own = {"train": None, "eval": None, "label": "label"}
+        if self.task and (given := [name for name in own if getattr(self, name) != own[name]]):
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])!r} (--{given[0]}) does not go with task={self.task!r} (--task), "
+                "which has its own data. Leave one of them out."
+            )
 
     def to_settings(self) -> dict[str, Any]:
         """Describe what the trials depend on: the options, with local files by name and digest instead of path."""
-        settings = asdict(self)
+        settings = asdict(self) | ({"adapts_head": True} if self.method == "default" else {})
         settings |= {name: name_with_digest(Path(settings[name])) for name in self.local_files}
         metric = self.metric or ""
         if path := find_script(metric):

@@ -149,10 +149,14 @@ class Task:
     def _compute(self, labels: np.ndarray, predictions: np.ndarray) -> float:
         metric = load_metric(self.metric)
         scored = labels != IGNORED if labels.ndim > 1 else np.full(len(labels), True)
+        names = [self.name_class(label) for label in self.classes]
+        # F1 of two classes is that of the last label, whatever order the head has.
+        order = [(isinstance(label, str), label) for label in self.classes]
+        positive = order.index(max(order)) if order else 0
         if not metric.rows:
-            return float(metric.compute(labels[scored], predictions[scored], self.classes))
+            return float(metric.compute(labels[scored], predictions[scored], names, positive))
         right, given = ([row[mask] for row, mask in zip(rows, scored, strict=True)] for rows in (labels, predictions))
-        return float(metric.compute(right, given, self.classes))
+        return float(metric.compute(right, given, names, positive))
 
     def score_majority(self) -> float | None:
         """Score the majority-class baseline, or the mean of the training labels for a regression.
@@ -184,6 +188,11 @@ def load_task(options: TextOptions) -> Task:
         known = ", ".join(f"glue/{task}" for task in GLUE)
         raise ValueError(f"task={options.task!r} is unknown. Known are {known}.")
     columns, metric = GLUE[name]
+    if options.columns not in (("text",), tuple(columns)):
+        raise ValueError(
+            f"text={list(options.columns)} (--text) does not go with task={options.task!r} (--task), whose columns are "
+            f"{list(columns)}. Leave it out."
+        )
     evaluation = "validation_matched" if name == "mnli" else "validation"
     task = load_files("train", evaluation, columns, metric=options.metric or metric, dataset=f"nyu-mll/glue:{name}")
     return order_as_head(task, options.model)

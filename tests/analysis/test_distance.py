@@ -114,6 +114,15 @@ def test_files_folders_and_models_have_the_same_distances(tmp_path):
     }
 
 
+def test_buffers_of_integers_in_state_dicts_are_no_parameters():
+    """BatchNorm counts its batches."""
+    models = [torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)) for _ in range(2)]
+    models[1][1].num_batches_tracked += 1000
+    states = [model.state_dict() for model in models]
+    assert "1.num_batches_tracked" in states[0]
+    assert parameter_distance(*states).total.l1 == pytest.approx(parameter_distance(*models).total.l1, rel=1e-6)
+
+
 def test_other_files_in_a_folder_are_ignored_and_old_names_are_read(tmp_path):
     build("bert").save_pretrained(tmp_path)
     save_file({"bert.pooler.dense.bias": torch.ones(24), "other": torch.ones(2)}, tmp_path / "z.safetensors")
@@ -192,6 +201,20 @@ def test_the_command_measures_adapters_and_merged_models_and_reports_a_negative_
     with pytest.raises(SystemExit, match="2"):
         main(["distance", str(tmp_path / "base"), str(tmp_path / "merged"), "--threshold", "-1"])
     assert "threshold=-1.0 is negative" in capsys.readouterr().err
+
+
+def test_the_command_measures_adapters_that_change_their_base(tmp_path):
+    build("bert").save_pretrained(tmp_path / "base")
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], bias="all", modules_to_save=[])
+    model = get_peft_model(build("bert"), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    model.save_pretrained(tmp_path / "adapter")
+    main(["distance", str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "out")])
+    row = json.loads((tmp_path / "out/distance.json").read_text())["total"]
+    wanted = parameter_distance(build("bert"), model.merge_and_unload()).total
+    assert row["l1"] == pytest.approx(wanted.l1, rel=1e-5)
 
 
 def test_the_command_measures_fully_trained_heads_and_names_the_option_for_other_sizes(tmp_path, capsys):

@@ -59,6 +59,9 @@ def test_study_of_methods_trains_full_fine_tuning_once_and_resumes(untrained, op
         full[row["method"]] = [trial for trial in report["trials"] if trial["d"] is None]
     assert full["did"] == full["said"]  # trained once: the same seconds
     assert rows[0]["baseline"] == rows[1]["baseline"]
+    plans = [json.loads((tmp_path / f"study/base_{method}/plan.json").read_text()) for method in full]
+    seeds = sum(trial["seed"] != TUNING for trial in full["did"])
+    assert [plan["baseline_seeds"] for plan in plans] == [None, seeds]  # further ones would be another target
     before = {path: path.read_text() for path in tmp_path.glob("study/*/trials.jsonl")}
     assert study("methods", ["base"], options, tmp_path / "study") == rows
     assert {path: path.read_text() for path in before} == before

@@ -12,6 +12,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value
 from helpers.texts import BAD, GOOD, QUICK, command, write
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, mean_squared_error, recall_score
@@ -75,10 +76,22 @@ def task(folder: Path, labels: list, metric: str) -> Task:
 
 def test_built_in_metrics_equal_hand_computed_values():
     labels, predictions = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
-    found = {name: METRICS[name].compute(labels, predictions, ["no", "yes"]) for name in ("accuracy", "f1", "matthews")}
+    names = ("accuracy", "f1", "matthews")
+    found = {name: METRICS[name].compute(labels, predictions, ["no", "yes"], 1) for name in names}
     assert found == pytest.approx({"accuracy": 0.75, "f1": 0.8, "matthews": 2 / np.sqrt(12)})
-    assert METRICS["spearman"].compute(np.array([1, 2, 3]), np.array([10, 20, 15]), []) == pytest.approx(0.5)
-    assert METRICS["spearman"].compute(np.array([1, 2, 3]), np.array([7, 7, 7]), []) == 0
+    assert METRICS["spearman"].compute(np.array([1, 2, 3]), np.array([10, 20, 15]), [], 0) == pytest.approx(0.5)
+    assert METRICS["spearman"].compute(np.array([1, 2, 3]), np.array([7, 7, 7]), [], 0) == 0
+
+
+@pytest.mark.parametrize("labels", [["no", "yes"], [3, 11]])
+def test_score_of_one_of_two_classes_is_of_the_last_in_every_order(labels, tmp_path):
+    recall = script(tmp_path / "recall", "recall", RECALL[1], options=RECALL[0])
+    right, given = np.array([0, 0, 0, 1, 1]), np.array([0, 1, 1, 1, 1])
+    for metric in ("f1", recall):
+        found = task(tmp_path, labels, metric)
+        turned = replace(found, order=tuple(map(str, reversed(labels))))
+        assert turned.classes == labels[::-1]
+        assert turned.score(1 - right, 1 - given) == found.score(right, given) != found.score(1 - right, 1 - given)
 
 
 def test_f1_of_three_classes_averages_over_all_classes(tmp_path):
@@ -150,6 +163,16 @@ def test_metric_of_lists_receives_the_words_of_each_row(tmp_path):
     assert fit.training.compute_metrics(prediction)["score"] == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match=r"whole.py' is for lists of words \(TOKEN_CLS\)"):
         task(tmp_path, [0, 1], whole)
+
+
+def test_metric_of_lists_receives_the_names_of_stored_classes(tmp_path):
+    features = Features(words=List(Value("string")), tags=List(ClassLabel(names=["O", "B-PER"])))
+    rows = {"words": [["a", "good", "film"]] * 2, "tags": [[0, 1, 0], [1, 0, 0]]}
+    path = str(tmp_path / "tags.parquet")
+    Dataset.from_dict(rows, features=features).to_parquet(path)
+    named = '{"named": sum(a == b == "B-PER" for r, s in zip(predictions, references) for a, b in zip(r, s))}'
+    metric = script(tmp_path, "named", named, "string", "datasets.Sequence(one)")
+    assert load_files(path, path, ["words"], "tags", metric, "TOKEN_CLS").best == 2
 
 
 def test_key_selects_one_of_several_scores(tmp_path):

@@ -27,7 +27,7 @@ from peft_intrinsic_cli import main
         ({"--text": "sentence"}, "has no column 'sentence' (--text, --label), only ['text', 'label']"),
         ({"--label": "class"}, "has no column 'class'"),
         ({"--train": "train.txt"}, "train.txt: the suffix must be one of"),
-        ({"--task": "glue/mrpc"}, "name either a GLUE task (--task), or both"),
+        ({"--task": "glue/mrpc"}, "(--train) does not go with task='glue/mrpc' (--task)"),
         ({"--config": "absent.yaml"}, "absent.yaml"),
         ({"--dims": "9,5,3"}, "dims (--dims): A grid needs 1 <= low < high"),
         ({"--dims": "many"}, "argument --dims: 'many'"),
@@ -113,6 +113,18 @@ def test_command_rejects_options_that_do_not_fit_the_model(options, message, dat
         main(command(data, "base", tmp_path / "run", *options))
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "trials.jsonl").exists()
+
+
+@pytest.mark.parametrize("options", [{"eval": "mine.csv"}, {"train": "mine.csv"}, {"label": "class"}])
+def test_options_of_data_beside_a_task_raise(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"\(--{name}\) does not go with task='glue/mrpc' \(--task\)"):
+        TextOptions("no-model", task="glue/mrpc", **options)
+
+
+def test_columns_beside_a_task_raise():
+    with pytest.raises(ValueError, match=r"text=\['title'\] \(--text\) does not go with task='glue/mrpc'"):
+        load_task(TextOptions("no-model", task="glue/mrpc", columns=("title",)))
 
 
 def test_unknown_method_raises_value_error(data, tmp_path):

@@ -18,6 +18,7 @@ from peft import get_peft_model
 from test_documents import tiny
 from torch import nn
 
+from peft_intrinsic import IntrinsicConfig
 from peft_intrinsic.text.methods import build_config
 from peft_intrinsic.text.options import TextOptions
 from peft_intrinsic.text.tasks import IGNORED, Task
@@ -264,6 +265,16 @@ def test_row_stores_correct_predictions_and_trial_is_logged(base, data, tmp_path
     assert "train_loss" in (tmp_path / "logs" / "d=20,seed=1,lr=0.0002.jsonl").read_text()
 
 
+def test_correct_predictions_have_one_order_in_all_trials(base, tmp_path):
+    """Grouped by length, transformers evaluates in another order for each seed."""
+    rows = [{"text": " ".join([GOOD, BAD][i % 2] for _ in range(1 + i % 7)), "label": i * i % 5 % 2} for i in range(40)]
+    path = write(tmp_path, "rows.jsonl", rows)
+    fit = build_fit(base, {"train": path, "eval": path}, 1, {"train_sampling_strategy": "group_by_length"})
+    first, second = (fit(None, seed, 1e-20)["correct"] for seed in (0, 1))
+    assert first == second
+    assert 0 < sum(first) < 40
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["did", "said", "default", "lora", "unilora", "tinylora"])
 def test_trial_is_determined_by_d_seed_and_learning_rate(method, base, data):
@@ -291,6 +302,17 @@ def test_methods_have_at_most_d_parameters_and_a_frozen_head(method):
             ValueError, match=f"d={least - 1} is below the {least} parameters that lora needs for this model"
         ):
             build_config(method, least - 1, 0, base, "SEQ_CLS")
+
+
+def test_default_method_adapts_the_head_from_its_current_values():
+    base = build("bert")
+    head = base.classifier.weight.clone()
+    configs = build_config("default", 62, 0, base, "SEQ_CLS"), IntrinsicConfig(d=62, task_type="SEQ_CLS")
+    models = [get_peft_model(build("bert"), config) for config in configs]
+    layers = [list(model.base_model.tuner_layers()) for model in models]
+    names = [{offset.name for layer in own for offset in layer.offsets["default"].values()} for own in layers]
+    assert "classifier.weight" in names[0] == names[1]
+    assert torch.equal(models[0].get_base_model().classifier.base_layer.weight, head)
 
 
 def test_default_method_has_the_projection_of_stored_trials_for_decoders():
