@@ -57,6 +57,8 @@ def create_app(engine: Engine, store: AdapterStore, name: str) -> FastAPI:
             stored = store.get(model)
         except ValueError as error:
             raise ApiError(400, str(error), "invalid_model") from None
+        except ConnectionError as error:
+            raise ApiError(503, str(error), "store_unavailable") from None
         if stored is None:
             message = f"There is no model {model!r}. Use {name!r}, or an adapter of the store: see /v1/models."
             raise ApiError(404, message, "model_not_found")

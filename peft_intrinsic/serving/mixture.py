@@ -32,7 +32,7 @@ class Adapter:
 
     Args:
         config: its options, as stored.
-        vectors: θ, and λ if there is one.
+        vectors: θ, and λ if there is one, in float32.
         digest: digest of its base model; None if it is not stored.
     """
 
@@ -41,8 +41,9 @@ class Adapter:
     digest: bytes | None
 
     def is_like(self, other: Adapter) -> bool:
-        """Whether θ means the same in both."""
+        """Whether θ means the same in both, and has the same shape."""
         same = all(getattr(self.config, name) == getattr(other.config, name) for name in ALIKE)
+        same = same and [each.shape for each in self.vectors] == [each.shape for each in other.vectors]
         return same and self.digest == other.digest and not self.config.differences(other.config)
 
 
@@ -65,21 +66,23 @@ class Mixture:
         """Read a stored adapter. It need not fit the base model.
 
         Raises:
-            ValueError: it is damaged, of another method or task, or trains more than θ and λ.
+            ValueError: it is damaged, of another method or task, trains more than θ and λ, or exceeds float32.
         """
+        digest = None
         if is_packed(stored):
             packed = read_packed(stored)
-            config = make_config(packed, self._names)
-            values = [torch.from_numpy(each) for each in (packed.theta, packed.scales) if len(each)]
-            adapter = Adapter(config, values, packed.base_digest)
+            config, digest = make_config(packed, self._names), packed.base_digest
+            vectors = [torch.from_numpy(each) for each in (packed.theta, packed.scales) if len(each)]
         else:
-            adapter = Adapter(*read_saved(stored), None)
-        config = adapter.config
+            config, vectors = read_saved(stored)
+        vectors = [each.float() for each in vectors]
+        if not all(each.isfinite().all() for each in vectors):  # such a row would fail its whole batch
+            raise ValueError("θ or λ has NaN or infinite values in float32. Train it with a lower learning rate.")
         if config.trained_beside:
             raise ValueError(f"It trains {config.trained_beside} beside θ. Train it without this option.")
         if config.task_type not in (None, self._task):
             raise ValueError(f"It has the task {config.task_type}, and the server has {self._task}.")
-        return adapter
+        return Adapter(config, vectors, digest)
 
     def attach(self, adapter: Adapter) -> str:
         """Attach the projection of an adapter, unless it is attached already.
@@ -114,8 +117,8 @@ class Mixture:
         try:
             vector = self.root.intrinsic
             own = [each[kind].weight for each in (vector.intrinsic_theta, vector.intrinsic_lambda) if kind in each]
-            if (sizes := [len(each) for each in own]) != (stored := [len(each) for each in adapter.vectors]):
-                raise ValueError(f"It has {stored} entries of θ and λ instead of {sizes}. Save it again.")
+            if (shapes := [list(each.shape) for each in own]) != (stored := [list(v.shape) for v in adapter.vectors]):
+                raise ValueError(f"Its θ and λ have the shapes {stored} instead of {shapes}. Save it again.")
             own[0].data.zero_()
             with self.select(kind, [adapter]):
                 pass

@@ -30,6 +30,7 @@ class AdapterStore(Protocol):
 
         Raises:
             ValueError: the name is no name of an adapter.
+            ConnectionError: the Hub cannot be read.
         """
 
     def names(self) -> Iterator[str]:
@@ -138,15 +139,19 @@ class HubStore:
         self.organization = organization
 
     def get(self, name: str) -> Stored | None:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import RepositoryNotFoundError
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
         check_name(name)
-        files = ["adapter_config.json", "adapter_model.safetensors"]
+        repo, files = f"{self.organization}/{name}", ["adapter_config.json", "adapter_model.safetensors"]
         try:
-            return Path(snapshot_download(f"{self.organization}/{name}", allow_patterns=files))
-        except RepositoryNotFoundError:
+            commit = HfApi().model_info(repo).sha  # without a commit, a failed download returns an old cached one
+            return Path(snapshot_download(repo, revision=commit, allow_patterns=files))
+        except (HFValidationError, RepositoryNotFoundError):
             return None
+        except Exception as error:  # of the Hub, the network or the HTTP client
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(f"{repo} cannot be read from the Hub: {reason} Try again later.") from error
 
     def names(self) -> Iterator[str]:
         from huggingface_hub import HfApi

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from helpers.hub import COMMIT, serve_hub
 
 from peft_intrinsic.serving import open_store
 
@@ -63,6 +66,44 @@ def test_a_database_is_read_as_it_is_now(database):
         connection.execute("DELETE FROM adapters WHERE name = 'bob'")
     assert store.get("ann") == b"PIA3"
     assert store.get("bob") is None
+
+
+def test_the_hub_is_read_as_it_is_now(monkeypatch, tmp_path):
+    """Nothing comes from the cache after an adapter was removed, or while the Hub fails."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    state = {"commit": COMMIT, "status": 200}
+
+    def answer(self) -> None:
+        if "/resolve/" in self.path:
+            data = state["commit"].encode()
+            return self.answer(data, ETag=f'"{state["commit"]}"', X_Repo_Commit=state["commit"])
+        if state["status"] != 200:
+            code = "RepoNotFound" if state["status"] == 404 else "none"
+            return self.answer({"error": "no"}, state["status"], X_Error_Code=code)
+        if "/tree/" in self.path:
+            file = {"type": "file", "path": "adapter_config.json", "size": len(COMMIT), "oid": state["commit"]}
+            return self.answer(json.dumps([file]).encode())
+        files = [{"rfilename": "adapter_config.json"}]
+        return self.answer({"id": "someone/ann", "sha": state["commit"], "siblings": files})
+
+    def read(store) -> str:
+        return (store.get("ann") / "adapter_config.json").read_text()
+
+    store = open_store("hub:someone")
+    with serve_hub(monkeypatch) as hub:
+        monkeypatch.setattr(hub, "do_GET", answer)
+        monkeypatch.setattr(hub, "do_HEAD", answer)
+        assert read(store) == COMMIT
+        state["commit"] = "1" * 40
+        assert read(store) == "1" * 40
+        state["status"] = 404
+        assert store.get("ann") is None
+        assert store.get("a@b") is None  # no name on the Hub
+        state["status"] = 500
+        with pytest.raises(ConnectionError, match=r"someone/ann .*500"):
+            store.get("ann")
+    with pytest.raises(ConnectionError, match=r"someone/ann .*offline"):
+        store.get("ann")
 
 
 @pytest.mark.parametrize("name", HOSTILE)

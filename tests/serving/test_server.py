@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -438,6 +439,55 @@ def test_adapters_that_cannot_be_served_give_an_error_and_the_server_lives(clien
         assert text_of(complete(client, "bob")) == expect(alone["bob"], "abc", 8)
         assert text_of(complete(client, "base")) == expect(alone[None], "abc", 8)
     assert client.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_an_adapter_of_other_shapes_fails_alone_in_its_batch(said, engine, tmp_path):
+    model = adapted("llama", "ann", said=said)
+    model.save_pretrained(tmp_path)
+    config = {**json.loads((tmp_path / "adapter_config.json").read_text()), "checksum": None}
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(key for key in state if "intrinsic_theta" in key)
+
+    def read(values: dict[str, torch.Tensor]) -> Any:
+        return engine.read(save(values, {"adapter_config": json.dumps(config)}))
+
+    damaged = [{**state, key: state[key][:-1].clone()}, {**state, key: state[key].view(-1, 1).clone()}]
+    if said:
+        damaged.append({key: torch.ones(20)})  # d entries without λ
+    prompt = engine.tokenizer("abc")["input_ids"]
+    expected = [(expect(model, "abc", 8), "length")]
+    assert run_jobs(engine, [Job(prompt, read(state), 8)]) == expected
+    jobs = [Job(prompt, read(values), 8) for values in damaged]
+    parts: list[Any] = []
+    for job in jobs:
+        job.deliver = lambda part, reason: parts.append(part)
+    engine.submit(jobs)
+    assert run_jobs(engine, [Job(prompt, read(state), 8)]) == expected
+    assert [type(part) for part in parts] == [ValueError] * len(jobs)
+    assert all("θ and λ have the shapes" in str(part) for part in parts)
+    engine.close()
+
+
+def test_an_adapter_that_is_infinite_in_float32_cannot_be_read(engine, tmp_path):
+    adapted("llama", "ann").save_pretrained(tmp_path)
+    config = {**json.loads((tmp_path / "adapter_config.json").read_text()), "checksum": None}
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    stored = save(
+        {key: values.double() * 1e300 for key, values in state.items()}, {"adapter_config": json.dumps(config)}
+    )
+    with pytest.raises(ValueError, match="infinite"):
+        engine.read(stored)
+    engine.close()
+
+
+def test_a_store_that_cannot_be_reached_gives_an_error(client, monkeypatch):
+    def fail(*args: Any) -> None:
+        raise ConnectionError("The Hub failed.")
+
+    monkeypatch.setattr("peft_intrinsic.serving.store.FolderStore.get", fail)
+    assert error_of(complete(client, "ann"), 503) == "The Hub failed."
+    assert complete(client, "base").status_code == 200
 
 
 @pytest.mark.parametrize("name", ["../store/ann", "/etc/passwd", "a/b", ".ann", "", "ann\0", "x" * 129, "ann.pia/.."])
