@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 
 from ..tuner.attach import check_replaceable
 from ..tuner.base import CheckedTuner
-from ..tuner.base_model import known_digest
+from ..tuner.base_model import base_parameters, known_digest
 from ..tuner.files import check_adapter_names
+from ..tuner.loading import new_parameters, unmarked_parameters
 from ..tuner.module_types import is_linear
 from ..tuner.names import canonical
 from ..tuner.targets import match_module
@@ -42,8 +44,9 @@ class SupermaskModel(CheckedTuner):
 
         Raises:
             ValueError: an adapter's name is a part of a fully trained module's name; a targeted module is no plain
-                linear layer in memory, or shares its weight with another module; a saved mask was trained on other
-                weights; or the configuration has an option that masks do not support.
+                linear layer in memory, or shares its weight with another module; the checkpoint does not contain a
+                weight to mask; a saved mask was trained on other weights; or the configuration has an option that masks
+                do not support.
         """
         config = self.peft_config[adapter_name]
         for option in ("trainable_token_indices", "target_parameters"):
@@ -58,6 +61,16 @@ class SupermaskModel(CheckedTuner):
         modules = [module for _, module in model.named_modules(remove_duplicate=False)]
         self._uses = Counter(id(p) for module in modules for p in module._parameters.values() if p is not None)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.final_sparsity is None:  # a new adapter
+            places = base_parameters(model)
+            new = {*new_parameters(model, places), *unmarked_parameters(model, places)}
+            masked = [layer.name for layer in _find_layers(model, adapter_name).values()]
+            if random := [name for name in masked if f"{name}.weight" in new]:
+                raise ValueError(
+                    f"target_modules selects {', '.join(random)}, whose weights the checkpoint does not contain. They "
+                    f"are random, and a mask does not store them. Pass modules_to_save={random} to train them fully, "
+                    f"or exclude_modules={random} if the task does not use them."
+                )
         digest = None if config.base_digest is None else _compute_digest(model, adapter_name)
         if digest not in (None, config.base_digest):
             raise ValueError(
@@ -67,6 +80,9 @@ class SupermaskModel(CheckedTuner):
             )
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        # PEFT compares the ends of names without a dot: "classifier" of modules_to_save fits pre_classifier too.
+        if any(f"{name}." in f"{canonical(key, self.model)}." for name in peft_config.modules_to_save or ()):
+            return _ExcludedModule()
         return match_module(peft_config, key, self.model)
 
     def _create_and_replace(

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import batch, build, evaluate, train
+import transformers
+from conftest import TWO_STACKS, batch, build, evaluate, train
 from helpers.masked_models import LABELS, masked
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -183,3 +184,47 @@ def test_an_adapter_named_as_a_fully_trained_module_raises():
     model = get_peft_model(build("bert"), config)
     with pytest.raises(ValueError, match="adapter_name='classifier' is a part of the keys"):
         model.add_adapter("classifier", SupermaskConfig(target_modules=["query"]))
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_newly_initialized_layers_are_trained_fully_or_excluded_but_not_masked(noted, tmp_path):
+    """BART's head has another name than PEFT's defaults, and its parameters are outside numbered blocks."""
+    transformers.BartModel(transformers.BartConfig(**TWO_STACKS)).save_pretrained(tmp_path / "bart")
+
+    def load():
+        model = transformers.BartForSequenceClassification.from_pretrained(tmp_path / "bart")
+        if not noted:
+            del model.__dict__["_intrinsic_fresh"]
+        return model
+
+    options = {"initial_sparsity": 0.2, "task_type": "SEQ_CLS"}
+    head = ["classification_head.dense", "classification_head.out_proj"]
+    with pytest.raises(ValueError, match=r"selects classification_head.dense, .*out_proj, whose .* modules_to_save=\["):
+        get_peft_model(load(), SupermaskConfig(**options))
+    excluded = get_peft_model(load(), SupermaskConfig(**options, exclude_modules=head))
+    assert not any("classification_head" in name for name in excluded.base_model.sparsity())
+    model = get_peft_model(load(), SupermaskConfig(**options, modules_to_save=head)).eval()
+    model.save_pretrained(tmp_path / "mask")
+    loaded = PeftModel.from_pretrained(load(), tmp_path / "mask").eval()
+    inputs = {"input_ids": torch.tensor([[5, 6, 2], [7, 8, 2]])}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_modules_that_peft_trains_fully_are_not_masked(tmp_path):
+    """PEFT's name "classifier" of the head fits the end of DistilBERT's `pre_classifier` too."""
+    config = transformers.DistilBertConfig(vocab_size=97, dim=24, n_layers=2, n_heads=4, hidden_dim=40)
+    transformers.DistilBertModel(config).save_pretrained(tmp_path / "base")
+
+    def load():
+        return transformers.DistilBertForSequenceClassification.from_pretrained(tmp_path / "base")
+
+    model = get_peft_model(load(), SupermaskConfig(initial_sparsity=0.2, task_type="SEQ_CLS")).eval()
+    assert not any("classifier" in name for name in model.base_model.sparsity())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "supermask_scores" not in name}
+    assert {name.split(".")[2] for name in trained} == {"classifier", "pre_classifier"}
+    model.save_pretrained(tmp_path / "mask")
+    loaded = PeftModel.from_pretrained(load(), tmp_path / "mask").eval()
+    inputs = {"input_ids": torch.tensor([[5, 6, 2], [7, 8, 2]])}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
