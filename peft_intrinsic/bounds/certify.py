@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +205,36 @@ def read_certificate(path: Path) -> tuple[AnyCertificate, dict[str, Any]]:
     return stored, content
 
 
+def check_num_tried(
+    paths: Iterable[Path], candidates: Iterable[bytes], texts: AnyTexts, num_tried: int, count: int
+) -> None:
+    """Check that no certificate counts more adapters as tried than the new one, from the same bytes and data.
+
+    Args:
+        paths: files of packed adapters, beside which certificates may lie. Damaged certificates are ignored.
+        candidates: bytes of the packed adapters to certify.
+        texts: their training data and base model.
+        num_tried: combinations that were tried elsewhere (`--num-tried`).
+        count: adapters that this call chooses from, which multiply `num_tried`.
+
+    Raises:
+        ValueError: a certificate of one of them counts more.
+    """
+    adapters = [hashlib.sha256(data).hexdigest() for data in candidates]
+    training_data = compute_digest(texts.task.data["train"])
+    for path in paths:
+        try:
+            stored, content = read_certificate(path)
+        except ValueError:
+            continue
+        same = content["adapter"]["sha256"] in adapters and content["training_data"]["sha256"] == training_data
+        if same and stored.num_tried > num_tried * count:
+            raise ValueError(
+                f"--num-tried {num_tried}: {get_certificate_path(path).name} counts {stored.num_tried} adapters. "
+                f"Pass --num-tried {-(-stored.num_tried // count)}."
+            )
+
+
 def verify_certificate(path: Path, texts: AnyTexts) -> tuple[AnyCertificate, AnyCertificate, list[str]]:
     """Compute the certificate of a packed adapter's file again, and compare it with the stored one.
 
@@ -225,7 +255,11 @@ def verify_certificate(path: Path, texts: AnyTexts) -> tuple[AnyCertificate, Any
         if name != "bound" and _differs(claim := content["certificate"].get(name, value), value):
             differences.append(f"{name}: {claim} stored, {value} from the stored inputs")
     if not bound >= max(stored.bound - ROUNDING, new.bound - SLACK):  # also true for NaN
-        differences.append(f"bound: {bound} stored, {stored.bound} from the stored inputs, {new.bound} computed")
+        difference = f"bound: {bound} stored, {stored.bound} from the stored inputs, {new.bound} computed"
+        if isinstance(stored, LanguageCertificate) and stored.n < stored.m:
+            reason = "earlier versions did not count the choices made with the sampled documents (n < m)"
+            difference += f" ({reason}: run certify again)"
+        differences.append(difference)
     if stored.risk < new.risk - SLACK:
         differences.append(f"training loss: {stored.risk:g} stored, {new.risk:g} computed")
     if isinstance(stored, LanguageCertificate) and isinstance(new, LanguageCertificate):

@@ -26,6 +26,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "risk in bits": (lambda value: 0 <= value < math.inf, "a finite mean loss, 0 or more"),
     "nats": (lambda value: value >= 0, "the message's length in bits times ln 2, 0 or more"),
     "bits": (lambda value: 0 <= value < math.inf, "the message's length in bits, finite and 0 or more"),
+    "choices": (lambda value: value >= 0, "ln of the number of models that the samples chose from, 0 or more"),
     "budget": (lambda value: value >= 0, "a divergence in nats, 0 or more"),
     "delta": (lambda value: 0 < value < 1, "a probability of failure strictly between 0 and 1, such as 0.05"),
     "alpha": (lambda value: 0 < value <= 1, "more than 0 and at most 1, such as 1e-4"),
@@ -203,31 +204,34 @@ def clopper_pearson(errors: int, n: int, delta: float) -> float:
     return 1.0 if errors == n else float(beta.isf(delta, errors + 1, n - errors))
 
 
-def subsampled(risk: float, n: int, m: int, nats: float, delta: float, span: float = 1.0) -> float:
-    """For a mean loss on n of the m training documents, sampled uniformly: Lotfi et al. (2023), SubLoRA.
+def subsampled(risk: float, n: int, m: int, nats: float, delta: float, span: float = 1.0, *, choices: float) -> float:
+    """For a mean loss on n of the m training documents, sampled uniformly: after Lotfi et al. (2023), SubLoRA.
 
-    risk + span · (√((nats + ln 1/(r·delta)) / 2m) + √(ln 1/((1 − r)·delta) / 2n)) with r = n / (n + m).
+    risk + span · (√((nats + ln 1/(r·delta)) / 2m) + √((choices + ln 1/((1 − r)·delta)) / 2n)) with r = n / (n + m).
+    The paper has no `choices`: its last term holds for one model that is fixed without the sample.
 
     Args:
         risk: Mean loss, such as bits per token; a fraction of errors if span is 1.
         n: Number of sampled documents.
         m: Number of training documents.
-        nats: Length of the message that holds the parameters, in nats.
+        nats: Length of the message that holds the parameters, in nats. It counts all choices, `choices` among them.
         delta: Probability that the bound fails.
         span: Width of the loss's range; for bits per token that of `smoothed_span`.
+        choices: ln of the number of models that the losses on the n documents chose from; 0 if they chose none.
 
     Returns:
         The bound on the mean loss, which is not cut at a maximum.
 
-    >>> round(subsampled(0.3, 1_000, 100_000, 2_000, 0.05), 4)
-    0.439
+    >>> round(subsampled(0.3, 1_000, 100_000, 2_000, 0.05, choices=math.log(120)), 4)
+    0.4626
     """
     check(**{"risk" if span == 1 else "risk in bits": risk}, n=n, m=m, nats=nats, delta=delta, span=span)
+    check(choices=choices)
     if n > m:
         raise ValueError(f"n must be at most m={m}, the number of training documents; got n={n}.")
     r = n / (n + m)
     over_messages = math.sqrt((nats - math.log(r) - math.log(delta)) / (2 * m))
-    over_samples = math.sqrt(-(math.log1p(-r) + math.log(delta)) / (2 * n))
+    over_samples = math.sqrt((choices - math.log1p(-r) - math.log(delta)) / (2 * n))
     return risk + span * (over_messages + over_samples)
 
 

@@ -102,16 +102,20 @@ class LanguageCertificate(Claims):
         return smoothed_span(self.alpha, self.vocabulary)
 
     @property
+    def choices(self) -> float:
+        """The choice among `num_tried` and among `alphas`, in nats: ln of the number of pairs."""
+        return math.log(self.num_tried * len(self.alphas))
+
+    @property
     def nats(self) -> float:
-        """Divergence from the prior: prefix-free message, and the choice among `num_tried` and among `alphas`."""
-        chosen = math.log2(self.num_tried) + math.log2(len(self.alphas))
-        return (prefix_free(self.bits) + chosen) * math.log(2)
+        """Divergence from the prior: prefix-free message, and `choices`."""
+        return prefix_free(self.bits) * math.log(2) + self.choices
 
     @property
     def bound(self) -> float:
         """The claimed bound: `subsampled`, or Hoeffding's if n = m, where no document is left out."""
         if self.n < self.m:
-            return subsampled(self.risk, self.n, self.m, self.nats, self.delta, self.span)
+            return subsampled(self.risk, self.n, self.m, self.nats, self.delta, self.span, choices=self.choices)
         return self._bound_mean(self.risk, self.alpha, self.m, self.nats)
 
     @property

@@ -18,6 +18,7 @@ from ..tuner.base_model import base_digest
 from .certify import (
     AnyTexts,
     build_certificate,
+    check_num_tried,
     compute_digest,
     count_message_bits,
     measure_packed,
@@ -65,7 +66,7 @@ def sweep(
 
     Raises:
         ValueError: a value of `levels` or `dims` is not possible (before training starts), or `out` holds a sweep of
-            another base model or with other settings.
+            another base model or with other settings, or its certificate counts more as tried.
     """
     for count in levels:
         check_levels(count)
@@ -91,12 +92,13 @@ def sweep(
                     row |= {"test_data": test_data, "adapter": adapter_to_string(data)}
                     store.add({"d": d, "levels": count}, row)
         rows = sorted(store.rows.values(), key=lambda row: (row["d"], row["levels"]))
-    num_tried *= len(rows)
-    results = [_certify_row(row, texts, num_tried, delta, test_data) for row in rows]
+    adapters = [adapter_from_string(row["adapter"]) for row in rows]
+    check_num_tried([Path(out, "best.pia")], adapters, texts, num_tried, len(rows))
+    total = num_tried * len(rows)
+    results = [_certify_row(row, texts, total, delta, test_data) for row in rows]
     best = min(range(len(results)), key=lambda i: results[i]["certificate"]["bound"])
-    data = adapter_from_string(rows[best]["adapter"])
-    write_certified(Path(out, "best.pia"), data, parse_certificate(results[best]["certificate"]), texts)
-    content = {"settings": settings, "num_tried": num_tried, "rows": results}
+    write_certified(Path(out, "best.pia"), adapters[best], parse_certificate(results[best]["certificate"]), texts)
+    content = {"settings": settings, "num_tried": total, "rows": results}
     write_whole(Path(out, "sweep.json"), json.dumps(content, indent=1))
     return results
 

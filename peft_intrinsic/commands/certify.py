@@ -9,6 +9,8 @@ from typing import Any
 from ..bounds.certify import (
     AnyCertificate,
     AnyTexts,
+    check_num_tried,
+    compute_digest,
     make_certificate,
     pack_adapter,
     parse_certificate,
@@ -53,6 +55,8 @@ def certify(args: argparse.Namespace) -> None:
             args, config.task_type, config.base_model_name_or_path, config.num_labels, **read_scores(args.adapter)
         )
         candidates = pack_adapter(texts, args.adapter, args.levels, args.finetune, args.lr)
+    paths = [source, out] if source.is_file() else [out]
+    check_num_tried(paths, candidates, texts, args.num_tried, len(candidates))
     num_tried = args.num_tried * len(candidates)
     certified = [(make_certificate(data, texts, num_tried, args.delta, bool(args.eval)), data) for data in candidates]
     certificate, data = min(certified, key=lambda pair: pair[0].bound)
@@ -80,11 +84,16 @@ def _load(
     given = {name: value for name in ("alpha", "sample") if (value := getattr(args, name)) is not None}
     if task_type == "CAUSAL_LM":
         length = {} if args.max_length is None else {"max_length": args.max_length}
-        return load_documents(args, named, **{"alphas": given.pop("alpha", ALPHAS), **given, **length})
-    if given:
+        texts: AnyTexts = load_documents(args, named, **{"alphas": given.pop("alpha", ALPHAS), **given, **length})
+    elif given:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(f"{names}: only for language models, --task-type CAUSAL_LM. Leave the option out.")
-    return load_texts(args, named, labels, **trained)
+    else:
+        texts = load_texts(args, named, labels, **trained)
+    data = texts.task.data
+    if args.eval and compute_digest(data["eval"]) == compute_digest(data["train"]):
+        raise ValueError(f"--eval {args.eval} is the training data. Pass other data, or leave it out.")
+    return texts
 
 
 def _write_claim(card: Path, certificate: AnyCertificate, packed: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.films import D, certify, count_errors, films, read_json, rows
+from helpers.texts import write
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
@@ -72,6 +73,45 @@ def test_a_packed_file_is_certified_unchanged(folder):
     certify("--adapter", "x.pia")
     assert Path("x.pia").read_bytes() == before
     assert read_json("x.certificate.json")["certificate"]["bits"] == count_message_bits(before)
+
+
+@pytest.mark.parametrize("out", ["x.pia", "y.pia"])
+def test_a_packed_file_cannot_be_certified_with_fewer_adapters_than_before(folder, capsys, out):
+    certify("--adapter", "adapter", "--levels", "4", "--num-tried", "15", "-o", "x.pia")
+    before = read_json("x.certificate.json")
+    with pytest.raises(SystemExit, match="2"):
+        certify("--adapter", "x.pia", "-o", out)
+    error = "--num-tried 1: x.certificate.json counts 15 adapters. Pass --num-tried 15."
+    assert error in capsys.readouterr().err
+    assert read_json("x.certificate.json") == before
+    certify("--adapter", "x.pia", "-o", out, "--num-tried", "15")
+    write(folder, "train.jsonl", rows(90))  # other data pay for their own choices
+    certify("--adapter", "x.pia", "-o", "x.pia")
+    assert read_json("x.certificate.json")["certificate"]["num_tried"] == 1
+
+
+def test_an_adapter_packed_again_cannot_be_certified_with_fewer_levels_than_before(folder, capsys):
+    certify("--adapter", "adapter", "--levels", "4", "--num-tried", "3")
+    with pytest.raises(SystemExit, match="2"):
+        certify("--adapter", "adapter", "--levels", "4,16")
+    error = "--num-tried 1: adapter.certificate.json counts 3 adapters. Pass --num-tried 2."
+    assert error in capsys.readouterr().err
+
+
+def test_a_damaged_certificate_is_replaced(folder):
+    certify("--adapter", "adapter", "-o", "x.pia")
+    Path("x.certificate.json").write_text("{")
+    certify("--adapter", "x.pia")
+    main(["verify", "x.pia", "--train", "train.jsonl"])
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "copy.jsonl"])
+def test_the_training_data_are_no_test_data(folder, capsys, name):
+    write(folder, "copy.jsonl", rows(120))
+    with pytest.raises(SystemExit, match="2"):
+        certify("--adapter", "adapter", "--eval", name)
+    assert f"--eval {name} is the training data. Pass other data, or leave it out." in capsys.readouterr().err
+    assert not Path("adapter/adapter.pia").exists()
 
 
 def test_verify_agrees_with_a_sound_certificate(folder, capsys):

@@ -155,9 +155,10 @@ def test_subsampled_divides_the_failure_between_documents_and_samples():
     """With n = 1 of m = 3, r is a quarter: messages have delta/4 and m, the sample has 3·delta/4 and n."""
     delta = 4 / math.e**2
     messages, sample = math.sqrt((4 + 2) / 6), math.sqrt((2 - math.log(3)) / 2)
-    assert subsampled(0.5, 1, 3, 4.0, delta) == pytest.approx(0.5 + messages + sample)
-    assert subsampled(7.5, 1, 3, 4.0, delta, span=10) == pytest.approx(7.5 + 10 * (messages + sample))
-    assert subsampled(0.0, 5, 5, 4.0, delta, span=0) == 0  # a loss that is always the same
+    assert subsampled(0.5, 1, 3, 4.0, delta, choices=0) == pytest.approx(0.5 + messages + sample)
+    assert subsampled(7.5, 1, 3, 4.0, delta, span=10, choices=0) == pytest.approx(7.5 + 10 * (messages + sample))
+    assert subsampled(0.0, 5, 5, 4.0, delta, span=0, choices=0) == 0  # a loss that is always the same
+    assert subsampled(0.5, 1, 3, 4.0, delta, choices=math.log(3)) == pytest.approx(0.5 + messages + 1)
 
 
 def test_smoothed_span_is_the_range_of_the_smoothed_loss():
@@ -202,13 +203,14 @@ def test_bad_input_of_the_bounds_raises(bound, name, value):
         (lambda: clopper_pearson(11, 10, 0.05), "errors must be at most n, 10; got 11"),
         (lambda: clopper_pearson(-1, 10, 0.05), "errors must be a whole number, 0"),
         (
-            lambda: subsampled(0.1, 11, 10, 1.0, 0.05),
+            lambda: subsampled(0.1, 11, 10, 1.0, 0.05, choices=0),
             "n must be at most m=10, the number of training documents; got n=11",
         ),
-        (lambda: subsampled(1.1, 1, 10, 1.0, 0.05), "risk must be a fraction"),
-        (lambda: subsampled(-1.1, 1, 10, 1.0, 0.05, span=2), "risk in bits must be"),
-        (lambda: subsampled(math.inf, 1, 10, 1.0, 0.05, span=2), "risk in bits must be"),
-        (lambda: subsampled(0.1, 1, 10, 1.0, 0.05, span=math.inf), "span must be"),
+        (lambda: subsampled(1.1, 1, 10, 1.0, 0.05, choices=0), "risk must be a fraction"),
+        (lambda: subsampled(-1.1, 1, 10, 1.0, 0.05, span=2, choices=0), "risk in bits must be"),
+        (lambda: subsampled(math.inf, 1, 10, 1.0, 0.05, span=2, choices=0), "risk in bits must be"),
+        (lambda: subsampled(0.1, 1, 10, 1.0, 0.05, span=math.inf, choices=0), "span must be"),
+        (lambda: subsampled(0.1, 1, 10, 1.0, 0.05, choices=-1.0), "choices must be"),
         (lambda: smoothed_span(0, 10), "alpha must be"),
         (lambda: smoothed_span(1.5, 10), "alpha must be"),
         (lambda: smoothed_span(0.1, 0), "vocabulary must be"),

@@ -29,6 +29,7 @@ from peft_intrinsic_cli import main
 LENGTH, V = 6, 97
 EXACT = {"rel": 1e-12}
 CLOSE = {"abs": 1e-4}  # sums in float32
+FAILURES = 0.05  # fraction of simulated trials in which a bound may fail: its delta
 WHOLE = LanguageCertificate(
     m=1000,
     n=200,
@@ -47,15 +48,16 @@ WHOLE = LanguageCertificate(
 
 
 def bound(c: dict) -> float:
-    """The bound of Lotfi et al. (2023), written from the paper: bits of the message, r = n/(n + m), span."""
-    length = c["bits"] + 2 * math.log2(c["bits"]) + math.log2(c["num_tried"]) + math.log2(len(c["alphas"]))
+    """The bound of Lotfi et al. (2023): bits of the message, r = n/(n + m), span; and in both terms the choices."""
+    choices = c["num_tried"] * len(c["alphas"])
+    length = c["bits"] + 2 * math.log2(c["bits"]) + math.log2(choices)
     span = math.log2(1 + (1 - c["alpha"]) * c["vocabulary"] / c["alpha"])
     nats, m, n, delta = length * math.log(2), c["m"], c["n"], c["delta"]
     if n == m:
         return c["risk"] + span * math.sqrt((nats + math.log(1 / delta)) / (2 * m))
     r = n / (n + m)
     messages = math.sqrt((nats + math.log(1 / (r * delta))) / (2 * m))
-    return c["risk"] + span * (messages + math.sqrt(math.log(1 / ((1 - r) * delta)) / (2 * n)))
+    return c["risk"] + span * (messages + math.sqrt(math.log(choices / ((1 - r) * delta)) / (2 * n)))
 
 
 def untrained_bound(c: dict) -> float:
@@ -65,13 +67,29 @@ def untrained_bound(c: dict) -> float:
 
 
 @pytest.mark.parametrize("change", [{}, {"n": 1000}, {"bits": 4096.0}, {"vocabulary": 50_257}, {"alpha": 0.5}])
-def test_bounds_equal_the_formulas_of_the_paper(change):
+def test_bounds_equal_their_formulas(change):
     made = replace(WHOLE, **change)
     assert made.bound == pytest.approx(bound(made.to_dict()), **EXACT)
     assert made.untrained_bound == pytest.approx(untrained_bound(made.to_dict()), **EXACT)
     held_out = math.sqrt(math.log(10) / (2 * made.n))
     assert made.held_out == pytest.approx(4.0 + made.span * held_out, **EXACT)
     assert made.test_bound == pytest.approx(4.5 + made.span * math.sqrt(math.log(10) / 100), **EXACT)
+
+
+def test_a_bound_from_sampled_documents_holds_for_the_best_of_many_models():
+    """All models have the same error of one half, and the sample of 1,000 documents chooses the one with the lowest."""
+    trials, models, m = 400, 120, 10**6
+    inputs = {"m": m, "n": 1000, "vocabulary": 2, "bits": 80, "num_tried": models, "delta": FAILURES}
+    smoothing = {"alpha": 0.5, "untrained_alpha": 0.5, "untrained_risk": 1.0, "alphas": (0.5,)}
+    certificate = LanguageCertificate(**inputs, **smoothing, risk=1.0)
+    low = -math.log2(1 - 0.5 + 0.5 / 2)  # the loss of a certain and correct prediction
+    rng, failures = np.random.default_rng(0), 0
+    for _ in range(trials):
+        errors = rng.binomial(m, 0.5, models)
+        error = rng.hypergeometric(errors, m - errors, certificate.n).min() / certificate.n
+        found = replace(certificate, risk=low + certificate.span * float(error))
+        failures += found.bound < low + certificate.span / 2
+    assert failures <= FAILURES * trials
 
 
 def test_vacuous_means_not_below_the_uniform_distribution():
@@ -293,6 +311,22 @@ def test_verify_names_each_false_claim(folder, capsys, what, change):
     assert what in capsys.readouterr().err
 
 
+def test_verify_rejects_a_sample_whose_bound_does_not_count_the_choices(folder, capsys):
+    certify("--adapter", "adapter", "--sample", "20", *LANGUAGE)
+    content = read_json("x.certificate.json")
+    found = LanguageCertificate.from_dict(content["certificate"])
+    r = found.n / (found.n + found.m)
+    messages = math.sqrt((found.nats - math.log(r * found.delta)) / (2 * found.m))
+    former = found.risk + found.span * (messages + math.sqrt(-math.log((1 - r) * found.delta) / (2 * found.n)))
+    content["certificate"]["bound"] = former
+    Path("x.certificate.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", "x.pia", "--train", "train.jsonl"])
+    error = capsys.readouterr().err
+    assert f"bound: {former} stored, {found.bound} from the stored inputs" in error
+    assert "earlier versions did not count the choices made with the sampled documents (n < m): run certify" in error
+
+
 def test_verify_raises_for_other_documents(folder, capsys):
     certify("--adapter", "adapter", *LANGUAGE)
     with pytest.raises(SystemExit, match="2"):
@@ -315,6 +349,7 @@ def test_verify_raises_for_other_documents(folder, capsys):
         (("--text", "text,other"), "--text text,other: a language model reads one column. Name one."),
         (("--task-type", "SEQ_CLS"), "--task-type SEQ_CLS: the adapter is for CAUSAL_LM. Leave the option out."),
         (("--delta", "2"), "delta must be"),
+        (("--eval", "train.jsonl"), "--eval train.jsonl is the training data. Pass other data, or leave it out."),
     ],
 )
 def test_bad_options_raise_before_the_model_runs(folder, capsys, monkeypatch, more, message):

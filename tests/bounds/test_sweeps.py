@@ -72,6 +72,10 @@ def test_every_row_of_a_folder_counts_as_tried(folder, capsys):
     assert read_json("out/best.certificate.json")["certificate"] == best
     table = capsys.readouterr().out
     assert [table.count(f"| {d} | 2 |") for d in (10, 20, 40)] == [1, 1, 1]
+    with pytest.raises(SystemExit, match="2"):
+        certify("--dims", "30", *sweep)
+    assert "--num-tried 1: best.certificate.json counts 9 adapters. Pass --num-tried 3." in capsys.readouterr().err
+    assert read_json("out/sweep.json") == found
 
 
 @pytest.mark.slow
