@@ -9,7 +9,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -47,17 +47,8 @@ def watch(models: Any) -> None:
     original = models.from_pretrained.__func__
     if getattr(original, "watched", False):
         return
-    load = models.load_adapter
-
-    @functools.wraps(load)
-    def load_adapter(model: Any, *args: Any, **kwargs: Any) -> Any:
-        info = load(model, *args, **kwargs)
-        adapter = inspect.signature(load).bind(model, *args, **kwargs).arguments.get("adapter_name") or "default"
-        if (files := sys.modules.get("peft_intrinsic.tuner.files")) is not None:  # else it is another method's adapter
-            files.check_loaded(model, adapter, {*getattr(info, "missing_keys", ())})
-        return info
-
-    models.load_adapter = load_adapter
+    if load := getattr(models, "load_adapter", None):
+        models.load_adapter = _check_loading(load)
 
     @functools.wraps(original)
     def from_pretrained(cls: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -87,6 +78,18 @@ def watch(models: Any) -> None:
         shorten(model, loading_info)
 
     models._adjust_missing_and_unexpected_keys = note_missing
+
+
+def _check_loading(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def load_adapter(model: Any, *args: Any, **kwargs: Any) -> Any:
+        info = load(model, *args, **kwargs)
+        adapter = inspect.signature(load).bind(model, *args, **kwargs).arguments.get("adapter_name") or "default"
+        if (files := sys.modules.get("peft_intrinsic.tuner.files")) is not None:  # else it is another method's adapter
+            files.check_loaded(model, adapter, {*getattr(info, "missing_keys", ())})
+        return info
+
+    return load_adapter
 
 
 def _note(model: nn.Module, info: Mapping[str, Any]) -> None:
